@@ -1,0 +1,199 @@
+"""Every private torch symbol that dpcompile uses, with what it is used for. Known for torch 2.11 to 2.13."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch._decomp.decompositions
+import torch._dynamo
+import torch._functorch.config as functorch_config
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError, TorchDynamoException, Unsupported
+from torch._dynamo.source import LocalSource
+from torch._dynamo.utils import detect_fake_mode
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+    TangentAOTInput,
+)
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "BackendCompilerFailed",
+    "GradAOTOutput",
+    "InternalTorchDynamoError",
+    "PlainAOTInput",
+    "PlainAOTOutput",
+    "TangentAOTInput",
+    "TorchDynamoException",
+    "Unsupported",
+    "add_inputs",
+    "compile_joint",
+    "copy_graph",
+    "current_backward",
+    "detect_fake_mode",
+    "disable",
+    "pytree",
+    "trace_like",
+    "tracing_config",
+    "user_place",
+]
+
+GraphPass = Callable[[fx.GraphModule], None]
+
+
+def current_backward() -> int:
+    """Identify the running ``backward()`` call."""
+    return torch._C._current_graph_task_id()
+
+
+def disable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep Dynamo from tracing into ``function``."""
+    return torch._dynamo.disable(function)
+
+
+@contextlib.contextmanager
+def tracing_config() -> Iterator[None]:
+    """Settings of a private compilation: recurrent layers are traced step by step, Python floats are constants."""
+    with torch._dynamo.config.patch(allow_rnn=True, specialize_float=True):
+        yield
+
+
+def add_inputs(gm: fx.GraphModule, values: dict[str, torch.Tensor]) -> fx.GraphModule:
+    """Copy a Dynamo graph and append placeholders, one for each fake tensor in ``values``.
+
+    AOTAutograd asks every placeholder of a Dynamo graph for the source it was read from; the new ones get names that no
+    Python local can have.
+    """
+    extended = fx.GraphModule(gm, copy_graph(gm.graph))
+    extended.meta.update(gm.meta)
+    for attribute in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, attribute):
+            setattr(extended, attribute, getattr(gm, attribute))
+    old = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    new = [n for n in extended.graph.nodes if n.op == "placeholder"]
+    for before, after in zip(old, new, strict=True):
+        source = getattr(before, "_dynamo_source", None)
+        if source is not None:
+            after._dynamo_source = source
+    last = new[-1]
+    for name, value in values.items():
+        with extended.graph.inserting_after(last):
+            last = extended.graph.placeholder(name)
+        last.meta["example_value"] = value
+        last._dynamo_source = LocalSource(f"<{name}>")  # type: ignore[attr-defined]
+    extended.recompile()
+    return extended
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A graph with copies of all nodes, their metadata shared; inputs and outputs are packed as before."""
+    copied = fx.Graph()
+    result = copied.graph_copy(graph, (nodes := {}), return_output_node=True)
+    assert isinstance(result, tuple)
+    value, old_output = result
+    output = copied.output(value, type_expr=getattr(old_output, "type", None))
+    output.meta = dict(old_output.meta)
+    copied._codegen = graph._codegen
+    assert nodes
+    return copied
+
+
+@lru_cache(maxsize=1)
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's, and the masked accumulation of embeddings into plain masking and accumulation."""
+    masked = torch.ops.aten._unsafe_masked_index_put_accumulate.default
+    return {**select_decomp_table(), masked: torch._decomp.global_decomposition_table["post_autograd"][masked]}
+
+
+def trace_like(function: Callable[..., Any], *values: Any) -> fx.GraphModule:
+    """Trace ``function`` on fake values into the same decomposed operations as the rest of the graph."""
+    table = decompositions()
+    with torch.no_grad():
+        return make_fx(function, decomposition_table=table, tracing_mode="real")(*values)
+
+
+def compile_joint(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, backend: str, transform: GraphPass, key: str
+) -> Callable[..., Any]:
+    """Trace the joint graph of ``gm``, apply ``transform`` to it, and compile forward and backward.
+
+    ``key`` names everything that ``transform`` depends on: it becomes a part of Inductor's cache key. The cache of
+    AOTAutograd, which would skip the transform, is off.
+    """
+    with functorch_config.patch(enable_autograd_cache=False), _lstm_step_by_step():
+        if backend == "inductor":
+            patches = {"joint_custom_pre_pass": _Pass(transform, key)}
+            return compile_fx(gm, list(inputs), config_patches=patches, decompositions=decompositions())
+        return _compile_eager(gm, inputs, transform)
+
+
+@contextlib.contextmanager
+def _lstm_step_by_step() -> Iterator[None]:
+    """Decompose an LSTM whose input needs no gradient too; on a CPU torch would make it one opaque operation."""
+    module = torch._decomp.decompositions
+    chosen = module.select_one_layer_lstm_function
+    module.select_one_layer_lstm_function = lambda *_: module.one_layer_lstm
+    try:
+        yield
+    finally:
+        module.select_one_layer_lstm_function = chosen
+
+
+def _compile_eager(gm: fx.GraphModule, inputs: Sequence[Any], transform: GraphPass) -> Callable[..., Any]:
+    def run_as_is(graph_module: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return make_boxed_func(graph_module.forward)
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        transform(joint)
+        return min_cut_rematerialization_partition(joint, joint_inputs, **options)
+
+    return aot_autograd(
+        fw_compiler=run_as_is,
+        bw_compiler=run_as_is,
+        inference_compiler=run_as_is,
+        partition_fn=partition,
+        decompositions=decompositions(),
+        keep_inference_input_mutations=True,
+    )(gm, list(inputs))
+
+
+class _Pass(CustomGraphPass):
+    """Inductor's hook on the joint graph, before its own passes."""
+
+    def __init__(self, transform: GraphPass, key: str) -> None:
+        self._transform, self._key = transform, key
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self._transform(graph.owning_module)
+
+    def uuid(self) -> str:
+        return self._key
+
+
+
+
+def user_place(error: BaseException) -> str | None:
+    """``file:line, in function: source`` of the user's innermost frame that Dynamo was tracing, or None."""
+    stack = getattr(error, "real_stack", None)
+    if not stack:
+        return None
+    own = [f for f in stack if not f.filename.startswith(_NOT_USERS)]
+    frame = (own or list(stack))[-1]
+    return f"{frame.filename}:{frame.lineno}, in {frame.name}: {(frame.line or '').strip()}"
+
+
+_NOT_USERS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))

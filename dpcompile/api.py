@@ -1,0 +1,119 @@
+"""``dp_compile``: as a call on a model, or as a decorator on its class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+from torch import nn
+
+from dpcompile.arguments import InDims
+from dpcompile.clipping import Clipping, validate_clipping
+from dpcompile.errors import DPCompileError, PrivacyError
+from dpcompile.pipeline import Options
+from dpcompile.plan import NORM_MODES
+from dpcompile.runtime import PrivateModule, private_class, private_view
+
+__all__ = ["dp_compile"]
+
+Model = TypeVar("Model", bound="nn.Module | type[nn.Module]")
+
+
+@overload
+def dp_compile(model: Model, **options: Any) -> Model: ...
+
+
+@overload
+def dp_compile(model: None = None, **options: Any) -> Callable[[Model], Model]: ...
+
+
+def dp_compile(
+    model: Any = None,
+    *,
+    max_grad_norm: float = 1.0,
+    clipping: Clipping = "flat",
+    norm: str = "auto",
+    in_dims: InDims = 0,
+    loss_reduction: str = "mean",
+    backend: str = "inductor",
+    dynamic: bool | None = None,
+    memory_budget: float | int | None = None,
+    check: bool = False,
+) -> Any:
+    """Compile a model so that its backward clips every example's gradient.
+
+    Like ``torch.compile``, as a call on a model, or as a decorator (``@dp_compile`` or ``@dp_compile(...)``) on an
+    ``nn.Module`` class. After ``loss.backward()`` each ``p.grad`` is ``sum_i w_i g_i``: ``g_i`` is the gradient of
+    example i's own loss, ``w_i`` its clip weight (Abadi et al. 2016, arXiv:1607.00133, algorithm 1). Noise is
+    :class:`dpcompile.DPOptimizer`'s part.
+
+    **Guarantee.** One example changes the clipped sum over all parameters by at most ``max_grad_norm``, or the model is
+    refused. The loss computed outside the model must be a sum or mean of one loss per example; this cannot be seen from
+    here (see docs/sharp_edges.md, and :func:`dpcompile.compile_step`, which proves it).
+
+    Args:
+        model: the model, or its class. It is not changed; the result shares its parameters and buffers.
+        max_grad_norm: C.
+        clipping: "flat", "automatic", "per_layer", "per_block", or a function from norms ``[B]`` to weights ``[B]``;
+            see :func:`dpcompile.clipping.clip_weights`.
+        norm: "auto" chooses the fastest rule per parameter; "ghost", "instantiate" (per-example gradients, kept), "redo"
+            (the same, dropped) and "direct" (the same, a tile at a time) force one where it exists.
+        in_dims: the dimension of each input that holds the examples, as in ``torch.func.vmap``; None for an input that
+            is the same for all. One entry for all, one per positional argument, or a dict by argument name.
+        loss_reduction: "mean" if the loss is a mean over the batch (its 1/B is undone before clipping), or "sum".
+        backend: "inductor", or "eager" to run the rewritten graph uncompiled.
+        dynamic: as in ``torch.compile``: True for symbolic sizes, False for fixed ones, None to find out.
+        memory_budget: None; a float: this multiple of the plain step's peak memory; an int: bytes for the whole step.
+        check: compare the first step with ``torch.func.vmap(grad)`` and raise on a difference.
+
+    Returns:
+        A module of the model's own class and signature with, in addition, ``grad_norms``, ``plan``, ``graph``,
+        ``certificate`` and ``trace``.
+
+    Raises:
+        PrivacyError: a clipping bound or rule that makes no sense.
+        DPCompileError: other options that do not.
+    """
+    validate_clipping(clipping, max_grad_norm)
+    _one_of("norm", norm, NORM_MODES)
+    _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
+    _one_of("backend", backend, ("inductor", "eager"))
+    _validate_budget(memory_budget)
+    options = Options(
+        max_grad_norm, clipping, norm, in_dims, loss_reduction, backend, dynamic, memory_budget, check
+    )
+    if model is None:
+        return lambda decorated: _private(decorated, options)
+    return _private(model, options)
+
+
+def _private(model: Any, options: Options) -> Any:
+    if isinstance(model, PrivateModule) or (isinstance(model, type) and issubclass(model, PrivateModule)):
+        raise PrivacyError(
+            "the model is private already: its gradients would be clipped twice",
+            remedy="call dp_compile on the undecorated model, once",
+        )
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        return private_class(model, options)
+    if isinstance(model, nn.Module):
+        return private_view(model, options)
+    raise DPCompileError(
+        f"dp_compile takes an nn.Module or a class of one, got {type(model).__name__}",
+        remedy="put a function and its parameters into an nn.Module",
+    )
+
+
+def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise DPCompileError(f"unknown {option} {value!r}", remedy=f"use one of {', '.join(map(repr, allowed))}")
+
+
+def _validate_budget(budget: float | int | None) -> None:
+    if budget is None:
+        return
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not (budget > 0 and math.isfinite(budget)):
+        raise DPCompileError(
+            f"memory_budget must be None or a positive number, got {budget!r}",
+            remedy="a float is a multiple of the plain step's peak, an int is bytes",
+        )

@@ -1,0 +1,126 @@
+"""What every value of the joint graph has to do with the examples.
+
+Four answers, and one for a batch of a single example:
+
+=============  ========================================================================================
+label          meaning
+=============  ========================================================================================
+``Shared``     no example's data went into it (parameters, constants, buffers, random draws)
+``Examples``   slices along one dimension belong to single examples: slice i depends on example i alone
+``Summed``     a sum over the examples of a linear function of values that belong to single examples
+``Whole``      the batch holds one example, and all of the value belongs to it
+``Mixed``      anything else: no example has a part of its own in it
+=============  ========================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from torch import fx
+
+from dpcompile.sizes import Size, divide, is_one, product, same
+
+__all__ = ["Examples", "Label", "Mixed", "Shared", "Summed", "Whole", "reshape_axis"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Independent of every example's data.
+
+    Attributes:
+        zero: every element is known to be 0 (the neutral start of an accumulation).
+        counts: along this dimension the value is its own position (an ``arange`` from 0), constant along the others.
+        cotangent: made from the cotangent of a sum over examples (a loss reduced inside the model), so that
+            broadcasting it over the example axis hands every example its own cotangent.
+    """
+
+    zero: bool = False
+    counts: int | None = None
+    cotangent: bool = False
+
+    def __str__(self) -> str:
+        return "shared"
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Slices along ``dim`` belong to single examples.
+
+    The dimension has size ``outer * B * inner`` and position ``(o * B + b) * inner + i`` belongs to example ``b``:
+    ``[B, T]`` flattened has ``inner == T``, ``[T, B]`` flattened has ``outer == T``.
+    """
+
+    dim: int
+    outer: Size = 1
+    inner: Size = 1
+
+    def same_layout(self, other: Examples) -> bool:
+        """Whether both dimensions enumerate the examples in the same order."""
+        return same(self.outer, other.outer) and same(self.inner, other.inner)
+
+    def at(self, dim: int) -> Examples:
+        """The same layout on another dimension."""
+        return replace(self, dim=dim)
+
+    def __str__(self) -> str:
+        layout = "B" if is_one(self.outer) else f"{self.outer}·B"
+        return f"examples on dim {self.dim} ({layout if is_one(self.inner) else f'{layout}·{self.inner}'})"
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """A sum over the examples, and linear in it ever since."""
+
+    def __str__(self) -> str:
+        return "summed over the examples"
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The batch is one example: every element belongs to it."""
+
+    def __str__(self) -> str:
+        return "the only example"
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """Examples influence each other.
+
+    Attributes:
+        reason: what the operation did, in words.
+        origin: the first operation that mixed them.
+        supported: False where the operation has no rule, rather than a rule that says no.
+    """
+
+    reason: str
+    origin: fx.Node
+    supported: bool = True
+
+    def __str__(self) -> str:
+        return f"mixed by {self.origin}: {self.reason}"
+
+
+Label: TypeAlias = "Shared | Examples | Summed | Whole | Mixed"
+
+
+def reshape_axis(axis: Examples, old: Sequence[Size], new: Sequence[Size], batch: Size) -> Examples | None:
+    """Follow the example axis through a reshape (row-major order is kept).
+
+    The example of flat position ``f`` is ``(f // I) % B`` with ``I`` the product of ``inner`` and all later sizes. The
+    new dimension that carries the axis is the one where both ``I`` and its size divide exactly; for B >= 2 there is at
+    most one. None if the examples would be spread over several dimensions.
+    """
+    stride = product([axis.inner, *old[axis.dim + 1 :]])
+    after: Size = 1
+    for dim in reversed(range(len(new))):
+        inner = divide(stride, after)
+        if inner is not None:
+            outer = divide(new[dim], product([batch, inner]))
+            if outer is not None:
+                return Examples(dim, outer, inner)
+        after = product([after, new[dim]])
+    return None

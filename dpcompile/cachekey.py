@@ -1,0 +1,35 @@
+"""A name for everything that the rewritten graph depends on, for compile caches on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import uuid
+from functools import lru_cache
+
+from dpcompile.capture import Roles
+from dpcompile.pipeline import Options
+
+__all__ = ["cache_key"]
+
+
+def cache_key(options: Options, roles: Roles) -> str:
+    """Equal only for equal rules, clipping, C, inputs and source code of this package.
+
+    A stale hit would be an unclipped gradient. A clipping function of the user has no name that outlives the process:
+    it gets a key that never repeats.
+    """
+    clipping = options.clipping if isinstance(options.clipping, str) else uuid.uuid4().hex
+    parts = [
+        _source_digest(), repr(float(options.max_grad_norm)), clipping, options.norm, options.loss_reduction,
+        repr(options.memory_budget), repr(sorted(roles.parameters.items())), repr(sorted(roles.examples.items())),
+    ]  # fmt: skip
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

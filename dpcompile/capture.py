@@ -1,0 +1,192 @@
+"""From what Dynamo hands a backend to a joint graph with names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from dpcompile._torch import (
+    GradAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+    TangentAOTInput,
+    add_inputs,
+    detect_fake_mode,
+)
+from dpcompile.axis import Examples
+from dpcompile.errors import UnsupportedGraphError
+from dpcompile.joint import JointGraph
+from dpcompile.sizes import Size, same, shape_of, size
+
+__all__ = ["Roles", "assign_roles", "extend", "name_joint"]
+
+MASK, NORMS = "dpcompile_mask", "dpcompile_norms"
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """What the inputs of a captured graph are, by position.
+
+    Attributes:
+        parameters: position -> name, of the trainable ones.
+        frozen: position -> name, of the others.
+        examples: position -> the dimension that the examples lie along.
+        names: position -> what the user calls it.
+        batch: the number of examples.
+        hints: a value for every symbol.
+    """
+
+    parameters: Mapping[int, str]
+    frozen: Mapping[int, str]
+    examples: Mapping[int, int]
+    names: Mapping[int, str]
+    batch: Size
+    hints: Mapping[sympy.Symbol, int]
+
+    @property
+    def batch_from(self) -> tuple[int, int]:
+        """``(position, dimension)`` of an input that tells B at run time."""
+        return next(iter(self.examples.items()))
+
+
+def assign_roles(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    parameters: Mapping[int, str],
+    leaves: Mapping[int, tuple[str, int | None]],
+) -> Roles:
+    """Recognise every input by identity: a live parameter, a tensor of the call, or neither.
+
+    Args:
+        gm: Dynamo's graph.
+        inputs: its example inputs, the live tensors.
+        parameters: ``id(parameter)`` -> name.
+        leaves: ``id(tensor)`` -> name and example dimension, of the call's tensors.
+
+    Raises:
+        UnsupportedGraphError: an input that needs a gradient and is no parameter; no input with an example axis.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    trainable: dict[int, str] = {}
+    frozen: dict[int, str] = {}
+    examples: dict[int, int] = {}
+    names: dict[int, str] = {}
+    hints: dict[sympy.Symbol, int] = {}
+    batch: Size | None = None
+    for position, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
+        fake = node.meta.get("example_value")
+        if not isinstance(value, Tensor) or not isinstance(fake, Tensor):
+            continue
+        for expression, number in zip(shape_of(fake), value.shape, strict=True):
+            if isinstance(expression, sympy.Symbol) and isinstance(number, int):
+                hints[expression] = number
+        if id(value) in parameters:
+            names[position] = parameters[id(value)]
+            (trainable if value.requires_grad else frozen)[position] = parameters[id(value)]
+        elif id(value) in leaves:
+            names[position], dim = leaves[id(value)]
+            if dim is not None:
+                examples[position] = dim % value.ndim
+                here = shape_of(fake)[dim]
+                if batch is not None and not same(batch, here):
+                    raise UnsupportedGraphError(
+                        f"the example axis of '{names[position]}' has the symbolic size {here}, others have {batch}",
+                        remedy="compile with dynamic=False, or pass inputs whose batch sizes are equal from the start",
+                    )
+                batch = here
+        else:
+            names[position] = _source_name(node)
+            if value.requires_grad:
+                raise UnsupportedGraphError(
+                    f"the model uses '{names[position]}', which needs a gradient and is no parameter of the model",
+                    remedy="register it as an nn.Parameter of the model, or detach it",
+                )
+    if batch is None:
+        raise UnsupportedGraphError(
+            "no input of the model has an example axis",
+            remedy="pass the batch as a tensor argument of the call; in_dims says which dimension holds the examples",
+        )
+    return Roles(trainable, frozen, examples, names, batch, hints)
+
+
+def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tensor]]:
+    """Append two inputs: the padding mask ``[B]``, and ``[B]`` norms whose only use is to receive a gradient.
+
+    The norms leave the compiled backward as the gradient of the second one.
+    """
+    position, dim = roles.batch_from
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    like = placeholders[position].meta["example_value"]
+    fake_mode = detect_fake_mode([like])
+    assert fake_mode is not None
+    with fake_mode:
+        mask = torch.empty(like.shape[dim], device=like.device, dtype=torch.float32)
+        norms = torch.empty(like.shape[dim], device=like.device, dtype=torch.float32, requires_grad=True)
+    return add_inputs(gm, {MASK: mask, NORMS: norms}), [mask, norms]
+
+
+def name_joint(module: fx.GraphModule, roles: Roles, inputs: int) -> JointGraph:
+    """Read AOTAutograd's descriptors off a joint graph.
+
+    Args:
+        module: the joint graph, decomposed.
+        roles: of the inputs before :func:`extend`.
+        inputs: how many inputs there were before :func:`extend`.
+
+    Raises:
+        UnsupportedGraphError: parameters or inputs that AOTAutograd replaced (views of one another that are written to).
+    """
+    by_position: dict[int, fx.Node] = {}
+    tangents: dict[Any, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        descriptor = node.meta.get("desc")
+        if isinstance(descriptor, PlainAOTInput):
+            by_position[descriptor.idx] = node
+        elif isinstance(descriptor, TangentAOTInput):
+            tangents[descriptor.output] = node
+    missing = [p for p in (*roles.parameters, *roles.examples, inputs, inputs + 1) if p not in by_position]
+    if missing:
+        called = ", ".join(f"'{roles.names.get(p, p)}'" for p in missing)
+        raise UnsupportedGraphError(
+            f"inputs {called} share memory with others that the model writes to",
+            remedy="clone the input before the in-place operation",
+        )
+    output = module.graph.output_node()
+    values: Sequence[Any] = output.args[0]  # type: ignore[assignment]
+    descriptors: Sequence[Any] = output.meta["desc"]
+    slots = {d.grad_of.idx: i for i, d in enumerate(descriptors) if _is_gradient(d)}
+    forward = {d: values[i] for i, d in enumerate(descriptors) if not _is_gradient(d) and d is not None}
+    outputs = [values[i] for i, d in enumerate(descriptors) if isinstance(d, PlainAOTOutput)]
+    return JointGraph(
+        module=module,
+        parameters={name: by_position[p] for p, name in roles.parameters.items()},
+        gradients={name: values[slots[p]] for p, name in roles.parameters.items()},
+        example_axes={by_position[p]: Examples(dim) for p, dim in roles.examples.items()}
+        | {by_position[inputs]: Examples(0)},
+        tangent_of={t: forward[d] for d, t in tangents.items() if isinstance(forward.get(d), fx.Node)},
+        outputs=tuple(v if isinstance(v, fx.Node) else None for v in outputs),
+        mask=by_position[inputs],
+        names={by_position[p]: name for p, name in roles.names.items() if p in by_position},
+        norm_slot=slots[inputs + 1],
+        gradient_slots={name: slots[p] for p, name in roles.parameters.items()},
+        batch=size(by_position[inputs].meta["val"].shape[0]),
+    )
+
+
+def _is_gradient(descriptor: Any) -> bool:
+    return isinstance(descriptor, GradAOTOutput) and isinstance(descriptor.grad_of, PlainAOTInput)
+
+
+def _source_name(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return str(node.target)
+    name = source.name
+    return name() if callable(name) else name

@@ -1,0 +1,139 @@
+"""From norms to weights: how much of every example's gradient may pass.
+
+Each function takes the norms and answers with weights such that ``weight * norm <= C`` for every example.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from dpcompile._torch import trace_like
+from dpcompile.axis import Examples
+from dpcompile.errors import PrivacyError
+from dpcompile.joint import JointGraph
+from dpcompile.sizes import Size
+
+__all__ = ["Clipping", "ClippingFunction", "clip_weights", "group_of", "validate_clipping"]
+
+ClippingFunction: TypeAlias = Callable[..., Tensor]
+Clipping: TypeAlias = "str | ClippingFunction"
+
+NAMES = ("flat", "automatic", "per_layer", "per_block")
+_STABILITY = 0.01  # gamma of Bu et al. 2023, section 4
+
+
+def validate_clipping(clipping: Clipping, max_grad_norm: float) -> None:
+    """Refuse what is no clipping.
+
+    Raises:
+        PrivacyError: an unknown name, or a bound that is not a positive finite number.
+    """
+    if not (isinstance(max_grad_norm, (int, float)) and math.isfinite(max_grad_norm) and max_grad_norm > 0):
+        raise PrivacyError(
+            f"max_grad_norm must be a positive finite number, got {max_grad_norm!r}",
+            remedy="it is C, the largest norm one example's gradient may have; 1.0 is a common choice",
+        )
+    if not callable(clipping) and clipping not in NAMES:
+        raise PrivacyError(
+            f"unknown clipping {clipping!r}",
+            remedy=f"use one of {', '.join(map(repr, NAMES))}, or a function from norms [B] to weights [B]",
+        )
+
+
+def group_of(clipping: Clipping, parameter: str) -> str:
+    """Which parameters are clipped together: all, those of one layer, or those of one block.
+
+    A block is an element of the outermost numbered container (``blocks.3``), else the outermost module.
+    """
+    path = parameter.split(".")[:-1]
+    if clipping == "per_layer":
+        return ".".join(path)
+    if clipping == "per_block":
+        numbered = next((i for i, part in enumerate(path) if part.isdigit()), 0)
+        return ".".join(path[: numbered + 1])
+    return ""
+
+
+def clip_weights(
+    squared_norms: Tensor, mask: Tensor, *, clipping: Clipping, bound: float, scale: float | int
+) -> Tensor:
+    """The weight of every example.
+
+    **Guarantee.** For every example ``weight >= 0`` and ``weight * sqrt(squared_norm) <= bound``; it is exactly 0 where
+    the norm is not finite and where ``mask`` is 0.
+
+    Args:
+        squared_norms: ``[B]``, of the gradients as they stand in the graph.
+        mask: ``[B]``, 1 for an example and 0 for padding.
+        clipping: "flat" is ``min(1, C/norm)`` (Abadi et al. 2016, arXiv:1607.00133, algorithm 1), and so are
+            "per_layer" and "per_block" within their group (McMahan et al. 2018, arXiv:1710.06963, section 2.3);
+            "automatic" is ``C/(norm + 0.01)`` (Bu et al. 2023, arXiv:2206.07136, AUTO-S). A function gets the norms
+            ``[B]`` (and C, if it takes two arguments) and returns weights, which are then cut to ``C/norm``.
+        bound: C, of this group.
+        scale: what a gradient in the graph must be multiplied by to be the example's own (B under a mean loss).
+
+    Returns:
+        ``[B]``, for the gradients as they stand in the graph: ``scale`` is in it.
+    """
+    norms = squared_norms.sqrt() * scale
+    ceiling = bound / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    if callable(clipping):
+        weights = torch.minimum(_apply(clipping, norms, bound).to(norms.dtype).clamp_min(0), ceiling)
+    elif clipping == "automatic":
+        weights = bound / (norms + _STABILITY)
+    else:
+        weights = ceiling.clamp_max(1.0)
+    usable = torch.isfinite(norms) & torch.isfinite(weights) & (mask > 0)
+    return torch.where(usable, weights * scale, torch.zeros_like(weights))
+
+
+def _apply(function: ClippingFunction, norms: Tensor, bound: float) -> Tensor:
+    return function(norms, bound) if _takes_bound(function) else function(norms)
+
+
+def _takes_bound(function: ClippingFunction) -> bool:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    return len(required) >= 2
+
+
+def check_function(function: ClippingFunction, norms: Tensor, bound: float) -> tuple[fx.GraphModule, Any]:
+    """Trace a user's clipping function for the proof: its weights may depend on each example's own norm alone.
+
+    Raises:
+        PrivacyError: it cannot be traced, or does not return one weight per example.
+    """
+    try:
+        traced = trace_like(lambda n: _apply(function, n, bound), norms)
+    except Exception as error:
+        raise PrivacyError(
+            f"the clipping function could not be traced: {type(error).__name__}: {error}",
+            remedy="write it with tensor operations on the norms [B], without Python branches on their values",
+        ) from error
+    result = traced.graph.output_node().args[0]
+    value = result.meta.get("val") if isinstance(result, fx.Node) else None
+    if not isinstance(value, Tensor) or tuple(value.shape) != tuple(norms.shape):
+        raise PrivacyError(
+            "the clipping function must return one weight per example, shape [B]",
+            remedy="return a tensor of the shape of the norms",
+        )
+    return traced, result
+
+
+def as_joint(traced: fx.GraphModule, result: fx.Node, batch: Size) -> JointGraph:
+    """A traced clipping function in the form that the proof takes: its result is the one output to be per example."""
+    norms = next(n for n in traced.graph.nodes if n.op == "placeholder")
+    return JointGraph(
+        module=traced, parameters={}, gradients={}, example_axes={norms: Examples(0)}, tangent_of={norms: result},
+        outputs=(result,), mask=norms, names={}, norm_slot=0, gradient_slots={}, batch=batch,
+    )  # fmt: skip

@@ -1,0 +1,292 @@
+"""The loader: Poisson-sampled logical batches, in physical batches of one size with masks.
+
+Sources: Abadi et al. 2016, section 2.2 (Poisson sampling); Chua et al., "Scalable DP-SGD: Shuffling vs. Poisson
+Subsampling" (NeurIPS 2024), for fixed physical sizes with masks, and why shuffled batches do not have the same epsilon.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+from dpcompile import loader_checks as checks
+from dpcompile.engine import Engine
+from dpcompile.errors import PrivacyError
+from dpcompile.noise import Stream, check_seed, fresh_seed, uniform
+from dpcompile.optim import DPOptimizer, engine_of
+from dpcompile.padding import PaddedDataset, collate_padded
+from dpcompile.sampling import PoissonBatches, default_physical_batch_size
+
+__all__ = ["PhysicalBatch", "PoissonLoader"]
+
+
+@dataclass(frozen=True, slots=True)
+class PhysicalBatch:
+    """Part of a logical batch, of the loader's physical size.
+
+    Attributes:
+        data: what the dataset and ``collate_fn`` make of ``physical_batch_size`` examples.
+        mask: bool ``[physical_batch_size]``, on the CPU; False for padding.
+        ends_step: it is the last of its logical step.
+    """
+
+    data: Any
+    mask: Tensor
+    ends_step: bool
+
+
+class PoissonLoader:
+    """Batches in which each example is, independently, with probability ``expected_batch_size / len(dataset)``.
+
+    Iterating needs :meth:`attach` (`make_private` does it) and gives the batch as the dataset has it, so that the
+    ordinary loop is right. Without it :meth:`batches` gives batch and mask for loops of one's own.
+
+    Args:
+        dataset: map-style, with a length.
+        expected_batch_size: mean size of a logical batch.
+        physical_batch_size: examples per forward, padding included; a larger draw takes several. None: the expected
+            size plus two standard deviations, up to a multiple of 8, at most ``len(dataset)``.
+        steps: logical steps in one pass; None: ``ceil(len(dataset) / expected_batch_size)``.
+        seed: of the draws, a secret like the noise's; it may be the same one. None draws one.
+        secure: draw with ChaCha20.
+        collate_fn: as in DataLoader.
+        padding_example: an item that fills up; None: zeros in the structure of ``dataset[0]``. Give one where zeros
+            make the model return NaN (an attention mask without a single position, say).
+        num_workers: as in DataLoader; so are the rest.
+        pin_memory: as in DataLoader.
+        timeout: as in DataLoader.
+        worker_init_fn: as in DataLoader.
+        multiprocessing_context: as in DataLoader.
+        prefetch_factor: as in DataLoader.
+        persistent_workers: as in DataLoader.
+
+    Attributes:
+        step: the next logical step to be drawn. It only grows: no draw is handed out twice.
+        sample_rate: ``expected_batch_size / len(dataset)``.
+
+    Raises:
+        PrivacyError: sizes that are not positive, an expected batch larger than the dataset, an empty or an iterable
+            dataset.
+
+    **Guarantee.** The logical batches are independent Poisson samples of rate ``sample_rate``, each handed out once;
+    what fills a physical batch depends on no example's values, and has mask False.
+
+    ================================================  ====================================================
+    edge case                                         outcome
+    ================================================  ====================================================
+    nothing drawn                                     one physical batch, all padding
+    a draw larger than the physical batch             several; the optimizer waits for the last
+    ``break`` inside a pass                           the next ``for`` goes on with new draws, a whole pass
+    ``break`` between two parts of one draw           the draw is dropped whole, its sums discarded
+    the optimizer is not stepped after a draw         the next batch is refused: two draws would add up
+    ``load_state_dict`` inside a pass                 the first ``for`` has the rest of that pass
+    ``load_state_dict`` of an earlier step            refused: draws would be used twice
+    two iterations at once                            the older one is refused
+    ================================================  ====================================================
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        expected_batch_size: float,
+        physical_batch_size: int | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        secure: bool = False,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        padding_example: Any = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+    ) -> None:
+        size = checks.checked_size(dataset)
+        if not (math.isfinite(expected_batch_size) and 0 < expected_batch_size <= size):
+            raise PrivacyError(
+                f"expected_batch_size is {expected_batch_size}, not in (0, {size}] (the size of the dataset)",
+                remedy="give the mean size that a logical batch should have",
+            )
+        if physical_batch_size is None:
+            physical_batch_size = default_physical_batch_size(expected_batch_size, size)
+        checks.check_count("physical_batch_size", physical_batch_size)
+        if steps is None:
+            steps = math.ceil(size / expected_batch_size)
+        checks.check_count("steps", steps)
+        self.seed = fresh_seed(secure=secure) if seed is None else seed
+        check_seed(self.seed, secure=secure)
+        self.dataset = dataset
+        self.expected_batch_size, self.physical_batch_size = expected_batch_size, physical_batch_size
+        self.sample_rate = expected_batch_size / size
+        self.secure = secure
+        self.step = 0
+        self._length = steps
+        self._position = 0  # logical steps of the current pass that have been handed out
+        self._resumes = False
+        self._attached: tuple[Engine, DPOptimizer] | None = None
+        self._iteration = object()
+        self._sampler = PoissonBatches(
+            seed=self.seed,
+            size=size,
+            sample_rate=self.sample_rate,
+            physical_batch_size=physical_batch_size,
+            secure=secure,
+        )
+        self._worker_seeds = torch.Generator()
+        self._loader: DataLoader[Any] = DataLoader(
+            PaddedDataset(dataset, padding_example),  # type: ignore[arg-type]
+            batch_sampler=self._sampler,  # type: ignore[arg-type]
+            collate_fn=functools.partial(collate_padded, collate_fn=collate_fn or default_collate),  # type: ignore[arg-type]
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            timeout=timeout,
+            worker_init_fn=worker_init_fn,
+            multiprocessing_context=multiprocessing_context,
+            generator=self._worker_seeds,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
+        )
+
+    @classmethod
+    def from_dataloader(
+        cls,
+        loader: DataLoader[Any],
+        *,
+        expected_batch_size: float | None = None,
+        physical_batch_size: int | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> PoissonLoader:
+        """The same dataset, collation and workers, Poisson sampled.
+
+        Args:
+            loader: with torch's own sampler, shuffling or not.
+            expected_batch_size: None: the loader's batch size.
+            physical_batch_size: see the class.
+            seed: see the class.
+            **options: further arguments of the class; they win over the loader's.
+
+        Raises:
+            PrivacyError: a sampler of another kind, or an iterable dataset: the accountant's epsilon is not theirs.
+        """
+        taken = checks.taken_over(loader)
+        if expected_batch_size is not None:
+            taken["expected_batch_size"] = expected_batch_size
+        return cls(**{**taken, "physical_batch_size": physical_batch_size, "seed": seed, **options})
+
+    def attach(self, model: nn.Module, optimizer: DPOptimizer) -> PoissonLoader:
+        """Let iterating set the model's mask and tell the optimizer when a logical step is whole.
+
+        Returns:
+            The loader itself.
+
+        Raises:
+            PrivacyError: another kind of optimizer or one for another model, or one that divides or accounts for
+                another batch size than this loader draws.
+        """
+        engine = engine_of(model)
+        checks.refuse_other_optimizer(engine, optimizer, self.expected_batch_size, self.sample_rate)
+        self._attached = (engine, optimizer)
+        return self
+
+    def __len__(self) -> int:
+        """Logical steps of one pass."""
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        """One pass; see :meth:`attach`. Yields each physical batch's data."""
+        if self._attached is None:
+            raise PrivacyError(
+                "the loader is not attached: nothing would tell the model which examples are padding",
+                remedy="call loader.attach(model, optimizer), as make_private does, or iterate over loader.batches()",
+            )
+        return self._feed(*self._attached, self._begin())
+
+    def batches(self) -> Iterator[PhysicalBatch]:
+        """One pass of batches with their masks, for loops that hand the mask on and step after ``ends_step``."""
+        return self._run(self._begin())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` takes. It holds the seed: keep it as secret as the data."""
+        return {
+            "seed": self.seed,
+            "secure": self.secure,
+            "step": self.step,
+            "position": self._position,
+            "dataset_size": self._sampler.size,
+            "expected_batch_size": self.expected_batch_size,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where the saved loader was; the first pass is the rest of the one it was in.
+
+        Raises:
+            PrivacyError: another dataset size, expected batch size or generator; or an earlier step of the same seed.
+        """
+        checks.refuse_state(state_dict, self.state_dict())
+        self.seed = self._sampler.seed = state_dict["seed"]
+        self.step, self._position = state_dict["step"], state_dict["position"] % len(self)
+        self._resumes = True
+        self._iteration = object()
+
+    def __repr__(self) -> str:
+        return (
+            f"PoissonLoader(dataset_size={self._sampler.size}, expected_batch_size={self.expected_batch_size}, "
+            f"physical_batch_size={self.physical_batch_size}, steps={len(self)}, step={self.step})"
+        )
+
+    def _begin(self) -> object:
+        """Start a pass; it becomes the only one that may go on."""
+        if not self._resumes:
+            self._position = 0
+        self._resumes = False
+        self._iteration = object()
+        return self._iteration
+
+    def _run(self, iteration: object) -> Iterator[PhysicalBatch]:
+        self._sampler.cover(range(self.step, self.step + len(self) - self._position))
+        value = uniform(self.seed, step=self.step, stream=Stream.WORKERS, numel=1, secure=self.secure)
+        self._worker_seeds.manual_seed(int(value.item() * 2**53))
+        for data, mask, request in self._loader:
+            if iteration is not self._iteration:
+                raise PrivacyError(
+                    "another pass over the same loader has begun, or a state was loaded, inside this one",
+                    remedy="finish one loop before starting the next",
+                )
+            if request.starts_step:  # counted when handed out: a draw that was seen is never drawn again
+                self.step = request.step + 1
+                self._position = (self._position + 1) % len(self)
+            yield PhysicalBatch(data, mask, request.ends_step)
+
+    def _feed(self, engine: Engine, optimizer: DPOptimizer, iteration: object) -> Iterator[Any]:
+        if engine.ledger.deliveries:
+            optimizer.discard()
+        whole = False  # whether the last batch handed out ended its logical step
+        try:
+            for batch in self._run(iteration):
+                if whole and engine.ledger.deliveries:
+                    raise PrivacyError(
+                        "the optimizer was not stepped after the last draw: an example in both draws would count twice",
+                        remedy="call optimizer.step() after every batch of the loader (it waits by itself where a draw "
+                        "goes on), or optimizer.discard() to skip one",
+                    )
+                engine.set_mask(batch.mask)
+                optimizer.accumulating = not batch.ends_step
+                whole = batch.ends_step
+                yield batch.data
+        finally:
+            if iteration is self._iteration:
+                engine.set_mask(None)
+                if not whole:  # part of a draw is no Poisson sample: one example more moves another out of it
+                    optimizer.discard()
+                optimizer.accumulating = False

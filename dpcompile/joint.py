@@ -1,0 +1,66 @@
+"""The joint graph, with names: which placeholder is which parameter, input or cotangent, and where its gradient is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from dpcompile.axis import Examples
+from dpcompile.sizes import Size
+
+__all__ = ["JointGraph"]
+
+
+@dataclass(frozen=True, slots=True)
+class JointGraph:
+    """A forward and backward in one ``fx.Graph``, decomposed to ATen.
+
+    Attributes:
+        module: the graph module; passes rewrite it in place.
+        parameters: trainable parameters by name, as placeholders.
+        gradients: their gradients by name; None where autograd found none.
+        example_axes: the placeholders that hold examples.
+        tangent_of: cotangent placeholder -> the forward output it belongs to.
+        outputs: forward outputs in order.
+        mask: placeholder of the float32 ``[B]`` weights that the padding mask gives (1 real, 0 padding).
+        names: placeholder -> what the user calls it.
+        norm_slot: the position in the graph's outputs that the per-example norms take.
+        gradient_slots: parameter name -> the position of its gradient in the graph's outputs.
+        batch: the number of examples.
+    """
+
+    module: fx.GraphModule
+    parameters: Mapping[str, fx.Node]
+    gradients: Mapping[str, fx.Node | None]
+    example_axes: Mapping[fx.Node, Examples]
+    tangent_of: Mapping[fx.Node, fx.Node]
+    outputs: tuple[fx.Node | None, ...]
+    mask: fx.Node
+    names: Mapping[fx.Node, str]
+    norm_slot: int
+    gradient_slots: Mapping[str, int]
+    batch: Size
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph itself."""
+        return self.module.graph
+
+    def differentiable_outputs(self) -> Iterator[tuple[int, fx.Node]]:
+        """Forward outputs that a cotangent flows into, with their positions."""
+        differentiable = set(self.tangent_of.values())
+        for position, node in enumerate(self.outputs):
+            if node in differentiable and node is not None:
+                yield position, node
+
+    def mutations(self) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """``(input written to, new value)`` for every in-place write that outlives the graph."""
+        for node in self.graph.nodes:
+            if node.op == "call_function" and str(node.target).startswith("aten.copy_"):
+                yield node.args[0], node.args[1]
+
+    def input_name(self, node: fx.Node) -> str:
+        """What the user calls an input."""
+        return self.names.get(node, node.name)

@@ -1,0 +1,163 @@
+"""What stands in ``p.grad``, and whether the optimizer may use it.
+
+The clipped backward does not hand its sums to autograd's accumulation: it writes them into ``p.grad`` itself and notes
+the tensor and its version. Whatever else reaches ``p.grad`` (a call of the undecorated model, a regulariser in the
+loss, ``clip_grad_norm_``) changes one of the two, and the step is refused.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpcompile.errors import PrivacyError
+
+__all__ = ["GradientLedger"]
+
+
+@dataclass(slots=True)
+class _Entry:
+    grad: Tensor
+    version: int
+    total: Tensor  # float32 or wider; the same object as ``grad`` unless the parameter is narrower
+
+    def stands(self, parameter: nn.Parameter) -> bool:
+        return parameter.grad is self.grad and self.grad._version == self.version
+
+
+class GradientLedger:
+    """Clipped sums between the backward that made them and the step that uses them.
+
+    **Guarantee.** :meth:`verify` returns only if every gradient of ``named_parameters`` is absent, or is exactly the
+    sum of what :meth:`deliver` was given since the last :meth:`clear` or :meth:`spend`, each delivery coming from a
+    backward of its own.
+
+    ============================================  =============================================
+    edge case                                     outcome
+    ============================================  =============================================
+    ``p.grad`` set to None or zeroed              accepted: the sum starts anew
+    another backward added to ``p.grad``          refused (tensor or version differs)
+    ``clip_grad_norm_``, unscaling                refused (version differs)
+    a step without a backward since the last one  refused
+    gradients of the last step left in place      the next clipped backward is refused
+    two model calls in one backward               refused: one example could count twice
+    written through ``p.grad.data``               not seen (torch keeps no version for it)
+    ============================================  =============================================
+    """
+
+    def __init__(self, named_parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = dict(named_parameters)
+        self._entries: dict[str, _Entry] = {}
+        self._spent: dict[str, weakref.ref[Tensor]] = {}
+        self._deliveries = 0
+        self._graph_task: int | None = None
+        self._fault: PrivacyError | None = None
+
+    @property
+    def deliveries(self) -> int:
+        """Clipped backwards since the last step or :meth:`clear`."""
+        return self._deliveries
+
+    def deliver(self, sums: Iterable[tuple[str, Tensor]], *, graph_task: int) -> None:
+        """Add one backward's clipped sums into ``p.grad``.
+
+        Args:
+            sums: ``(parameter name, clipped sum)``; the sum has the parameter's shape and float32 or a wider dtype.
+            graph_task: identifies the running ``backward()``.
+
+        Raises:
+            PrivacyError: two clipped graphs in one backward, or a ``p.grad`` that holds something else.
+        """
+        if graph_task == self._graph_task and self._deliveries:
+            self._fail(
+                "the compiled model was called twice before one backward: an example in both calls would count twice",
+                remedy="call the model once per backward (put both passes in one forward), or run one backward per "
+                "micro-batch",
+            )
+        self._graph_task = graph_task
+        self._deliveries += 1
+        for name, clipped in sums:
+            self._add(name, self._parameters[name], clipped)
+
+    def verify(self, trainable: Iterable[str]) -> None:
+        """Raise PrivacyError unless the gradients of ``trainable`` are what :meth:`deliver` left."""
+        if self._fault is not None:
+            raise self._fault
+        for name in trainable:
+            parameter, entry = self._parameters[name], self._entries.get(name)
+            if parameter.grad is None or (entry is not None and entry.stands(parameter)):
+                continue
+            if self._is_spent(name, parameter):
+                raise PrivacyError(
+                    f"a second optimizer step on the same gradients (seen at parameter '{name}')",
+                    remedy="run forward, loss.backward() and optimizer.zero_grad() between two steps",
+                )
+            if entry is None and not parameter.grad.any():
+                continue
+            raise self._foreign(name)
+        if not self._deliveries:
+            raise PrivacyError(
+                "optimizer.step() without a clipped backward since the last step",
+                remedy="call loss.backward() on an output of the compiled model first; for an empty draw run the "
+                "padded batch that PoissonLoader gives",
+            )
+
+    def total(self, name: str) -> Tensor | None:
+        """The clipped sum of ``name`` in float32 or wider, or None if no backward reached it."""
+        entry, parameter = self._entries.get(name), self._parameters[name]
+        return entry.total if entry is not None and entry.stands(parameter) else None
+
+    def spend(self) -> None:
+        """After a step: what stands in ``p.grad`` now must not be stepped on, nor added to, again."""
+        self._entries.clear()
+        self._spent = {n: weakref.ref(p.grad) for n, p in self._parameters.items() if p.grad is not None}
+        self._deliveries, self._graph_task = 0, None
+
+    def clear(self) -> None:
+        """After ``zero_grad``: forget the sums and any fault."""
+        self._entries.clear()
+        self._spent.clear()
+        self._deliveries, self._graph_task, self._fault = 0, None, None
+
+    def _add(self, name: str, parameter: nn.Parameter, clipped: Tensor) -> None:
+        entry, grad = self._entries.get(name), parameter.grad
+        if grad is None or (not (entry is not None and entry.stands(parameter)) and not grad.any()):
+            total = clipped.clone() if clipped._base is not None else clipped
+        elif entry is not None and entry.stands(parameter):
+            total = entry.total.add_(clipped)
+        elif self._is_spent(name, parameter):
+            self._fail(
+                f"the gradient of the last step is still in parameter '{name}'",
+                remedy="call optimizer.zero_grad() after optimizer.step()",
+            )
+        else:
+            self._fault = self._foreign(name)
+            raise self._fault
+        if total.dtype == parameter.dtype:
+            grad = total
+        else:
+            grad = total.to(parameter.dtype)
+        parameter.grad = grad
+        self._entries[name] = _Entry(grad, grad._version, total)
+
+    def _is_spent(self, name: str, parameter: nn.Parameter) -> bool:
+        spent = self._spent.get(name)
+        return spent is not None and spent() is parameter.grad
+
+    def _foreign(self, name: str) -> PrivacyError:
+        return PrivacyError(
+            f"the gradient of parameter '{name}' did not come out of the clipped backward alone",
+            remedy="train through the compiled model only: no backward of the undecorated model, no regulariser on "
+            "parameters in the loss (use weight_decay), no clip_grad_norm_ or other change to p.grad; then call "
+            "zero_grad()",
+        )
+
+    def _fail(self, what: str, *, remedy: str):  # -> NoReturn, and the fault stays until clear()
+        self._fault = PrivacyError(what, remedy=remedy)
+        raise self._fault
+
+

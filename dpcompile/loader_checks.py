@@ -1,0 +1,111 @@
+"""What the loader refuses: data that cannot be Poisson sampled, and optimizers that assume otherwise."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from dpcompile.engine import Engine
+from dpcompile.errors import PrivacyError
+from dpcompile.optim import DPOptimizer
+
+__all__ = ["check_count", "checked_size", "refuse_other_optimizer", "refuse_state", "taken_over"]
+
+_TAKEN_OVER = (
+    "collate_fn",
+    "num_workers",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "persistent_workers",
+)
+
+
+def checked_size(dataset: Any) -> int:
+    """Length of a map-style dataset with at least one example."""
+    missing = [name for name in ("__len__", "__getitem__") if not hasattr(dataset, name)]
+    if isinstance(dataset, IterableDataset) or missing:
+        why = f"has no {missing[0]}" if missing else "is iterable"
+        raise PrivacyError(
+            f"the dataset {type(dataset).__name__} {why}: its examples cannot be drawn independently",
+            remedy="take a map-style dataset (with __getitem__ and __len__)",
+        )
+    if not len(dataset):
+        raise PrivacyError("the dataset is empty", remedy="give a dataset with at least one example")
+    return len(dataset)
+
+
+def check_count(name: str, value: Any) -> None:
+    """An integer, 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PrivacyError(f"{name} is {value!r}", remedy="give an integer, 1 or more")
+
+
+def taken_over(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Arguments for a PoissonLoader that stands in for ``loader``.
+
+    Raises:
+        PrivacyError: it has another sampler than torch's sequential one or the shuffling one without replacement.
+    """
+    checked_size(loader.dataset)
+    batch_sampler = loader.batch_sampler
+    if type(batch_sampler) is not BatchSampler:
+        raise _other_sampler(batch_sampler if batch_sampler is not None else loader.sampler, "batch sampler")
+    sampler: Any = batch_sampler.sampler
+    shuffles = type(sampler) is RandomSampler and not sampler.replacement
+    if type(sampler) is not SequentialSampler and not (shuffles and sampler.num_samples == len(sampler.data_source)):
+        raise _other_sampler(sampler, "sampler")
+    options = {name: getattr(loader, name) for name in _TAKEN_OVER}
+    return {"dataset": loader.dataset, "expected_batch_size": batch_sampler.batch_size, **options}
+
+
+def refuse_other_optimizer(engine: Engine, optimizer: Any, expected_batch_size: float, sample_rate: float) -> None:
+    """The optimizer adds noise, to this model, and divides and accounts for what the loader draws."""
+    if not isinstance(optimizer, DPOptimizer):
+        raise PrivacyError(
+            f"the optimizer is a {type(optimizer).__name__}, which adds no noise",
+            remedy="wrap it in a DPOptimizer and attach that",
+        )
+    if optimizer.engine is not engine:
+        raise PrivacyError(
+            "the optimizer was made for another model", remedy="make the DPOptimizer with the model that is trained"
+        )
+    if optimizer.expected_batch_size != expected_batch_size:
+        raise PrivacyError(
+            f"the loader draws {expected_batch_size} examples on average, the optimizer divides by "
+            f"{optimizer.expected_batch_size}",
+            remedy="give both the same expected_batch_size",
+        )
+    accountant = optimizer.accountant
+    if accountant is not None and not math.isclose(accountant.sample_rate, sample_rate, rel_tol=1e-9):
+        raise PrivacyError(
+            f"the loader samples at rate {sample_rate}, the accountant assumes {accountant.sample_rate}",
+            remedy="make the PrivacyAccountant with sample_rate=loader.sample_rate",
+        )
+
+
+def refuse_state(saved: Any, current: Any) -> None:
+    """A state to resume from means the same draws, and goes on where none has been used."""
+    for name in ("dataset_size", "expected_batch_size", "secure"):
+        if saved[name] != current[name]:
+            raise PrivacyError(
+                f"{name} was {saved[name]} in the saved run and is {current[name]} here: the draws would differ",
+                remedy=f"make the PoissonLoader with the same {name}",
+            )
+    if saved["seed"] == current["seed"] and saved["step"] < current["step"]:
+        raise PrivacyError(
+            f"the state dict stands at logical step {saved['step']}, this loader at {current['step']} of the same "
+            "seed: draws would be used twice",
+            remedy="resume from the latest state, or make a new PoissonLoader with another seed",
+        )
+
+
+def _other_sampler(sampler: Any, what: str) -> PrivacyError:
+    return PrivacyError(
+        f"the DataLoader's {what} is {type(sampler).__name__}: it does not sample as the accountant assumes",
+        remedy="pass a DataLoader with torch's default sampler (shuffle=True or False) or a PoissonLoader",
+    )

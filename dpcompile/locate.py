@@ -1,0 +1,60 @@
+"""Where in the user's code a node comes from."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+
+import torch
+from torch import fx
+
+__all__ = ["module_of", "where"]
+
+_FRAME = re.compile(r'\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)')
+_NOT_USERS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+
+
+def where(node: fx.Node) -> str | None:
+    """``file:line, in function: source`` of the innermost frame that is the user's own, or None.
+
+    Nodes of the backward carry the trace of the forward operation that they belong to; where a node has none, its
+    nearest operand that has one speaks for it.
+    """
+    seen, queue = {node}, deque([node])
+    while queue:
+        current = queue.popleft()
+        found = _user_frame(current.meta.get("stack_trace") or "")
+        if found:
+            return found
+        for operand in current.all_input_nodes:
+            if operand not in seen:
+                seen.add(operand)
+                queue.append(operand)
+    return None
+
+
+def module_of(node: fx.Node) -> tuple[str, type] | None:
+    """``(path, class)`` of the innermost module whose forward holds the node, or None."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    if not stack:
+        return None
+    path, kind = list(stack.values())[-1]
+    if isinstance(kind, str):  # some torch versions keep the qualified name
+        kind = getattr(torch.nn, kind.rsplit(".", 1)[-1], None) or type(kind.rsplit(".", 1)[-1], (), {})
+    return path, kind
+
+
+def _user_frame(trace: str) -> str | None:
+    lines = trace.splitlines()
+    fallback = None
+    for i in reversed(range(len(lines))):
+        match = _FRAME.match(lines[i])
+        if not match:
+            continue
+        source = lines[i + 1].strip() if i + 1 < len(lines) else ""
+        text = f"{match['file']}:{match['line']}, in {match['function']}: {source}"
+        if not match["file"].startswith(_NOT_USERS):
+            return text
+        fallback = fallback or text
+    return fallback

@@ -1,0 +1,299 @@
+"""Random numbers as a function of where they are used: no generator, no state, no order of drawing.
+
+A value depends on (seed, stream, logical step, parameter, index of the element) alone. So a shard draws its own
+elements, every world size and every resumed run draws the same noise, and no state is saved. Sources: Salmon et al.
+2011 (Philox, counter-based generators), RFC 8439 (ChaCha20), Box and Muller 1958.
+
+The counter of a block, four 32-bit words, low word first::
+
+    word 0, 1   index of the block: 64 bits
+    word 2      logical step
+    word 3      parameter (24 bits), stream (8 bits, on top)
+
+A Philox block of 128 bits gives 2 values, a ChaCha20 block of 512 bits gives 8.
+
+The seed is a secret: whoever has it can subtract the noise. So is everything that holds it (optimizer checkpoints).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpcompile import chacha, philox
+from dpcompile.errors import PrivacyError
+
+__all__ = ["Span", "Stream", "add_gaussian_", "check_seed", "fresh_seed", "gaussian", "gaussians", "uniform"]
+
+_MASK = 0xFFFFFFFF
+_PARAMETER_BITS = 24
+_STEPS, _PARAMETERS, _ELEMENTS = 2**32, 2**_PARAMETER_BITS, 2**63
+_SCRATCH_CPU, _SCRATCH = 2**17, 2**22  # values per pass; scratch is about 16 times half that many int64 lanes
+
+
+class Stream(enum.Enum):
+    """What the numbers are for. Each purpose has counters of its own; the values are part of the noise's definition."""
+
+    GRADIENT = 0
+    SAMPLING = 1
+    WORKERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Elements ``[start, start + numel)`` of one parameter, flattened in row-major order.
+
+    Raises:
+        PrivacyError: a negative number, or one too large for the counter.
+    """
+
+    parameter: int
+    numel: int
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        _check_range("parameter index", self.parameter, _PARAMETERS)
+        _check_range("number of elements", self.numel, _ELEMENTS)
+        _check_range("start", self.start, _ELEMENTS)
+        _check_range("start + numel", self.start + self.numel, _ELEMENTS)
+
+
+def gaussian(
+    seed: int,
+    *,
+    step: int,
+    parameter: int,
+    numel: int,
+    start: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    secure: bool = False,
+) -> Tensor:
+    """Standard normal values ``[numel]``: elements ``[start, start + numel)`` of one parameter's noise at one step.
+
+    Args:
+        seed: in [0, 2**64); with ``secure`` in [0, 2**256). See :func:`fresh_seed`.
+        step: logical step, in [0, 2**32).
+        parameter: index of the parameter in the model, in [0, 2**24).
+        numel: how many elements.
+        start: index of the first one in the whole, unsharded parameter, row-major.
+        dtype: torch.float32 or torch.float64. The arithmetic is float64; float32 is its rounding.
+        device: where the values are wanted. They are drawn there without waiting for the device (on the CPU for
+            devices without float64).
+        secure: ChaCha20 instead of Philox.
+
+    Raises:
+        PrivacyError: an argument out of range.
+
+    **Guarantee.** Two calls with the same seed and the same generator share a counter block only where step, parameter
+    and element agree, and no call shares one with :func:`uniform`. Elements drawn separately equal the same elements
+    drawn together, bit for bit, on one kind of device; between kinds, logarithm and cosine may differ in the last bit
+    of float64.
+
+    =============================================  ================================================
+    edge case                                      outcome
+    =============================================  ================================================
+    ``numel`` 0                                    an empty tensor
+    ``start`` or the end inside a counter block    the block is drawn, the rest of it dropped
+    step, parameter, element, seed out of range    PrivacyError: never wrapped to a counter in use
+    a dtype narrower than float32                  PrivacyError: its rounding would show in the sum
+    largest magnitude                              sqrt(2 ln 2**53) = 8.57: uniforms have 53 bits
+    low bits of floating-point noise               not defended (Mironov 2012); the sums it is added
+                                                   to are themselves rounded
+    =============================================  ================================================
+    """
+    span = Span(parameter, numel, start)
+    return gaussians(seed, step=step, spans=[span], dtype=dtype, device=device, secure=secure)[0]
+
+
+def gaussians(
+    seed: int,
+    *,
+    step: int,
+    spans: Sequence[Span],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    secure: bool = False,
+) -> list[Tensor]:
+    """The same as :func:`gaussian`, one tensor per span; many small spans cost little more than their sum."""
+    _check_dtype(dtype)
+    outs = [torch.empty(span.numel, dtype=dtype, device=device) for span in spans]
+    for i, offset, values in _pieces(seed, step, spans, torch.device(device), secure):
+        outs[i][offset : offset + values.numel()].copy_(values)
+    return outs
+
+
+def add_gaussian_(
+    tensors: Sequence[Tensor], *, parameters: Sequence[int], std: float, seed: int, step: int, secure: bool = False
+) -> None:
+    """Add ``std`` times :func:`gaussian` to whole parameters, in place, without ever holding all of the noise.
+
+    Args:
+        tensors: float32 or float64, all on one device and of one dtype; element ``i`` in row-major order gets element
+            ``i`` of the noise, whatever the strides.
+        parameters: their indices; no two may be equal.
+        std: standard deviation of what is added.
+        seed: see :func:`gaussian`.
+        step: see :func:`gaussian`.
+        secure: see :func:`gaussian`.
+
+    Raises:
+        PrivacyError: an argument out of range, or a parameter named twice.
+
+    **Guarantee.** Every element of every tensor gets exactly one value, and no value is used for two elements.
+    """
+    if len(set(parameters)) != len(parameters):
+        raise PrivacyError(
+            f"a parameter index occurs twice among {list(parameters)}: two tensors would get the same noise",
+            remedy="give every tensor an index of its own",
+        )
+    spans = [Span(parameter, t.numel()) for parameter, t in zip(parameters, tensors, strict=True)]
+    if not tensors:
+        return
+    dtype, device = tensors[0].dtype, tensors[0].device
+    _check_dtype(dtype)
+    dense = [i for i, t in enumerate(tensors) if t.is_contiguous()]
+    for i, offset, values in _pieces(seed, step, [spans[i] for i in dense], device, secure):
+        flat = tensors[dense[i]].view(-1)
+        flat[offset : offset + values.numel()].add_(values.to(dtype), alpha=std)
+    for t, span in zip(tensors, spans, strict=True):
+        if not t.is_contiguous():
+            (values,) = gaussians(seed, step=step, spans=[span], dtype=dtype, device=device, secure=secure)
+            t.add_(values.view(t.shape), alpha=std)
+
+
+def uniform(
+    seed: int,
+    *,
+    step: int,
+    stream: Stream,
+    numel: int,
+    start: int = 0,
+    device: torch.device | str = "cpu",
+    secure: bool = False,
+) -> Tensor:
+    """Uniform float64 values ``[numel]`` in [0, 1), multiples of 2**-53: elements ``[start, start + numel)``.
+
+    Args:
+        seed: as in :func:`gaussian`.
+        step: logical step, in [0, 2**32).
+        stream: what for; ``Stream.GRADIENT`` is kept for :func:`gaussian`.
+        numel: how many elements.
+        start: index of the first one.
+        device: where.
+        secure: ChaCha20 instead of Philox.
+
+    Raises:
+        PrivacyError: an argument out of range, or the gradient noise's own stream.
+
+    **Guarantee.** Two calls with the same seed and generator share a counter block only where stream, step and element
+    agree, and no call shares one with :func:`gaussian`.
+    """
+    if not isinstance(stream, Stream) or stream is Stream.GRADIENT:
+        raise PrivacyError(
+            f"uniform numbers cannot come from stream {stream!r}",
+            remedy="take Stream.SAMPLING or Stream.WORKERS; Stream.GRADIENT is kept for the gradient noise",
+        )
+    parts = list(_pieces(seed, step, [Span(0, numel, start)], torch.device(device), secure, stream, _unit))
+    return torch.cat([v for _, _, v in parts]) if parts else torch.empty(0, dtype=torch.float64, device=device)
+
+
+def fresh_seed(*, secure: bool = False) -> int:
+    """A seed from the operating system's entropy (``secrets``): 64 bits, or 256 for ``secure``."""
+    return secrets.randbits(256 if secure else 64)
+
+
+def check_seed(seed: int, *, secure: bool = False) -> None:
+    """Raise PrivacyError unless ``seed`` is an integer that is used whole, without truncation."""
+    _check_range("seed", seed, 2 ** (256 if secure else 64))
+
+
+def _pieces(
+    seed: int,
+    step: int,
+    spans: Sequence[Span],
+    device: torch.device,
+    secure: bool,
+    stream: Stream = Stream.GRADIENT,
+    convert: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield ``(index of the span, offset in it, float64 values)``; spans are drawn together as scratch allows."""
+    check_seed(seed, secure=secure)
+    _check_range("logical step", step, _STEPS)
+    convert = convert or _box_muller
+    key = chacha.derive_key(seed) if secure else (seed & _MASK, seed >> 32)
+    generate, words = (chacha.chacha20, chacha.WORDS) if secure else (philox.philox4x32, philox.WORDS)
+    per_block = words // 2  # 64 bits a value
+    work = torch.device("cpu") if device.type == "mps" else device  # no float64 there
+    for batch in _batches(spans, _SCRATCH_CPU if work.type == "cpu" else _SCRATCH):
+        blocks, tags = [], []
+        for i, first, last in batch:
+            low, high = first // per_block, -(-last // per_block)
+            tag = stream.value << _PARAMETER_BITS | spans[i].parameter
+            blocks.append(torch.arange(low, high, dtype=torch.int64, device=work))
+            tags.append(torch.full((high - low if len(batch) > 1 else 1,), tag, dtype=torch.int64, device=work))
+        block_n, tag_n = torch.cat(blocks), torch.cat(tags)
+        step_1 = torch.full((1,), step, dtype=torch.int64, device=work)
+        values = convert(_fractions(generate([block_n & _MASK, block_n >> 32, step_1, tag_n], key)))
+        at = 0
+        for (i, first, last), lanes in zip(batch, blocks, strict=True):
+            begin = at + first % per_block
+            yield i, first - spans[i].start, values[begin : begin + last - first].to(device)
+            at += lanes.numel() * per_block
+
+
+def _batches(spans: Sequence[Span], limit: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut spans into ``(index, first element, last element + 1)`` and group them, ``limit`` elements a group."""
+    batch, room = [], limit
+    for i, span in enumerate(spans):
+        first, end = span.start, span.start + span.numel
+        while first < end:
+            last = min(end, first + room)
+            batch.append((i, first, last))
+            room -= last - first
+            first = last
+            if not room:
+                yield batch
+                batch, room = [], limit
+    if batch:
+        yield batch
+
+
+def _fractions(words: Sequence[Tensor]) -> Tensor:
+    """53 of every 64 bits, as int64 ``[blocks, values per block]`` in [0, 2**53)."""
+    return torch.stack([(high << 21) | (low >> 11) for high, low in zip(words[::2], words[1::2], strict=True)], dim=-1)
+
+
+def _unit(fractions: Tensor) -> Tensor:
+    return (fractions.to(torch.float64) * 2.0**-53).view(-1)
+
+
+def _box_muller(fractions: Tensor) -> Tensor:
+    """Pairs of integers in [0, 2**53) to pairs of independent standard normals, via uniforms in (0, 1]."""
+    uniforms = (fractions + 1).to(torch.float64) * 2.0**-53
+    radius = torch.sqrt(-2.0 * torch.log(uniforms[:, 0::2]))
+    angle = uniforms[:, 1::2] * (2.0 * math.pi)
+    return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1).view(-1)
+
+
+def _check_range(what: str, value: int, limit: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
+        given = "the seed (not shown)" if what == "seed" else f"{what} {value!r}"  # a seed is a secret, also in a log
+        raise PrivacyError(
+            f"{given} is not an integer in [0, 2**{limit.bit_length() - 1}): it would meet numbers already in use",
+            remedy="give an integer in that range"
+            + (", such as dpcompile.noise.fresh_seed() returns" if what == "seed" else ""),
+        )
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise PrivacyError(
+            f"noise in {dtype}: it is drawn in float32 or float64 only", remedy="draw float32, add, then cast the sum"
+        )

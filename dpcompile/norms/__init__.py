@@ -1,0 +1,1 @@
+"""Per-example squared gradient norms: one file per way to compute them."""

@@ -1,0 +1,234 @@
+"""Sites as sums of outer products: gradient of example b = sum over t of rows[b, :, t, :]^T cols[b, :, t, :].
+
+Shape letters: B examples, K independent blocks (groups, heads), T positions, P rows, D columns.
+A one-hot side (an embedding's rows) is kept as its index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dpcompile.axis import Examples
+from dpcompile.norms.patches import patches
+from dpcompile.norms.slices import in_front
+from dpcompile.sites import ParameterGradient, Site
+from dpcompile.sizes import Size, product, shape_of, size
+
+__all__ = ["Factored", "factored", "oriented"]
+
+
+@dataclass(frozen=True, slots=True)
+class Factored:
+    """How a site is written as a sum of outer products.
+
+    Attributes:
+        site: the site.
+        operands: the nodes that :attr:`build` takes.
+        build: from their values and B to ``(rows [B, K, T, P] or index [B, T], cols [B, K, T, D] or index [B, T])``.
+        sizes: K, T, P, D.
+        one_hot: which side is an index: ``"rows"``, ``"cols"`` or None.
+        unfolded: elements per example of the copy that building a side makes (the patches of a convolution).
+        aligned: rows and columns are those of the parameter itself, not only of the site.
+    """
+
+    site: Site
+    operands: tuple[fx.Node, ...]
+    build: Callable[..., tuple[Tensor, Tensor]]
+    sizes: tuple[Size, Size, Size, Size]
+    one_hot: str | None = None
+    unfolded: Size = 0
+    aligned: bool = False
+
+    def transposed(self) -> Factored:
+        """The same with rows and columns exchanged."""
+        k, t, p, d = self.sizes
+        build = self.build
+        swapped = {"rows": "cols", "cols": "rows", None: None}[self.one_hot]
+        return replace(self, build=lambda *a: build(*a)[::-1], sizes=(k, t, d, p), one_hot=swapped)
+
+
+def factored(site: Site, batch: Size) -> Factored | None:
+    """The site as outer products, or None where it is not of that form."""
+    maker = {
+        "mm": _mm,
+        "bmm": _bmm,
+        "index_put": _index_put,
+        "_unsafe_index_put": _index_put,
+        "convolution_backward": _convolution,
+    }.get(site.kind)
+    return maker(site, batch) if maker is not None else None
+
+
+def oriented(gradient: ParameterGradient, batch: Size) -> list[Factored] | None:
+    """All sites of a parameter as outer products in one common orientation, or None.
+
+    Each site must reach the gradient through a chain of its own of norm-preserving operations, joined by plain adds,
+    and the chains must place rows and columns alike (a transposed chain exchanges them).
+    """
+    forms = []
+    reference: object = None
+    for site in gradient.sites:
+        form = factored(site, batch)
+        chain = _chain(site.value, gradient)
+        if form is None or chain is None:
+            return None
+        if chain == ("transposed",):
+            form, chain = form.transposed(), ("identity",)
+        form = replace(form, aligned=chain == ("identity",))
+        layout = (chain, form.sizes[0], form.sizes[2], form.sizes[3], str(site.kind) if form.sizes[0] != 1 else "")
+        if reference is not None and layout != reference:
+            return None
+        reference = layout
+        forms.append(form)
+    return forms
+
+
+_CHAIN = {
+    "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "t", "clone", "alias",
+    "_to_copy", "convert_element_type", "getitem",
+}  # fmt: skip
+_NO_MOVE = {"clone", "alias", "_to_copy", "convert_element_type", "getitem"}
+
+
+def _chain(value: fx.Node, gradient: ParameterGradient) -> tuple[Any, ...] | None:
+    """What the tail does to one site's value: a tuple that is equal for equal rearrangements, or None.
+
+    None where the tail scales, slices or combines it otherwise than by adding it once.
+    """
+    moves: list[Any] = []
+    tail = set(gradient.tail)
+    node = value
+    while node is not gradient.gradient:
+        users = [u for u in node.users if u in tail]
+        if len(users) != 1:
+            return None
+        node = users[0]
+        name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+        if name == "add":
+            if node.kwargs.get("alpha", 1) != 1 or node.args[0] is node.args[1] or not _same_shapes(node):
+                return None
+        elif name not in _CHAIN:
+            return None
+        elif name not in _NO_MOVE:
+            moves.append(_move(node, name))
+    return _simplify(moves)
+
+
+def _same_shapes(node: fx.Node) -> bool:
+    shapes = {shape_of(n.meta["val"]) for n in node.all_input_nodes}
+    return len(shapes) == 1
+
+
+def _move(node: fx.Node, name: str) -> tuple[Any, ...]:
+    before, after = shape_of(node.all_input_nodes[0].meta["val"]), shape_of(node.meta["val"])
+    if name in ("permute", "transpose", "t"):
+        ndim = len(before)
+        if name == "permute":
+            order = tuple(d % ndim for d in node.args[1])  # type: ignore[union-attr]
+        else:
+            a, b = (d % ndim for d in node.args[1:3]) if name == "transpose" else (0, 1)  # type: ignore[operator]
+            order = tuple({a: b, b: a}.get(d, d) for d in range(ndim))
+        return ("permute", order)
+    return ("view", before, after) if before != after else ("view",)
+
+
+def _simplify(moves: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    kept: list[tuple[Any, ...]] = []
+    for move in moves:
+        if move == ("view",):
+            continue
+        if kept and kept[-1][0] == "permute" and move[0] == "permute":
+            before = kept.pop()[1]
+            move = ("permute", tuple(before[i] for i in move[1]))
+        if move[0] == "permute" and move[1] == tuple(range(len(move[1]))):
+            continue
+        kept.append(move)
+    if not kept:
+        return ("identity",)
+    return ("transposed",) if kept == [("permute", (1, 0))] else tuple(kept)
+
+
+def _side(value: Tensor, axis: Examples | None, dim: int, batch: int) -> Tensor:
+    """Bring the contracted dimension of a matrix, or of a batch of matrices, to ``[B, K, T, features]``."""
+    axis = axis or Examples(dim)
+    front = in_front(value, axis, batch)  # [B, (K,) .., T at dim, ..]
+    front = front.movedim(dim + 1, -2)
+    return front if front.ndim == 4 else front.unsqueeze(1)
+
+
+def _mm(site: Site, batch: Size) -> Factored:
+    axes, (x, y) = site.axes, (site.operands["self"], site.operands["mat2"])
+    layout = next(iter(axes.values()))
+
+    def build(x: Tensor, y: Tensor, b: int) -> tuple[Tensor, Tensor]:
+        return _side(x, layout.at(1), 1, b), _side(y, layout.at(0), 0, b)
+
+    p, d = shape_of(x.meta["val"])[0], shape_of(y.meta["val"])[1]
+    return Factored(site, (x, y), build, (1, product([layout.outer, layout.inner]), p, d))
+
+
+def _bmm(site: Site, batch: Size) -> Factored:
+    axes, (x, y) = site.axes, (site.operands["self"], site.operands["mat2"])
+    layout = next(iter(axes.values()))
+
+    def build(x: Tensor, y: Tensor, b: int) -> tuple[Tensor, Tensor]:
+        return _side(x, layout.at(2), 2, b), _side(y, layout.at(1), 1, b)
+
+    (k, p, _), d = shape_of(x.meta["val"]), shape_of(y.meta["val"])[2]
+    return Factored(site, (x, y), build, (k, product([layout.outer, layout.inner]), p, d))
+
+
+def _index_put(site: Site, batch: Size) -> Factored | None:
+    indices: Any = site.operation.args[1]
+    values = site.operands["values"]
+    table = shape_of(site.value.meta["val"])
+    shape = shape_of(values.meta["val"])
+    if len(indices) != 1 or indices[0] is None or len(table) != 2 or "values" not in site.axes:
+        return None
+    index: fx.Node = indices[0]
+    if shape_of(index.meta["val"]) != shape[:-1]:
+        return None
+    axis, rows = site.axes["values"], table[0]
+
+    def build(index: Tensor, values: Tensor, b: int) -> tuple[Tensor, Tensor]:
+        wrapped = torch.where(index < 0, index + rows, index) if isinstance(rows, int) else index
+        return in_front(wrapped, axis, b).flatten(1), in_front(values, axis, b).flatten(1, -2).unsqueeze(1)
+
+    positions = product([axis.outer, axis.inner, *(n for i, n in enumerate(shape[:-1]) if i != axis.dim)])
+    return Factored(site, (index, values), build, (1, positions, rows, table[1]), one_hot="rows")
+
+
+def _convolution(site: Site, batch: Size) -> Factored | None:
+    if site.value is site.operation or site.value.args[1] != 1:
+        return None  # the bias of a convolution is a plain sum
+    arguments: Any = site.operation.args
+    stride, padding, dilation, transposed, groups = (arguments[i] for i in (4, 5, 6, 7, 9))
+    cotangent, source = site.operands["grad_output"], site.operands["input"]
+    layout = next(iter(site.axes.values()))
+    out, per_group, *kernel = (size(n) for n in site.value.meta["val"].shape)
+    # A transposed convolution is the adjoint of a convolution: its input and output exchange their parts.
+    small, large = (source, cotangent) if transposed else (cotangent, source)
+
+    def build(small: Tensor, large: Tensor, b: int) -> tuple[Tensor, Tensor]:
+        spatial = small.shape[2:]
+        windows = patches(large, kernel, stride, padding, dilation, spatial)  # [N, C, *kernel, positions]
+        columns = windows.unflatten(1, (groups, -1)).flatten(2, -2)  # [N, G, C/G * kernel, positions]
+        rows = small.flatten(2).unflatten(1, (groups, -1))  # [N, G, P, positions]
+        return _frames(rows, layout, b), _frames(columns, layout, b)
+
+    positions = product([layout.outer, layout.inner, *shape_of(small.meta["val"])[2:]])
+    rows = out // groups if isinstance(out, int) else out
+    columns = product([per_group, *kernel])
+    unfolded = product([groups, positions, columns])
+    return Factored(site, (small, large), build, (groups, positions, rows, columns), unfolded=unfolded)
+
+
+def _frames(value: Tensor, axis: Examples, batch: int) -> Tensor:
+    """``[outer * B * inner, G, P, positions]`` to ``[B, G, outer * inner * positions, P]``."""
+    front = in_front(value, axis, batch)  # [B, frames, G, P, positions]
+    return front.permute(0, 2, 1, 4, 3).flatten(2, 3)

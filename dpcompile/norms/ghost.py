@@ -1,0 +1,89 @@
+"""Squared norms of sums of outer products, without the products.
+
+``|sum_t r_t c_t^T|^2 = sum_{t,t'} <r_t, r_t'> <c_t, c_t'>`` (Goodfellow 2015, arXiv:1510.01799, for T = 1; Li et al. 2022,
+arXiv:2110.05679, section 4, for T > 1; Bu et al. 2022, arXiv:2205.10683, for convolutions).
+
+Shape letters as in :mod:`dpcompile.norms.factors`. Every function returns ``[B]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Sides", "direct", "ghost", "merge", "outer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Rows and columns of one site; a one-hot side is its index ``[B, T]``."""
+
+    rows: Tensor
+    cols: Tensor
+    one_hot: str | None = None
+
+
+def outer(sides: Sides) -> Tensor:
+    """T = 1: the norm of an outer product is the product of the norms."""
+    squares = sides.cols.square().sum(-1)
+    if sides.one_hot is None:
+        squares = squares * sides.rows.square().sum(-1)
+    return squares.flatten(1).sum(1)
+
+
+def merge(all_sides: Sequence[Sides]) -> list[Sides]:
+    """Concatenate sites of one kind along T: their gradients add, and so do their positions."""
+    merged = []
+    for kind in (None, "rows", "cols"):
+        same = [s for s in all_sides if s.one_hot == kind]
+        if same:
+            rows = torch.cat([s.rows for s in same], dim=1 if kind == "rows" else 2)
+            cols = torch.cat([s.cols for s in same], dim=1 if kind == "cols" else 2)
+            merged.append(Sides(rows, cols, kind))
+    return merged
+
+
+def ghost(all_sides: Sequence[Sides]) -> Tensor:
+    """Gram matrices of rows and columns, multiplied and summed; cross terms between sites of different kinds too."""
+    parts = merge(all_sides)
+    total: Tensor | None = None
+    for i, a in enumerate(parts):
+        for j in range(i, len(parts)):
+            b = parts[j]
+            rows = _inner(a.rows, a.one_hot == "rows", b.rows, b.one_hot == "rows")
+            cols = _inner(a.cols, a.one_hot == "cols", b.cols, b.one_hot == "cols")
+            term = (rows * cols).flatten(1).sum(1) * (1 if i == j else 2)
+            total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def direct(sides: Sides, tiles: int) -> Tensor:
+    """Instantiate ``rows^T cols`` a tile of rows at a time, square and add; only one tile exists at once."""
+    size = -(-sides.rows.shape[-1] // tiles)
+    total: Tensor | None = None
+    for part in sides.rows.split(size, dim=-1):
+        term = torch.matmul(part.mT, sides.cols).square().flatten(1).sum(1)
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def _inner(a: Tensor, a_one_hot: bool, b: Tensor, b_one_hot: bool) -> Tensor:
+    """All inner products ``<a_t, b_t'>`` as ``[B, K, T, T']``."""
+    if a_one_hot and b_one_hot:
+        return (a.unsqueeze(2) == b.unsqueeze(1)).unsqueeze(1)
+    if a_one_hot:
+        return _pick(b, a).mT
+    if b_one_hot:
+        return _pick(a, b)
+    return torch.matmul(a, b.mT)
+
+
+def _pick(dense: Tensor, index: Tensor) -> Tensor:
+    """``dense[b, k, t, index[b, t']]`` as ``[B, K, T, T']``."""
+    batch, blocks, positions, _ = dense.shape
+    return dense.gather(3, index[:, None, None, :].expand(batch, blocks, positions, index.shape[1]))

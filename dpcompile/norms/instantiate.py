@@ -1,0 +1,91 @@
+"""Per-example gradients themselves: ``[B, *parameter shape]``, through any tail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dpcompile.axis import Examples
+from dpcompile.norms.slices import in_front
+from dpcompile.sites import ParameterGradient, Site
+
+__all__ = ["per_example_site", "run_operation", "run_tail", "tail_inputs", "through_tail"]
+
+aten = torch.ops.aten
+
+
+def run_operation(node: fx.Node, values: Mapping[fx.Node, Any], dtype: torch.dtype) -> Any:
+    """Run one node on other values than its own, in ``dtype`` or wider.
+
+    Casts between floating dtypes are followed only upwards: the gradient is handed to the parameter's dtype once, at
+    the end.
+    """
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
+    name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+    if name in ("convert_element_type", "_to_copy"):
+        wanted = kwargs.get("dtype") if name == "_to_copy" else args[1]
+        if wanted is None or wanted.is_floating_point:
+            return args[0].to(dtype)
+        return args[0].to(wanted)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def per_example_site(site: Site, operands: Mapping[fx.Node, Any], batch: int, dtype: torch.dtype) -> Tensor:
+    """The site's operation on every example by itself: ``[B, *value shape]``.
+
+    Args:
+        site: any site but a whole one.
+        operands: the values of all operands of the operation, floating ones in ``dtype``.
+        batch: B.
+        dtype: the dtype to work in.
+    """
+    axes: dict[fx.Node, Examples] = {site.operands[name]: axis for name, axis in site.axes.items()}
+    nodes = list(axes)
+    shared = {n: v for n, v in operands.items() if n not in axes}
+
+    def one(*slices: Tensor) -> Tensor:
+        values = {**shared, **dict(zip(nodes, slices, strict=True))}
+        result = run_operation(site.operation, values, dtype)
+        return result if site.value is site.operation else result[site.value.args[1]]  # type: ignore[index]
+
+    fronts = [in_front(operands[n], axes[n], batch) for n in nodes]
+    result = torch.vmap(one)(*fronts)
+    if site.kind == "mean":  # the mean of one example divides by B times fewer elements
+        result = result / batch
+    return result
+
+
+def run_tail(gradient: ParameterGradient, sums: Mapping[fx.Node, Tensor], shared: Mapping[fx.Node, Any], dtype: Any) -> Tensor:
+    """The tail of a gradient on other values of its sites."""
+    values: dict[fx.Node, Any] = {**shared, **sums}
+    for node in gradient.tail:
+        values[node] = run_operation(node, values, dtype)
+    return values[gradient.gradient]
+
+
+def tail_inputs(gradient: ParameterGradient) -> list[fx.Node]:
+    """Values that the tail needs besides its sites: shared ones."""
+    inside = {*gradient.tail, *(s.value for s in gradient.sites)}
+    needed: dict[fx.Node, None] = {}
+    for node in gradient.tail:
+        needed.update(dict.fromkeys(n for n in node.all_input_nodes if n not in inside))
+    return list(needed)
+
+
+def through_tail(
+    gradient: ParameterGradient, sites: Sequence[Tensor], shared: Mapping[fx.Node, Any], dtype: torch.dtype
+) -> Tensor:
+    """The tail on every example's site values: ``[B, *value shape]`` each to ``[B, *parameter shape]``."""
+    if not gradient.tail:
+        return sites[0]
+    values = [s.value for s in gradient.sites]
+
+    def one(*slices: Tensor) -> Tensor:
+        return run_tail(gradient, dict(zip(values, slices, strict=True)), shared, dtype)
+
+    return torch.vmap(one)(*sites)
+
+

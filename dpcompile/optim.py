@@ -1,0 +1,275 @@
+"""The optimizer that adds the noise: once per logical step, to every trainable parameter.
+
+Source: Abadi et al., "Deep Learning with Differential Privacy" (CCS 2016), algorithm 1, with the constant expected
+batch size as the divisor (the drawn size is private).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dpcompile import optim_checks as checks
+from dpcompile.engine import Engine
+from dpcompile.errors import PrivacyError
+from dpcompile.mechanism import privatize_
+from dpcompile.noise import check_seed, fresh_seed
+from dpcompile.privacy import PrivacyAccountant
+
+__all__ = ["DPOptimizer", "engine_of"]
+
+_KEY = "dpcompile"
+
+
+def engine_of(model: nn.Module) -> Engine:
+    """The engine of a dpcompile model; PrivacyError for an ordinary one."""
+    from dpcompile import runtime
+
+    return runtime.engine_of(model)
+
+
+class DPOptimizer(Optimizer):
+    """Any torch optimizer, fed with noised clipped sums of the compiled model instead of plain gradients.
+
+    Args:
+        optimizer: the optimizer that updates the parameters. Its groups, state and defaults are this one's too (the
+            same objects), so learning-rate schedulers work on either.
+        model: the dpcompile model.
+        noise_multiplier: sigma; the noise has standard deviation ``sigma * max_grad_norm`` before the division. 0 is
+            allowed: no noise, epsilon infinite.
+        expected_batch_size: sample rate times size of the dataset: the constant that divides the sums.
+        seed: of the noise, a secret; None draws one. See :func:`dpcompile.noise.fresh_seed`.
+        secure: cryptographic noise (ChaCha20).
+        accountant: stepped once per logical step.
+
+    Attributes:
+        optimizer: the inner optimizer.
+        logical_step: how many draws of noise have been used up.
+        accumulating: the sums so far are not a whole logical step: :meth:`step` waits. `PoissonLoader` sets it.
+
+    Raises:
+        PrivacyError: see the table, and at construction a noise multiplier or batch size that makes no sense, an
+            optimizer that needs a closure, or one whose parameters are not the model's trainable ones.
+
+    **Guarantee.** Each :meth:`step` that reaches the inner optimizer hands it, for every trainable parameter, the
+    ledger's clipped sum (zero where no backward came) plus noise that no other step, parameter or element of this
+    seed has, divided by a constant; and nothing else has a gradient.
+
+    ==================================================  =====================================================
+    edge case                                           outcome
+    ==================================================  =====================================================
+    a trainable parameter without gradient              noise alone
+    :meth:`step` while ``accumulating``                 nothing; the sums are kept, also by :meth:`zero_grad`
+    :meth:`zero_grad` before or after the backward      both orders work, with several physical batches too
+    gradients changed or not from the clipped backward  refused by the ledger
+    a frozen parameter with a gradient                  refused: it would be applied as it is
+    a parameter unfrozen that this optimizer lacks      refused
+    the inner step raises                               the noise counts as used and the step as spent
+    ``load_state_dict`` behind, same seed               refused: noise would be used twice
+    an old checkpoint, two runs from it both published  not seen: give one of them another seed
+    a scheduler stepped in the loop                     right if stepped only when not ``accumulating``
+    copied or pickled                                   refused: two objects would draw the same noise
+    ==================================================  =====================================================
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        *,
+        noise_multiplier: float,
+        expected_batch_size: float,
+        seed: int | None = None,
+        secure: bool = False,
+        accountant: PrivacyAccountant | None = None,
+    ) -> None:
+        if isinstance(optimizer, DPOptimizer):
+            raise PrivacyError("the optimizer is a DPOptimizer already", remedy="wrap the plain torch optimizer once")
+        self.engine: Engine = engine_of(model)
+        checks.refuse_bad_numbers(noise_multiplier, expected_batch_size)
+        checks.refuse_other_accountant(noise_multiplier, accountant)
+        checks.refuse_closure_only(optimizer)
+        seed = fresh_seed(secure=secure) if seed is None else seed
+        check_seed(seed, secure=secure)
+        self.optimizer = optimizer
+        self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
+        self.seed, self.secure, self.accountant = seed, secure, accountant
+        self.logical_step = 0
+        self.accumulating = False
+        self._held = False  # sums of earlier physical batches of an unfinished logical step stand in p.grad
+        checks.refuse_foreign(self.engine, (p for group in optimizer.param_groups for p in group["params"]))
+        checks.refuse_missing(self.engine, optimizer, self.engine.trainable())
+        checks.refuse_complex(self.engine, self.engine.trainable())
+        # Not __init__, which would build groups and state of its own: this sets up the step hooks and no more.
+        super().__setstate__({})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's parameter groups, live."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's state, live."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's defaults, live."""
+        return self.optimizer.defaults
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Noise, divide, update; or, while ``accumulating``, wait.
+
+        Args:
+            closure: run once, with gradients enabled, before anything else.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            PrivacyError: see the class.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.accumulating:
+            self._held = True
+            return loss
+        names = self.engine.trainable()
+        checks.refuse_missing(self.engine, self.optimizer, names)
+        checks.refuse_stray(self.engine, self.optimizer, names)
+        checks.refuse_complex(self.engine, names)
+        checks.refuse_other_accountant(self.noise_multiplier, self.accountant)
+        self.engine.ledger.verify(names)
+        # Counted before it is drawn: if the update fails half-way, this noise must not be drawn again.
+        used = self.logical_step
+        self.logical_step += 1
+        if self.accountant is not None:
+            self.accountant.step()
+        self._private_gradients(names, used)
+        self.optimizer.step()
+        self.engine.ledger.spend()
+        self._held = False
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, unless a logical step is under way: then they are needed and stay."""
+        if self._held:
+            return
+        self.optimizer.zero_grad(set_to_none)
+        self.engine.ledger.clear()
+
+    def discard(self) -> None:
+        """Give up the logical step under way: drop its clipped sums. Nothing of them has been released."""
+        self._held = False
+        self.zero_grad()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer; its parameters must be the model's."""
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        checks.refuse_foreign(self.engine, (p[1] if isinstance(p, tuple) else p for p in params))
+        self.optimizer.add_param_group({**param_group, "params": params})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner state dict plus the key ``"dpcompile"``. It holds the seed: keep it as secret as the data."""
+        return {**self.optimizer.state_dict(), _KEY: self._own_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume: inner state, seed, logical step and accountant, so that no noise is drawn twice.
+
+        Raises:
+            PrivacyError: no ``"dpcompile"`` entry; a step behind this one's with the same seed; other noise or batch
+                size than this optimizer was made with; steps that the attached accountant would not know of.
+        """
+        rest = dict(state_dict)
+        own = rest.pop(_KEY, None)
+        checks.refuse_state(own, self._own_state())
+        self.optimizer.load_state_dict(rest)
+        if self.accountant is not None and own["accountant"] is not None:
+            self.accountant.load_state_dict(own["accountant"])
+        self.seed, self.logical_step = own["seed"], own["logical_step"]
+        self.discard()
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """As in torch, before the noise; not called for steps that only accumulate."""
+        return super().register_step_pre_hook(_unless_accumulating(hook))
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """As in torch, after the update; not called for steps that only accumulate."""
+        return super().register_step_post_hook(_unless_accumulating(hook))
+
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """On the inner optimizer, which it is given."""
+        return self.optimizer.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """On the inner optimizer, which it is given."""
+        return self.optimizer.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """On the inner optimizer, which it is given."""
+        return self.optimizer.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """On the inner optimizer, which it is given."""
+        return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
+
+    def __repr__(self) -> str:
+        return (
+            f"DPOptimizer(noise_multiplier={self.noise_multiplier}, max_grad_norm={self.engine.max_grad_norm}, "
+            f"expected_batch_size={self.expected_batch_size}, logical_step={self.logical_step}, "
+            f"optimizer={self.optimizer!r})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise PrivacyError(
+            "a DPOptimizer cannot be copied or pickled: the copy would draw the same noise again",
+            remedy="save state_dict(), or make a second DPOptimizer with its own seed",
+        )
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "logical_step": self.logical_step,
+            "noise_multiplier": self.noise_multiplier,
+            "expected_batch_size": self.expected_batch_size,
+            "secure": self.secure,
+            "accountant": None if self.accountant is None else self.accountant.state_dict(),
+        }
+
+    def _private_gradients(self, names: Sequence[str], step: int) -> None:
+        """Put the private mean gradient of each trainable parameter into ``p.grad``."""
+        parameters = self.engine.parameters()
+        index = {name: i for i, name in enumerate(parameters)}
+        totals = []
+        for name in names:
+            total, p = self.engine.ledger.total(name), parameters[name]
+            if total is None:
+                total = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            totals.append(total)
+        privatize_(
+            totals,
+            parameters=[index[name] for name in names],
+            std=self.noise_multiplier * self.engine.max_grad_norm,
+            expected_batch_size=self.expected_batch_size,
+            seed=self.seed,
+            step=step,
+            secure=self.secure,
+        )
+        for name, total in zip(names, totals, strict=True):
+            parameters[name].grad = total.to(parameters[name].dtype)
+
+
+def _unless_accumulating(hook: Callable[..., Any]) -> Callable[..., Any]:
+    def on_logical_step(optimizer: DPOptimizer, args: Any, kwargs: Any) -> Any:
+        return None if optimizer.accumulating else hook(optimizer, args, kwargs)
+
+    return on_logical_step

@@ -1,0 +1,70 @@
+"""The passes over the joint graph, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from dpcompile._torch import copy_graph
+from dpcompile.capture import Roles, name_joint
+from dpcompile.certificate import Certificate, certify
+from dpcompile.clipping import Clipping
+from dpcompile.cost import rates_for
+from dpcompile.memory import budget_in_bytes
+from dpcompile.plan import Plan, make_plan
+from dpcompile.proof import prove
+from dpcompile.rewrite import ClipOptions, rewrite
+from dpcompile.sites import find_gradients
+
+__all__ = ["Options", "Transformed", "privatize"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asked of :func:`dpcompile.dp_compile`; its docstring explains each."""
+
+    max_grad_norm: float
+    clipping: Clipping
+    norm: str
+    in_dims: Any
+    loss_reduction: str
+    backend: str
+    dynamic: bool | None
+    memory_budget: float | int | None
+    check: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Transformed:
+    """What the passes made of one captured graph."""
+
+    graph: fx.GraphModule
+    plan: Plan
+    certificate: Certificate
+
+
+def privatize(module: fx.GraphModule, roles: Roles, inputs: int, options: Options) -> Transformed:
+    """Name, prove, find, plan, rewrite: ``module`` returns clipped sums and norms afterwards.
+
+    Contract: ``module`` is a decomposed joint graph of AOTAutograd, rewritten in place; ``inputs`` counts its inputs
+    before :func:`dpcompile.capture.extend`.
+    """
+    joint = name_joint(module, roles, inputs)
+    proof = prove(joint)
+    gradients = find_gradients(joint, proof)
+    certificate = certify(joint, proof, gradients)
+    plan = make_plan(
+        gradients,
+        batch=joint.batch,
+        mode=options.norm,
+        rates=rates_for(joint.mask.meta["val"].device.type),
+        hints=roles.hints,
+        clipping=options.clipping if isinstance(options.clipping, str) else "a function of the user",
+        budget=budget_in_bytes(options.memory_budget, joint, roles.hints),
+        untouched=certificate.zero,
+    )
+    clip = ClipOptions(options.clipping, float(options.max_grad_norm), options.loss_reduction == "mean")
+    rewrite(joint, plan, clip)
+    return Transformed(fx.GraphModule(module, copy_graph(module.graph)), plan, certificate)

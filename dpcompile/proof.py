@@ -1,0 +1,240 @@
+"""The proof that examples never mix: one label for every value of the joint graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from dpcompile.axis import Examples, Label, Mixed, Shared, Summed, Whole
+from dpcompile.errors import DPCompileError, ExampleMixingError, UnsupportedGraphError
+from dpcompile.joint import JointGraph
+from dpcompile.locate import module_of, where
+from dpcompile.rules import Call, Labels, find_rule
+from dpcompile.rules.pointwise import pointwise
+from dpcompile.rules.shared import shared
+from dpcompile.sizes import Size, is_one, shape_of
+
+__all__ = ["Proof", "prove", "refusal"]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The label of every node, and what follows from it."""
+
+    labels: Mapping[fx.Node, Labels]
+    batch: Size
+
+    def of(self, node: fx.Node) -> Label:
+        """The label of a node with one value."""
+        label = self.labels[node]
+        return label[0] if isinstance(label, tuple) else label
+
+    def is_summed(self, node: fx.Node) -> bool:
+        """Whether the node is a sum over the examples (or belongs to the only one)."""
+        return isinstance(self.of(node), (Summed, Whole))
+
+
+def prove(joint: JointGraph) -> Proof:
+    """Label every value, and refuse what the guarantee cannot stand on.
+
+    **Guarantee.** If this returns, then for every trainable parameter the gradient in the graph is a sum over the
+    examples of terms that depend on one example each (and on shared values), every differentiable output of the model
+    is per example or such a sum, and no buffer is written with anything that depends on an example.
+
+    ==========================================  ==========================================================
+    edge case                                   outcome
+    ==========================================  ==========================================================
+    mixed value that reaches no gradient        allowed (an accuracy computed for logging)
+    gradient that is identically zero           allowed
+    gradient with a part from no example        refused (a regulariser inside the model)
+    parameter with an example axis of its own   refused
+    operation without a rule on example data    refused by name
+    batch of one example                        nothing to mix; writes to buffers are still refused
+    ==========================================  ==========================================================
+
+    Raises:
+        ExampleMixingError: examples mix on the way to a gradient, an output or a buffer.
+        UnsupportedGraphError: an operation without a rule.
+    """
+    proof = Proof(_propagate(joint), joint.batch)
+    for position, node in joint.differentiable_outputs():
+        label = proof.of(node)
+        if isinstance(label, Mixed):
+            raise refusal(label, f"output {position} of the model")
+    for destination, source in joint.mutations():
+        label = proof.of(source)
+        if not isinstance(label, Shared) and destination not in joint.example_axes:
+            raise _written_buffer(joint, destination, source, label)
+    for name, gradient in joint.gradients.items():
+        if gradient is not None:
+            _check_gradient(name, gradient, proof.of(gradient))
+    return proof
+
+
+def refusal(label: Mixed, target: str) -> DPCompileError:
+    """The error for a mixed value that reached ``target``."""
+    operation = _name(label.origin)
+    place, inside = where(label.origin), module_of(label.origin)
+    kind = ExampleMixingError if label.supported else UnsupportedGraphError
+    if inside is not None and issubclass(inside[1], torch.nn.modules.batchnorm._BatchNorm):
+        return ExampleMixingError(
+            f"{inside[1].__name__} in training mode normalises every example by the statistics of the whole batch "
+            f"(module {inside[0]}, operation `{operation}`)",
+            where=place,
+            remedy="use GroupNorm or LayerNorm, or call .eval() on the BatchNorm layers to freeze their statistics",
+        )
+    verb = "mixes examples" if label.supported else "is not understood"
+    remedy = (
+        "compute it for every example by itself; a loss belongs outside the model, one value per example "
+        "(reduction='none'), then .mean(); use in_dims for inputs that have no example axis"
+        if label.supported
+        else "rewrite it with operations that have a rule, or register one (dpcompile.rules.axis_rule)"
+    )
+    return kind(f"`{operation}` {verb}: {label.reason} (it reaches {target})", where=place, remedy=remedy)
+
+
+def _propagate(joint: JointGraph) -> dict[fx.Node, Labels]:
+    """The forward first, then the cotangents (each lies like its output), then the backward."""
+    labels: dict[fx.Node, Labels] = {}
+    forward_sums: dict[int, tuple[Examples, tuple[Size, ...]]] = {}
+    for node in joint.graph.nodes:
+        if node not in joint.tangent_of and all(n in labels for n in node.all_input_nodes):
+            _label(joint, node, labels, forward_sums)
+    for node in joint.graph.nodes:
+        if node not in labels:
+            _label(joint, node, labels, forward_sums)
+    return labels
+
+
+def _label(joint: JointGraph, node: fx.Node, labels: dict[fx.Node, Labels], forward_sums: dict) -> None:
+    if node.op == "placeholder":
+        labels[node] = _input_label(joint, node, labels)
+    elif node.op == "get_attr":
+        labels[node] = Shared()
+    elif node.op == "call_function":
+        labels[node] = _call_label(joint, node, labels, forward_sums)
+        _note_forward_sum(node, labels, forward_sums)
+
+
+def _input_label(joint: JointGraph, node: fx.Node, labels: Mapping[fx.Node, Labels]) -> Label:
+    axis = joint.example_axes.get(node)
+    if axis is not None:
+        return Whole() if is_one(joint.batch) else axis
+    output = joint.tangent_of.get(node)
+    if output is None:
+        return Shared()
+    label = labels[output]
+    label = label[0] if isinstance(label, tuple) else label
+    if isinstance(label, Summed):
+        return Shared(cotangent=True)
+    return label if isinstance(label, (Examples, Whole)) else Shared()
+
+
+def _call_label(joint: JointGraph, node: fx.Node, labels: Mapping[fx.Node, Labels], sums: Any) -> Labels:
+    if node.target is operator.getitem:
+        container, position = node.args[0], node.args[1]
+        label = labels[container]  # type: ignore[index]
+        return label[position] if isinstance(label, tuple) else label  # type: ignore[index]
+    if _is_factory(node):
+        return shared(Call(node, _named(node), labels, joint.batch, sums))
+    operands = [labels[n] for n in node.all_input_nodes]
+    flat = [x for label in operands for x in (label if isinstance(label, tuple) else (label,))]
+    mixed = next((x for x in flat if isinstance(x, Mixed)), None)
+    if mixed is not None:
+        return mixed
+    if any(isinstance(x, Whole) for x in flat):
+        return Whole()
+    call = Call(node, _named(node), labels, joint.batch, sums)
+    if all(isinstance(x, Shared) for x in flat):
+        return shared(call)
+    if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+        return _scalar_label(call)
+    rule = find_rule(node.target)
+    if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        rule = pointwise
+    if rule is None:
+        return call.unsupported(f"there is no rule for `{_name(node)}`")
+    return rule(call)
+
+
+def _note_forward_sum(node: fx.Node, labels: Mapping[fx.Node, Labels], sums: dict) -> None:
+    label, sequence = labels[node], node.meta.get("seq_nr")
+    if isinstance(label, Summed) and sequence is not None and sequence not in sums and node.all_input_nodes:
+        source = node.all_input_nodes[0]
+        before = labels[source]
+        if isinstance(before, Examples):
+            sums[sequence] = (before, shape_of(source.meta["val"]))
+
+
+def _named(node: fx.Node) -> dict[str, Any]:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return dict(node.kwargs)
+    named: dict[str, Any] = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    named.update({a.name: v for a, v in zip(schema.arguments, node.args, strict=False)})
+    named.update(node.kwargs)
+    return named
+
+
+def _scalar_label(call: Call) -> Label:
+    """A Python number read from a tensor: a size is shared, a value of examples is not."""
+    if "sym_size" in str(call.node.target) or "sym_numel" in str(call.node.target):
+        return Shared()
+    return call.mixes("it reads a number out of the examples' values, and that number then applies to all of them")
+
+
+_FACTORIES = {
+    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like", "new_zeros",
+    "new_ones", "new_full", "new_empty", "new_empty_strided", "sym_size", "sym_stride", "sym_numel", "empty_permuted",
+}  # fmt: skip
+
+
+def _is_factory(node: fx.Node) -> bool:
+    """Operations that take only the shape of their operand."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return getattr(packet, "__name__", "") in _FACTORIES
+
+
+def _check_gradient(name: str, gradient: fx.Node, label: Label) -> None:
+    if isinstance(label, (Summed, Whole)):
+        return
+    if isinstance(label, Mixed):
+        raise refusal(label, f"the gradient of parameter '{name}'")
+    if isinstance(label, Examples):
+        raise ExampleMixingError(
+            f"parameter '{name}' has an example axis of its own ({label}): its rows belong to positions in the batch",
+            where=where(gradient),
+            remedy="give the parameter no batch dimension, and broadcast it",
+        )
+    if not label.zero:
+        raise UnsupportedGraphError(
+            f"the gradient of parameter '{name}' does not come from the examples, so it cannot be clipped",
+            where=where(gradient),
+            remedy="keep regularisers on parameters out of the model (use the optimizer's weight_decay), or freeze it",
+        )
+
+
+def _written_buffer(joint: JointGraph, destination: fx.Node, source: fx.Node, label: Label) -> DPCompileError:
+    inside = next((m for n in [source, *source.all_input_nodes] if (m := module_of(n)) is not None), None)
+    if inside is not None and issubclass(inside[1], torch.nn.modules.batchnorm._BatchNorm):
+        return ExampleMixingError(
+            f"{inside[1].__name__} in training mode writes the statistics of the batch into its buffers "
+            f"(module {inside[0]})",
+            where=where(source),
+            remedy="use GroupNorm or LayerNorm, or call .eval() on the BatchNorm layers to freeze their statistics",
+        )
+    return ExampleMixingError(
+        f"buffer '{joint.input_name(destination)}' is written with values that depend on the examples ({label}): "
+        "they would be published with the model, without noise",
+        where=where(source),
+        remedy="remove the in-place write, or compute the statistic outside the private model",
+    )
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "overloadpacket", node.target)).replace("aten.", "")

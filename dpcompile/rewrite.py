@@ -1,0 +1,282 @@
+"""Norm nodes, one clip node per group, and clipped sums in place of the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dpcompile.axis import Examples, Shared, Whole
+from dpcompile.clipping import Clipping, as_joint, check_function, clip_weights, group_of
+from dpcompile.errors import PrivacyError
+from dpcompile.insert import insert, last_of
+from dpcompile.joint import JointGraph
+from dpcompile.norms.ghost import Sides, direct, ghost, merge, outer
+from dpcompile.norms.instantiate import per_example_site, run_operation, run_tail, tail_inputs, through_tail
+from dpcompile.norms.slices import accumulation_dtype, scaled
+from dpcompile.plan import Choice, Plan
+from dpcompile.proof import prove
+from dpcompile.sites import ParameterGradient, Site
+
+__all__ = ["ClipOptions", "rewrite"]
+
+_DIRECT_TILES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ClipOptions:
+    """What the clip node does.
+
+    Attributes:
+        clipping: see :func:`dpcompile.clipping.clip_weights`.
+        max_grad_norm: C of the whole gradient; with several groups each gets ``C / sqrt(groups)``.
+        mean: whether the loss is a mean over the batch, so that a gradient in the graph is 1/B of the example's own.
+    """
+
+    clipping: Clipping
+    max_grad_norm: float
+    mean: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    choice: Choice
+    squared: fx.Node  # [B], of the gradients as they stand in the graph
+    kept: fx.Node | None  # [B, *parameter shape]
+
+
+def rewrite(joint: JointGraph, plan: Plan, options: ClipOptions) -> None:
+    """Replace every gradient by the clipped sum, and put the norms into the graph's norm slot.
+
+    Contract: ``joint`` has been proved, and ``plan`` has a choice for every gradient that is not identically zero. The
+    graph is complete in itself afterwards: run on inputs and cotangents it returns outputs, clipped sums and norms.
+
+    **Guarantee.** The returned gradient of every parameter of the plan is ``sum_i w_i g_i`` with ``w_i`` from
+    :func:`dpcompile.clipping.clip_weights` for the norm over all parameters of its group, and no other gradient is
+    returned but zeros.
+    """
+    norms = [_norm(joint, choice) for choice in plan.choices]
+    groups: dict[str, list[_Norm]] = {}
+    for norm in norms:
+        groups.setdefault(group_of(options.clipping, norm.choice.gradient.name), []).append(norm)
+    outputs = list(joint.graph.output_node().args[0])  # type: ignore[arg-type]
+    if callable(options.clipping):
+        _prove_function(options, joint, norms)
+    bound = options.max_grad_norm / max(len(groups), 1) ** 0.5
+    totals = []
+    for members in groups.values():
+        total, weights = _clip(joint, members, options, bound)
+        totals.append(total)
+        for norm in members:
+            outputs[joint.gradient_slots[norm.choice.gradient.name]] = _clipped_sum(joint, norm, weights)
+    outputs[joint.norm_slot] = _reported(joint, totals, options)
+    joint.graph.output_node().args = (type(joint.graph.output_node().args[0])(outputs),)  # type: ignore[call-arg]
+    _prune(joint.graph)
+    joint.module.recompile()
+
+
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+def _norm(joint: JointGraph, choice: Choice) -> _Norm:
+    gradient, rule = choice.gradient, choice.rule
+    if rule == "whole":
+        squared = insert(joint.graph, _behind(joint, [gradient.gradient]), _whole_norm, [gradient.gradient])
+        return _Norm(choice, squared, None)
+    if rule in ("outer", "ghost", "direct"):
+        return _Norm(choice, _factored_norm(joint, choice), None)
+    operands, compute = _instantiation(choice)
+
+    def norm_and_gradients(mask: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
+        each = compute(mask.shape[0], values)
+        return each.square().flatten(1).sum(1), each
+
+    nodes = [joint.mask, *operands]
+    squared, kept = insert(joint.graph, _behind(joint, nodes), norm_and_gradients, nodes)
+    return _Norm(choice, squared, kept if rule == "keep" else None)
+
+
+def _whole_norm(gradient: Tensor) -> Tensor:
+    return gradient.to(accumulation_dtype(gradient.dtype)).square().sum().reshape(1)
+
+
+def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
+    assert choice.forms is not None
+    forms, rule = choice.forms, choice.rule
+    dtype = _dtype(choice.gradient)
+
+    def compute(mask: Tensor, *values: Tensor) -> Tensor:
+        sides = _sides(choice, values, mask.shape[0], dtype)
+        if rule == "outer":
+            return outer(sides[0])
+        if rule == "direct":
+            (merged,) = merge(sides)
+            return direct(merged, _DIRECT_TILES)
+        return ghost(sides)
+
+    nodes = [joint.mask, *(n for f in forms for n in f.operands)]
+    return insert(joint.graph, _behind(joint, nodes), compute, nodes)
+
+
+def _sides(choice: Choice, values: Sequence[Tensor], batch: int, dtype: torch.dtype) -> list[Sides]:
+    assert choice.forms is not None
+    remaining = list(values)
+    sides = []
+    for form in choice.forms:
+        own = [_widened(remaining.pop(0), dtype) for _ in form.operands]
+        sides.append(Sides(*form.build(*own, batch), one_hot=form.one_hot))
+    return sides
+
+
+def _instantiation(choice: Choice) -> tuple[list[fx.Node], Callable[[int, Sequence[Any]], Tensor]]:
+    """Operands, and a function from B and their values to every example's gradient of the parameter."""
+    gradient, forms, dtype = choice.gradient, choice.forms, _dtype(choice.gradient)
+    if forms is not None and all(f.one_hot is None for f in forms):
+        operands = [n for f in forms for n in f.operands]
+        shared = tail_inputs(gradient)
+
+        def from_factors(batch: int, values: Sequence[Any]) -> Tensor:
+            sides = _sides(choice, values[: len(operands)], batch, dtype)
+            (merged,) = merge(sides)
+            product = torch.matmul(merged.rows.mT, merged.cols)
+            if forms[0].aligned:
+                return product.reshape(batch, *gradient.gradient.meta["val"].shape)
+            # Every site reaches the gradient by the same rearrangement: the merged product takes the first one's.
+            first, *others = (product.new_zeros(batch, *s.value.meta["val"].shape) for s in gradient.sites)
+            sites = [product.reshape(first.shape), *others]
+            return through_tail(gradient, sites, dict(zip(shared, values[len(operands) :], strict=True)), dtype)
+
+        return [*operands, *shared], from_factors
+    needed = dict.fromkeys(n for s in gradient.sites for n in s.operation.all_input_nodes)
+    operands = [*needed, *(n for n in tail_inputs(gradient) if n not in needed)]
+
+    def from_operations(batch: int, values: Sequence[Any]) -> Tensor:
+        known = {n: _widened(v, dtype) for n, v in zip(operands, values, strict=True)}
+        sites = [per_example_site(s, known, batch, dtype) for s in gradient.sites]
+        return through_tail(gradient, sites, known, dtype)
+
+    return operands, from_operations
+
+
+# --- clip ------------------------------------------------------------------------------------------------------------
+
+
+def _clip(joint: JointGraph, members: Sequence[_Norm], options: ClipOptions, bound: float) -> tuple[fx.Node, fx.Node]:
+    """The group's squared norm and its weights, both ``[B]``."""
+
+    def clip(mask: Tensor, *squared: Tensor) -> tuple[Tensor, Tensor]:
+        total = sum(squared[1:], start=squared[0])
+        scale = mask.shape[0] if options.mean else 1
+        return total, clip_weights(total, mask, clipping=options.clipping, bound=bound, scale=scale)
+
+    nodes = [joint.mask, *(n.squared for n in members)]
+    return insert(joint.graph, _behind(joint, nodes), clip, nodes)
+
+
+def _reported(joint: JointGraph, totals: Sequence[fx.Node], options: ClipOptions) -> fx.Node:
+    """The norms that the user sees: float32, of the examples' own gradients, over all groups."""
+
+    def report(mask: Tensor, *squared: Tensor) -> Tensor:
+        scale = mask.shape[0] if options.mean else 1
+        total = sum(squared[1:], start=squared[0]) if squared else torch.zeros_like(mask)
+        return (total.sqrt() * scale).to(torch.float32)
+
+    nodes = [joint.mask, *totals]
+    return insert(joint.graph, _behind(joint, nodes), report, nodes)
+
+
+def _prove_function(options: ClipOptions, joint: JointGraph, norms: Sequence[_Norm]) -> None:
+    """A user's clipping function must give every example a weight from its own norm alone."""
+    assert callable(options.clipping)
+    traced, result = check_function(options.clipping, norms[0].squared.meta["val"], options.max_grad_norm)
+    label = prove(as_joint(traced, result, joint.batch)).of(result)
+    if not isinstance(label, (Shared, Whole)) and label != Examples(0):
+        raise PrivacyError(
+            f"the clipping function does not give every example its own weight: its result is {label}",
+            remedy="let weight i depend on norm i alone",
+        )
+
+
+# --- clipped sums ----------------------------------------------------------------------------------------------------
+
+
+def _clipped_sum(joint: JointGraph, norm: _Norm, weights: fx.Node) -> fx.Node:
+    gradient = norm.choice.gradient
+    wanted = gradient.gradient.meta["val"].dtype
+    if norm.choice.rule == "whole":
+        nodes = [weights, gradient.gradient]
+        return insert(joint.graph, _behind(joint, nodes), lambda w, g: _weighted_whole(w, g).to(wanted), nodes)
+    if norm.kept is not None:
+        nodes = [weights, norm.kept]
+
+        def weighted(w: Tensor, each: Tensor) -> Tensor:
+            return scaled(each, Examples(0), w).sum(0).to(wanted)
+
+        return insert(joint.graph, _behind(joint, nodes), weighted, nodes)
+    return _redone_sum(joint, gradient, weights, wanted)
+
+
+def _weighted_whole(weights: Tensor, gradient: Tensor) -> Tensor:
+    return torch.where(weights == 0, torch.zeros_like(weights), weights * gradient)
+
+
+def _redone_sum(joint: JointGraph, gradient: ParameterGradient, weights: fx.Node, wanted: torch.dtype) -> fx.Node:
+    """The original sites and tail, on operands scaled per example."""
+    needed = dict.fromkeys(n for s in gradient.sites for n in s.operation.all_input_nodes)
+    operands = [*needed, *(n for n in tail_inputs(gradient) if n not in needed)]
+    dtype = _dtype(gradient)
+
+    def redo(w: Tensor, *values: Any) -> Tensor:
+        known = {n: _widened(v, dtype) for n, v in zip(operands, values, strict=True)}
+        sums = {s.value: _weighted_site(s, known, w, dtype) for s in gradient.sites}
+        return run_tail(gradient, sums, known, dtype).to(wanted)
+
+    nodes = [weights, *operands]
+    return insert(joint.graph, _behind(joint, nodes), redo, nodes)
+
+
+def _weighted_site(site: Site, known: Mapping[fx.Node, Any], weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The site with one operand scaled by the weights, and every example of weight 0 erased from the others."""
+    first = site.linear_operands[0]
+    present = (weights != 0).to(weights.dtype)
+    values = dict(known)
+    for name, axis in site.axes.items():
+        node = site.operands[name]
+        if name == first:
+            values[node] = scaled(known[node], axis, weights)
+        elif name in site.linear_operands:
+            values[node] = scaled(known[node], axis, present)
+    result = run_operation(site.operation, values, dtype)
+    return result if site.value is site.operation else result[site.value.args[1]]  # type: ignore[index]
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _dtype(gradient: ParameterGradient) -> torch.dtype:
+    return accumulation_dtype(gradient.gradient.meta["val"].dtype)
+
+
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _behind(joint: JointGraph, nodes: Sequence[fx.Node]) -> fx.Node:
+    """Where nodes that use ``nodes`` may be written: behind the last of them, and behind all placeholders."""
+    last = last_of(joint.graph, nodes)
+    if last.op != "placeholder":
+        return last
+    return last_of(joint.graph, [n for n in joint.graph.nodes if n.op == "placeholder"])
+
+
+def _prune(graph: fx.Graph) -> None:
+    """Drop what only the unclipped gradients needed; a convolution's backward then makes its input gradient alone."""
+    graph.eliminate_dead_code()
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.convolution_backward.default):
+        used = {u.args[1] for u in node.users}
+        mask = [bool(wanted and i in used) for i, wanted in enumerate(node.args[-1])]  # type: ignore[arg-type]
+        node.args = (*node.args[:-1], mask)
+        node.meta["val"] = tuple(v if m else None for v, m in zip(node.meta["val"], mask, strict=True))

@@ -1,0 +1,19 @@
+"""What every operation does to the example axis."""
+
+from dpcompile.rules import contractions, indexing, layers, pointwise, reductions, views
+from dpcompile.rules.registry import AxisRule, Call, Labels, axis_rule, find_rule, rules
+
+__all__ = [
+    "AxisRule",
+    "Call",
+    "Labels",
+    "axis_rule",
+    "contractions",
+    "find_rule",
+    "indexing",
+    "layers",
+    "pointwise",
+    "reductions",
+    "rules",
+    "views",
+]

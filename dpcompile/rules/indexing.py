@@ -1,0 +1,235 @@
+"""Look-ups and accumulations by index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from dpcompile.axis import Examples, Label, Shared, Summed
+from dpcompile.rules.pointwise import combine
+from dpcompile.rules.registry import Call, axis_rule
+from dpcompile.sizes import is_one, same
+
+
+@axis_rule("aten.embedding")
+def embedding(call: Call) -> Label:
+    """Rows of a table, one for each index."""
+    table, indices = call.label(call["weight"]), call.label(call["indices"])
+    if isinstance(table, Summed):
+        return Summed() if isinstance(indices, Shared) else call.mixes("it looks examples up in a sum over all of them")
+    if isinstance(table, Examples):
+        return _rows(call, table, indices)
+    return indices
+
+
+def _rows(call: Call, table: Examples, indices: Label) -> Label:
+    if table.dim != 0 and isinstance(indices, Shared):
+        return table.at(table.dim - 1 + len(call.shape(call["indices"])))
+    return call.mixes("it looks up values of examples by an index across the examples")
+
+
+@axis_rule("aten.index_select")
+def index_select(call: Call) -> Label:
+    """Positions along one dimension."""
+    label, index = call.label(call["self"]), call.label(call["index"])
+    dim = call.dim(call["dim"], len(call.out_shape))
+    if isinstance(label, Summed):
+        return label if isinstance(index, Shared) else call.mixes("it looks examples up in a sum over all of them")
+    if isinstance(label, Shared):
+        assert isinstance(index, Examples)
+        return index.at(dim)
+    if isinstance(label, Examples) and label.dim != dim and isinstance(index, Shared):
+        return label
+    return call.mixes("it selects by an index across the examples")
+
+
+class _Geometry:
+    """Where the dimensions of ``base[indices]`` come from (NumPy's advanced indexing)."""
+
+    def __init__(self, call: Call, base: Any, indices: list[fx.Node | None]) -> None:
+        self.call, self.base = call, base
+        ndim = len(call.shape(base))
+        self.indices: list[fx.Node | None] = list(indices) + [None] * (ndim - len(indices))
+        self.indexed = [d for d, i in enumerate(self.indices) if i is not None]
+        self.index_ndim = max(len(call.shape(self.indices[d])) for d in self.indexed)
+        adjacent = self.indexed == list(range(self.indexed[0], self.indexed[-1] + 1))
+        self.start = self.indexed[0] if adjacent else 0
+
+    @property
+    def index_nodes(self) -> list[fx.Node]:
+        return [i for i in self.indices if i is not None]
+
+    def dim_of_index(self, dim: int) -> int:
+        """The dimension of the result that a dimension of the broadcast indices becomes."""
+        return self.start + dim
+
+    def dim_of_base(self, dim: int) -> int:
+        """The dimension of the result that an unindexed dimension of the base becomes."""
+        before = sum(1 for d in range(dim) if d not in self.indexed)
+        return before if before < self.start else before + self.index_ndim
+
+    def index_label(self) -> Label:
+        """The example axis of the broadcast indices, on a dimension of the result."""
+        shape = (1,) * self.index_ndim
+        label = combine(self.call, self.index_nodes, shape)
+        return label.at(self.dim_of_index(label.dim)) if isinstance(label, Examples) else label
+
+    def own_position(self, dim: int) -> Examples | None:
+        """If ``dim`` is indexed by every example's own position (an ``arange`` over the batch): its new axis."""
+        index = self.indices[dim]
+        label, shape = self.call.label(index), self.call.shape(index)
+        if not isinstance(label, Shared) or label.counts is None:
+            return None
+        if not same(shape[label.counts], self.call.batch) or not same(self.call.shape(self.base)[dim], self.call.batch):
+            return None
+        return Examples(self.dim_of_index(label.counts + self.index_ndim - len(shape)))
+
+
+@axis_rule("aten.index", "aten._unsafe_index", "aten._unsafe_masked_index")
+def index(call: Call) -> Label:
+    """Advanced indexing: shared tables by examples' indices, examples by shared indices, examples by themselves."""
+    if any(i is not None and _is_mask(i) for i in call["indices"]):
+        return call.mixes("a boolean mask makes the number of results depend on the data")
+    geometry = _Geometry(call, call["self"], call["indices"])
+    label, by = call.label(call["self"]), geometry.index_label()
+    if isinstance(label, Summed):
+        return label if isinstance(by, Shared) else call.mixes("it looks examples up in a sum over all of them")
+    if isinstance(label, Shared):
+        return by
+    assert isinstance(label, Examples)
+    if label.dim not in geometry.indexed:
+        if isinstance(by, Examples):
+            return call.mixes("it indexes every example by the indices of all the others")
+        return label.at(geometry.dim_of_base(label.dim))
+    return _own(call, geometry, label, by)
+
+
+def _own(call: Call, geometry: _Geometry, label: Examples, by: Label) -> Label:
+    """The example axis is indexed: right only where every example picks itself."""
+    own = geometry.own_position(label.dim)
+    if own is None or not (is_one(label.outer) and is_one(label.inner)):
+        return call.mixes("it picks examples by an index, so one example's values reach another")
+    if isinstance(by, Examples) and (by.dim != own.dim or not by.same_layout(own)):
+        return call.mixes("it picks examples by an index, so one example's values reach another")
+    return own
+
+
+@axis_rule("aten.index_put", "aten._unsafe_index_put", "aten.index_put_", "aten._index_put_impl")
+def index_put(call: Call) -> Label:
+    """Write or accumulate at indices: into a shared table this sums over the examples."""
+    base, values = call["self"], call["values"]
+    if any(i is not None and _is_mask(i) for i in call["indices"]):
+        return call.unsupported("it writes through a boolean mask; use torch.where")
+    geometry = _Geometry(call, base, call["indices"])
+    label, by, value = call.label(base), geometry.index_label(), call.label(values)
+    if isinstance(value, Examples):
+        ndim = geometry.index_ndim + len(call.shape(base)) - len(geometry.indexed)
+        value = value.at(value.dim + ndim - len(call.shape(values)))
+    zero = isinstance(label, Shared) and label.zero
+    if isinstance(value, Summed) or isinstance(label, Summed):
+        if isinstance(by, Shared) and all(_neutral(x) for x in (label, value)):
+            return Summed()
+        return call.mixes("it writes a sum over the examples at positions or into values that are not")
+    if isinstance(by, Examples) and isinstance(value, Examples) and (by.dim != value.dim or not by.same_layout(value)):
+        return call.mixes("the indices enumerate the examples in a different order than the values")
+    if isinstance(label, Examples) or not zero or isinstance(by, Shared):
+        return _write_to_examples(call, geometry, label, by, value)
+    own = [x for d in geometry.indexed if (x := geometry.own_position(d)) is not None and x.dim == by.dim]  # type: ignore
+    if own:
+        return Examples(next(d for d in geometry.indexed if geometry.own_position(d) == own[0]))
+    return Summed() if call["accumulate"] else call.mixes("examples overwrite each other's values in a shared table")
+
+
+def _write_to_examples(call: Call, geometry: _Geometry, label: Label, by: Label, value: Label) -> Label:
+    """The base has an example axis, or gets it from the values written at shared positions."""
+    axis = label if isinstance(label, Examples) else None
+    if axis is None:
+        carrier = value if isinstance(value, Examples) else by
+        assert isinstance(carrier, Examples)
+        for dim in range(len(call.shape(call["self"]))):
+            target = (
+                geometry.own_position(dim)
+                if dim in geometry.indexed
+                else carrier.at(geometry.dim_of_base(dim))
+            )
+            if target is not None and target.dim == carrier.dim and target.same_layout(carrier):
+                return carrier.at(dim)
+        if call["accumulate"] and isinstance(label, Shared) and label.zero:
+            return Summed()
+        return call.mixes("examples write into a value that all of them share")
+    target = geometry.own_position(axis.dim) if axis.dim in geometry.indexed else axis.at(geometry.dim_of_base(axis.dim))
+    if target is None:
+        return call.mixes("it writes to examples picked by an index")
+    for other in (by, value):
+        if isinstance(other, Examples) and (other.dim != target.dim or not other.same_layout(target)):
+            return call.mixes("one example writes into another's values")
+    return axis
+
+
+def _neutral(label: Label) -> bool:
+    return isinstance(label, Summed) or (isinstance(label, Shared) and label.zero)
+
+
+def _is_mask(index: fx.Node) -> bool:
+    return index.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+@axis_rule("aten.gather", "aten.take_along_dim")
+def gather(call: Call) -> Label:
+    """Pick along one dimension, position by position in all the others."""
+    label, by = call.label(call["self"]), call.label(call["index"])
+    dim = call.dim(call["dim"], len(call.out_shape))
+    if isinstance(label, Summed):
+        return label if isinstance(by, Shared) else call.mixes("it looks examples up in a sum over all of them")
+    if isinstance(label, Shared):
+        return by
+    if isinstance(label, Examples) and label.dim == dim:
+        return call.mixes("it picks across the examples")
+    if isinstance(by, Examples) and isinstance(label, Examples) and (by.dim != label.dim or not by.same_layout(label)):
+        return call.mixes("its operands carry their examples in different places")
+    return label
+
+
+@axis_rule("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")
+def scatter(call: Call) -> Label:
+    """Write along one dimension, position by position in all the others."""
+    base, by = call["self"], call.label(call["index"])
+    source = call["src"] if call["src"] is not None else call["value"]
+    labels = [call.label(base), by, call.label(source)]
+    dim = call.dim(call["dim"], len(call.out_shape))
+    if call.summed():
+        if isinstance(by, Shared) and _neutral(labels[0]) and _neutral(labels[2]):
+            return Summed()
+        return call.mixes("it scatters a sum over the examples at positions that depend on examples")
+    axes = [x for x in labels if isinstance(x, Examples)]
+    if any(x.dim != axes[0].dim or not x.same_layout(axes[0]) for x in axes):
+        return call.mixes("its operands carry their examples in different places")
+    if axes[0].dim != dim:
+        return axes[0]
+    adds = call.node.target.overloadpacket.__name__ == "scatter_add"  # type: ignore[union-attr]
+    if adds and isinstance(labels[0], Shared) and labels[0].zero:
+        return Summed()
+    return call.mixes("it scatters across the examples")
+
+
+@axis_rule("aten.index_add", "aten.index_copy")
+def index_add(call: Call) -> Label:
+    """Accumulate slices along one dimension."""
+    base, by, value = call.label(call["self"]), call.label(call["index"]), call.label(call["source"])
+    dim = call.dim(call["dim"], len(call.out_shape))
+    if call.summed():
+        if isinstance(by, Shared) and _neutral(base) and _neutral(value):
+            return Summed()
+        return call.mixes("it writes a sum over the examples into other values")
+    axes = [x for x in (base, value) if isinstance(x, Examples)]
+    if isinstance(by, Shared) and axes and all(x.dim == axes[0].dim and x.same_layout(axes[0]) for x in axes):
+        if axes[0].dim != dim:
+            return axes[0]
+    adds = call.node.target.overloadpacket.__name__ == "index_add"  # type: ignore[union-attr]
+    aligned = isinstance(value, Examples) and value.dim == dim
+    same_order = not isinstance(by, Examples) or (isinstance(value, Examples) and by.same_layout(value))
+    if adds and isinstance(base, Shared) and base.zero and aligned and same_order:
+        return Summed()
+    return call.mixes("it writes across the examples")

@@ -1,0 +1,81 @@
+"""Element by element operations, with broadcasting."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from dpcompile.axis import Examples, Label, Shared, Summed
+from dpcompile.rules.registry import Call, axis_rule
+
+__all__ = ["combine", "pointwise"]
+
+_LINEAR_IN_ONE = {
+    "neg", "positive", "clone", "alias", "detach", "_to_copy", "convert_element_type", "to", "contiguous",
+    "lift_fresh_copy", "_conj", "real", "imag", "view_of", "device_put", "copy", "tril", "triu",
+}  # fmt: skip
+
+
+@axis_rule(
+    "aten.clone", "aten.alias", "aten.detach", "aten._to_copy", "aten.to", "aten.contiguous", "aten.copy",
+    "aten.lift_fresh_copy", "aten.masked_fill", "aten.where", "aten.native_dropout", "aten.native_dropout_backward",
+    "aten.bernoulli", "aten.rrelu_with_noise_functional", "aten.rrelu_with_noise_backward", "aten._conj",
+    "aten._prelu_kernel", "aten._prelu_kernel_backward", "aten.nan_to_num", "aten.floor_divide",
+    "prims.convert_element_type", "prims.device_put", "prims.view_of", "prims.inductor_force_stride_order",
+    "prims.fma", "prims._inductor_bucketize",
+)  # fmt: skip
+def pointwise(call: Call) -> Label:
+    """Position by position: the result has the example axis of its operands, which must agree."""
+    if call.summed():
+        return _linear(call)
+    return combine(call, call.operands, call.out_shape)
+
+
+def combine(call: Call, operands: list[fx.Node], shape: tuple) -> Label:
+    """The label of values broadcast together to ``shape``: one example axis, in one layout, or none."""
+    found: Examples | None = None
+    for operand in operands:
+        label = call.label(operand)
+        if not isinstance(label, Examples):
+            continue
+        here = label.at(label.dim + len(shape) - len(call.shape(operand)))
+        if found is None:
+            found = here
+        elif found.dim != here.dim:
+            return call.mixes(
+                f"it pairs a value whose examples lie along dim {found.dim} with one whose examples lie along dim "
+                f"{here.dim}, so every example meets every other"
+            )
+        elif not found.same_layout(here):
+            return call.mixes("its operands enumerate the examples in different orders")
+    return found or Shared()
+
+
+def _linear(call: Call) -> Label:
+    """Keep a sum over examples linear, or say that it is not."""
+    name = call.node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    labels = [call.label(n) for n in call.operands]
+    if any(isinstance(x, Examples) for x in labels):
+        return call.mixes("it combines a sum over all examples with values of single examples")
+    first, second = call["self"], call["other"]
+    summed = [isinstance(call.label(x), Summed) for x in (first, second)]
+    if name in _LINEAR_IN_ONE:
+        return Summed()
+    if name == "mul" and sum(summed) == 1:
+        return Summed()
+    if name == "div" and summed == [True, False] and call["rounding_mode"] is None:
+        return Summed()
+    if name in ("add", "sub"):
+        return _all_summed_or_zero(call, [first, second])
+    if name == "where" and not isinstance(call.label(call["condition"]), Summed):
+        return _all_summed_or_zero(call, [first, second])
+    if name == "masked_fill" and summed[0] and not isinstance(call.label(call["mask"]), Summed):
+        return _all_summed_or_zero(call, [first, call["value"]])
+    return call.mixes("it is not linear in a sum over the examples")
+
+
+def _all_summed_or_zero(call: Call, operands: list) -> Label:
+    for operand in operands:
+        label = call.label(operand)
+        if not isinstance(label, Summed) and not (isinstance(label, Shared) and label.zero):
+            return call.mixes("it adds a part that belongs to no example to a sum over the examples")
+    return Summed()

@@ -1,0 +1,75 @@
+"""What is worth knowing of values that depend on no example: zeros, positions, cotangents of sums."""
+
+from __future__ import annotations
+
+from dpcompile.axis import Examples, Label, Shared, reshape_axis
+from dpcompile.rules.registry import Call
+from dpcompile.sizes import same_shape
+
+__all__ = ["shared"]
+
+_ZEROS = {"zeros", "zeros_like", "new_zeros"}
+_FILLED = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "scalar_tensor": "s"}
+_KEEPS_VALUES = {
+    "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "expand", "permute", "transpose", "t", "clone", "alias",
+    "_to_copy", "convert_element_type", "detach", "slice", "select", "device_put", "lift_fresh_copy",
+}  # fmt: skip
+_KEEPS_COTANGENT = _KEEPS_VALUES | {"mul", "div", "neg"}
+
+
+def shared(call: Call) -> Label:
+    """The label of an operation on shared values only; most often just ``Shared()``."""
+    name = getattr(call.node.target, "overloadpacket", call.node.target)
+    name = getattr(name, "__name__", "")
+    labels = [x for n in call.operands if isinstance(x := call.label(n), Shared)]
+    cotangent = name in _KEEPS_COTANGENT and any(x.cotangent for x in labels)
+    if cotangent and name == "expand":
+        handed_out = _hand_out(call)
+        if handed_out is not None:
+            return handed_out
+    return Shared(zero=_zero(call, name, labels), counts=_counts(call, name), cotangent=cotangent)
+
+
+def _zero(call: Call, name: str, labels: list[Shared]) -> bool:
+    if name in _ZEROS:
+        return True
+    if name in _FILLED:
+        value = call[_FILLED[name]]
+        return isinstance(value, (int, float)) and value == 0
+    if name in _KEEPS_VALUES:
+        return bool(labels) and labels[0].zero
+    return name == "mul" and any(x.zero for x in labels)
+
+
+def _counts(call: Call, name: str) -> int | None:
+    if name == "iota":
+        return 0 if call["start"] == 0 and call["step"] == 1 else None
+    if name == "arange":
+        plain = call["start"] in (None, 0) and call["step"] in (None, 1)
+        return 0 if plain else None
+    if name not in _KEEPS_VALUES or not call.operands or name in ("slice", "select"):
+        return None
+    source = call.operands[0]
+    label = call.label(source)
+    if not isinstance(label, Shared) or label.counts is None:
+        return None
+    old, new, dim = call.shape(source), call.out_shape, label.counts
+    if name == "expand":
+        return dim + len(new) - len(old)
+    if name == "permute":
+        return [d % len(new) for d in call["dims"]].index(dim)
+    if name in ("transpose", "t"):
+        return None
+    moved = reshape_axis(Examples(dim), old, new, old[dim])
+    return moved.dim if moved is not None else None
+
+
+def _hand_out(call: Call) -> Examples | None:
+    """The adjoint of a sum over examples gives each example its own cotangent.
+
+    The forward sum and its adjoint carry the same sequence number; the sum's operand says where the examples lay.
+    """
+    found = call.forward_sums.get(call.node.meta.get("seq_nr", -1))
+    if found is None or not same_shape(found[1], call.out_shape):
+        return None
+    return found[0]

@@ -1,0 +1,343 @@
+"""The module that users hold, and what happens in a call of it and in its backward."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from dpcompile._torch import compile_joint, current_backward, tracing_config
+from dpcompile.arguments import example_dims
+from dpcompile.cachekey import cache_key
+from dpcompile.capture import Roles, assign_roles, extend
+from dpcompile.errors import DPCompileError, PrivacyError
+from dpcompile.ledger import GradientLedger
+from dpcompile.pipeline import Options, Transformed, privatize
+from dpcompile.translate import translated
+
+__all__ = ["Engine", "PrivateModule", "engine_of", "private_class", "private_view"]
+
+
+class _TraceOnly(Exception):
+    """Stops a call after its compilation."""
+
+
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return module(*args, **kwargs)
+
+
+class Engine:
+    """Compiles the calls of one module, and keeps what its backward delivers.
+
+    Attributes:
+        module: the user's module, undecorated.
+        options: what the user asked for.
+        ledger: the clipped sums in ``p.grad``.
+        transformed: of the graph compiled last.
+        grad_norms: ``[B]`` float32 norms of the last backward, before clipping.
+    """
+
+    def __init__(self, module: nn.Module, options: Options) -> None:
+        self.module, self.options = module, options
+        self._parameters = dict(module.named_parameters())
+        self.ledger = GradientLedger(self._parameters)
+        self.transformed: Transformed | None = None
+        self.grad_norms: Tensor | None = None
+        self.calls_awaiting_backward = 0
+        self._mask: Tensor | None = None
+        self._current: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._tracing = False
+        # Dynamo keeps compiled graphs per code object: a copy gives every engine a cache of its own.
+        own = types.FunctionType(_call.__code__.replace(), globals(), _call.__name__)
+        self._compiled = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=options.dynamic)
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C, the sensitivity of the clipped sum to one example."""
+        return float(self.options.max_grad_norm)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters by name, tied ones once."""
+        return dict(self._parameters)
+
+    def trainable(self) -> list[str]:
+        """Names of the parameters that require a gradient now."""
+        return [name for name, p in self._parameters.items() if p.requires_grad]
+
+    def set_mask(self, mask: Tensor | None) -> None:
+        """Say which rows of the next batch are examples (True) and which are padding (False): bool ``[B]``."""
+        if mask is not None and (mask.ndim != 1 or mask.dtype != torch.bool):
+            raise PrivacyError(
+                f"the padding mask must be a bool tensor of shape [B], got {mask.dtype} {list(mask.shape)}",
+                remedy="True marks an example, False a padding row",
+            )
+        self._mask = mask
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module, compiled."""
+        self._current = (args, kwargs)
+        try:
+            with tracing_config():
+                return self._compiled(self.module, args, kwargs)
+        except _TraceOnly:
+            raise
+        except Exception as error:
+            refusal = translated(error, lambda: self._example_dims())
+            if refusal is None:
+                raise
+            raise refusal.with_traceback(None) from None
+        finally:
+            self._current = ((), {})
+
+    def trace(self, *args: Any, **kwargs: Any) -> None:
+        """Compile for these arguments without running."""
+        self._tracing = True
+        try:
+            with torch.enable_grad():
+                self(*args, **kwargs)
+        except _TraceOnly:
+            pass
+        finally:
+            self._tracing = False
+
+    def take_mask(self, batch: int, device: torch.device) -> Tensor:
+        """The mask of the batch that is being run, as float32 weights; it is used once."""
+        mask, self._mask = self._mask, None
+        if mask is None:
+            return torch.ones(batch, device=device)
+        if len(mask) != batch:
+            raise PrivacyError(
+                f"the padding mask has {len(mask)} entries for a batch of {batch}",
+                remedy="call the model on the batch that the loader gave, whole",
+            )
+        return mask.to(device=device, dtype=torch.float32)
+
+    def _example_dims(self) -> list[tuple[str, Tensor, int | None]]:
+        args, kwargs = self._current
+        return example_dims(self.module.forward, args, kwargs, self.options.in_dims)
+
+    def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        names = {id(p): name for name, p in self._parameters.items()}
+        trainable = any(id(v) in names and v.requires_grad for v in inputs if isinstance(v, Tensor))
+        if not (trainable and torch.is_grad_enabled()):
+            compiled = compile_joint(gm, inputs, backend=self.options.backend, transform=_nothing, key="")
+            return _Region(self, compiled, None)
+        leaves = {id(t): (name, dim) for name, t, dim in self._example_dims()}
+        roles = assign_roles(gm, inputs, names, leaves)
+        extended, extra = extend(gm, roles)
+
+        def transform(joint: fx.GraphModule) -> None:
+            self.transformed = privatize(joint, roles, len(inputs), self.options)
+
+        compiled = compile_joint(
+            extended,
+            [*inputs, *extra],
+            backend=self.options.backend,
+            transform=transform,
+            key=cache_key(self.options, roles),
+        )
+        return _Region(self, compiled, roles)
+
+    @property
+    def tracing(self) -> bool:
+        """Whether calls stop before they run."""
+        return self._tracing
+
+
+def _nothing(_: fx.GraphModule) -> None:
+    """Leave a graph without a private backward as it is."""
+
+
+@dataclass(slots=True)
+class _Region:
+    """One compiled graph at run time: Dynamo calls it with the graph's inputs."""
+
+    engine: Engine
+    compiled: Callable[..., Any]
+    roles: Roles | None
+
+    def __call__(self, *inputs: Any) -> Any:
+        if self.engine.tracing:
+            raise _TraceOnly
+        if self.roles is None:
+            return self.compiled(*inputs)
+        position, dim = self.roles.batch_from
+        like = inputs[position]
+        mask = self.engine.take_mask(like.shape[dim], like.device)
+        names = list(self.roles.parameters.values())
+        delivery = _Delivery(self.engine, names, mask)
+        live = [inputs[p] for p in self.roles.parameters]
+        norms, *aliases = _Deliver.apply(delivery, mask, *live)  # type: ignore[misc]
+        arguments = list(inputs)
+        for p, alias in zip(self.roles.parameters, aliases, strict=True):
+            arguments[p] = alias
+        return self.compiled(*arguments, mask, norms)
+
+
+@dataclass(slots=True)
+class _Delivery:
+    """The one backward that a forward may have."""
+
+    engine: Engine
+    names: list[str]
+    mask: Tensor
+    done: bool = False
+
+    def receive(self, norms: Tensor | None, sums: Sequence[Tensor | None]) -> None:
+        if self.done:
+            raise PrivacyError(
+                "a second backward through the same forward: every example would count twice",
+                remedy="run the forward again, or add the losses before one backward",
+            )
+        self.done = True
+        named = [(n, s) for n, s in zip(self.names, sums, strict=True) if s is not None]
+        self.engine.ledger.deliver(named, graph_task=current_backward())
+        if norms is not None:
+            self.engine.grad_norms = norms.detach()
+            _warn_of_lost_examples(norms, self.mask)
+
+
+def _warn_of_lost_examples(norms: Tensor, mask: Tensor) -> None:
+    lost = int((~torch.isfinite(norms) & (mask > 0)).sum())
+    if lost:
+        warnings.warn(
+            f"{lost} of {int(mask.sum())} examples had a gradient that is NaN or infinite; their weight is 0",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+class _Deliver(torch.autograd.Function):
+    """Stands between the parameters and the compiled graph; its backward gets all clipped sums and the norms at once.
+
+    It returns no gradient to autograd: the ledger writes ``p.grad``. So whatever autograd accumulates into ``p.grad``
+    has not been clipped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, delivery: _Delivery, mask: Tensor, *parameters: Tensor) -> Any:  # noqa: D102
+        ctx.delivery = delivery
+        ctx.set_materialize_grads(False)
+        return (torch.zeros_like(mask), *(p.detach() for p in parameters))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, norms: Tensor | None, *sums: Tensor | None) -> Any:  # noqa: D102
+        ctx.delivery.receive(norms, sums)
+        return (None, None, *(None for _ in sums))
+
+
+class PrivateModule:
+    """Mixed into the model's own class: calls go through an :class:`Engine`; everything else is the model's.
+
+    The instance shares its ``__dict__`` with the undecorated module, so parameters, buffers, submodules, hooks and
+    state-dict keys are the model's own.
+    """
+
+    __slots__ = ("_engine",)
+    _engine: Engine
+    _options: ClassVar[Options]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the compiled forward; its backward clips."""
+        return engine_of(self)(*args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> None:
+        """Compile for these arguments without running, so that plan, graph and certificate can be read."""
+        engine_of(self).trace(*args, **kwargs)
+
+    @property
+    def grad_norms(self) -> Tensor:
+        """Norms of the last backward's per-example gradients, before clipping: float32 ``[B]``. Not private."""
+        norms = engine_of(self).grad_norms
+        if norms is None:
+            raise DPCompileError("there are no gradient norms yet", remedy="call loss.backward() first")
+        return norms
+
+    @property
+    def plan(self) -> Any:
+        """The rule of every gradient site; print it."""
+        return _transformed(self).plan
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The rewritten joint graph; ``.print_readable()``."""
+        return _transformed(self).graph
+
+    @property
+    def certificate(self) -> Any:
+        """The proof that examples never mix; print it."""
+        return _transformed(self).certificate
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        import copy
+
+        engine = engine_of(self)
+        return private_view(copy.deepcopy(engine.module, memo), engine.options)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        engine = engine_of(self)
+        return private_view, (engine.module, engine.options)
+
+
+def private_view(module: nn.Module, options: Options) -> Any:
+    """An object of a subclass of the module's class that shares its state and compiles its calls."""
+    kind = type(module)
+    private = type(kind.__name__, (PrivateModule, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    view = private.__new__(private)
+    object.__setattr__(view, "__dict__", module.__dict__)
+    object.__setattr__(view, "_engine", Engine(module, options))
+    return view
+
+
+def private_class(kind: type[nn.Module], options: Options) -> type:
+    """A subclass whose instances compile their calls; the class itself may be subclassed further."""
+    return type(
+        kind.__name__,
+        (PrivateModule, kind),
+        {"__module__": kind.__module__, "__doc__": kind.__doc__, "__qualname__": kind.__qualname__, "_options": options},
+    )
+
+
+def _undecorated(model: Any) -> nn.Module:
+    """The same module with the calls of an ordinary one, on the same state."""
+    plain = type(type(model).__name__, (type(model),), {"__call__": nn.Module.__call__})
+    module = plain.__new__(plain)
+    object.__setattr__(module, "__dict__", model.__dict__)
+    return module
+
+
+def engine_of(model: Any) -> Engine:
+    """The engine of a private module.
+
+    Raises:
+        PrivacyError: an ordinary module, whose gradients nobody clips.
+    """
+    engine: Engine | None = None
+    if isinstance(model, PrivateModule):
+        engine = getattr(model, "_engine", None)
+        if engine is None:  # an instance of a decorated class, used for the first time
+            engine = Engine(_undecorated(model), model._options)
+            object.__setattr__(model, "_engine", engine)
+    if engine is None:
+        raise PrivacyError(
+            f"{type(model).__name__} is not a private model: nothing clips its gradients",
+            remedy="wrap it first: model = dp_compile(model, max_grad_norm=1.0)",
+        )
+    return engine
+
+
+def _transformed(model: Any) -> Transformed:
+    transformed = engine_of(model).transformed
+    if transformed is None:
+        raise DPCompileError(
+            "nothing is compiled yet", remedy="call the model once, or model.trace(*example_inputs), then look"
+        )
+    return transformed
+
+

@@ -1,0 +1,56 @@
+"""From what Dynamo and Inductor raise to an error that a user can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dpcompile._torch import BackendCompilerFailed, TorchDynamoException, Unsupported, user_place
+from dpcompile.errors import DPCompileError, UnsupportedGraphError
+
+__all__ = ["translated"]
+
+
+def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompileError | None:
+    """The error to raise instead of ``error``, or None to let it pass.
+
+    Args:
+        error: what a compiled call raised.
+        check_arguments: raises a DPCompileError if the call's arguments are at fault; that explains more than what
+            followed from it.
+    """
+    if isinstance(error, DPCompileError):
+        return error
+    try:
+        check_arguments()
+    except DPCompileError as at_fault:
+        return at_fault
+    inner = error
+    while isinstance(inner, BackendCompilerFailed):
+        inner = inner.inner_exception
+    if isinstance(inner, DPCompileError):
+        return inner
+    if isinstance(error, Unsupported):
+        return UnsupportedGraphError(
+            f"the model cannot be captured as one graph: {_first_paragraph(str(error))}",
+            where=user_place(error),
+            remedy="keep Python side effects, prints and branches on tensor values out of forward; move them around "
+            "the call of the model",
+        )
+    if "RecompileLimit" in type(error).__name__ or "recompile_limit" in str(error):
+        return UnsupportedGraphError(
+            "the model was recompiled too often: its inputs keep changing in a way that the graph depends on",
+            where=user_place(error),
+            remedy="use dynamic=True, or fixed physical batch sizes (PoissonLoader gives them)",
+        )
+    if isinstance(error, TorchDynamoException):
+        return UnsupportedGraphError(
+            f"the model cannot be compiled: {type(inner).__name__}: {_first_paragraph(str(inner))}",
+            where=user_place(error),
+            remedy="make sure that the plain model runs on these inputs, and under torch.compile(model, fullgraph=True)",
+        )
+    return None
+
+
+def _first_paragraph(text: str) -> str:
+    return " ".join(text.strip().split("\n\n")[0].split())

@@ -1,0 +1,51 @@
+"""A stand-in for a compiled model's engine: real ledger, clipped sums given by the test."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from dpcompile.errors import PrivacyError
+from dpcompile.ledger import GradientLedger
+
+_tasks = itertools.count()
+
+
+class FakeEngine:
+    def __init__(self, model: nn.Module, max_grad_norm: float = 1.0) -> None:
+        self.model, self.max_grad_norm = model, max_grad_norm
+        self.ledger = GradientLedger(self.parameters())
+        self.mask: Tensor | None = None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def trainable(self) -> list[str]:
+        return [name for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def set_mask(self, mask: Tensor | None) -> None:
+        self.mask = mask
+
+    def deliver(self, **sums: Tensor) -> None:
+        """One clipped backward; zeros for the trainable parameters not named."""
+        parameters = self.parameters()
+        full = {n: torch.zeros_like(parameters[n], dtype=torch.float32) for n in self.trainable()}
+        self.ledger.deliver((full | sums).items(), graph_task=next(_tasks))
+
+
+class PrivateModel(nn.Module):
+    """Holds its engine, as a compiled model does."""
+
+    def __init__(self, max_grad_norm: float = 1.0, **parameters: Tensor) -> None:
+        super().__init__()
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value))
+        self.engine = FakeEngine(self, max_grad_norm)
+
+
+def engine_of(model: nn.Module) -> FakeEngine:
+    if not isinstance(model, PrivateModel):
+        raise PrivacyError(f"{type(model).__name__} is not a dpcompile model", remedy="call dp_compile(model) first")
+    return model.engine
