@@ -120,10 +120,17 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def trace_like(function: Callable[..., Any], *values: Any) -> fx.GraphModule:
-    """Trace ``function`` on fake values into the same decomposed operations as the rest of the graph."""
-    table = decompositions()
+    """Trace ``function`` on fake values into the same decomposed operations as the rest of the graph.
+
+    In-place operations, which ``torch.vmap`` uses for accumulations, become functional ones: the joint graph has none.
+    """
+    functional = torch.func.functionalize(function, remove="mutations_and_views")
     with torch.no_grad():
-        return make_fx(function, decomposition_table=table, tracing_mode="real")(*values)
+        traced = make_fx(functional, decomposition_table=decompositions(), tracing_mode="real")(*values)
+    traced.graph.eliminate_dead_code()
+    mutable = [n for n in traced.graph.nodes if getattr(getattr(n.target, "_schema", None), "is_mutable", False)]
+    assert not mutable, f"in-place operations in a traced function: {mutable}"
+    return traced
 
 
 def compile_joint(

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from dpcompile import loader_checks as checks
-from dpcompile.engine import Engine
 from dpcompile.errors import PrivacyError
 from dpcompile.noise import Stream, check_seed, fresh_seed, uniform
-from dpcompile.optim import DPOptimizer, engine_of
+from dpcompile.optim import DPOptimizer
 from dpcompile.padding import PaddedDataset, collate_padded
+from dpcompile.runtime import Engine, engine_of
 from dpcompile.sampling import PoissonBatches, default_physical_batch_size
 
 __all__ = ["PhysicalBatch", "PoissonLoader"]

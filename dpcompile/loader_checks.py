@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from dpcompile.engine import Engine
+from dpcompile.runtime import Engine
 from dpcompile.errors import PrivacyError
 from dpcompile.optim import DPOptimizer
 

@@ -12,6 +12,7 @@ from torch import fx
 __all__ = ["module_of", "where"]
 
 _FRAME = re.compile(r'\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)')
+_ROOT = re.compile(r"^[LG]\['[^']*'\]")  # how Dynamo calls the module that was compiled
 _NOT_USERS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
 
@@ -40,6 +41,7 @@ def module_of(node: fx.Node) -> tuple[str, type] | None:
     if not stack:
         return None
     path, kind = list(stack.values())[-1]
+    path = _ROOT.sub("", path).replace("._modules['", ".").replace("']", "").lstrip(".") or "the model itself"
     if isinstance(kind, str):  # some torch versions keep the qualified name
         kind = getattr(torch.nn, kind.rsplit(".", 1)[-1], None) or type(kind.rsplit(".", 1)[-1], (), {})
     return path, kind

@@ -12,6 +12,8 @@ The counter of a block, four 32-bit words, low word first::
 
 A Philox block of 128 bits gives 2 values, a ChaCha20 block of 512 bits gives 8.
 
+Philox can be traced by torch.compile in one graph; ChaCha20's key derivation (a hash) cannot.
+
 The seed is a secret: whoever has it can subtract the noise. So is everything that holds it (optimizer checkpoints).
 """
 

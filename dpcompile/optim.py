@@ -14,22 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpcompile import optim_checks as checks
-from dpcompile.engine import Engine
 from dpcompile.errors import PrivacyError
 from dpcompile.mechanism import privatize_
 from dpcompile.noise import check_seed, fresh_seed
 from dpcompile.privacy import PrivacyAccountant
+from dpcompile.runtime import engine_of
 
-__all__ = ["DPOptimizer", "engine_of"]
+__all__ = ["DPOptimizer"]
 
 _KEY = "dpcompile"
-
-
-def engine_of(model: nn.Module) -> Engine:
-    """The engine of a dpcompile model; PrivacyError for an ordinary one."""
-    from dpcompile import runtime
-
-    return runtime.engine_of(model)
 
 
 class DPOptimizer(Optimizer):
@@ -89,7 +82,7 @@ class DPOptimizer(Optimizer):
     ) -> None:
         if isinstance(optimizer, DPOptimizer):
             raise PrivacyError("the optimizer is a DPOptimizer already", remedy="wrap the plain torch optimizer once")
-        self.engine: Engine = engine_of(model)
+        self.engine = engine_of(model)
         checks.refuse_bad_numbers(noise_multiplier, expected_batch_size)
         checks.refuse_other_accountant(noise_multiplier, accountant)
         checks.refuse_closure_only(optimizer)

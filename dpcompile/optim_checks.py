@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dpcompile.engine import Engine
+from dpcompile.runtime import Engine
 from dpcompile.errors import PrivacyError
 from dpcompile.privacy import PrivacyAccountant
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from dpcompile._torch import copy_graph
+from dpcompile.axis import Label, Shared
 from dpcompile.capture import Roles, name_joint
 from dpcompile.certificate import Certificate, certify
 from dpcompile.clipping import Clipping
@@ -38,11 +39,19 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Transformed:
-    """What the passes made of one captured graph."""
+    """What the passes made of one captured graph.
+
+    Attributes:
+        graph: a copy of the rewritten joint graph.
+        plan: the rule of every gradient site.
+        certificate: the proof.
+        output_labels: of the forward outputs, in the order of the captured graph.
+    """
 
     graph: fx.GraphModule
     plan: Plan
     certificate: Certificate
+    output_labels: tuple[Label, ...]
 
 
 def privatize(module: fx.GraphModule, roles: Roles, inputs: int, options: Options) -> Transformed:
@@ -67,4 +76,5 @@ def privatize(module: fx.GraphModule, roles: Roles, inputs: int, options: Option
     )
     clip = ClipOptions(options.clipping, float(options.max_grad_norm), options.loss_reduction == "mean")
     rewrite(joint, plan, clip)
-    return Transformed(fx.GraphModule(module, copy_graph(module.graph)), plan, certificate)
+    labels = tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs)
+    return Transformed(fx.GraphModule(module, copy_graph(module.graph)), plan, certificate, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from dpcompile._torch import compile_joint, current_backward, tracing_config
 from dpcompile.arguments import example_dims
 from dpcompile.cachekey import cache_key
 from dpcompile.capture import Roles, assign_roles, extend
+from dpcompile.check import FirstStep
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.ledger import GradientLedger
 from dpcompile.pipeline import Options, Transformed, privatize
@@ -25,6 +27,9 @@ __all__ = ["Engine", "PrivateModule", "engine_of", "private_class", "private_vie
 
 class _TraceOnly(Exception):
     """Stops a call after its compilation."""
+
+
+_NUMBERS = itertools.count()
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -48,12 +53,15 @@ class Engine:
         self.ledger = GradientLedger(self._parameters)
         self.transformed: Transformed | None = None
         self.grad_norms: Tensor | None = None
-        self.calls_awaiting_backward = 0
+        self.first_step: FirstStep | None = None
+        self._unchecked = options.check
         self._mask: Tensor | None = None
         self._current: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._tracing = False
-        # Dynamo keeps compiled graphs per code object: a copy gives every engine a cache of its own.
-        own = types.FunctionType(_call.__code__.replace(), globals(), _call.__name__)
+        # Dynamo keeps compiled graphs per code object, and what it learned of changing sizes per name: a copy under a
+        # name of its own keeps models apart.
+        name = f"call_{type(module).__name__}_{next(_NUMBERS)}"
+        own = types.FunctionType(_call.__code__.replace(co_name=name), globals(), name)
         self._compiled = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=options.dynamic)
 
     @property
@@ -81,9 +89,13 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, compiled."""
         self._current = (args, kwargs)
+        self.first_step = self._recorder()
         try:
             with tracing_config():
-                return self._compiled(self.module, args, kwargs)
+                result = self._compiled(self.module, args, kwargs)
+            if self.first_step is not None:
+                self.first_step.watch(result)
+            return result
         except _TraceOnly:
             raise
         except Exception as error:
@@ -92,7 +104,7 @@ class Engine:
                 raise
             raise refusal.with_traceback(None) from None
         finally:
-            self._current = ((), {})
+            self._current, self.first_step = ((), {}), None
 
     def trace(self, *args: Any, **kwargs: Any) -> None:
         """Compile for these arguments without running."""
@@ -116,6 +128,13 @@ class Engine:
                 remedy="call the model on the batch that the loader gave, whole",
             )
         return mask.to(device=device, dtype=torch.float32)
+
+    def _recorder(self) -> FirstStep | None:
+        """Of the first call with gradients under ``check=True``; None otherwise."""
+        if not self._unchecked or self._tracing or not torch.is_grad_enabled():
+            return None
+        self._unchecked = False
+        return FirstStep(self.module, self.options, self._current, self._example_dims())
 
     def _example_dims(self) -> list[tuple[str, Tensor, int | None]]:
         args, kwargs = self._current
@@ -170,13 +189,16 @@ class _Region:
         like = inputs[position]
         mask = self.engine.take_mask(like.shape[dim], like.device)
         names = list(self.roles.parameters.values())
-        delivery = _Delivery(self.engine, names, mask)
+        delivery = _Delivery(self.engine, names, mask, self.engine.first_step)
         live = [inputs[p] for p in self.roles.parameters]
         norms, *aliases = _Deliver.apply(delivery, mask, *live)  # type: ignore[misc]
         arguments = list(inputs)
         for p, alias in zip(self.roles.parameters, aliases, strict=True):
             arguments[p] = alias
-        return self.compiled(*arguments, mask, norms)
+        outputs = self.compiled(*arguments, mask, norms)
+        if delivery.first_step is not None and self.engine.transformed is not None:
+            delivery.first_step.label(outputs, self.engine.transformed)
+        return outputs
 
 
 @dataclass(slots=True)
@@ -186,6 +208,7 @@ class _Delivery:
     engine: Engine
     names: list[str]
     mask: Tensor
+    first_step: FirstStep | None
     done: bool = False
 
     def receive(self, norms: Tensor | None, sums: Sequence[Tensor | None]) -> None:
@@ -199,6 +222,8 @@ class _Delivery:
         self.engine.ledger.deliver(named, graph_task=current_backward())
         if norms is not None:
             self.engine.grad_norms = norms.detach()
+            if self.first_step is not None:
+                self.first_step.compare(norms, self.mask, named)
             _warn_of_lost_examples(norms, self.mask)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,13 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
             where=user_place(error),
             remedy="use dynamic=True, or fixed physical batch sizes (PoissonLoader gives them)",
         )
+    own = _OWN_ERROR.search(str(error)) if isinstance(error, TorchDynamoException) else None
+    if own is not None:
+        return UnsupportedGraphError(
+            f"the model fails on these inputs: {own['kind']}: {own['text']}",
+            where=user_place(error),
+            remedy="make sure that the plain model runs on them",
+        )
     if isinstance(error, TorchDynamoException):
         return UnsupportedGraphError(
             f"the model cannot be compiled: {type(inner).__name__}: {_first_paragraph(str(inner))}",
@@ -50,6 +58,9 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
             remedy="make sure that the plain model runs on these inputs, and under torch.compile(model, fullgraph=True)",
         )
     return None
+
+
+_OWN_ERROR = re.compile(r"got (?P<kind>\w+)\(['\"](?P<text>.*?)['\"]\)", re.DOTALL)
 
 
 def _first_paragraph(text: str) -> str:
