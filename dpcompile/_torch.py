@@ -124,7 +124,7 @@ def trace_like(function: Callable[..., Any], *values: Any) -> fx.GraphModule:
 
     In-place operations, which ``torch.vmap`` uses for accumulations, become functional ones: the joint graph has none.
     """
-    functional = torch.func.functionalize(function, remove="mutations_and_views")
+    functional = torch.func.functionalize(function, remove="mutations")
     with torch.no_grad():
         traced = make_fx(functional, decomposition_table=decompositions(), tracing_mode="real")(*values)
     traced.graph.eliminate_dead_code()

@@ -11,6 +11,7 @@ import networkx
 import torch
 from torch import fx
 
+from dpcompile.alignment import complete_axes
 from dpcompile.axis import Examples, Shared, Summed, Whole
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.joint import JointGraph
@@ -48,7 +49,8 @@ class Site:
         operation: the operation itself.
         kind: its name without namespace, or ``"whole"`` for a batch of one example.
         operands: tensor operands by schema name.
-        axes: the example axis of those operands that have one.
+        axes: the example axis of those operands that have one; an operand that depends on no example but is laid out
+            position by position along the others' axis counts too.
     """
 
     value: fx.Node
@@ -155,7 +157,8 @@ def _site(value: fx.Node, proof: Proof, parameter: str) -> Site:
             operands[name] = operand
         elif isinstance(operand, (list, tuple)):
             operands.update({f"{name}.{i}": n for i, n in enumerate(operand) if isinstance(n, fx.Node)})
-    axes = {n: x for n, o in operands.items() if isinstance(x := proof.of(o), Examples)}
+    labelled = {n: x for n, o in operands.items() if isinstance(x := proof.of(o), Examples)}
+    axes = complete_axes(kind, operation, operands, labelled)
     if kind not in _COTANGENT or not any(n in axes for n in _COTANGENT[kind]):
         raise UnsupportedGraphError(
             f"the gradient of parameter '{parameter}' is summed over the examples by `{kind}`, which has no norm rule",

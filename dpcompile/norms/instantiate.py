@@ -30,6 +30,12 @@ def run_operation(node: fx.Node, values: Mapping[fx.Node, Any], dtype: torch.dty
         if wanted is None or wanted.is_floating_point:
             return args[0].to(dtype)
         return args[0].to(wanted)
+    if name == "slice_scatter":  # vmap's rule does not know that an end past the end means the end
+        named = dict(zip(("self", "src", "dim", "start", "end", "step"), args, strict=False)) | kwargs
+        length = named["self"].shape[named.get("dim", 0)]
+        end = named.get("end")
+        named["end"] = length if end is None else min(end, length)
+        return aten.slice_scatter.default(**named)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

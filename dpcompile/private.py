@@ -1,0 +1,155 @@
+"""``make_private``: model, optimizer and loader made private together, so that they cannot disagree."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from dpcompile.api import dp_compile
+from dpcompile.data import PoissonLoader
+from dpcompile.errors import PrivacyError
+from dpcompile.noise import fresh_seed
+from dpcompile.optim import DPOptimizer
+from dpcompile.privacy import Method, PrivacyAccountant, calibrate_noise
+from dpcompile.runtime import PrivateModule, engine_of
+
+__all__ = ["make_private"]
+
+
+def make_private(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: DataLoader[Any] | PoissonLoader,
+    *,
+    noise_multiplier: float | None = None,
+    target_epsilon: float | None = None,
+    target_delta: float | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    max_grad_norm: float | None = None,
+    accountant: Method = "pld",
+    physical_batch_size: int | None = None,
+    seed: int | None = None,
+    secure: bool = False,
+    **dp_compile_options: Any,
+) -> tuple[Any, DPOptimizer, PoissonLoader]:
+    """Make an ordinary training loop private.
+
+    The loop stays as it is; ``optimizer.accountant.epsilon(delta)`` tells what it has cost so far.
+
+    Args:
+        model: an ordinary model, or one that :func:`dpcompile.dp_compile` returned.
+        optimizer: a torch optimizer over its trainable parameters.
+        loader: a DataLoader with torch's own sampler (its batch size becomes the expected one), or a PoissonLoader.
+        noise_multiplier: sigma. Either this or a target.
+        target_epsilon: the epsilon that all ``epochs`` or ``steps`` together may cost.
+        target_delta: with ``target_epsilon``; well below 1 / size of the dataset.
+        epochs: passes over the loader that are planned; needed with a target, unless ``steps`` is given.
+        steps: logical steps that are planned.
+        max_grad_norm: C; None: 1.0, or what a model compiled already has.
+        accountant: "pld" or "rdp".
+        physical_batch_size: see :class:`dpcompile.PoissonLoader`.
+        seed: one secret for noise and draws, which take different streams of it. None draws one.
+        secure: ChaCha20 for both.
+        **dp_compile_options: the rest of :func:`dpcompile.dp_compile`'s.
+
+    Returns:
+        ``(model, optimizer, loader)`` for the loop.
+
+    Raises:
+        PrivacyError: not exactly one of ``noise_multiplier`` and ``target_epsilon``, an incomplete target, options for
+            a model or a loader that is made already and has others, or whatever the parts refuse.
+
+    **Guarantee.** The returned loader samples at the rate that the accountant counts, the optimizer adds the noise that
+    it counts, to the sums that the model clips, and once per draw of the loader.
+    """
+    _check_target(noise_multiplier, target_epsilon, target_delta, epochs, steps)
+    if isinstance(optimizer, DPOptimizer):
+        raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
+    private_model = _private_model(model, max_grad_norm, dp_compile_options)
+    private_loader = _private_loader(loader, physical_batch_size, seed, secure)
+    if noise_multiplier is None:
+        assert target_epsilon is not None and target_delta is not None
+        noise_multiplier = calibrate_noise(
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            sample_rate=private_loader.sample_rate,
+            steps=steps if steps is not None else (epochs or 0) * len(private_loader),
+            method=accountant,
+        )
+    private_optimizer = DPOptimizer(
+        optimizer,
+        private_model,
+        noise_multiplier=noise_multiplier,
+        expected_batch_size=private_loader.expected_batch_size,
+        seed=private_loader.seed if seed is None and private_loader.secure == secure else seed,
+        secure=secure,
+        accountant=PrivacyAccountant(
+            noise_multiplier=noise_multiplier, sample_rate=private_loader.sample_rate, method=accountant
+        ),
+    )
+    return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)
+
+
+def _check_target(
+    noise_multiplier: float | None,
+    target_epsilon: float | None,
+    target_delta: float | None,
+    epochs: int | None,
+    steps: int | None,
+) -> None:
+    if (noise_multiplier is None) == (target_epsilon is None):
+        given = "neither" if noise_multiplier is None else "both"
+        raise PrivacyError(
+            f"{given} of noise_multiplier and target_epsilon given",
+            remedy="give noise_multiplier, or target_epsilon with target_delta and epochs",
+        )
+    if target_epsilon is None:
+        return
+    if target_delta is None:
+        raise PrivacyError(
+            "target_epsilon without target_delta", remedy="give target_delta, well below 1 / size of the dataset"
+        )
+    if (epochs is None) == (steps is None):
+        raise PrivacyError(
+            f"target_epsilon with {'neither' if epochs is None else 'both'} of epochs and steps",
+            remedy="say how long training will be: give one of them",
+        )
+    for name, value in (("epochs", epochs), ("steps", steps)):
+        if value is not None and not (math.isfinite(value) and value >= 1 and value == int(value)):
+            raise PrivacyError(f"{name} is {value!r}", remedy="give an integer, 1 or more")
+
+
+def _private_model(model: nn.Module, max_grad_norm: float | None, options: dict[str, Any]) -> Any:
+    if not isinstance(model, PrivateModule):
+        return dp_compile(model, max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm, **options)
+    has = engine_of(model).max_grad_norm
+    if max_grad_norm is not None and max_grad_norm != has:
+        raise PrivacyError(
+            f"the model is compiled already with max_grad_norm={has}, not {max_grad_norm}",
+            remedy="pass the ordinary model, or leave max_grad_norm out",
+        )
+    if options:
+        raise PrivacyError(
+            "the model is compiled already, and these options come too late: " + ", ".join(sorted(options)),
+            remedy="pass the ordinary model, or give the options to dp_compile",
+        )
+    return model
+
+
+def _private_loader(loader: Any, physical_batch_size: int | None, seed: int | None, secure: bool) -> PoissonLoader:
+    if not isinstance(loader, PoissonLoader):
+        own = fresh_seed(secure=secure) if seed is None else seed
+        return PoissonLoader.from_dataloader(loader, physical_batch_size=physical_batch_size, seed=own, secure=secure)
+    wanted = {"physical_batch_size": physical_batch_size, "seed": seed, "secure": secure or None}
+    for name, value in wanted.items():
+        if value is not None and value != getattr(loader, name):
+            shown = "another one" if name == "seed" else repr(getattr(loader, name))
+            raise PrivacyError(
+                f"{name} is given, and the PoissonLoader has {shown} already", remedy=f"give {name} to one of the two"
+            )
+    return loader
