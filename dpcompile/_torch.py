@@ -31,6 +31,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from dpcompile.decompositions import DECOMPOSITIONS, take_apart_bags
+
 __all__ = [
     "BackendCompilerFailed",
     "GradAOTOutput",
@@ -114,9 +116,10 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 @lru_cache(maxsize=1)
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's, and the masked accumulation of embeddings into plain masking and accumulation."""
+    """Inductor's, our own, and the masked accumulation of embeddings into plain masking and accumulation."""
     masked = torch.ops.aten._unsafe_masked_index_put_accumulate.default
-    return {**select_decomp_table(), masked: torch._decomp.global_decomposition_table["post_autograd"][masked]}
+    plain = torch._decomp.global_decomposition_table["post_autograd"][masked]
+    return {**select_decomp_table(), **DECOMPOSITIONS, masked: plain}
 
 
 def trace_like(function: Callable[..., Any], *values: Any) -> fx.GraphModule:
@@ -141,6 +144,8 @@ def compile_joint(
     ``key`` names everything that ``transform`` depends on: it becomes a part of Inductor's cache key. The cache of
     AOTAutograd, which would skip the transform, is off.
     """
+    take_apart_bags(gm.graph)
+    gm.recompile()
     with functorch_config.patch(enable_autograd_cache=False), _lstm_step_by_step():
         if backend == "inductor":
             patches = {"joint_custom_pre_pass": _Pass(transform, key)}

@@ -33,7 +33,14 @@ def example_dims(
     """
     found = list(_leaves(forward, args, kwargs, in_dims))
     sizes: dict[int, str] = {}
+    seen: dict[int, tuple[str, int | None]] = {}
     for name, tensor, dim in found:
+        other, earlier = seen.setdefault(id(tensor), (name, dim))
+        if earlier != dim:
+            raise DPCompileError(
+                f"inputs '{other}' and '{name}' are the same tensor, with its examples on dimension {earlier} and {dim}",
+                remedy="pass a clone where the other dimension is meant",
+            )
         if dim is None:
             continue
         if not -tensor.ndim <= dim < tensor.ndim:

@@ -112,15 +112,18 @@ def reshape_axis(axis: Examples, old: Sequence[Size], new: Sequence[Size], batch
 
     The example of flat position ``f`` is ``(f // I) % B`` with ``I`` the product of ``inner`` and all later sizes. The
     new dimension that carries the axis is the one where both ``I`` and its size divide exactly; for B >= 2 there is at
-    most one. None if the examples would be spread over several dimensions.
+    most one. The same can be read from the front, which decides where sizes are symbols that do not cancel. None if the
+    examples would be spread over several dimensions.
     """
-    stride = product([axis.inner, *old[axis.dim + 1 :]])
-    after: Size = 1
+    behind, before = product([axis.inner, *old[axis.dim + 1 :]]), product([axis.outer, *old[: axis.dim]])
     for dim in reversed(range(len(new))):
-        inner = divide(stride, after)
-        if inner is not None:
-            outer = divide(new[dim], product([batch, inner]))
-            if outer is not None:
-                return Examples(dim, outer, inner)
-        after = product([after, new[dim]])
+        inner = divide(behind, product(new[dim + 1 :]))
+        outer = None if inner is None else divide(new[dim], product([batch, inner]))
+        if inner is not None and outer is not None:
+            return Examples(dim, outer, inner)
+    for dim in range(len(new)):
+        outer = divide(before, product(new[:dim]))
+        inner = None if outer is None else divide(new[dim], product([batch, outer]))
+        if inner is not None and outer is not None:
+            return Examples(dim, outer, inner)
     return None

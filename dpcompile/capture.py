@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from dpcompile.sizes import Size, same, shape_of, size
 
 __all__ = ["Roles", "assign_roles", "extend", "name_joint"]
 
+_HIDDEN = re.compile(r"^L\['(args|kwargs)'\]")
 MASK, NORMS = "dpcompile_mask", "dpcompile_norms"
 
 
@@ -101,6 +103,12 @@ def assign_roles(
                 batch = here
         else:
             names[position] = _source_name(node)
+            if names[position].startswith(("L['args']", "L['kwargs']")):
+                raise UnsupportedGraphError(
+                    f"the model reads the tensor {_HIDDEN.sub(r'\\1', names[position])}, which is hidden inside an object: it is not known "
+                    "whether it has an example axis",
+                    remedy="pass tensors themselves, or in lists, tuples and dicts",
+                )
             if value.requires_grad:
                 raise UnsupportedGraphError(
                     f"the model uses '{names[position]}', which needs a gradient and is no parameter of the model",

@@ -57,7 +57,7 @@ class FirstStep:
     def compare(self, norms: Tensor, mask: Tensor, sums: Sequence[tuple[str, Tensor]]) -> None:
         """Raise PrivacyError if the norms or the clipped sums differ from what vmap gives."""
         each = self._per_example(len(mask))
-        squared = {n: g.to(accumulation_dtype(g.dtype)).square().flatten(1).sum(1) for n, g in each.items()}
+        squared = {n: g.to(accumulation_dtype(g.dtype)).square().reshape(len(mask), -1).sum(1) for n, g in each.items()}
         expected = torch.stack(list(squared.values())).sum(0).sqrt()
         _same("the gradient norms", norms.to(expected.dtype), expected)
         groups: dict[str, list[str]] = {}

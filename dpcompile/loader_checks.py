@@ -7,9 +7,9 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from dpcompile.runtime import Engine
 from dpcompile.errors import PrivacyError
 from dpcompile.optim import DPOptimizer
+from dpcompile.runtime import Engine
 
 __all__ = ["check_count", "checked_size", "refuse_other_optimizer", "refuse_state", "taken_over"]
 

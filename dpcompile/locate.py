@@ -13,7 +13,7 @@ __all__ = ["module_of", "where"]
 
 _FRAME = re.compile(r'\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)')
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")  # how Dynamo calls the module that was compiled
-_NOT_USERS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+_TORCH, _HERE = os.path.dirname(torch.__file__), os.path.dirname(__file__)
 
 
 def where(node: fx.Node) -> str | None:
@@ -56,7 +56,8 @@ def _user_frame(trace: str) -> str | None:
             continue
         source = lines[i + 1].strip() if i + 1 < len(lines) else ""
         text = f"{match['file']}:{match['line']}, in {match['function']}: {source}"
-        if not match["file"].startswith(_NOT_USERS):
+        if not match["file"].startswith((_TORCH, _HERE)):
             return text
-        fallback = fallback or text
+        if match["file"].startswith(_TORCH):
+            fallback = fallback or text
     return fallback

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dpcompile.runtime import Engine
 from dpcompile.errors import PrivacyError
 from dpcompile.privacy import PrivacyAccountant
+from dpcompile.runtime import Engine
 
 __all__ = [
     "refuse_bad_numbers",

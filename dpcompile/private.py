@@ -53,8 +53,9 @@ def make_private(
         max_grad_norm: C; None: 1.0, or what a model compiled already has.
         accountant: "pld" or "rdp".
         physical_batch_size: see :class:`dpcompile.PoissonLoader`.
-        seed: one secret for noise and draws, which take different streams of it. None draws one.
-        secure: ChaCha20 for both.
+        seed: one secret for noise and draws, which take different streams of it (a PoissonLoader keeps its own for the
+            draws). None draws one.
+        secure: ChaCha20, likewise.
         **dp_compile_options: the rest of :func:`dpcompile.dp_compile`'s.
 
     Returns:
@@ -71,6 +72,7 @@ def make_private(
     if isinstance(optimizer, DPOptimizer):
         raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
     private_model = _private_model(model, max_grad_norm, dp_compile_options)
+    seed = fresh_seed(secure=secure) if seed is None else seed
     private_loader = _private_loader(loader, physical_batch_size, seed, secure)
     if noise_multiplier is None:
         assert target_epsilon is not None and target_delta is not None
@@ -86,7 +88,7 @@ def make_private(
         private_model,
         noise_multiplier=noise_multiplier,
         expected_batch_size=private_loader.expected_batch_size,
-        seed=private_loader.seed if seed is None and private_loader.secure == secure else seed,
+        seed=seed,
         secure=secure,
         accountant=PrivacyAccountant(
             noise_multiplier=noise_multiplier, sample_rate=private_loader.sample_rate, method=accountant
@@ -141,15 +143,13 @@ def _private_model(model: nn.Module, max_grad_norm: float | None, options: dict[
     return model
 
 
-def _private_loader(loader: Any, physical_batch_size: int | None, seed: int | None, secure: bool) -> PoissonLoader:
+def _private_loader(loader: Any, physical_batch_size: int | None, seed: int, secure: bool) -> PoissonLoader:
     if not isinstance(loader, PoissonLoader):
-        own = fresh_seed(secure=secure) if seed is None else seed
-        return PoissonLoader.from_dataloader(loader, physical_batch_size=physical_batch_size, seed=own, secure=secure)
-    wanted = {"physical_batch_size": physical_batch_size, "seed": seed, "secure": secure or None}
-    for name, value in wanted.items():
-        if value is not None and value != getattr(loader, name):
-            shown = "another one" if name == "seed" else repr(getattr(loader, name))
-            raise PrivacyError(
-                f"{name} is given, and the PoissonLoader has {shown} already", remedy=f"give {name} to one of the two"
-            )
+        options = {"physical_batch_size": physical_batch_size, "seed": seed, "secure": secure}
+        return PoissonLoader.from_dataloader(loader, **options)
+    if physical_batch_size not in (None, loader.physical_batch_size):
+        raise PrivacyError(
+            f"physical_batch_size is {physical_batch_size}, and the PoissonLoader has {loader.physical_batch_size}",
+            remedy="leave it out, or make the PoissonLoader with it",
+        )
     return loader

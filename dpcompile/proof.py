@@ -17,7 +17,7 @@ from dpcompile.locate import module_of, where
 from dpcompile.rules import Call, Labels, find_rule
 from dpcompile.rules.pointwise import pointwise
 from dpcompile.rules.shared import shared
-from dpcompile.sizes import Size, is_one, shape_of
+from dpcompile.sizes import Size, is_one, product, same, shape_of
 
 __all__ = ["Proof", "prove", "refusal"]
 
@@ -159,7 +159,23 @@ def _call_label(joint: JointGraph, node: fx.Node, labels: Mapping[fx.Node, Label
         rule = pointwise
     if rule is None:
         return call.unsupported(f"there is no rule for `{_name(node)}`")
-    return rule(call)
+    return _of_right_size(call, rule(call))
+
+
+def _of_right_size(call: Call, labels: Labels) -> Labels:
+    """Whatever a rule says: a dimension that carries the examples carries all of them."""
+    value = call.node.meta["val"]
+    if isinstance(labels, tuple):
+        return tuple(_checked(call, x, v) for x, v in zip(labels, value, strict=True))
+    return _checked(call, labels, value)
+
+
+def _checked(call: Call, label: Label, value: object) -> Label:
+    if not isinstance(label, Examples) or not isinstance(value, torch.Tensor):
+        return label
+    if same(shape_of(value)[label.dim], product([label.outer, call.batch, label.inner])):
+        return label
+    return call.mixes("it takes some of the examples only")
 
 
 def _note_forward_sum(node: fx.Node, labels: Mapping[fx.Node, Labels], sums: dict) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor, fx
 
 from dpcompile.axis import Examples, Shared, Whole
 from dpcompile.clipping import Clipping, as_joint, check_function, clip_weights, group_of
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.insert import insert, last_of
 from dpcompile.joint import JointGraph
+from dpcompile.locate import where
 from dpcompile.norms.ghost import Sides, direct, ghost, merge, outer
 from dpcompile.norms.instantiate import per_example_site, run_operation, run_tail, tail_inputs, through_tail
 from dpcompile.norms.slices import accumulation_dtype, scaled
@@ -92,10 +93,17 @@ def _norm(joint: JointGraph, choice: Choice) -> _Norm:
 
     def norm_and_gradients(mask: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
         each = compute(mask.shape[0], values)
-        return each.square().flatten(1).sum(1), each
+        return each.square().reshape(mask.shape[0], -1).sum(1), each
 
     nodes = [joint.mask, *operands]
-    squared, kept = insert(joint.graph, _behind(joint, nodes), norm_and_gradients, nodes)
+    try:
+        squared, kept = insert(joint.graph, _behind(joint, nodes), norm_and_gradients, nodes)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedGraphError(
+            f"the gradient of parameter '{gradient.name}' cannot be computed per example: {str(error).splitlines()[0]}",
+            where=where(gradient.sites[0].operation),
+            remedy="simplify what stands between the parameter and the layer that uses it, or freeze the parameter",
+        ) from error
     return _Norm(choice, squared, kept if rule == "keep" else None)
 
 

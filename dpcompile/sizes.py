@@ -19,8 +19,17 @@ def size(value: int | torch.SymInt | sympy.Expr) -> Size:
     if isinstance(value, torch.SymInt):
         value = value.node.expr
     if isinstance(value, sympy.Expr):
+        value = _without_exact_floors(value)
         return int(value) if value.is_Integer else value
     return int(value)
+
+
+@lru_cache(maxsize=4096)
+def _without_exact_floors(value: sympy.Expr) -> sympy.Expr:
+    """``(s * t) // t`` is ``s``."""
+    floors = [f for f in value.atoms(sympy.Function) if type(f).__name__ == "FloorDiv"]
+    exact = {f: q for f in floors if (q := divide(*f.args)) is not None}
+    return sympy.expand(value.xreplace(exact)) if exact else value
 
 
 def shape_of(value: object) -> tuple[Size, ...]:

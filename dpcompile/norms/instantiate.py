@@ -25,18 +25,36 @@ def run_operation(node: fx.Node, values: Mapping[fx.Node, Any], dtype: torch.dty
     """
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
     name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
-    if name in ("convert_element_type", "_to_copy"):
-        wanted = kwargs.get("dtype") if name == "_to_copy" else args[1]
-        if wanted is None or wanted.is_floating_point:
-            return args[0].to(dtype)
-        return args[0].to(wanted)
-    if name == "slice_scatter":  # vmap's rule does not know that an end past the end means the end
-        named = dict(zip(("self", "src", "dim", "start", "end", "step"), args, strict=False)) | kwargs
-        length = named["self"].shape[named.get("dim", 0)]
-        end = named.get("end")
-        named["end"] = length if end is None else min(end, length)
-        return aten.slice_scatter.default(**named)
+    schema = getattr(node.target, "_schema", None)
+    if name in _UNDER_VMAP and schema is not None:
+        named = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+        return _UNDER_VMAP[name](named, dtype)
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _cast(named: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    value, wanted = named.get("a", named.get("self")), named.get("dtype")
+    assert isinstance(value, Tensor)
+    return value.to(dtype if wanted is None or wanted.is_floating_point else wanted)
+
+
+def _slice_scatter(named: dict[str, Any], _: torch.dtype) -> Tensor:
+    """vmap's own rule takes a start or an end outside the dimension literally."""
+    length = named["self"].shape[named.get("dim", 0)]
+    for bound, default in (("start", 0), ("end", length)):
+        value = named.get(bound)
+        value = default if value is None else min(value, length)
+        named[bound] = value + length if value < 0 else value
+    return aten.slice_scatter.default(**named)
+
+
+def _fma(named: dict[str, Any], _: torch.dtype) -> Tensor:
+    a, b, c = named.values()
+    return a * b + c
+
+
+# Operations that torch.vmap has no rule for, or a wrong one, and how to run them instead.
+_UNDER_VMAP = {"convert_element_type": _cast, "_to_copy": _cast, "slice_scatter": _slice_scatter, "fma": _fma}
 
 
 def per_example_site(site: Site, operands: Mapping[fx.Node, Any], batch: int, dtype: torch.dtype) -> Tensor:

@@ -64,6 +64,10 @@ def _linear(call: Call) -> Label:
         return Summed()
     if name == "div" and summed == [True, False] and call["rounding_mode"] is None:
         return Summed()
+    if name == "fma":  # a * b + c
+        a, b, c = call.node.args
+        if isinstance(call.label(a), Summed) != isinstance(call.label(b), Summed):
+            return _all_summed_or_zero(call, [c])
     if name in ("add", "sub"):
         return _all_summed_or_zero(call, [first, second])
     if name == "where" and not isinstance(call.label(call["condition"]), Summed):

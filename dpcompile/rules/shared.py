@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from dpcompile.axis import Examples, Label, Shared, reshape_axis
 from dpcompile.rules.registry import Call
 from dpcompile.sizes import same_shape
@@ -14,6 +16,7 @@ _KEEPS_VALUES = {
     "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "expand", "permute", "transpose", "t", "clone", "alias",
     "_to_copy", "convert_element_type", "detach", "slice", "select", "device_put", "lift_fresh_copy",
 }  # fmt: skip
+_EXACT = {torch.int64, torch.int32, torch.float64, torch.float32}
 _KEEPS_COTANGENT = _KEEPS_VALUES | {"mul", "div", "neg"}
 
 
@@ -48,6 +51,8 @@ def _counts(call: Call, name: str) -> int | None:
         plain = call["start"] in (None, 0) and call["step"] in (None, 1)
         return 0 if plain else None
     if name not in _KEEPS_VALUES or not call.operands or name in ("slice", "select"):
+        return None
+    if call.node.meta["val"].dtype not in _EXACT:  # a cast could round positions to their neighbours
         return None
     source = call.operands[0]
     label = call.label(source)

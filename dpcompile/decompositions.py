@@ -1,0 +1,91 @@
+"""Operations that are taken apart before the proof, beyond what Inductor takes apart itself.
+
+They are rare in training graphs, and in parts they fall under the rules that exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+__all__ = ["DECOMPOSITIONS", "take_apart_bags"]
+
+aten = torch.ops.aten
+
+
+def _trilinear(
+    i1: Tensor,
+    i2: Tensor,
+    i3: Tensor,
+    expand1: Sequence[int],
+    expand2: Sequence[int],
+    expand3: Sequence[int],
+    sumdim: Sequence[int],
+    unroll_dim: int = 1,
+) -> Tensor:
+    """``nn.Bilinear`` and its gradients: a product of three tensors over common dimensions, as an einsum."""
+    ndim = i1.ndim + len(expand1)
+    letters = "abcdefghijklmnopqrstuvwxyz"[:ndim]
+
+    def kept(dropped: Sequence[int]) -> str:
+        gone = {d % ndim for d in dropped}
+        return "".join(x for d, x in enumerate(letters) if d not in gone)
+
+    return torch.einsum(f"{kept(expand1)},{kept(expand2)},{kept(expand3)}->{kept(sumdim)}", i1, i2, i3)
+
+
+def _weight_norm_backward(grad_w: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The adjoint of ``w = g v / |v|`` (Salimans and Kingma 2016, equation 3)."""
+    others = [d for d in range(v.ndim) if d != dim % v.ndim]
+    norms = norms.to(v.dtype)
+    along = (grad_w * v).sum(others, keepdim=True) / norms
+    return (g / norms) * (grad_w - v * (along / norms)), along.to(g.dtype)
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    aten._trilinear.default: _trilinear,
+    aten._weight_norm_interface_backward.default: _weight_norm_backward,
+}
+
+
+def take_apart_bags(graph: fx.Graph) -> None:
+    """Replace bags of equal size (2-D input) in a captured graph by look-ups and a reduction over each bag."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is F.embedding_bag:
+            node.target = _embedding_bag
+
+
+def _embedding_bag(
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    if input.ndim != 2 or max_norm is not None:
+        return F.embedding_bag(
+            input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
+            include_last_offset, padding_idx,
+        )  # fmt: skip
+    rows = F.embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
+    present = torch.ones_like(input, dtype=torch.bool) if padding_idx is None else input != padding_idx % len(weight)
+    if mode == "max":
+        rows = rows.masked_fill(~present.unsqueeze(-1), float("-inf"))
+        largest = rows.max(1).values
+        return torch.where(present.any(1, keepdim=True), largest, torch.zeros_like(largest))
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    total = torch.where(present.unsqueeze(-1), rows, torch.zeros_like(rows)).sum(1)
+    if mode == "mean":
+        total = total / present.sum(1, keepdim=True).clamp_min(1).to(total.dtype)
+    return total
