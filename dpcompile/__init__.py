@@ -1,6 +1,23 @@
 """Differentially private training as a compiler pass."""
 
 from dpcompile.api import dp_compile
+from dpcompile.data import PoissonLoader
 from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, UnsupportedGraphError
+from dpcompile.optim import DPOptimizer
+from dpcompile.privacy import PrivacyAccountant, calibrate_noise
+from dpcompile.private import make_private
+from dpcompile.step import compile_step
 
-__all__ = ["DPCompileError", "ExampleMixingError", "PrivacyError", "UnsupportedGraphError", "dp_compile"]
+__all__ = [
+    "DPCompileError",
+    "DPOptimizer",
+    "ExampleMixingError",
+    "PoissonLoader",
+    "PrivacyAccountant",
+    "PrivacyError",
+    "UnsupportedGraphError",
+    "calibrate_noise",
+    "compile_step",
+    "dp_compile",
+    "make_private",
+]

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._decomp.decompositions
@@ -16,19 +16,20 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError, TorchDynamoException, Unsupported
 from torch._dynamo.source import LocalSource
-from torch._dynamo.utils import detect_fake_mode
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     PlainAOTInput,
     PlainAOTOutput,
     TangentAOTInput,
 )
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from dpcompile.decompositions import DECOMPOSITIONS, take_apart_bags
@@ -48,6 +49,7 @@ __all__ = [
     "current_backward",
     "detect_fake_mode",
     "disable",
+    "flat_graph",
     "pytree",
     "trace_like",
     "tracing_config",
@@ -107,11 +109,34 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     result = copied.graph_copy(graph, (nodes := {}), return_output_node=True)
     assert isinstance(result, tuple)
     value, old_output = result
+    assert isinstance(old_output, fx.Node)
     output = copied.output(value, type_expr=getattr(old_output, "type", None))
     output.meta = dict(old_output.meta)
     copied._codegen = graph._codegen
     assert nodes
     return copied
+
+
+def flat_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int | None], dict[int, int]]:
+    """A joint graph as a plain function of flat inputs.
+
+    Returns:
+        The module; for every input its position before joint tracing (None for a cotangent); for every input that has a
+        gradient the position of the gradient among the outputs.
+    """
+    graph = copy_graph(module.graph)
+    graph._codegen = CodeGen()
+    sources: list[int | None] = []
+    for node in graph.find_nodes(op="placeholder"):
+        descriptor = node.meta.get("desc")
+        sources.append(descriptor.idx if isinstance(descriptor, PlainAOTInput) else None)
+    values: Sequence[Any] = graph.output_node().args[0]  # type: ignore[assignment]
+    slots = {
+        d.grad_of.idx: i
+        for i, d in enumerate(graph.output_node().meta["desc"])
+        if isinstance(d, GradAOTOutput) and isinstance(d.grad_of, PlainAOTInput) and values[i] is not None
+    }
+    return fx.GraphModule(module, graph), sources, slots
 
 
 @lru_cache(maxsize=1)
@@ -149,7 +174,7 @@ def compile_joint(
     with functorch_config.patch(enable_autograd_cache=False), _lstm_step_by_step():
         if backend == "inductor":
             patches = {"joint_custom_pre_pass": _Pass(transform, key)}
-            return compile_fx(gm, list(inputs), config_patches=patches, decompositions=decompositions())
+            return cast(Any, compile_fx)(gm, list(inputs), config_patches=patches, decompositions=decompositions())
         return _compile_eager(gm, inputs, transform)
 
 
@@ -190,12 +215,11 @@ class _Pass(CustomGraphPass):
         self._transform, self._key = transform, key
 
     def __call__(self, graph: fx.Graph) -> None:
+        assert graph.owning_module is not None
         self._transform(graph.owning_module)
 
     def uuid(self) -> str:
         return self._key
-
-
 
 
 def user_place(error: BaseException) -> str | None:

@@ -28,7 +28,7 @@ def dp_compile(model: Model, **options: Any) -> Model: ...
 def dp_compile(model: None = None, **options: Any) -> Callable[[Model], Model]: ...
 
 
-def dp_compile(
+def dp_compile(  # type: ignore[misc]
     model: Any = None,
     *,
     max_grad_norm: float = 1.0,
@@ -57,8 +57,8 @@ def dp_compile(
         max_grad_norm: C.
         clipping: "flat", "automatic", "per_layer", "per_block", or a function from norms ``[B]`` to weights ``[B]``;
             see :func:`dpcompile.clipping.clip_weights`.
-        norm: "auto" chooses the fastest rule per parameter; "ghost", "instantiate" (per-example gradients, kept), "redo"
-            (the same, dropped) and "direct" (the same, a tile at a time) force one where it exists.
+        norm: "auto" chooses the fastest rule per parameter; "ghost", "instantiate" (per-example gradients, kept),
+            "redo" (the same, dropped) and "direct" (the same, a tile at a time) force one where it exists.
         in_dims: the dimension of each input that holds the examples, as in ``torch.func.vmap``; None for an input that
             is the same for all. One entry for all, one per positional argument, or a dict by argument name.
         loss_reduction: "mean" if the loss is a mean over the batch (its 1/B is undone before clipping), or "sum".
@@ -80,9 +80,7 @@ def dp_compile(
     _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
     _one_of("backend", backend, ("inductor", "eager"))
     _validate_budget(memory_budget)
-    options = Options(
-        max_grad_norm, clipping, norm, in_dims, loss_reduction, backend, dynamic, memory_budget, check
-    )
+    options = Options(max_grad_norm, clipping, norm, in_dims, loss_reduction, backend, dynamic, memory_budget, check)
     if model is None:
         return lambda decorated: _private(decorated, options)
     return _private(model, options)

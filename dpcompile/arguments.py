@@ -23,7 +23,8 @@ def example_dims(
 
     Args:
         forward: the model's forward, for the names of positional arguments.
-        args, kwargs: of the call; nested lists, tuples and dicts are looked into.
+        args: of the call; nested lists, tuples and dicts are looked into.
+        kwargs: of the call.
         in_dims: as for ``torch.func.vmap``: one number (or None: no example axis) for all, a sequence with an entry per
             positional argument, or a mapping from argument names. Entries may be nested like their argument. What is
             not mentioned has the examples on dimension 0.
@@ -38,7 +39,7 @@ def example_dims(
         other, earlier = seen.setdefault(id(tensor), (name, dim))
         if earlier != dim:
             raise DPCompileError(
-                f"inputs '{other}' and '{name}' are the same tensor, with its examples on dimension {earlier} and {dim}",
+                f"inputs '{other}' and '{name}' are the same tensor, with examples on dimension {earlier} and {dim}",
                 remedy="pass a clone where the other dimension is meant",
             )
         if dim is None:

@@ -104,9 +104,10 @@ def assign_roles(
         else:
             names[position] = _source_name(node)
             if names[position].startswith(("L['args']", "L['kwargs']")):
+                hidden = _HIDDEN.sub(r"\1", names[position])
                 raise UnsupportedGraphError(
-                    f"the model reads the tensor {_HIDDEN.sub(r'\\1', names[position])}, which is hidden inside an object: it is not known "
-                    "whether it has an example axis",
+                    f"the model reads the tensor {hidden}, which is inside an object: it is not known whether it has "
+                    "an example axis",
                     remedy="pass tensors themselves, or in lists, tuples and dicts",
                 )
             if value.requires_grad:
@@ -147,7 +148,7 @@ def name_joint(module: fx.GraphModule, roles: Roles, inputs: int) -> JointGraph:
         inputs: how many inputs there were before :func:`extend`.
 
     Raises:
-        UnsupportedGraphError: parameters or inputs that AOTAutograd replaced (views of one another that are written to).
+        UnsupportedGraphError: parameters or inputs that AOTAutograd replaced (views of one another, written to).
     """
     by_position: dict[int, fx.Node] = {}
     tangents: dict[Any, fx.Node] = {}
@@ -197,4 +198,4 @@ def _source_name(node: fx.Node) -> str:
     if source is None:
         return str(node.target)
     name = source.name
-    return name() if callable(name) else name
+    return str(name() if callable(name) else name)

@@ -30,7 +30,7 @@ def derive_key(seed: int) -> tuple[int, ...]:
     return tuple(int.from_bytes(digest[i : i + 4], "little") for i in range(0, 32, 4))
 
 
-def chacha20(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
+def chacha20(counter: Sequence[Tensor], key: Sequence[int] | Sequence[Tensor]) -> list[Tensor]:
     """One ChaCha20 block per counter.
 
     Args:
@@ -56,8 +56,8 @@ def chacha20(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
     return [word for row, first in zip((a, b, c, d), initial, strict=True) for word in ((row + first) & _MASK).unbind()]
 
 
-def _row(words: Sequence[int], device: torch.device) -> Tensor:
-    return torch.stack([torch.full((1,), word, dtype=torch.int64, device=device) for word in words])
+def _row(words: Sequence[int] | Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.stack([torch.as_tensor(word, dtype=torch.int64, device=device).reshape(1) for word in words])
 
 
 def _quarter_rounds(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

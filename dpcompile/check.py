@@ -105,7 +105,7 @@ class FirstStep:
                 tensors = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
                 return [tensors[k] for k in positions]
 
-            found, pull = torch.func.vjp(outputs, parameters)
+            found, pull, *_ = torch.func.vjp(outputs, parameters)
             return pull([c.reshape(o.shape) for c, o in zip(cotangents, found, strict=True)])[0]
 
         slices = [leaves[i].detach() for i in mapped]

@@ -1,9 +1,9 @@
 """What each rule costs on top of the non-private backward, as sympy expressions.
 
 Letters: B examples, K blocks (groups, heads), T positions, p rows, d columns, e bytes per element, u elements of an
-unfolded copy (the patches of a convolution). The table is that of DESIGN section 2; ghost and instantiation are from Li et
-al. 2022 (arXiv:2110.05679), their mix from Bu et al. 2022 (arXiv:2205.10683), keeping and redoing from Bu et al. 2023
-(arXiv:2210.00038, book-keeping).
+unfolded copy (the patches of a convolution). Ghost norms and instantiation are from Li et al. 2022 (arXiv:2110.05679),
+their mix from Bu et al. 2022 (arXiv:2205.10683), keeping and redoing from Bu et al. 2023 (arXiv:2210.00038,
+book-keeping).
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def costs(shape: Shape, batch: Size) -> dict[str, Cost]:
         "ghost": _cost(grams * (p + d), 3 * sides + 2 * grams * e + 2 * unfold, sides + grams * e + unfold),
         "keep": _cost(4 * weights, 3 * weights * e + 2 * unfold, weights * e + unfold),
         "redo": _cost(2 * weights * (t + 1), 2 * weights * e + 2 * sides + 2 * unfold, sides + weights * e + unfold),
-        "direct": _cost(2 * weights * (t + 1), 2 * weights * e + 3 * sides + 2 * unfold, sides + half * weights * e + unfold),
+        "direct": _cost(
+            2 * weights * (t + 1), 2 * weights * e + 3 * sides + 2 * unfold, sides + half * weights * e + unfold
+        ),
     }
 
 

@@ -256,7 +256,7 @@ class PoissonLoader:
     def _run(self, iteration: object) -> Iterator[PhysicalBatch]:
         self._sampler.cover(range(self.step, self.step + len(self) - self._position))
         value = uniform(self.seed, step=self.step, stream=Stream.WORKERS, numel=1, secure=self.secure)
-        pass
+        self._worker_seeds.manual_seed(int(value.item() * 2**53))
         for data, mask, request in self._loader:
             if iteration is not self._iteration:
                 raise PrivacyError(

@@ -58,5 +58,3 @@ def _copy_constant(graph: fx.Graph, traced: fx.GraphModule, node: fx.Node) -> fx
         torch.ops.aten.full.default, ([], value.item()), {"dtype": value.dtype, "device": value.device}
     )
     return copied
-
-

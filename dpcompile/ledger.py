@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from dpcompile.errors import PrivacyError
@@ -159,5 +158,3 @@ class GradientLedger:
     def _fail(self, what: str, *, remedy: str):  # -> NoReturn, and the fault stays until clear()
         self._fault = PrivacyError(what, remedy=remedy)
         raise self._fault
-
-

@@ -20,9 +20,7 @@ _VIEWS = {
 }  # fmt: skip
 
 
-def budget_in_bytes(
-    budget: float | int | None, joint: JointGraph, hints: Mapping[sympy.Symbol, int]
-) -> float | None:
+def budget_in_bytes(budget: float | int | None, joint: JointGraph, hints: Mapping[sympy.Symbol, int]) -> float | None:
     """What the norms may add: all of an int budget, or what a float leaves above the plain step's peak."""
     if budget is None:
         return None
@@ -67,5 +65,5 @@ def _bytes(node: fx.Node, hints: Mapping[sympy.Symbol, int]) -> float:
     total = 0.0
     for v in values:
         if isinstance(v, torch.Tensor):
-            total += prod(int(sympy.sympify(n).subs(hints)) for n in shape_of(v)) * v.element_size()
+            total += prod(int(str(sympy.sympify(n).xreplace(dict(hints)))) for n in shape_of(v)) * v.element_size()
     return total

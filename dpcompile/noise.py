@@ -10,9 +10,8 @@ The counter of a block, four 32-bit words, low word first::
     word 2      logical step
     word 3      parameter (24 bits), stream (8 bits, on top)
 
-A Philox block of 128 bits gives 2 values, a ChaCha20 block of 512 bits gives 8.
-
-Philox can be traced by torch.compile in one graph; ChaCha20's key derivation (a hash) cannot.
+A Philox block of 128 bits gives 2 values, a ChaCha20 block of 512 bits gives 8. In compiled
+graphs use `noise_op`.
 
 The seed is a secret: whoever has it can subtract the noise. So is everything that holds it (optimizer checkpoints).
 """
@@ -206,6 +205,12 @@ def uniform(
     return torch.cat([v for _, _, v in parts]) if parts else torch.empty(0, dtype=torch.float64, device=device)
 
 
+def counter_tag(stream: Stream, parameter: int) -> int:
+    """The last word of the counter."""
+    _check_range("parameter index", parameter, _PARAMETERS)
+    return stream.value << _PARAMETER_BITS | parameter
+
+
 def fresh_seed(*, secure: bool = False) -> int:
     """A seed from the operating system's entropy (``secrets``): 64 bits, or 256 for ``secure``."""
     return secrets.randbits(256 if secure else 64)
@@ -228,7 +233,7 @@ def _pieces(
     """Yield ``(index of the span, offset in it, float64 values)``; spans are drawn together as scratch allows."""
     check_seed(seed, secure=secure)
     _check_range("logical step", step, _STEPS)
-    convert = convert or _box_muller
+    convert = convert or box_muller
     key = chacha.derive_key(seed) if secure else (seed & _MASK, seed >> 32)
     generate, words = (chacha.chacha20, chacha.WORDS) if secure else (philox.philox4x32, philox.WORDS)
     per_block = words // 2  # 64 bits a value
@@ -237,12 +242,12 @@ def _pieces(
         blocks, tags = [], []
         for i, first, last in batch:
             low, high = first // per_block, -(-last // per_block)
-            tag = stream.value << _PARAMETER_BITS | spans[i].parameter
+            tag = counter_tag(stream, spans[i].parameter)
             blocks.append(torch.arange(low, high, dtype=torch.int64, device=work))
             tags.append(torch.full((high - low if len(batch) > 1 else 1,), tag, dtype=torch.int64, device=work))
         block_n, tag_n = torch.cat(blocks), torch.cat(tags)
         step_1 = torch.full((1,), step, dtype=torch.int64, device=work)
-        values = convert(_fractions(generate([block_n & _MASK, block_n >> 32, step_1, tag_n], key)))
+        values = convert(fractions(generate([block_n & _MASK, block_n >> 32, step_1, tag_n], key)))
         at = 0
         for (i, first, last), lanes in zip(batch, blocks, strict=True):
             begin = at + first % per_block
@@ -267,7 +272,7 @@ def _batches(spans: Sequence[Span], limit: int) -> Iterator[list[tuple[int, int,
         yield batch
 
 
-def _fractions(words: Sequence[Tensor]) -> Tensor:
+def fractions(words: Sequence[Tensor]) -> Tensor:
     """53 of every 64 bits, as int64 ``[blocks, values per block]`` in [0, 2**53)."""
     return torch.stack([(high << 21) | (low >> 11) for high, low in zip(words[::2], words[1::2], strict=True)], dim=-1)
 
@@ -276,7 +281,7 @@ def _unit(fractions: Tensor) -> Tensor:
     return (fractions.to(torch.float64) * 2.0**-53).view(-1)
 
 
-def _box_muller(fractions: Tensor) -> Tensor:
+def box_muller(fractions: Tensor) -> Tensor:
     """Pairs of integers in [0, 2**53) to pairs of independent standard normals, via uniforms in (0, 1]."""
     uniforms = (fractions + 1).to(torch.float64) * 2.0**-53
     radius = torch.sqrt(-2.0 * torch.log(uniforms[:, 0::2]))

@@ -135,22 +135,38 @@ class DPOptimizer(Optimizer):
         if self.accumulating:
             self._held = True
             return loss
+        names = self.checked_parameters()
+        self.engine.ledger.verify(names)
+        self._private_gradients(names, self.use_noise())
+        self.optimizer.step()
+        self.finish()
+        return loss
+
+    def checked_parameters(self) -> list[str]:
+        """Names of the parameters that a step updates, after the checks that do not look at gradients."""
         names = self.engine.trainable()
         checks.refuse_missing(self.engine, self.optimizer, names)
         checks.refuse_stray(self.engine, self.optimizer, names)
         checks.refuse_complex(self.engine, names)
         checks.refuse_other_accountant(self.noise_multiplier, self.accountant)
-        self.engine.ledger.verify(names)
-        # Counted before it is drawn: if the update fails half-way, this noise must not be drawn again.
+        return names
+
+    def use_noise(self) -> int:
+        """Use up one draw of noise and account for it; returns the logical step to draw it for.
+
+        Counted before it is drawn: if the update fails half-way, this noise must not be drawn again.
+        """
         used = self.logical_step
         self.logical_step += 1
         if self.accountant is not None:
             self.accountant.step()
-        self._private_gradients(names, used)
-        self.optimizer.step()
+        return used
+
+    def finish(self) -> None:
+        """The step is done: its gradients are spent."""
         self.engine.ledger.spend()
         self._held = False
-        return loss
+        self._opt_called = True  # what learning-rate schedulers look at to see that a step came before theirs
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, unless a logical step is under way: then they are needed and stay."""

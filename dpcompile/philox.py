@@ -23,7 +23,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 
-def philox4x32(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
+def philox4x32(counter: Sequence[Tensor], key: Sequence[int] | Sequence[Tensor]) -> list[Tensor]:
     """Encrypt each counter under ``key``.
 
     Args:

@@ -129,7 +129,9 @@ def _options(
     element = 8 if gradient.gradient.meta["val"].dtype == torch.float64 else 4
     weight = product(shape_of(gradient.gradient.meta["val"]))
     if gradient.sites[0].kind == "whole":
-        return [Choice(gradient, "whole", None, summed_cost(1, weight, element), "one example: its gradient is the sum")]
+        return [
+            Choice(gradient, "whole", None, summed_cost(1, weight, element), "one example: the sum is its gradient")
+        ]
     forms = oriented(gradient, batch)
     plain = summed_cost(batch, weight, element)
     if forms is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import types
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,11 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from dpcompile._torch import compile_joint, current_backward, tracing_config
+from dpcompile._torch import compile_joint, tracing_config
 from dpcompile.arguments import example_dims
 from dpcompile.cachekey import cache_key
 from dpcompile.capture import Roles, assign_roles, extend
 from dpcompile.check import FirstStep
+from dpcompile.delivery import Delivery, through_delivery
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.ledger import GradientLedger
 from dpcompile.pipeline import Options, Transformed, privatize
@@ -34,6 +34,17 @@ _NUMBERS = itertools.count()
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return module(*args, **kwargs)
+
+
+def with_own_code(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+    """A copy of a function that Dynamo takes for another one.
+
+    Dynamo keeps compiled graphs per code object, and what it learned of changing sizes per name: copies keep models
+    apart.
+    """
+    assert isinstance(function, types.FunctionType)
+    name = f"{function.__name__}_{label}_{next(_NUMBERS)}"
+    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
 
 
 class Engine:
@@ -56,12 +67,10 @@ class Engine:
         self.first_step: FirstStep | None = None
         self._unchecked = options.check
         self._mask: Tensor | None = None
+        self._masked = False  # a loader says for every batch which rows are examples
         self._current: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._tracing = False
-        # Dynamo keeps compiled graphs per code object, and what it learned of changing sizes per name: a copy under a
-        # name of its own keeps models apart.
-        name = f"call_{type(module).__name__}_{next(_NUMBERS)}"
-        own = types.FunctionType(_call.__code__.replace(co_name=name), globals(), name)
+        own = with_own_code(_call, type(module).__name__)
         self._compiled = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=options.dynamic)
 
     @property
@@ -78,13 +87,16 @@ class Engine:
         return [name for name, p in self._parameters.items() if p.requires_grad]
 
     def set_mask(self, mask: Tensor | None) -> None:
-        """Say which rows of the next batch are examples (True) and which are padding (False): bool ``[B]``."""
+        """Say which rows of the next batch are examples (True) and which are padding (False): bool ``[B]``.
+
+        From then on every forward with gradients needs a mask of its own; None ends that.
+        """
         if mask is not None and (mask.ndim != 1 or mask.dtype != torch.bool):
             raise PrivacyError(
                 f"the padding mask must be a bool tensor of shape [B], got {mask.dtype} {list(mask.shape)}",
                 remedy="True marks an example, False a padding row",
             )
-        self._mask = mask
+        self._mask, self._masked = mask, mask is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, compiled."""
@@ -128,6 +140,32 @@ class Engine:
                 remedy="call the model on the batch that the loader gave, whole",
             )
         return mask.to(device=device, dtype=torch.float32)
+
+    def delivery(self, names: list[str], like: Tensor, dim: int) -> Delivery:
+        """For the forward that is being run on examples along ``dim`` of ``like``."""
+        refused = None
+        if self._masked and self._mask is None:
+            refused = PrivacyError(
+                "a second backward on one batch of the loader: its examples would count twice",
+                remedy="call the model once per batch with gradients (others under torch.no_grad()); to train without "
+                "the loader, finish its loop first",
+            )
+        mask = self.take_mask(like.shape[dim], like.device)
+        recorder = self.first_step
+
+        def keep(norms: Tensor | None, mask: Tensor, sums: list[tuple[str, Tensor]], graph_task: int) -> None:
+            self.ledger.deliver(sums, graph_task=graph_task)
+            if norms is not None:
+                self.grad_norms = norms.detach()
+                if recorder is not None:
+                    recorder.compare(norms, mask, sums)
+
+        return Delivery(names, mask, keep, refused)
+
+    def ran(self, outputs: Sequence[Any]) -> None:
+        """The compiled graph returned these outputs."""
+        if self.first_step is not None and self.transformed is not None:
+            self.first_step.label(outputs, self.transformed)
 
     def _recorder(self) -> FirstStep | None:
         """Of the first call with gradients under ``check=True``; None otherwise."""
@@ -186,75 +224,14 @@ class _Region:
         if self.roles is None:
             return self.compiled(*inputs)
         position, dim = self.roles.batch_from
-        like = inputs[position]
-        mask = self.engine.take_mask(like.shape[dim], like.device)
-        names = list(self.roles.parameters.values())
-        delivery = _Delivery(self.engine, names, mask, self.engine.first_step)
-        live = [inputs[p] for p in self.roles.parameters]
-        norms, *aliases = _Deliver.apply(delivery, mask, *live)  # type: ignore[misc]
+        delivery = self.engine.delivery(list(self.roles.parameters.values()), inputs[position], dim)
+        norms, aliases = through_delivery(delivery, [inputs[p] for p in self.roles.parameters])
         arguments = list(inputs)
         for p, alias in zip(self.roles.parameters, aliases, strict=True):
             arguments[p] = alias
-        outputs = self.compiled(*arguments, mask, norms)
-        if delivery.first_step is not None and self.engine.transformed is not None:
-            delivery.first_step.label(outputs, self.engine.transformed)
+        outputs = self.compiled(*arguments, delivery.mask, norms)
+        self.engine.ran(outputs)
         return outputs
-
-
-@dataclass(slots=True)
-class _Delivery:
-    """The one backward that a forward may have."""
-
-    engine: Engine
-    names: list[str]
-    mask: Tensor
-    first_step: FirstStep | None
-    done: bool = False
-
-    def receive(self, norms: Tensor | None, sums: Sequence[Tensor | None]) -> None:
-        if self.done:
-            raise PrivacyError(
-                "a second backward through the same forward: every example would count twice",
-                remedy="run the forward again, or add the losses before one backward",
-            )
-        self.done = True
-        named = [(n, s) for n, s in zip(self.names, sums, strict=True) if s is not None]
-        self.engine.ledger.deliver(named, graph_task=current_backward())
-        if norms is not None:
-            self.engine.grad_norms = norms.detach()
-            if self.first_step is not None:
-                self.first_step.compare(norms, self.mask, named)
-            _warn_of_lost_examples(norms, self.mask)
-
-
-def _warn_of_lost_examples(norms: Tensor, mask: Tensor) -> None:
-    lost = int((~torch.isfinite(norms) & (mask > 0)).sum())
-    if lost:
-        warnings.warn(
-            f"{lost} of {int(mask.sum())} examples had a gradient that is NaN or infinite; their weight is 0",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-class _Deliver(torch.autograd.Function):
-    """Stands between the parameters and the compiled graph; its backward gets all clipped sums and the norms at once.
-
-    It returns no gradient to autograd: the ledger writes ``p.grad``. So whatever autograd accumulates into ``p.grad``
-    has not been clipped.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, delivery: _Delivery, mask: Tensor, *parameters: Tensor) -> Any:  # noqa: D102
-        ctx.delivery = delivery
-        ctx.set_materialize_grads(False)
-        return (torch.zeros_like(mask), *(p.detach() for p in parameters))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, norms: Tensor | None, *sums: Tensor | None) -> Any:  # noqa: D102
-        ctx.delivery.receive(norms, sums)
-        return (None, None, *(None for _ in sums))
 
 
 class PrivateModule:
@@ -325,7 +302,12 @@ def private_class(kind: type[nn.Module], options: Options) -> type:
     return type(
         kind.__name__,
         (PrivateModule, kind),
-        {"__module__": kind.__module__, "__doc__": kind.__doc__, "__qualname__": kind.__qualname__, "_options": options},
+        {
+            "__module__": kind.__module__,
+            "__doc__": kind.__doc__,
+            "__qualname__": kind.__qualname__,
+            "_options": options,
+        },
     )
 
 
@@ -364,5 +346,3 @@ def _transformed(model: Any) -> Transformed:
             "nothing is compiled yet", remedy="call the model once, or model.trace(*example_inputs), then look"
         )
     return transformed
-
-

@@ -37,8 +37,7 @@ def poisson_draw(seed: int, *, step: int, size: int, sample_rate: float, secure:
     """
     if sample_rate >= 1:
         return list(range(size))
-    expected = size * sample_rate
-    at_a_time = math.ceil(expected + 6 * math.sqrt(expected)) + 16
+    at_a_time = _at_a_time(size * sample_rate)
     drawn, last, used = [], -1, 0
     while last < size:
         u = uniform(seed, step=step, stream=Stream.SAMPLING, numel=at_a_time, start=used, secure=secure)
@@ -48,6 +47,11 @@ def poisson_draw(seed: int, *, step: int, size: int, sample_rate: float, secure:
         drawn += positions.tolist()
         last, used = drawn[-1], used + at_a_time
     return [i for i in drawn if i < size]
+
+
+def _at_a_time(expected: float) -> int:
+    """So many gaps that one pass nearly always reaches the end of the dataset."""
+    return math.ceil(expected + 6 * math.sqrt(expected)) + 16
 
 
 def cut(indices: list[int], *, physical_batch_size: int, step: int) -> Iterator[Request]:

@@ -28,7 +28,7 @@ def size(value: int | torch.SymInt | sympy.Expr) -> Size:
 def _without_exact_floors(value: sympy.Expr) -> sympy.Expr:
     """``(s * t) // t`` is ``s``."""
     floors = [f for f in value.atoms(sympy.Function) if type(f).__name__ == "FloorDiv"]
-    exact = {f: q for f in floors if (q := divide(*f.args)) is not None}
+    exact = {f: q for f in floors if (q := _divide(*f.args)) is not None}  # type: ignore
     return sympy.expand(value.xreplace(exact)) if exact else value
 
 
@@ -77,7 +77,8 @@ def _divide(a: sympy.Expr, b: sympy.Expr) -> Size | None:
     # Floor divisions and the like are unknowns of their own: what cancels with them standing for any integer is exact.
     opaque = sorted(a.atoms(sympy.Function) | b.atoms(sympy.Function), key=sympy.default_sort_key)
     stand_ins = {f: sympy.Dummy(positive=True, integer=True) for f in opaque}
-    quotient = sympy.cancel(a.xreplace(stand_ins) / b.xreplace(stand_ins))
+    numbers: tuple[sympy.Expr, sympy.Expr] = a.xreplace(stand_ins), b.xreplace(stand_ins)  # type: ignore[assignment]
+    quotient = sympy.cancel(numbers[0] / numbers[1])
     numerator, denominator = sympy.fraction(sympy.together(quotient))
     if denominator != 1:
         return None

@@ -55,7 +55,7 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
         return UnsupportedGraphError(
             f"the model cannot be compiled: {type(inner).__name__}: {_first_paragraph(str(inner))}",
             where=user_place(error),
-            remedy="make sure that the plain model runs on these inputs, and under torch.compile(model, fullgraph=True)",
+            remedy="make sure that the plain model runs on these inputs, and under torch.compile with fullgraph=True",
         )
     return None
 

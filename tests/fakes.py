@@ -38,6 +38,11 @@ class FakeEngine:
 class PrivateModel(nn.Module):
     """Holds its engine, as a compiled model does."""
 
+    a: nn.Parameter
+    b: nn.Parameter
+    w: nn.Parameter
+    engine: FakeEngine
+
     def __init__(self, max_grad_norm: float = 1.0, **parameters: Tensor) -> None:
         super().__init__()
         for name, value in parameters.items():

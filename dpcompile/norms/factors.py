@@ -210,7 +210,7 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
     stride, padding, dilation, transposed, groups = (arguments[i] for i in (4, 5, 6, 7, 9))
     cotangent, source = site.operands["grad_output"], site.operands["input"]
     layout = next(iter(site.axes.values()))
-    out, per_group, *kernel = (size(n) for n in site.value.meta["val"].shape)
+    out, per_group, *kernel = (int(size(n)) for n in site.value.meta["val"].shape)
     # A transposed convolution is the adjoint of a convolution: its input and output exchange their parts.
     small, large = (source, cotangent) if transposed else (cotangent, source)
 

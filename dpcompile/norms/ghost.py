@@ -1,7 +1,7 @@
 """Squared norms of sums of outer products, without the products.
 
-``|sum_t r_t c_t^T|^2 = sum_{t,t'} <r_t, r_t'> <c_t, c_t'>`` (Goodfellow 2015, arXiv:1510.01799, for T = 1; Li et al. 2022,
-arXiv:2110.05679, section 4, for T > 1; Bu et al. 2022, arXiv:2205.10683, for convolutions).
+``|sum_t r_t c_t^T|^2 = sum_{t,t'} <r_t, r_t'> <c_t, c_t'>`` (Goodfellow 2015, arXiv:1510.01799, for T = 1; Li et al.
+2022, arXiv:2110.05679, section 4, for T > 1; Bu et al. 2022, arXiv:2205.10683, for convolutions).
 
 Shape letters as in :mod:`dpcompile.norms.factors`. Every function returns ``[B]``.
 """

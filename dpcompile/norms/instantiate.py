@@ -39,7 +39,7 @@ def _cast(named: dict[str, Any], dtype: torch.dtype) -> Tensor:
 
 
 def _slice_scatter(named: dict[str, Any], _: torch.dtype) -> Tensor:
-    """vmap's own rule takes a start or an end outside the dimension literally."""
+    """Vmap's own rule takes a start or an end outside the dimension literally."""
     length = named["self"].shape[named.get("dim", 0)]
     for bound, default in (("start", 0), ("end", length)):
         value = named.get(bound)
@@ -82,7 +82,9 @@ def per_example_site(site: Site, operands: Mapping[fx.Node, Any], batch: int, dt
     return result
 
 
-def run_tail(gradient: ParameterGradient, sums: Mapping[fx.Node, Tensor], shared: Mapping[fx.Node, Any], dtype: Any) -> Tensor:
+def run_tail(
+    gradient: ParameterGradient, sums: Mapping[fx.Node, Tensor], shared: Mapping[fx.Node, Any], dtype: Any
+) -> Tensor:
     """The tail of a gradient on other values of its sites."""
     values: dict[fx.Node, Any] = {**shared, **sums}
     for node in gradient.tail:
@@ -111,5 +113,3 @@ def through_tail(
         return run_tail(gradient, dict(zip(values, slices, strict=True)), shared, dtype)
 
     return torch.vmap(one)(*sites)
-
-

@@ -22,7 +22,10 @@ def patches(
 
     Args:
         images: ``[N, C, *spatial]``.
-        kernel, stride, padding, dilation: one number per spatial dimension.
+        kernel: its size, one number per spatial dimension, and so for the others.
+        stride: of the filter.
+        padding: zeros on both sides.
+        dilation: of the filter.
         positions: how many places the filter takes along each spatial dimension.
 
     Returns:

@@ -149,17 +149,15 @@ def _write_to_examples(call: Call, geometry: _Geometry, label: Label, by: Label,
         carrier = value if isinstance(value, Examples) else by
         assert isinstance(carrier, Examples)
         for dim in range(len(call.shape(call["self"]))):
-            target = (
-                geometry.own_position(dim)
-                if dim in geometry.indexed
-                else carrier.at(geometry.dim_of_base(dim))
-            )
+            target = geometry.own_position(dim) if dim in geometry.indexed else carrier.at(geometry.dim_of_base(dim))
             if target is not None and target.dim == carrier.dim and target.same_layout(carrier):
                 return carrier.at(dim)
         if call["accumulate"] and isinstance(label, Shared) and label.zero:
             return Summed()
         return call.mixes("examples write into a value that all of them share")
-    target = geometry.own_position(axis.dim) if axis.dim in geometry.indexed else axis.at(geometry.dim_of_base(axis.dim))
+    target = (
+        geometry.own_position(axis.dim) if axis.dim in geometry.indexed else axis.at(geometry.dim_of_base(axis.dim))
+    )
     if target is None:
         return call.mixes("it writes to examples picked by an index")
     for other in (by, value):

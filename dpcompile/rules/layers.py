@@ -96,7 +96,6 @@ def attention(call: Call) -> Labels:
     if call.summed():
         refusal = call.mixes("attention is not linear in a sum over the examples")
         return tuple(refusal for _ in values)
-    shape = (1, 1, 1, 1)
     mask = call["attn_mask"] if call["attn_mask"] is not None else call["attn_bias"]
     tensors = [n for n in call.operands if len(call.shape(n)) == 4 or n is mask]
     label = combine(call, tensors, (1, 1, 1, 1))

@@ -232,8 +232,10 @@ def structured_view(call: Call) -> Label:
     return call.unsupported("this view has no rule on values of examples")
 
 
-@axis_rule("aten.constant_pad_nd", "aten.pad", "aten.reflection_pad1d", "aten.reflection_pad2d",
-           "aten.replication_pad1d", "aten.replication_pad2d", "aten.reflection_pad3d", "aten.replication_pad3d")  # fmt: skip
+@axis_rule(
+    "aten.constant_pad_nd", "aten.pad", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad1d",
+    "aten.replication_pad2d", "aten.reflection_pad3d", "aten.replication_pad3d",
+)  # fmt: skip
 def pad(call: Call) -> Label:
     """Pad the last dimensions; the example axis must not be among them."""
     source = call["self"]
@@ -323,5 +325,3 @@ def _from_front(start: Size, length: Size) -> Size:
 
 def _show(shape: Sequence[Size]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
-
-

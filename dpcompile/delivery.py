@@ -1,0 +1,92 @@
+"""Between the compiled graph and ``p.grad``: what a backward delivers, and that it delivers once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpcompile._torch import current_backward
+from dpcompile.errors import PrivacyError
+
+__all__ = ["Delivery", "through_delivery"]
+
+
+def through_delivery(delivery: Delivery, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Stand-ins for the parameters, and for the norms, that a compiled graph may take.
+
+    What the graph's backward returns for them goes to ``delivery`` and nowhere else.
+
+    Returns:
+        The input whose gradient is the norms, ``[B]``; an alias of every parameter.
+    """
+    norms, *aliases = _Deliver.apply(delivery, *parameters)  # type: ignore[misc]
+    return norms, aliases
+
+
+@dataclass(slots=True)
+class Delivery:
+    """The one backward that a forward may have.
+
+    Attributes:
+        names: of the parameters, in the order of the graph's gradients.
+        mask: float32 ``[B]``, 1 for an example and 0 for padding.
+        keep: takes the norms, the mask and the named clipped sums, and the identity of the running backward.
+        refused: why this forward may have no backward at all, or None.
+        done: it had it.
+    """
+
+    names: list[str]
+    mask: Tensor
+    keep: Callable[[Tensor | None, Tensor, list[tuple[str, Tensor]], int], None]
+    refused: PrivacyError | None = None
+    done: bool = False
+
+    def receive(self, norms: Tensor | None, sums: Sequence[Tensor | None]) -> None:
+        """Hand on what the backward returned; raise PrivacyError the second time."""
+        if self.refused is not None:
+            raise self.refused
+        if self.done:
+            raise PrivacyError(
+                "a second backward through the same forward: every example would count twice",
+                remedy="run the forward again, or add the losses before one backward",
+            )
+        self.done = True
+        named = [(n, s) for n, s in zip(self.names, sums, strict=True) if s is not None]
+        self.keep(norms, self.mask, named, current_backward())
+        if norms is not None:
+            _warn_of_lost_examples(norms, self.mask)
+
+
+def _warn_of_lost_examples(norms: Tensor, mask: Tensor) -> None:
+    lost = int((~torch.isfinite(norms) & (mask > 0)).sum())
+    if lost:
+        warnings.warn(
+            f"{lost} of {int(mask.sum())} examples had a gradient that is NaN or infinite; their weight is 0",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+class _Deliver(torch.autograd.Function):
+    """Stands between the parameters and the compiled graph; its backward gets all clipped sums and the norms at once.
+
+    It returns no gradient to autograd: the ledger writes ``p.grad``. So whatever autograd accumulates into ``p.grad``
+    has not been clipped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, delivery: Delivery, *parameters: Tensor) -> Any:  # noqa: D102
+        ctx.delivery = delivery
+        ctx.set_materialize_grads(False)
+        return (torch.zeros_like(delivery.mask), *(p.detach() for p in parameters))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, norms: Tensor | None, *sums: Tensor | None) -> Any:  # noqa: D102
+        ctx.delivery.receive(norms, sums)
+        return (None, *(None for _ in sums))

@@ -1,0 +1,146 @@
+"""The accountant and the calibration, against dp-accounting and known values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import dp_accounting
+import pytest
+from dp_accounting import pld, rdp
+
+from dpcompile.errors import PrivacyError
+from dpcompile.privacy import PrivacyAccountant, calibrate_noise
+
+
+def accountant(sigma: float = 1.5, q: float = 0.04, method: Any = "pld", steps: int = 0) -> PrivacyAccountant:
+    result = PrivacyAccountant(noise_multiplier=sigma, sample_rate=q, method=method)
+    result.step(steps)
+    return result
+
+
+def direct(runs, delta: float, method: str) -> float:
+    reference = {"pld": pld.PLDAccountant, "rdp": rdp.RdpAccountant}[method]()
+    for sigma, q, n in runs:
+        gaussian = dp_accounting.GaussianDpEvent(sigma)
+        reference.compose(dp_accounting.SelfComposedDpEvent(dp_accounting.PoissonSampledDpEvent(q, gaussian), n))
+    return reference.get_epsilon(delta)
+
+
+@pytest.mark.parametrize(("method", "epsilon"), [("rdp", 7.329), ("pld", 6.769)])
+def test_known_values(method, epsilon):
+    assert accountant(method=method, steps=2250).epsilon(1e-5) == pytest.approx(epsilon, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["pld", "rdp"])
+@pytest.mark.parametrize(
+    ("sigma", "q", "n", "delta"), [(1.0, 0.01, 100, 1e-5), (4.0, 1.0, 7, 1e-3), (2.0, 0.2, 1, 1e-6)]
+)
+def test_it_says_what_dp_accounting_says(method, sigma, q, n, delta):
+    assert accountant(sigma, q, method, n).epsilon(delta) == pytest.approx(direct([(sigma, q, n)], delta, method), 1e-9)
+
+
+@pytest.mark.parametrize("method", ["pld", "rdp"])
+def test_a_restored_history_is_composed_with_what_follows(method):
+    first, second = accountant(2.0, 0.1, method, 20), accountant(1.5, 0.05, method, 3)
+    second.load_state_dict(first.state_dict())
+    second.step(5)
+    second.step(5)
+    assert second.history == [(2.0, 0.1, 20), (1.5, 0.05, 10)] and second.steps == 30
+    assert second.epsilon(1e-5) == pytest.approx(direct(second.history, 1e-5, method), 1e-9)
+
+
+def test_steps_one_by_one_are_one_run():
+    one_by_one = accountant(method="rdp")
+    for _ in range(10):
+        one_by_one.step()
+    assert one_by_one.history == [(1.5, 0.04, 10)]
+    assert one_by_one.epsilon(1e-5) == accountant(method="rdp", steps=10).epsilon(1e-5)
+
+
+def test_epsilon_is_computed_once_per_steps_and_delta(monkeypatch):
+    from dpcompile import privacy
+
+    calls = []
+    original = privacy._compose
+    monkeypatch.setattr(privacy, "_compose", lambda *a: calls.append(a) or original(*a))
+    counted = accountant(method="rdp", steps=3)
+    assert counted.epsilon(1e-5) == counted.epsilon(1e-5) and len(calls) == 1
+    assert counted.epsilon(1e-6) > counted.epsilon(1e-5) and len(calls) == 2
+    before = counted.epsilon(1e-5)
+    counted.step()
+    assert counted.epsilon(1e-5) > before and len(calls) == 3
+
+
+@pytest.mark.parametrize("method", ["pld", "rdp"])
+def test_no_steps_cost_nothing_and_no_noise_costs_everything(method):
+    silent = accountant(0.0, 0.1, method)
+    assert silent.epsilon(1e-5) == 0.0 == accountant(method=method).epsilon(1e-5)
+    silent.step()
+    assert silent.epsilon(1e-5) == math.inf
+
+
+@pytest.mark.parametrize("method", ["pld", "rdp"])
+@pytest.mark.parametrize(("epsilon", "q", "steps"), [(3.0, 0.04, 500), (1.0, 1.0, 10), (8.0, 0.1, 100)])
+def test_calibrated_noise_meets_the_target_and_no_less_would(method, epsilon, q, steps):
+    sigma = calibrate_noise(target_epsilon=epsilon, target_delta=1e-5, sample_rate=q, steps=steps, method=method)
+    assert accountant(sigma, q, method, steps).epsilon(1e-5) <= epsilon
+    assert accountant(sigma * 0.999, q, method, steps).epsilon(1e-5) > epsilon
+
+
+def test_pld_needs_less_noise_than_rdp():
+    common = {"target_epsilon": 2.0, "target_delta": 1e-5, "sample_rate": 0.05, "steps": 10}
+    assert calibrate_noise(**common) < calibrate_noise(**common, method="rdp")
+
+
+@pytest.mark.parametrize("epsilon", [0, -1, math.inf, math.nan])
+def test_targets_without_sense_are_refused(epsilon):
+    with pytest.raises(PrivacyError, match="target_epsilon is"):
+        calibrate_noise(target_epsilon=epsilon, target_delta=1e-5, sample_rate=0.1, steps=1)
+
+
+@pytest.mark.parametrize("delta", [0, 1, -1e-5, 2, math.nan])
+def test_delta_outside_its_range_is_refused(delta):
+    with pytest.raises(PrivacyError, match=r"delta is .*, not in \(0, 1\)"):
+        accountant().epsilon(delta)
+    with pytest.raises(PrivacyError, match=r"delta is .*, not in \(0, 1\)"):
+        calibrate_noise(target_epsilon=1.0, target_delta=delta, sample_rate=0.1, steps=1)
+
+
+@pytest.mark.parametrize("q", [0, -0.1, 1.5, math.nan])
+def test_a_sample_rate_outside_its_range_is_refused(q):
+    with pytest.raises(PrivacyError, match=r"sample_rate is .*, not in \(0, 1\]"):
+        accountant(q=q)
+    with pytest.raises(PrivacyError, match=r"sample_rate is .*, not in \(0, 1\]"):
+        calibrate_noise(target_epsilon=1.0, target_delta=1e-5, sample_rate=q, steps=1)
+
+
+@pytest.mark.parametrize("sigma", [-1, math.inf, math.nan])
+def test_noise_without_sense_is_refused(sigma):
+    with pytest.raises(PrivacyError, match="noise_multiplier is"):
+        accountant(sigma)
+    with pytest.raises(PrivacyError, match="noise_multiplier is"):
+        accountant().load_state_dict({"history": [[sigma, 0.1, 3]]})
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5, True])
+def test_steps_without_sense_are_refused(steps):
+    with pytest.raises(PrivacyError, match="number of steps is"):
+        accountant().step(steps)
+    with pytest.raises(PrivacyError, match="number of steps is"):
+        calibrate_noise(target_epsilon=1.0, target_delta=1e-5, sample_rate=0.1, steps=steps)
+
+
+def test_calibrating_for_no_steps_is_refused():
+    with pytest.raises(PrivacyError, match="steps is 0"):
+        calibrate_noise(target_epsilon=1.0, target_delta=1e-5, sample_rate=0.1, steps=0)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(PrivacyError, match="'gdp' is not known.*\n.*'pld' or 'rdp'"):
+        accountant(method="gdp")
+
+
+def test_an_unreachable_target_is_refused():
+    with pytest.raises(PrivacyError, match="no noise multiplier up to"):
+        calibrate_noise(target_epsilon=1e-9, target_delta=1e-12, sample_rate=1.0, steps=10**6, method="rdp")
