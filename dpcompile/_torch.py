@@ -117,12 +117,11 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def flat_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int | None], dict[int, int]]:
+def flat_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int | None]]:
     """A joint graph as a plain function of flat inputs.
 
     Returns:
-        The module; for every input its position before joint tracing (None for a cotangent); for every input that has a
-        gradient the position of the gradient among the outputs.
+        The module; for every input its position before joint tracing (None for a cotangent).
     """
     graph = copy_graph(module.graph)
     graph._codegen = CodeGen()
@@ -130,13 +129,7 @@ def flat_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int | None]
     for node in graph.find_nodes(op="placeholder"):
         descriptor = node.meta.get("desc")
         sources.append(descriptor.idx if isinstance(descriptor, PlainAOTInput) else None)
-    values: Sequence[Any] = graph.output_node().args[0]  # type: ignore[assignment]
-    slots = {
-        d.grad_of.idx: i
-        for i, d in enumerate(graph.output_node().meta["desc"])
-        if isinstance(d, GradAOTOutput) and isinstance(d.grad_of, PlainAOTInput) and values[i] is not None
-    }
-    return fx.GraphModule(module, graph), sources, slots
+    return fx.GraphModule(module, graph), sources
 
 
 @lru_cache(maxsize=1)

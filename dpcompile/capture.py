@@ -27,7 +27,7 @@ from dpcompile.sizes import Size, same, shape_of, size
 __all__ = ["Roles", "assign_roles", "extend", "name_joint"]
 
 _HIDDEN = re.compile(r"^L\['(args|kwargs)'\]")
-MASK, NORMS = "dpcompile_mask", "dpcompile_norms"
+MASK, NORMS, SUM = "dpcompile_mask", "dpcompile_norms", "dpcompile_sum"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,8 @@ class Roles:
         names: position -> what the user calls it.
         batch: the number of examples.
         hints: a value for every symbol.
+        narrow: positions of the trainable parameters of a dtype narrower than float32.
+        inputs: how many inputs the captured graph has.
     """
 
     parameters: Mapping[int, str]
@@ -49,6 +51,8 @@ class Roles:
     names: Mapping[int, str]
     batch: Size
     hints: Mapping[sympy.Symbol, int]
+    narrow: tuple[int, ...]
+    inputs: int
 
     @property
     def batch_from(self) -> tuple[int, int]:
@@ -95,6 +99,11 @@ def assign_roles(
             if dim is not None:
                 examples[position] = dim % value.ndim
                 here = shape_of(fake)[dim]
+                if value.shape[dim] == 0:
+                    raise UnsupportedGraphError(
+                        f"input '{names[position]}' holds no example",
+                        remedy="pad an empty draw to a physical batch and mask it, as PoissonLoader does",
+                    )
                 if batch is not None and not same(batch, here):
                     raise UnsupportedGraphError(
                         f"the example axis of '{names[position]}' has the symbolic size {here}, others have {batch}",
@@ -120,13 +129,15 @@ def assign_roles(
             "no input of the model has an example axis",
             remedy="pass the batch as a tensor argument of the call; in_dims says which dimension holds the examples",
         )
-    return Roles(trainable, frozen, examples, names, batch, hints)
+    narrow = tuple(p for p in trainable if inputs[p].element_size() < 4)
+    return Roles(trainable, frozen, examples, names, batch, hints, narrow, len(inputs))
 
 
 def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tensor]]:
-    """Append two inputs: the padding mask ``[B]``, and ``[B]`` norms whose only use is to receive a gradient.
+    """Append inputs: the padding mask ``[B]``, and some whose only use is to receive a gradient.
 
-    The norms leave the compiled backward as the gradient of the second one.
+    The norms leave the compiled backward as the gradient of the second one, ``[B]``. One more float32 input for every
+    parameter of a narrower dtype receives its clipped sum: autograd would round the parameter's own gradient.
     """
     position, dim = roles.batch_from
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -136,20 +147,25 @@ def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tenso
     with fake_mode:
         mask = torch.empty(like.shape[dim], device=like.device, dtype=torch.float32)
         norms = torch.empty(like.shape[dim], device=like.device, dtype=torch.float32, requires_grad=True)
-    return add_inputs(gm, {MASK: mask, NORMS: norms}), [mask, norms]
+        wide = [
+            torch.zeros((), device=fake.device, dtype=torch.float32).expand(fake.shape).requires_grad_()
+            for fake in (placeholders[p].meta["example_value"] for p in roles.narrow)
+        ]
+    named = {MASK: mask, NORMS: norms} | {f"{SUM}_{i}": w for i, w in enumerate(wide)}
+    return add_inputs(gm, named), list(named.values())
 
 
-def name_joint(module: fx.GraphModule, roles: Roles, inputs: int) -> JointGraph:
+def name_joint(module: fx.GraphModule, roles: Roles) -> JointGraph:
     """Read AOTAutograd's descriptors off a joint graph.
 
     Args:
         module: the joint graph, decomposed.
         roles: of the inputs before :func:`extend`.
-        inputs: how many inputs there were before :func:`extend`.
 
     Raises:
         UnsupportedGraphError: parameters or inputs that AOTAutograd replaced (views of one another, written to).
     """
+    inputs = roles.inputs
     by_position: dict[int, fx.Node] = {}
     tangents: dict[Any, fx.Node] = {}
     for node in module.graph.nodes:
@@ -185,6 +201,10 @@ def name_joint(module: fx.GraphModule, roles: Roles, inputs: int) -> JointGraph:
         names={by_position[p]: name for p, name in roles.names.items() if p in by_position},
         norm_slot=slots[inputs + 1],
         gradient_slots={name: slots[p] for p, name in roles.parameters.items()},
+        sum_slots={
+            name: slots[inputs + 2 + roles.narrow.index(p) if p in roles.narrow else p]
+            for p, name in roles.parameters.items()
+        },
         batch=size(by_position[inputs].meta["val"].shape[0]),
     )
 

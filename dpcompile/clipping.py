@@ -135,5 +135,5 @@ def as_joint(traced: fx.GraphModule, result: fx.Node, batch: Size) -> JointGraph
     norms = next(n for n in traced.graph.nodes if n.op == "placeholder")
     return JointGraph(
         module=traced, parameters={}, gradients={}, example_axes={norms: Examples(0)}, tangent_of={norms: result},
-        outputs=(result,), mask=norms, names={}, norm_slot=0, gradient_slots={}, batch=batch,
+        outputs=(result,), mask=norms, names={}, norm_slot=0, gradient_slots={}, sum_slots={}, batch=batch,
     )  # fmt: skip

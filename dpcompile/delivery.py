@@ -16,16 +16,24 @@ from dpcompile.errors import PrivacyError
 __all__ = ["Delivery", "through_delivery"]
 
 
-def through_delivery(delivery: Delivery, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Stand-ins for the parameters, and for the norms, that a compiled graph may take.
+def through_delivery(
+    delivery: Delivery, parameters: Sequence[Tensor], narrow: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Stand-ins for the parameters, for the norms and for float32 sums that a compiled graph may take.
 
     What the graph's backward returns for them goes to ``delivery`` and nowhere else.
 
+    Args:
+        delivery: its names are those of ``parameters``, then of ``narrow``.
+        parameters: trainable ones.
+        narrow: those among them whose sum is wider than they are.
+
     Returns:
-        The input whose gradient is the norms, ``[B]``; an alias of every parameter.
+        The input whose gradient is the norms, ``[B]``; an alias of every parameter; for every narrow one an input of its
+        shape, without memory of its own, whose gradient is its sum.
     """
-    norms, *aliases = _Deliver.apply(delivery, *parameters)  # type: ignore[misc]
-    return norms, aliases
+    norms, *rest = _Deliver.apply(delivery, len(narrow), *parameters, *narrow)  # type: ignore[misc]
+    return norms, list(rest[: len(parameters)]), list(rest[len(parameters) :])
 
 
 @dataclass(slots=True)
@@ -80,13 +88,16 @@ class _Deliver(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, delivery: Delivery, *parameters: Tensor) -> Any:  # noqa: D102
+    def forward(ctx: Any, delivery: Delivery, narrow: int, *parameters: Tensor) -> Any:  # noqa: D102
         ctx.delivery = delivery
         ctx.set_materialize_grads(False)
-        return (torch.zeros_like(delivery.mask), *(p.detach() for p in parameters))
+        own = len(parameters) - narrow
+        aliases = (p.detach() for p in parameters[:own])
+        sums = (torch.zeros((), device=p.device).expand(p.shape) for p in parameters[own:])
+        return (torch.zeros_like(delivery.mask), *aliases, *sums)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, norms: Tensor | None, *sums: Tensor | None) -> Any:  # noqa: D102
         ctx.delivery.receive(norms, sums)
-        return (None, *(None for _ in sums))
+        return (None, None, *(None for _ in sums))

@@ -28,6 +28,8 @@ class JointGraph:
         names: placeholder -> what the user calls it.
         norm_slot: the position in the graph's outputs that the per-example norms take.
         gradient_slots: parameter name -> the position of its gradient in the graph's outputs.
+        sum_slots: parameter name -> the position that its clipped sum takes; another one only where the parameter is
+            narrower than float32.
         batch: the number of examples.
     """
 
@@ -41,6 +43,7 @@ class JointGraph:
     names: Mapping[fx.Node, str]
     norm_slot: int
     gradient_slots: Mapping[str, int]
+    sum_slots: Mapping[str, int]
     batch: Size
 
     @property

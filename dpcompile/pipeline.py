@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from dpcompile.certificate import Certificate, certify
 from dpcompile.clipping import Clipping
 from dpcompile.cost import rates_for
 from dpcompile.memory import budget_in_bytes
+from dpcompile.normalise import split_convolution_bias
 from dpcompile.plan import Plan, make_plan
 from dpcompile.proof import prove
 from dpcompile.rewrite import ClipOptions, rewrite
@@ -46,21 +48,26 @@ class Transformed:
         plan: the rule of every gradient site.
         certificate: the proof.
         output_labels: of the forward outputs, in the order of the captured graph.
+        sum_slots: parameter name -> position of its clipped sum in the graph's outputs.
+        norm_slot: the position of the norms.
     """
 
     graph: fx.GraphModule
     plan: Plan
     certificate: Certificate
     output_labels: tuple[Label, ...]
+    sum_slots: Mapping[str, int]
+    norm_slot: int
 
 
-def privatize(module: fx.GraphModule, roles: Roles, inputs: int, options: Options) -> Transformed:
-    """Name, prove, find, plan, rewrite: ``module`` returns clipped sums and norms afterwards.
+def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transformed:
+    """Normalise, name, prove, find, plan, rewrite: ``module`` returns clipped sums and norms afterwards.
 
-    Contract: ``module`` is a decomposed joint graph of AOTAutograd, rewritten in place; ``inputs`` counts its inputs
-    before :func:`dpcompile.capture.extend`.
+    Contract: ``module`` is a decomposed joint graph of AOTAutograd, rewritten in place; ``roles`` are those of its
+    inputs before :func:`dpcompile.capture.extend`.
     """
-    joint = name_joint(module, roles, inputs)
+    split_convolution_bias(module.graph)
+    joint = name_joint(module, roles)
     proof = prove(joint)
     gradients = find_gradients(joint, proof)
     certificate = certify(joint, proof, gradients)
@@ -77,4 +84,5 @@ def privatize(module: fx.GraphModule, roles: Roles, inputs: int, options: Option
     clip = ClipOptions(options.clipping, float(options.max_grad_norm), options.loss_reduction == "mean")
     rewrite(joint, plan, clip)
     labels = tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs)
-    return Transformed(fx.GraphModule(module, copy_graph(module.graph)), plan, certificate, labels)
+    readable = fx.GraphModule(module, copy_graph(module.graph))
+    return Transformed(readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot)

@@ -8,11 +8,13 @@ tight to its discretisation and rounds up.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
+import absl.logging
 import dp_accounting
 from dp_accounting import pld, rdp
 from dp_accounting.pld import privacy_loss_distribution
@@ -181,16 +183,17 @@ def _calibrate(
         high, low = low, low / factor
         if low < 2**-10:
             return high  # the target is so loose that next to no noise meets it
-    sigma = float(
-        dp_accounting.calibrate_dp_mechanism(
-            _ACCOUNTANTS[method],
-            lambda sigma: dp_accounting.SelfComposedDpEvent(_event(sigma, q), steps),
-            epsilon,
-            delta,
-            dp_accounting.ExplicitBracketInterval(low, high),
-            tol=1e-4 * low,
+    with _quiet():
+        sigma = float(
+            dp_accounting.calibrate_dp_mechanism(
+                _ACCOUNTANTS[method],
+                lambda sigma: dp_accounting.SelfComposedDpEvent(_event(sigma, q), steps),
+                epsilon,
+                delta,
+                dp_accounting.ExplicitBracketInterval(low, high),
+                tol=1e-4 * low,
+            )
         )
-    )
     while spent(sigma) > epsilon:  # composed in another order, the last digits may differ
         sigma *= 1 + 1e-5
     return sigma
@@ -212,6 +215,22 @@ def _compose(history: Sequence[tuple[float, float, int]], delta: float, method: 
         return 0.0
     if any(sigma == 0 for sigma, _, _ in history):
         return math.inf
+    with _quiet():
+        return _epsilon(history, delta, method)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orders that do not converge are left out of the bound, which stays a bound; dp-accounting logs each of them."""
+    level = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.logging.set_verbosity(level)
+
+
+def _epsilon(history: Sequence[tuple[float, float, int]], delta: float, method: Method) -> float:
     if method == "rdp":
         accountant = rdp.RdpAccountant()
         for sigma, q, n in history:

@@ -56,14 +56,16 @@ def rewrite(joint: JointGraph, plan: Plan, options: ClipOptions) -> None:
     graph is complete in itself afterwards: run on inputs and cotangents it returns outputs, clipped sums and norms.
 
     **Guarantee.** The returned gradient of every parameter of the plan is ``sum_i w_i g_i`` with ``w_i`` from
-    :func:`dpcompile.clipping.clip_weights` for the norm over all parameters of its group, and no other gradient is
-    returned but zeros.
+    :func:`dpcompile.clipping.clip_weights` for the norm over all parameters of its group, in float32 or wider; no other
+    gradient of a parameter is returned.
     """
     norms = [_norm(joint, choice) for choice in plan.choices]
     groups: dict[str, list[_Norm]] = {}
     for norm in norms:
         groups.setdefault(group_of(options.clipping, norm.choice.gradient.name), []).append(norm)
     outputs = list(joint.graph.output_node().args[0])  # type: ignore[arg-type]
+    for slot in joint.gradient_slots.values():  # whatever follows, no unclipped gradient is returned
+        outputs[slot] = None
     if callable(options.clipping):
         _prove_function(options, joint, norms)
     bound = options.max_grad_norm / max(len(groups), 1) ** 0.5
@@ -72,7 +74,7 @@ def rewrite(joint: JointGraph, plan: Plan, options: ClipOptions) -> None:
         total, weights = _clip(joint, members, options, bound)
         totals.append(total)
         for norm in members:
-            outputs[joint.gradient_slots[norm.choice.gradient.name]] = _clipped_sum(joint, norm, weights)
+            outputs[joint.sum_slots[norm.choice.gradient.name]] = _clipped_sum(joint, norm, weights)
     outputs[joint.norm_slot] = _reported(joint, totals, options)
     joint.graph.output_node().args = (type(joint.graph.output_node().args[0])(outputs),)  # type: ignore[call-arg]
     _prune(joint.graph)
@@ -213,7 +215,7 @@ def _prove_function(options: ClipOptions, joint: JointGraph, norms: Sequence[_No
 
 def _clipped_sum(joint: JointGraph, norm: _Norm, weights: fx.Node) -> fx.Node:
     gradient = norm.choice.gradient
-    wanted = gradient.gradient.meta["val"].dtype
+    wanted = _dtype(gradient)
     if norm.choice.rule == "whole":
         nodes = [weights, gradient.gradient]
         return insert(joint.graph, _behind(joint, nodes), lambda w, g: _weighted_whole(w, g).to(wanted), nodes)

@@ -154,7 +154,10 @@ class Engine:
         recorder = self.first_step
 
         def keep(norms: Tensor | None, mask: Tensor, sums: list[tuple[str, Tensor]], graph_task: int) -> None:
-            self.ledger.deliver(sums, graph_task=graph_task)
+            reached = {name for name, _ in sums}
+            untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
+            zeros = [(n, _zeros(self._parameters[n])) for n in untouched]
+            self.ledger.deliver([*sums, *zeros], graph_task=graph_task)
             if norms is not None:
                 self.grad_norms = norms.detach()
                 if recorder is not None:
@@ -189,7 +192,7 @@ class Engine:
         extended, extra = extend(gm, roles)
 
         def transform(joint: fx.GraphModule) -> None:
-            self.transformed = privatize(joint, roles, len(inputs), self.options)
+            self.transformed = privatize(joint, roles, self.options)
 
         compiled = compile_joint(
             extended,
@@ -204,6 +207,10 @@ class Engine:
     def tracing(self) -> bool:
         """Whether calls stop before they run."""
         return self._tracing
+
+
+def _zeros(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _nothing(_: fx.GraphModule) -> None:
@@ -224,12 +231,14 @@ class _Region:
         if self.roles is None:
             return self.compiled(*inputs)
         position, dim = self.roles.batch_from
-        delivery = self.engine.delivery(list(self.roles.parameters.values()), inputs[position], dim)
-        norms, aliases = through_delivery(delivery, [inputs[p] for p in self.roles.parameters])
+        names = [*self.roles.parameters.values(), *(self.roles.parameters[p] for p in self.roles.narrow)]
+        delivery = self.engine.delivery(names, inputs[position], dim)
+        live, narrow = ([inputs[p] for p in positions] for positions in (self.roles.parameters, self.roles.narrow))
+        norms, aliases, sums = through_delivery(delivery, live, narrow)
         arguments = list(inputs)
         for p, alias in zip(self.roles.parameters, aliases, strict=True):
             arguments[p] = alias
-        outputs = self.compiled(*arguments, delivery.mask, norms)
+        outputs = self.compiled(*arguments, delivery.mask, norms, *sums)
         self.engine.ran(outputs)
         return outputs
 

@@ -107,7 +107,7 @@ class _Program:
     Attributes:
         graph: the rewritten joint graph, with flat inputs and outputs.
         feeds: for every graph input a function from (leaves of the call, mask) to its value.
-        slots: per trainable parameter, the position of its clipped sum in the graph's outputs, or None if it is zero.
+        slots: parameter name -> the position of its clipped sum in the graph's outputs; missing if it is zero.
         norm_slot: the position of the norms.
         transformed: plan, certificate and graph.
         batch: the number of rows.
@@ -116,7 +116,7 @@ class _Program:
 
     graph: fx.GraphModule
     feeds: list[Callable[[Sequence[Any], Tensor], Any]]
-    slots: dict[str, int | None]
+    slots: dict[str, int]
     norm_slot: int
     transformed: Transformed
     batch: int
@@ -221,19 +221,20 @@ class CompiledStep:
             extended,
             [*graph_inputs, *extra],
             backend="eager",
-            transform=lambda joint: result.append(privatize(joint, roles, len(graph_inputs), options)),
+            transform=lambda joint: result.append(privatize(joint, roles, options)),
             key="",
         )
         (transformed,) = result
-        graph, sources, slots = flat_graph(transformed.graph)
+        graph, sources = flat_graph(transformed.graph)
         places = {id(x): i for i, x in enumerate(leaves) if isinstance(x, Tensor)}
-        mask_at, norms_at = len(graph_inputs), len(graph_inputs) + 1
 
         def feed(source: int | None) -> Callable[[Sequence[Any], Tensor], Any]:
             if source is None:  # the cotangents: one for every example's own loss
                 return lambda _, mask: torch.ones_like(mask)
-            if source in (mask_at, norms_at):
+            if source == roles.inputs:
                 return lambda _, mask: mask
+            if source > roles.inputs:  # inputs that only receive gradients: the graph does not read them
+                return lambda *_: None
             value = graph_inputs[source]
             place = places.get(id(value))
             return (lambda *_: value) if place is None else (lambda now, _: now[place])
@@ -243,8 +244,8 @@ class CompiledStep:
         return _Program(
             graph=graph,
             feeds=[feed(s) for s in sources],
-            slots={name: slots.get(p) for p, name in roles.parameters.items()},
-            norm_slot=slots[norms_at],
+            slots={n: s for n, s in transformed.sum_slots.items() if n in transformed.plan.rules()},
+            norm_slot=transformed.norm_slot,
             transformed=transformed,
             batch=batch_of.shape[dim],
             device=batch_of.device,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from dpcompile.axis import Examples
@@ -39,13 +40,41 @@ def _cast(named: dict[str, Any], dtype: torch.dtype) -> Tensor:
 
 
 def _slice_scatter(named: dict[str, Any], _: torch.dtype) -> Tensor:
-    """Vmap's own rule takes a start or an end outside the dimension literally."""
-    length = named["self"].shape[named.get("dim", 0)]
-    for bound, default in (("start", 0), ("end", length)):
-        value = named.get(bound)
-        value = default if value is None else min(value, length)
-        named[bound] = value + length if value < 0 else value
-    return aten.slice_scatter.default(**named)
+    base, source, dim = named["self"], named["src"], named.get("dim", 0)
+    length = base.shape[dim]
+    if named.get("step", 1) != 1:
+        raise NotImplementedError("writing every n-th slice of a parameter")
+    start, end = (_inside(named.get(k), default, length) for k, default in (("start", 0), ("end", length)))
+    dim %= base.ndim
+    padded = F.pad(source, [*[0, 0] * (base.ndim - 1 - dim), start, length - end])
+    positions = torch.arange(length, device=base.device).reshape(-1, *[1] * (base.ndim - 1 - dim))
+    return torch.where((positions >= start) & (positions < end), padded, base)
+
+
+def _inside(bound: int | None, default: int, length: int) -> int:
+    bound = default if bound is None else bound
+    return min(max(bound + length if bound < 0 else bound, 0), length)
+
+
+def _select_scatter(named: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    dim = named["dim"] % named["self"].ndim
+    index = named["index"] % named["self"].shape[dim]
+    source = named["src"].unsqueeze(dim)
+    return _slice_scatter({"self": named["self"], "src": source, "dim": dim, "start": index, "end": index + 1}, dtype)
+
+
+def _cat(named: dict[str, Any], _: torch.dtype) -> Tensor:
+    parts: Sequence[Tensor] = named["tensors"]
+    dim = named.get("dim", 0) % parts[0].ndim
+    total, behind = None, sum(p.shape[dim] for p in parts)
+    before = 0
+    for part in parts:
+        behind -= part.shape[dim]
+        padded = F.pad(part, [*[0, 0] * (part.ndim - 1 - dim), before, behind])
+        total = padded if total is None else total + padded
+        before += part.shape[dim]
+    assert total is not None
+    return total
 
 
 def _fma(named: dict[str, Any], _: torch.dtype) -> Tensor:
@@ -53,8 +82,15 @@ def _fma(named: dict[str, Any], _: torch.dtype) -> Tensor:
     return a * b + c
 
 
-# Operations that torch.vmap has no rule for, or a wrong one, and how to run them instead.
-_UNDER_VMAP = {"convert_element_type": _cast, "_to_copy": _cast, "slice_scatter": _slice_scatter, "fma": _fma}
+# Operations that torch.vmap has no rule for, or one that is wrong or fixes the batch size, and how to run them instead.
+_UNDER_VMAP = {
+    "convert_element_type": _cast,
+    "_to_copy": _cast,
+    "cat": _cat,
+    "slice_scatter": _slice_scatter,
+    "select_scatter": _select_scatter,
+    "fma": _fma,
+}
 
 
 def per_example_site(site: Site, operands: Mapping[fx.Node, Any], batch: int, dtype: torch.dtype) -> Tensor:
