@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpcompile._torch import current_backward
+from dpcompile._torch import current_backward, disable
 from dpcompile.errors import PrivacyError
 
 __all__ = ["Delivery", "through_delivery"]
@@ -29,8 +29,8 @@ def through_delivery(
         narrow: those among them whose sum is wider than they are.
 
     Returns:
-        The input whose gradient is the norms, ``[B]``; an alias of every parameter; for every narrow one an input of its
-        shape, without memory of its own, whose gradient is its sum.
+        The input whose gradient is the norms, ``[B]``; an alias of every parameter; for every narrow one an input of
+        its shape, without memory of its own, whose gradient is its sum.
     """
     norms, *rest = _Deliver.apply(delivery, len(narrow), *parameters, *narrow)  # type: ignore[misc]
     return norms, list(rest[: len(parameters)]), list(rest[len(parameters) :])
@@ -54,6 +54,7 @@ class Delivery:
     refused: PrivacyError | None = None
     done: bool = False
 
+    @disable
     def receive(self, norms: Tensor | None, sums: Sequence[Tensor | None]) -> None:
         """Hand on what the backward returned; raise PrivacyError the second time."""
         if self.refused is not None:

@@ -13,11 +13,12 @@ from torch import Tensor, fx, nn
 from dpcompile._torch import compile_joint, flat_graph, pytree, tracing_config
 from dpcompile.arguments import InDims, example_dims
 from dpcompile.capture import Roles, assign_roles, extend
+from dpcompile.engine import Engine, with_own_code
 from dpcompile.errors import PrivacyError
 from dpcompile.noise_op import add_gaussian_op_, seed_words
 from dpcompile.optim import DPOptimizer
 from dpcompile.pipeline import Transformed, privatize
-from dpcompile.runtime import Engine, engine_of, with_own_code
+from dpcompile.runtime import engine_of
 from dpcompile.translate import translated
 
 __all__ = ["CompiledStep", "compile_step"]

@@ -1,0 +1,251 @@
+"""The engine behind a private module: it compiles calls, and keeps what their backward delivers."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dpcompile._torch import compile_joint, disable, tracing_config
+from dpcompile.arguments import example_dims
+from dpcompile.cachekey import cache_key
+from dpcompile.capture import Roles, assign_roles, extend
+from dpcompile.check import FirstStep
+from dpcompile.delivery import Delivery, through_delivery
+from dpcompile.errors import PrivacyError
+from dpcompile.ledger import GradientLedger
+from dpcompile.pipeline import Options, Transformed, privatize
+from dpcompile.translate import translated
+
+__all__ = ["Engine", "with_own_code"]
+
+
+class _TraceOnly(Exception):
+    """Stops a call after its compilation."""
+
+
+_NUMBERS = itertools.count()
+
+
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return module(*args, **kwargs)
+
+
+def with_own_code(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+    """A copy of a function that Dynamo takes for another one.
+
+    Dynamo keeps compiled graphs per code object, and what it learned of changing sizes per name: copies keep models
+    apart.
+    """
+    assert isinstance(function, types.FunctionType)
+    name = f"{function.__name__}_{label}_{next(_NUMBERS)}"
+    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+
+
+class Engine:
+    """Compiles the calls of one module, and keeps what its backward delivers.
+
+    Attributes:
+        module: the user's module, undecorated.
+        options: what the user asked for.
+        ledger: the clipped sums in ``p.grad``.
+        transformed: of the graph that ran last, or was compiled since.
+        grad_norms: ``[B]`` float32 norms of the last backward, before clipping.
+    """
+
+    def __init__(self, module: nn.Module, options: Options) -> None:
+        self.module, self.options = module, options
+        self._parameters = dict(module.named_parameters())
+        self.ledger = GradientLedger(self._parameters)
+        self.transformed: Transformed | None = None
+        self.grad_norms: Tensor | None = None
+        self.first_step: FirstStep | None = None
+        self._unchecked = options.check
+        self._mask: Tensor | None = None
+        self._masked = False  # a loader says for every batch which rows are examples
+        self._current: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._tracing = False
+        own = with_own_code(_call, type(module).__name__)
+        self._compiled = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=options.dynamic)
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C, the sensitivity of the clipped sum to one example."""
+        return float(self.options.max_grad_norm)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters by name, tied ones once."""
+        return dict(self._parameters)
+
+    def trainable(self) -> list[str]:
+        """Names of the parameters that require a gradient now."""
+        return [name for name, p in self._parameters.items() if p.requires_grad]
+
+    def set_mask(self, mask: Tensor | None) -> None:
+        """Say which rows of the next batch are examples (True) and which are padding (False): bool ``[B]``.
+
+        From then on every forward with gradients needs a mask of its own; None ends that.
+        """
+        if mask is not None and (mask.ndim != 1 or mask.dtype != torch.bool):
+            raise PrivacyError(
+                f"the padding mask must be a bool tensor of shape [B], got {mask.dtype} {list(mask.shape)}",
+                remedy="True marks an example, False a padding row",
+            )
+        self._mask, self._masked = mask, mask is not None
+
+    @disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module, compiled.
+
+        Within a function that the user compiles this is a graph break: traced into, it would lose its backward.
+        """
+        self._current = (args, kwargs)
+        self.first_step = self._recorder()
+        try:
+            with tracing_config():
+                result = self._compiled(self.module, args, kwargs)
+            if self.first_step is not None:
+                self.first_step.watch(result)
+            return result
+        except _TraceOnly:
+            raise
+        except Exception as error:
+            refusal = translated(error, lambda: self._example_dims())
+            if refusal is None:
+                raise
+            raise refusal.with_traceback(None) from None
+        finally:
+            self._current, self.first_step = ((), {}), None
+
+    def trace(self, *args: Any, **kwargs: Any) -> None:
+        """Compile for these arguments without running."""
+        self._tracing = True
+        try:
+            with torch.enable_grad():
+                self(*args, **kwargs)
+        except _TraceOnly:
+            pass
+        finally:
+            self._tracing = False
+
+    def take_mask(self, batch: int, device: torch.device) -> Tensor:
+        """The mask of the batch that is being run, as float32 weights; it is used once."""
+        mask, self._mask = self._mask, None
+        if mask is None:
+            return torch.ones(batch, device=device)
+        if len(mask) != batch:
+            raise PrivacyError(
+                f"the padding mask has {len(mask)} entries for a batch of {batch}",
+                remedy="call the model on the batch that the loader gave, whole",
+            )
+        return mask.to(device=device, dtype=torch.float32)
+
+    def delivery(self, names: list[str], like: Tensor, dim: int) -> Delivery:
+        """For the forward that is being run on examples along ``dim`` of ``like``."""
+        refused = None
+        if self._masked and self._mask is None:
+            refused = PrivacyError(
+                "a second backward on one batch of the loader: its examples would count twice",
+                remedy="call the model once per batch with gradients (others under torch.no_grad()); to train without "
+                "the loader, finish its loop first",
+            )
+        mask = self.take_mask(like.shape[dim], like.device)
+        recorder = self.first_step
+
+        def keep(norms: Tensor | None, mask: Tensor, sums: list[tuple[str, Tensor]], graph_task: int) -> None:
+            reached = {name for name, _ in sums}
+            untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
+            zeros = [(n, _zeros(self._parameters[n])) for n in untouched]
+            self.ledger.deliver([*sums, *zeros], graph_task=graph_task)
+            if norms is not None:
+                self.grad_norms = norms.detach()
+                if recorder is not None:
+                    recorder.compare(norms, mask, sums)
+
+        return Delivery(names, mask, keep, refused)
+
+    def ran(self, transformed: Transformed | None, outputs: Sequence[Any]) -> None:
+        """A compiled graph returned these outputs."""
+        self.transformed = transformed
+        if self.first_step is not None and transformed is not None:
+            self.first_step.label(outputs, transformed)
+
+    def _recorder(self) -> FirstStep | None:
+        """Of the first call with gradients under ``check=True``; None otherwise."""
+        if not self._unchecked or self._tracing or not torch.is_grad_enabled():
+            return None
+        self._unchecked = False
+        return FirstStep(self.module, self.options, self._current, self._example_dims())
+
+    def _example_dims(self) -> list[tuple[str, Tensor, int | None]]:
+        args, kwargs = self._current
+        return example_dims(self.module.forward, args, kwargs, self.options.in_dims)
+
+    def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        names = {id(p): name for name, p in self._parameters.items()}
+        trainable = any(id(v) in names and v.requires_grad for v in inputs if isinstance(v, Tensor))
+        if not (trainable and torch.is_grad_enabled()):
+            compiled = compile_joint(gm, inputs, backend=self.options.backend, transform=_nothing, key="")
+            return _Region(self, compiled)
+        leaves = {id(t): (name, dim) for name, t, dim in self._example_dims()}
+        roles = assign_roles(gm, inputs, names, leaves)
+        region = _Region(self, roles=roles)
+        extended, extra = extend(gm, roles)
+
+        def transform(joint: fx.GraphModule) -> None:
+            region.transformed = self.transformed = privatize(joint, roles, self.options)
+
+        region.compiled = compile_joint(
+            extended,
+            [*inputs, *extra],
+            backend=self.options.backend,
+            transform=transform,
+            key=cache_key(self.options, roles),
+        )
+        return region
+
+    @property
+    def tracing(self) -> bool:
+        """Whether calls stop before they run."""
+        return self._tracing
+
+
+def _zeros(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _nothing(_: fx.GraphModule) -> None:
+    """Leave a graph without a private backward as it is."""
+
+
+@dataclass(slots=True)
+class _Region:
+    """One compiled graph at run time: Dynamo calls it with the graph's inputs."""
+
+    engine: Engine
+    compiled: Callable[..., Any] | None = None
+    roles: Roles | None = None
+    transformed: Transformed | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        if self.engine.tracing:
+            raise _TraceOnly
+        assert self.compiled is not None
+        if self.roles is None:
+            return self.compiled(*inputs)
+        position, dim = self.roles.batch_from
+        names = [*self.roles.parameters.values(), *(self.roles.parameters[p] for p in self.roles.narrow)]
+        delivery = self.engine.delivery(names, inputs[position], dim)
+        live, narrow = ([inputs[p] for p in positions] for positions in (self.roles.parameters, self.roles.narrow))
+        norms, aliases, sums = through_delivery(delivery, live, narrow)
+        arguments = list(inputs)
+        for p, alias in zip(self.roles.parameters, aliases, strict=True):
+            arguments[p] = alias
+        outputs = self.compiled(*arguments, delivery.mask, norms, *sums)
+        self.engine.ran(self.transformed, outputs)
+        return outputs
