@@ -1,0 +1,217 @@
+"""compile_step against the ordinary loop with the same seeds, and its refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpcompile import (
+    DPOptimizer,
+    ExampleMixingError,
+    PoissonLoader,
+    PrivacyAccountant,
+    PrivacyError,
+    UnsupportedGraphError,
+    compile_step,
+    dp_compile,
+)
+
+B = 6
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).relu())
+
+
+def twins(optimizer=torch.optim.SGD, *, noise: float = 1.0, backend: str = "eager", **options):
+    torch.manual_seed(0)
+    models = [Net()]
+    models.append(copy.deepcopy(models[0]))
+    made = []
+    for model in models:
+        private = dp_compile(model, max_grad_norm=0.5, backend=backend)
+        inner = optimizer(model.parameters(), **options)
+        made += [private, DPOptimizer(inner, private, noise_multiplier=noise, expected_batch_size=B, seed=7)]
+    return made
+
+
+def data(n: int = B) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, 4, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+
+
+def close(a: nn.Module, b: nn.Module) -> None:
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1})],
+)
+def test_equals_the_ordinary_loop(optimizer, options) -> None:
+    loop, loop_optimizer, whole, whole_optimizer = twins(optimizer, **options)
+    step = compile_step(whole, F.cross_entropy, whole_optimizer)
+    x, y = data()
+    for _ in range(3):
+        loss = F.cross_entropy(loop(x), y)
+        loss.backward()
+        loop_optimizer.step()
+        loop_optimizer.zero_grad()
+        torch.testing.assert_close(step(x, y), loss.detach())
+        torch.testing.assert_close(whole.grad_norms, loop.grad_norms, rtol=1e-4, atol=1e-6)
+        close(loop, whole)
+    assert whole_optimizer.logical_step == 3
+
+
+def test_noise_is_that_of_the_optimizer() -> None:
+    """The very same draws: without noise the weights differ."""
+    _, _, noisy, noisy_optimizer = twins(lr=0.1)
+    _, _, quiet, quiet_optimizer = twins(lr=0.1, noise=0.0)
+    x, y = data()
+    compile_step(noisy, F.cross_entropy, noisy_optimizer)(x, y)
+    compile_step(quiet, F.cross_entropy, quiet_optimizer)(x, y)
+    assert not torch.allclose(noisy.first.weight, quiet.first.weight, atol=1e-3)
+
+
+def test_loader_with_several_physical_batches() -> None:
+    loop, loop_optimizer, whole, whole_optimizer = twins(lr=0.1)
+    dataset = torch.utils.data.TensorDataset(*data(20))
+    losses = []
+    for model, optimizer, compiled in ((loop, loop_optimizer, False), (whole, whole_optimizer, True)):
+        loader = PoissonLoader(dataset, expected_batch_size=B, physical_batch_size=4, seed=3)
+        loader.attach(model, optimizer)
+        step = compile_step(model, F.cross_entropy, optimizer) if compiled else None
+        for x, y in loader:
+            if step is not None:
+                losses.append(step(x, y))
+            else:
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert len(losses) > len(loader), "no logical batch was cut"
+    assert whole_optimizer.logical_step == loop_optimizer.logical_step == len(loader)
+    close(loop, whole)
+
+
+def test_schedulers_do_not_recompile() -> None:
+    _, _, model, optimizer = twins(lr=1.0)
+    step = compile_step(model, F.cross_entropy, optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    x, y = data()
+    step(x, y)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(10):  # more than Dynamo's limit of recompilations
+        step(x, y)
+        scheduler.step()
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.5**10)
+
+
+def test_accountant_counts_steps() -> None:
+    model = dp_compile(Net(), backend="eager")
+    accountant = PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.1, method="rdp")
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = DPOptimizer(inner, model, noise_multiplier=1.0, expected_batch_size=B, seed=1, accountant=accountant)
+    compile_step(model, F.cross_entropy, optimizer)(*data())
+    assert accountant.steps == 1
+
+
+def test_gradients_are_spent_afterwards() -> None:
+    _, _, model, optimizer = twins(lr=0.1)
+    compile_step(model, F.cross_entropy, optimizer)(*data())
+    with pytest.raises(PrivacyError, match="second optimizer step on the same gradients"):
+        optimizer.step()
+
+
+def test_loss_normalised_by_its_own_count() -> None:
+    """A loss that counts is harmless on a batch of one: the loop has to spell that out."""
+    loop, loop_optimizer, whole, whole_optimizer = twins(lr=0.1, noise=0.0)
+    x, _ = data()
+    y = torch.tensor([[0, 1], [2, -100], [1, 1], [-100, 0], [2, 2], [0, 0]])
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        outputs = outputs.unsqueeze(1).expand(-1, 2, -1)
+        return F.cross_entropy(outputs.reshape(-1, 3), targets.reshape(-1), ignore_index=-100)
+
+    compile_step(whole, loss_fn, whole_optimizer)(x, y)
+    outputs = loop(x)
+    sum(loss_fn(outputs[i : i + 1], y[i : i + 1]) / B for i in range(B)).backward()  # type: ignore[union-attr]
+    loop_optimizer.step()
+    close(loop, whole)
+
+
+def test_inputs_by_name_and_in_a_tuple() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x: Tensor, shift: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.net(x + shift)}
+
+    x, y = data()
+    results = []
+    for inputs in ((x, torch.ones(4)), {"x": x, "shift": torch.ones(4)}):
+        torch.manual_seed(0)
+        model = dp_compile(Two(), backend="eager", in_dims={"shift": None})
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = DPOptimizer(inner, model, noise_multiplier=0.0, expected_batch_size=B)
+        step = compile_step(model, lambda out, y: F.cross_entropy(out["logits"], y), optimizer)
+        results.append((step(inputs, y), model))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    close(results[0][1], results[1][1])
+
+
+def test_refusals() -> None:
+    model = dp_compile(Net(), backend="eager")
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = DPOptimizer(inner, model, noise_multiplier=1.0, expected_batch_size=B, seed=1)
+    with pytest.raises(PrivacyError, match="Net is not a private model"):
+        compile_step(Net(), F.cross_entropy, optimizer)
+    with pytest.raises(PrivacyError, match="needs a DPOptimizer, got SGD"):
+        compile_step(model, F.cross_entropy, inner)  # type: ignore[arg-type]
+    with pytest.raises(PrivacyError, match="belongs to another private model"):
+        compile_step(dp_compile(Net(), backend="eager"), F.cross_entropy, optimizer)
+
+
+def test_mixing_model_is_refused_with_its_line() -> None:
+    class Centred(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = super().forward(x)
+            return hidden - hidden.mean(0)
+
+    model = dp_compile(Centred(), backend="eager")
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = DPOptimizer(inner, model, noise_multiplier=1.0, expected_batch_size=B, seed=1)
+    with pytest.raises(ExampleMixingError, match=r"(?s)`sub` mixes examples.*test_step\.py:\d+.*hidden\.mean\(0\)"):
+        compile_step(model, F.cross_entropy, optimizer)(*data())
+    assert optimizer.logical_step == 0, "a refused step must not count"
+
+
+def test_loss_with_several_values_per_example_is_refused() -> None:
+    _, _, model, optimizer = twins(lr=0.1)
+    step = compile_step(model, lambda out, y: out, optimizer)
+    with pytest.raises(UnsupportedGraphError, match="one value per example"):
+        step(*data())
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    loop, loop_optimizer, whole, whole_optimizer = twins(torch.optim.AdamW, lr=0.01, backend="inductor")
+    step = compile_step(whole, F.cross_entropy, whole_optimizer)
+    x, y = data()
+    for _ in range(2):
+        F.cross_entropy(loop(x), y).backward()
+        loop_optimizer.step()
+        loop_optimizer.zero_grad()
+        step(x, y)
+    close(loop, whole)
