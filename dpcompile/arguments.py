@@ -44,6 +44,11 @@ def example_dims(
             )
         if dim is None:
             continue
+        if not isinstance(dim, int) or isinstance(dim, bool):
+            raise DPCompileError(
+                f"in_dims gives {dim!r} for input '{name}'",
+                remedy="give the number of the dimension that holds the examples, or None",
+            )
         if not -tensor.ndim <= dim < tensor.ndim:
             raise DPCompileError(
                 f"input '{name}' of shape {list(tensor.shape)} has no dimension {dim} that could hold the examples",
@@ -91,7 +96,7 @@ def _entry(in_dims: InDims, name: str, position: int | None) -> Any:
 
 def _inside(name: str, value: Any, dims: Any) -> Iterator[tuple[str, Tensor, int | None]]:
     paths, spec = pytree.tree_flatten_with_path(value)
-    if dims is None or isinstance(dims, int):
+    if dims is None or not isinstance(dims, (list, tuple, Mapping)):
         spread = [dims] * len(paths)
     else:
         broadcast = pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda x: x is None)

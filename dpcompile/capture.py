@@ -43,6 +43,7 @@ class Roles:
         hints: a value for every symbol.
         narrow: positions of the trainable parameters of a dtype narrower than float32.
         inputs: how many inputs the captured graph has.
+        arguments: positions of the tensors of the call.
     """
 
     parameters: Mapping[int, str]
@@ -53,6 +54,13 @@ class Roles:
     hints: Mapping[sympy.Symbol, int]
     narrow: tuple[int, ...]
     inputs: int
+    arguments: frozenset[int]
+
+    @property
+    def others(self) -> dict[int, str]:
+        """Inputs that are neither parameters nor arguments: buffers, attributes, globals."""
+        known = {**self.parameters, **self.frozen}
+        return {p: n for p, n in self.names.items() if p not in known and p not in self.arguments}
 
     @property
     def batch_from(self) -> tuple[int, int]:
@@ -130,7 +138,8 @@ def assign_roles(
             remedy="pass the batch as a tensor argument of the call; in_dims says which dimension holds the examples",
         )
     narrow = tuple(p for p in trainable if inputs[p].element_size() < 4)
-    return Roles(trainable, frozen, examples, names, batch, hints, narrow, len(inputs))
+    arguments = frozenset(i for i, x in enumerate(inputs) if id(x) in leaves)
+    return Roles(trainable, frozen, examples, names, batch, hints, narrow, len(inputs), arguments)
 
 
 def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tensor]]:

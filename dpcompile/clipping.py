@@ -34,7 +34,8 @@ def validate_clipping(clipping: Clipping, max_grad_norm: float) -> None:
     Raises:
         PrivacyError: an unknown name, or a bound that is not a positive finite number.
     """
-    if not (isinstance(max_grad_norm, (int, float)) and math.isfinite(max_grad_norm) and max_grad_norm > 0):
+    number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
+    if not (number and math.isfinite(max_grad_norm) and max_grad_norm > 0):
         raise PrivacyError(
             f"max_grad_norm must be a positive finite number, got {max_grad_norm!r}",
             remedy="it is C, the largest norm one example's gradient may have; 1.0 is a common choice",

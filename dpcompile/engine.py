@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from dpcompile.capture import Roles, assign_roles, extend
 from dpcompile.check import FirstStep
 from dpcompile.delivery import Delivery, through_delivery
 from dpcompile.errors import PrivacyError
+from dpcompile.kept import Kept
 from dpcompile.ledger import GradientLedger
 from dpcompile.pipeline import Options, Transformed, privatize
 from dpcompile.translate import translated
@@ -64,6 +65,7 @@ class Engine:
         self.ledger = GradientLedger(self._parameters)
         self.transformed: Transformed | None = None
         self.grad_norms: Tensor | None = None
+        self.kept = Kept()
         self.first_step: FirstStep | None = None
         self._unchecked = options.check
         self._mask: Tensor | None = None
@@ -109,6 +111,8 @@ class Engine:
         try:
             with tracing_config():
                 result = self._compiled(self.module, args, kwargs)
+            if torch.is_grad_enabled():
+                self.kept.check_buffers(self.module)
             if self.first_step is not None:
                 self.first_step.watch(result)
             return result
@@ -172,6 +176,8 @@ class Engine:
     def ran(self, transformed: Transformed | None, outputs: Sequence[Any]) -> None:
         """A compiled graph returned these outputs."""
         self.transformed = transformed
+        if transformed is not None:
+            self.kept.note(outputs, transformed.output_labels)
         if self.first_step is not None and transformed is not None:
             self.first_step.label(outputs, transformed)
 
@@ -194,7 +200,7 @@ class Engine:
             return _Region(self, compiled)
         leaves = {id(t): (name, dim) for name, t, dim in self._example_dims()}
         roles = assign_roles(gm, inputs, names, leaves)
-        region = _Region(self, roles=roles)
+        region = _Region(self, roles=roles, others=roles.others)
         extended, extra = extend(gm, roles)
 
         def transform(joint: fx.GraphModule) -> None:
@@ -231,6 +237,7 @@ class _Region:
     compiled: Callable[..., Any] | None = None
     roles: Roles | None = None
     transformed: Transformed | None = None
+    others: dict[int, str] = field(default_factory=dict)
 
     def __call__(self, *inputs: Any) -> Any:
         if self.engine.tracing:
@@ -238,6 +245,8 @@ class _Region:
         assert self.compiled is not None
         if self.roles is None:
             return self.compiled(*inputs)
+        for p, name in self.others.items():
+            self.engine.kept.check_input(name, inputs[p])
         position, dim = self.roles.batch_from
         names = [*self.roles.parameters.values(), *(self.roles.parameters[p] for p in self.roles.narrow)]
         delivery = self.engine.delivery(names, inputs[position], dim)

@@ -140,13 +140,13 @@ def _call_label(joint: JointGraph, node: fx.Node, labels: Mapping[fx.Node, Label
         container, position = node.args[0], node.args[1]
         label = labels[container]  # type: ignore[index]
         return label[position] if isinstance(label, tuple) else label  # type: ignore[index]
-    if _is_factory(node):
-        return shared(Call(node, _named(node), labels, joint.batch, sums))
     operands = [labels[n] for n in node.all_input_nodes]
     flat = [x for label in operands for x in (label if isinstance(label, tuple) else (label,))]
     mixed = next((x for x in flat if isinstance(x, Mixed)), None)
-    if mixed is not None:
+    if mixed is not None:  # its very size may depend on the examples (nonzero, unique)
         return mixed
+    if _is_factory(node):
+        return shared(Call(node, _named(node), labels, joint.batch, sums))
     if any(isinstance(x, Whole) for x in flat):
         return Whole()
     call = Call(node, _named(node), labels, joint.batch, sums)

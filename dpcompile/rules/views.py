@@ -18,6 +18,8 @@ from dpcompile.sizes import Size, divide, product, same, same_shape, shape_of, s
 )  # fmt: skip
 def reshape(call: Call) -> Label:
     """Row-major order is kept, so the example of every flat position is known."""
+    if call["dtype"] is not None:
+        return view_dtype(call)
     source = call.operands[0]
     label = call.label(source)
     if not isinstance(label, Examples):
@@ -29,7 +31,6 @@ def reshape(call: Call) -> Label:
     )
 
 
-@axis_rule("aten.view.dtype")
 def view_dtype(call: Call) -> Label:
     """Reinterpret the elements; only the last dimension may change its size."""
     label = call.label(call["self"])
