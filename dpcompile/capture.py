@@ -27,6 +27,7 @@ from dpcompile.sizes import Size, same, shape_of, size
 __all__ = ["Roles", "assign_roles", "extend", "name_joint"]
 
 _HIDDEN = re.compile(r"^L\['(args|kwargs)'\]")
+_BUFFER = re.compile(r"^L\['module'\](?:\._modules\['(?:.*?)'\])?\._buffers\['(.*)'\]$")
 MASK, NORMS, SUM = "dpcompile_mask", "dpcompile_norms", "dpcompile_sum"
 
 
@@ -227,4 +228,4 @@ def _source_name(node: fx.Node) -> str:
     if source is None:
         return str(node.target)
     name = source.name
-    return str(name() if callable(name) else name)
+    return _BUFFER.sub(r"\1", str(name() if callable(name) else name).replace("']._modules['", "."))

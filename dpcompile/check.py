@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,7 +112,9 @@ class FirstStep:
         slices = [leaves[i].detach() for i in mapped]
         in_dims = ([self._dims[id(leaves[i])] for i in mapped], [0] * len(fronts))
         try:
-            return torch.func.vmap(one, in_dims=in_dims)(slices, fronts)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # operations that vmap runs one example at a time
+                return torch.func.vmap(one, in_dims=in_dims)(slices, fronts)
         except RuntimeError as error:
             raise DPCompileError(
                 f"check=True could not run the model under torch.func.vmap: {str(error).splitlines()[0]}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import types
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from dpcompile.cachekey import cache_key
 from dpcompile.capture import Roles, assign_roles, extend
 from dpcompile.check import FirstStep
 from dpcompile.delivery import Delivery, through_delivery
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.kept import Kept
 from dpcompile.ledger import GradientLedger
 from dpcompile.pipeline import Options, Transformed, privatize
@@ -106,11 +107,16 @@ class Engine:
 
         Within a function that the user compiles this is a graph break: traced into, it would lose its backward.
         """
-        self._current = (args, kwargs)
+        self._current, self._graph_ran = (args, kwargs), False
         self.first_step = self._recorder()
         try:
             with tracing_config():
                 result = self._compiled(self.module, args, kwargs)
+            if not self._graph_ran and self.trainable() and torch.is_grad_enabled():
+                raise UnsupportedGraphError(
+                    "the model ran without being compiled, so nothing would clip its gradients",
+                    remedy="switch torch.compile on again (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)",
+                )
             if torch.is_grad_enabled():
                 self.kept.check_buffers(self.module)
             if self.first_step is not None:
@@ -119,7 +125,7 @@ class Engine:
         except _TraceOnly:
             raise
         except Exception as error:
-            refusal = translated(error, lambda: self._example_dims())
+            refusal = translated(error, self._example_dims)
             if refusal is None:
                 raise
             raise refusal.with_traceback(None) from None
@@ -173,10 +179,20 @@ class Engine:
 
         return Delivery(names, mask, keep, refused)
 
+    def check_identity(self, roles: Roles, inputs: Sequence[Any]) -> None:
+        """Raise PrivacyError if a parameter is another object than the one that the optimizer knows."""
+        for p, name in roles.parameters.items():
+            if inputs[p] is not self._parameters[name]:
+                raise PrivacyError(
+                    f"parameter '{name}' was replaced after dp_compile: the optimizer and the ledger hold the old one",
+                    remedy="call dp_compile again after changing the model, and make the optimizer from the result",
+                )
+
     def ran(self, transformed: Transformed | None, outputs: Sequence[Any]) -> None:
         """A compiled graph returned these outputs."""
-        self.transformed = transformed
+        self._graph_ran = True
         if transformed is not None:
+            self.transformed = transformed
             self.kept.note(outputs, transformed.output_labels)
         if self.first_step is not None and transformed is not None:
             self.first_step.label(outputs, transformed)
@@ -190,6 +206,7 @@ class Engine:
 
     def _example_dims(self) -> list[tuple[str, Tensor, int | None]]:
         args, kwargs = self._current
+        inspect.signature(self.module.forward).bind(*args, **kwargs)  # the plain TypeError of a plain call
         return example_dims(self.module.forward, args, kwargs, self.options.in_dims)
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -244,10 +261,13 @@ class _Region:
             raise _TraceOnly
         assert self.compiled is not None
         if self.roles is None:
-            return self.compiled(*inputs)
+            outputs = self.compiled(*inputs)
+            self.engine.ran(None, outputs)
+            return outputs
         for p, name in self.others.items():
             self.engine.kept.check_input(name, inputs[p])
         position, dim = self.roles.batch_from
+        self.engine.check_identity(self.roles, inputs)
         names = [*self.roles.parameters.values(), *(self.roles.parameters[p] for p in self.roles.narrow)]
         delivery = self.engine.delivery(names, inputs[position], dim)
         live, narrow = ([inputs[p] for p in positions] for positions in (self.roles.parameters, self.roles.narrow))

@@ -18,8 +18,8 @@ class Kept:
     """Remembers which tensors came out of private graphs with examples in them, as long as they live.
 
     **Guarantee.** A value of one batch does not reach the gradients of another through the model's own state: a buffer
-    may not be replaced by such a value (it would also be published with the model), and a graph may not read one from an
-    attribute. Values that the user passes in again as arguments are inputs like any other (see docs/sharp_edges.md).
+    may not be replaced by such a value (it would also be published with the model), and a graph may not read one from
+    an attribute. Values that the user passes in again as arguments are inputs like any other (docs/sharp_edges.md).
     """
 
     def __init__(self) -> None:

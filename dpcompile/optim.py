@@ -6,6 +6,7 @@ batch size as the divisor (the drawn size is private).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,10 +94,12 @@ class DPOptimizer(Optimizer):
         self.seed, self.secure, self.accountant = seed, secure, accountant
         self.logical_step = 0
         self.accumulating = False
+        self._stepping = False
         self._held = False  # sums of earlier physical batches of an unfinished logical step stand in p.grad
         checks.refuse_foreign(self.engine, (p for group in optimizer.param_groups for p in group["params"]))
         checks.refuse_missing(self.engine, optimizer, self.engine.trainable())
         checks.refuse_complex(self.engine, self.engine.trainable())
+        optimizer.register_step_pre_hook(_only_from(weakref.ref(self)))
         # Not __init__, which would build groups and state of its own: this sets up the step hooks and no more.
         super().__setstate__({})
 
@@ -138,7 +141,11 @@ class DPOptimizer(Optimizer):
         names = self.checked_parameters()
         self.engine.ledger.verify(names)
         self._private_gradients(names, self.use_noise())
-        self.optimizer.step()
+        self._stepping = True
+        try:
+            self.optimizer.step()
+        finally:
+            self._stepping = False
         self.finish()
         return loss
 
@@ -275,6 +282,20 @@ class DPOptimizer(Optimizer):
         )
         for name, total in zip(names, totals, strict=True):
             parameters[name].grad = total.to(parameters[name].dtype)
+
+
+def _only_from(owner: weakref.ref[DPOptimizer]) -> Callable[..., None]:
+    """A hook of the inner optimizer: stepped by itself it would apply the clipped sums without noise."""
+
+    def refuse(*_: Any) -> None:
+        private = owner()
+        if private is not None and not private._stepping:
+            raise PrivacyError(
+                "the wrapped optimizer was stepped directly: its update would have no noise",
+                remedy="call step() of the DPOptimizer",
+            )
+
+    return refuse
 
 
 def _unless_accumulating(hook: Callable[..., Any]) -> Callable[..., Any]:

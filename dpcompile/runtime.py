@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import copyreg
 from typing import Any, ClassVar
 
 from torch import Tensor, fx, nn
@@ -56,12 +58,17 @@ class PrivateModule:
         return _transformed(self).certificate
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        import copy
-
+        if hasattr(type(self), "_options"):  # an instance of a decorated class
+            copied = type(self).__new__(type(self))
+            memo[id(self)] = copied
+            object.__setattr__(copied, "__dict__", copy.deepcopy(self.__dict__, memo))
+            return copied
         engine = engine_of(self)
         return private_view(copy.deepcopy(engine.module, memo), engine.options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if hasattr(type(self), "_options"):
+            return copyreg.__newobj__, (type(self),), dict(self.__dict__)  # type: ignore[attr-defined]
         engine = engine_of(self)
         return private_view, (engine.module, engine.options)
 

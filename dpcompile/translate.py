@@ -12,19 +12,24 @@ from dpcompile.errors import DPCompileError, UnsupportedGraphError
 __all__ = ["translated"]
 
 
-def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompileError | None:
+def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompileError | TypeError | None:
     """The error to raise instead of ``error``, or None to let it pass.
 
     Args:
         error: what a compiled call raised.
-        check_arguments: raises a DPCompileError if the call's arguments are at fault; that explains more than what
-            followed from it.
+        check_arguments: raises a DPCompileError or a TypeError if the call's arguments are at fault; that explains more
+            than what followed from it.
     """
     if isinstance(error, DPCompileError):
         return error
+    if "no compiled frames" in str(error):
+        return UnsupportedGraphError(
+            "the model cannot be compiled here: torch.compile found nothing to compile",
+            remedy="switch torch.compile on again (TORCHDYNAMO_DISABLE, torch._dynamo.config.disable)",
+        )
     try:
         check_arguments()
-    except DPCompileError as at_fault:
+    except (DPCompileError, TypeError) as at_fault:
         return at_fault
     inner = error
     while isinstance(inner, BackendCompilerFailed):
