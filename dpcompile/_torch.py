@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, cast
@@ -165,8 +164,7 @@ def compile_joint(
     """
     take_apart_bags(gm.graph)
     gm.recompile()
-    with warnings.catch_warnings(), functorch_config.patch(enable_autograd_cache=False), _lstm_step_by_step():
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")  # of torch to itself
+    with functorch_config.patch(enable_autograd_cache=False), _lstm_step_by_step():
         if backend == "inductor":
             patches = {"joint_custom_pre_pass": _Pass(transform, key)}
             return cast(Any, compile_fx)(gm, list(inputs), config_patches=patches, decompositions=decompositions())
