@@ -83,7 +83,9 @@ def clip_weights(
         ``[B]``, for the gradients as they stand in the graph: ``scale`` is in it.
     """
     norms = squared_norms.sqrt() * scale
-    ceiling = bound / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    # Squares of elements below 1e-19 vanish in float32: a norm that small is not known, only that it is below this.
+    unknown = 1e6 * torch.finfo(squared_norms.dtype).tiny ** 0.5
+    ceiling = bound / (squared_norms.sqrt().clamp_min(unknown) * scale)
     if callable(clipping):
         weights = torch.minimum(_apply(clipping, norms, bound).to(norms.dtype).clamp_min(0), ceiling)
     elif clipping == "automatic":

@@ -71,6 +71,8 @@ def spatial(call: Call) -> Labels:
 
 def _spatial_dims(call: Call) -> int:
     name = call.node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    if "low_memory" in name:
+        return len(call["kernel_size"])
     return next((n for n in (1, 3) if f"{n}d" in name), 2)
 
 
