@@ -133,11 +133,28 @@ def flat_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int | None]
 
 
 @lru_cache(maxsize=1)
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's, our own, and the masked accumulation of embeddings into plain masking and accumulation."""
+def _own_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Our own, and the masked accumulation of embeddings into plain masking and accumulation."""
     masked = torch.ops.aten._unsafe_masked_index_put_accumulate.default
-    plain = torch._decomp.global_decomposition_table["post_autograd"][masked]
-    return {**select_decomp_table(), **DECOMPOSITIONS, masked: plain}
+    return {**DECOMPOSITIONS, masked: torch._decomp.global_decomposition_table["post_autograd"][masked]}
+
+
+@contextlib.contextmanager
+def _decompositions() -> Iterator[dict[Any, Callable[..., Any]]]:
+    """Inductor's table with ours in it.
+
+    Ours are put into Inductor's own table for a while: a table of our own would be pickled into its cache key, which
+    cannot be done, and the cache would be off.
+    """
+    table, ours = select_decomp_table(), _own_decompositions()
+    before = {op: table[op] for op in ours if op in table}
+    table.update(ours)
+    try:
+        yield table
+    finally:
+        for op in ours:
+            del table[op]
+        table.update(before)
 
 
 def trace_like(function: Callable[..., Any], *values: Any) -> fx.GraphModule:
@@ -146,8 +163,8 @@ def trace_like(function: Callable[..., Any], *values: Any) -> fx.GraphModule:
     In-place operations, which ``torch.vmap`` uses for accumulations, become functional ones: the joint graph has none.
     """
     functional = torch.func.functionalize(function, remove="mutations")
-    with torch.no_grad():
-        traced = make_fx(functional, decomposition_table=decompositions(), tracing_mode="real")(*values)
+    with torch.no_grad(), _decompositions() as table:
+        traced = make_fx(functional, decomposition_table=dict(table), tracing_mode="real")(*values)
     traced.graph.eliminate_dead_code()
     mutable = [n for n in traced.graph.nodes if getattr(getattr(n.target, "_schema", None), "is_mutable", False)]
     assert not mutable, f"in-place operations in a traced function: {mutable}"
@@ -164,11 +181,11 @@ def compile_joint(
     """
     take_apart_bags(gm.graph)
     gm.recompile()
-    with functorch_config.patch(enable_autograd_cache=False), _lstm_step_by_step():
+    with functorch_config.patch(enable_autograd_cache=False), _lstm_step_by_step(), _decompositions() as table:
         if backend == "inductor":
             patches = {"joint_custom_pre_pass": _Pass(transform, key)}
-            return cast(Any, compile_fx)(gm, list(inputs), config_patches=patches, decompositions=decompositions())
-        return _compile_eager(gm, inputs, transform)
+            return cast(Any, compile_fx)(gm, list(inputs), config_patches=patches)
+        return _compile_eager(gm, inputs, transform, dict(table))
 
 
 @contextlib.contextmanager
@@ -183,7 +200,9 @@ def _lstm_step_by_step() -> Iterator[None]:
         module.select_one_layer_lstm_function = chosen
 
 
-def _compile_eager(gm: fx.GraphModule, inputs: Sequence[Any], transform: GraphPass) -> Callable[..., Any]:
+def _compile_eager(
+    gm: fx.GraphModule, inputs: Sequence[Any], transform: GraphPass, table: dict[Any, Callable[..., Any]]
+) -> Callable[..., Any]:
     def run_as_is(graph_module: fx.GraphModule, _: Any) -> Callable[..., Any]:
         return make_boxed_func(graph_module.forward)
 
@@ -196,7 +215,7 @@ def _compile_eager(gm: fx.GraphModule, inputs: Sequence[Any], transform: GraphPa
         bw_compiler=run_as_is,
         inference_compiler=run_as_is,
         partition_fn=partition,
-        decompositions=decompositions(),
+        decompositions=table,
         keep_inference_input_mutations=True,
     )(gm, list(inputs))
 

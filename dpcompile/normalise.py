@@ -1,4 +1,4 @@
-"""The joint graph in a form where every gradient is summed over the examples by one operation that says so."""
+"""Small passes around the transform: a form that is easy to prove, and one that Inductor compiles rightly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-__all__ = ["split_convolution_bias"]
+__all__ = ["copy_expanded_bases", "split_convolution_bias"]
 
 aten = torch.ops.aten
 
@@ -28,3 +28,28 @@ def split_convolution_bias(graph: fx.Graph) -> None:
                 bias.meta = dict(result.meta)
                 result.replace_all_uses_with(bias)
                 graph.erase_node(result)
+
+
+_WRITES = ("index_put", "_unsafe_index_put", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")
+
+
+def copy_expanded_bases(graph: fx.Graph) -> None:
+    """Give every write by index a base with memory of its own.
+
+    Inductor of torch 2.13 writes all rows of an expanded base into one (seen on a CPU with ``index_put`` into
+    ``full(..).expand(..)``; torch 2.15 does not). Contract: equal values.
+    """
+    for name in _WRITES:
+        packet = getattr(aten, name)
+        for target in (getattr(packet, overload) for overload in packet.overloads()):
+            for node in graph.find_nodes(op="call_function", target=target):
+                base = node.args[0]
+                assert isinstance(base, fx.Node)
+                value = base.meta["val"]
+                if all(stride for size, stride in zip(value.shape, value.stride(), strict=True) if size != 1):
+                    continue
+                with graph.inserting_before(node):
+                    own = graph.call_function(aten.clone.default, (base,), {"memory_format": torch.contiguous_format})
+                own.meta = {k: v for k, v in base.meta.items() if k == "partitioner_tag"}
+                own.meta["val"] = value.new_empty(value.shape)
+                node.replace_input_with(base, own)

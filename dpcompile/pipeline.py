@@ -15,7 +15,7 @@ from dpcompile.certificate import Certificate, certify
 from dpcompile.clipping import Clipping
 from dpcompile.cost import rates_for
 from dpcompile.memory import budget_in_bytes
-from dpcompile.normalise import split_convolution_bias
+from dpcompile.normalise import copy_expanded_bases, split_convolution_bias
 from dpcompile.plan import Plan, make_plan
 from dpcompile.proof import prove
 from dpcompile.rewrite import ClipOptions, rewrite
@@ -83,6 +83,8 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transfo
     )
     clip = ClipOptions(options.clipping, float(options.max_grad_norm), options.loss_reduction == "mean")
     rewrite(joint, plan, clip)
+    copy_expanded_bases(module.graph)
+    module.recompile()
     labels = tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs)
     readable = fx.GraphModule(module, copy_graph(module.graph))
     return Transformed(readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot)

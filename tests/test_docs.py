@@ -1,0 +1,134 @@
+"""The pages run: every Python block of README and docs is executed, and prints what the page says it prints.
+
+The blocks of a page are run in order in one namespace. A ``text`` block that follows a ``python`` block is its output;
+a refusal counts as output. After a change that is meant, ``python tests/test_docs.py`` writes the new output into the
+pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import linecache
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import dpcompile
+from dpcompile import DPCompileError
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = ("README.md", "docs/how_it_works.md", "docs/sharp_edges.md", "docs/design.md")
+_BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+# What a reader need not wait for in a test.
+_SHORTER = {"for epoch in range(20):": "for epoch in range(1):"}
+
+
+def run_page(page: str) -> Iterator[tuple[re.Match[str], str]]:
+    """Run the Python blocks of a page; gives each with what it printed."""
+    namespace: dict[str, Any] = {"__name__": "__page__", **_given(page)}
+    with _uncompiled():
+        for block in _BLOCK.finditer((ROOT / page).read_text()):
+            yield block, _run(block["code"], namespace)
+
+
+def _run(code: str, namespace: dict[str, Any]) -> str:
+    for long, short in _SHORTER.items():
+        code = code.replace(long, short)
+    name = "train.py"  # the file that messages point to
+    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            exec(compile(code, name, "exec"), namespace)
+        except DPCompileError as refusal:
+            print(f"{type(refusal).__name__}: {refusal}")
+    return printed.getvalue()
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run rewritten graphs as they are: the pages do not show what Inductor makes of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("dp_compile", "make_private"):
+            function: Callable[..., Any] = getattr(dpcompile, name)
+            patch.setattr(dpcompile, name, functools.partial(function, backend="eager"))
+        yield
+
+
+def _given(page: str) -> dict[str, Any]:
+    """What a page takes for granted: in the README, the reader's own model, optimizer and data."""
+    if page != "README.md":
+        return {}
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        from train_digits import Network, digits  # type: ignore[import-not-found]
+    finally:
+        sys.path.pop(0)
+    images, labels, _ = digits()[0].tensors
+    model = Network()
+    return {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=2.0),
+        "dataset": TensorDataset(images, labels),
+    }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_prints_what_it_says(page: str) -> None:
+    count = 0
+    for block, printed in run_page(page):
+        count += 1
+        if block["output"] is not None:
+            assert printed == block["output"], f"run `python tests/test_docs.py` if the new output of {page} is right"
+        else:
+            assert "Error: " not in printed
+    assert count or page == "docs/design.md"
+
+
+def test_links_lead_to_files() -> None:
+    for page in PAGES:
+        path = ROOT / page
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+            assert (path.parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_set_up_commands() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert 'pip install -e ".[examples]" -c constraints.txt && python examples/train_digits.py\n' in readme
+    assert 'pip install -e ".[test]" -c constraints.txt && pytest\n' in readme
+    assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
+def test_the_table_of_files_is_complete() -> None:
+    page = (ROOT / "docs/design.md").read_text()
+    for path in (ROOT / "dpcompile").rglob("*.py"):
+        name = path.relative_to(ROOT / "dpcompile").as_posix()
+        assert path.name == "__init__.py" or f"`{name}`" in page, f"docs/design.md does not mention {name}"
+    for name in re.findall(r"`([\w/]+\.py)`", page):
+        assert (ROOT / "dpcompile" / name).exists(), f"docs/design.md mentions {name}, which is not there"
+
+
+def rewrite_outputs() -> None:
+    """Put what the blocks print now into the pages."""
+    for page in PAGES:
+        path = ROOT / page
+        text, moved = path.read_text(), 0
+        for block, printed in run_page(page):
+            if block["output"] is not None:
+                start, end = (position + moved for position in block.span("output"))
+                text = text[:start] + printed + text[end:]
+                moved += len(printed) - (end - start)
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    rewrite_outputs()

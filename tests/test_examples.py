@@ -1,0 +1,70 @@
+"""The example runs as the README says, and a resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from dpcompile import calibrate_noise
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+OPTIONS = ["--backend", "eager", "--epochs", "2", "--seed", "0"]
+calibrate_once = functools.cache(calibrate_noise)
+
+
+def digits(monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
+    """The example, in this process; the module."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    module = importlib.import_module("train_digits")
+    monkeypatch.setattr(sys, "argv", ["train_digits.py", *OPTIONS, *options])
+    monkeypatch.setattr("dpcompile.private.calibrate_noise", calibrate_once)
+    module.main()
+    return module
+
+
+def checkpoint(folder: pathlib.Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoint.pt")
+
+
+def test_the_example_as_a_command(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "train_digits.py"), *OPTIONS, "--output-dir", str(tmp_path)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == "parameter operation B T p d rule FLOPs bytes why".split()
+    assert any(line.startswith("features.3.weight  convolution_backward  288") for line in lines)
+    assert any(line.startswith("epsilon 3.000 at delta 0.0001, after 12 steps") for line in lines)
+    assert any(line.startswith("test accuracy 0.") for line in lines)
+    assert "12/12" in done.stderr and "epsilon=3.00" in done.stderr and "WARNING" not in done.stderr
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    digits(monkeypatch, "--output-dir", str(whole))
+    digits(monkeypatch, "--output-dir", str(parts), "--stop-after", "1")
+    assert len(checkpoint(parts)["history"]) == 1
+    digits(monkeypatch, "--output-dir", str(parts), "--resume", str(parts / "checkpoint.pt"))
+    expected, resumed = checkpoint(whole), checkpoint(parts)
+    assert resumed["history"] == expected["history"] and len(expected["history"]) == 2
+    assert resumed["optimizer"]["dpcompile"] == expected["optimizer"]["dpcompile"]
+    assert resumed["loader"] == expected["loader"]
+    for part in ("model", "average"):
+        for name, value in expected[part].items():
+            assert torch.equal(resumed[part][name], value), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_the_accuracy_that_the_readme_promises(
+    seed: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits(monkeypatch, "--seed", str(seed), "--epochs", "20", "--output-dir", str(tmp_path))
+    last = checkpoint(tmp_path)["history"][-1]
+    assert last["accuracy"] >= 0.85 and 2.99 < last["epsilon"] <= 3.0
