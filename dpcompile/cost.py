@@ -15,9 +15,9 @@ import sympy
 
 from dpcompile.sizes import Size, product
 
-__all__ = ["B", "Cost", "Rates", "Shape", "costs", "rates_for"]
+__all__ = ["DIRECT_TILES", "Cost", "Rates", "Shape", "costs", "rates_for"]
 
-B = sympy.Symbol("B", positive=True, integer=True)
+DIRECT_TILES = 8  # how many parts of a gradient the direct rule makes, one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +70,15 @@ def costs(shape: Shape, batch: Size) -> dict[str, Cost]:
     sides = product([batch, k, t, p + d]) * e  # both operands once
     weights = product([batch, k, p, d])  # one gradient per example
     unfold = product([batch, u]) * e
+    tile = weights * sympy.Rational(1, DIRECT_TILES)
     grams = 2 * product([batch, k, t, t])
-    half = sympy.Rational(1, 2)
     return {
         "outer": _cost(2 * product([batch, k, p + d]), 2 * sides, sides),
         "ghost": _cost(grams * (p + d), 3 * sides + 2 * grams * e + 2 * unfold, sides + grams * e + unfold),
         "keep": _cost(4 * weights, 3 * weights * e + 2 * unfold, weights * e + unfold),
         "redo": _cost(2 * weights * (t + 1), 2 * weights * e + 2 * sides + 2 * unfold, sides + weights * e + unfold),
         "direct": _cost(
-            2 * weights * (t + 1), 2 * weights * e + 3 * sides + 2 * unfold, sides + half * weights * e + unfold
+            2 * weights * (t + 1), 2 * weights * e + 3 * sides + 2 * unfold, sides + tile * e + unfold
         ),
     }
 

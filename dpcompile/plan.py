@@ -143,8 +143,6 @@ def _options(
     allowed = {"outer"} if is_one(t) else {"ghost"}
     allowed |= {"keep", "redo"} | ({"direct"} if all(f.one_hot is None for f in forms) else set())
     wanted = [r for r in _FORCED.get(mode, tuple(table)) if r in allowed] or ["redo" if mode == "direct" else "keep"]
-    if mode == "auto":
-        wanted = [r for r in wanted if r != "direct"]
     times = {r: _seconds(table[r], rates, hints) for r in wanted}
     best = min(times, key=times.__getitem__)
     out = []

@@ -50,6 +50,7 @@ def prove(joint: JointGraph) -> Proof:
     edge case                                   outcome
     ==========================================  ==========================================================
     mixed value that reaches no gradient        allowed (an accuracy computed for logging)
+    output with its examples flattened          allowed on dimension 0 ([B, T] to [B·T]), else refused
     gradient that is identically zero           allowed
     gradient with a part from no example        refused (a regulariser inside the model)
     parameter with an example axis of its own   refused
@@ -62,14 +63,12 @@ def prove(joint: JointGraph) -> Proof:
         UnsupportedGraphError: an operation without a rule.
     """
     proof = Proof(_propagate(joint), joint.batch)
-    for position, node in joint.differentiable_outputs():
-        label = proof.of(node)
-        if isinstance(label, Mixed):
-            raise refusal(label, f"output {position} of the model")
     for destination, source in joint.mutations():
         label = proof.of(source)
         if not isinstance(label, Shared) and destination not in joint.example_axes:
             raise _written_buffer(joint, destination, source, label)
+    for position, node in joint.differentiable_outputs():
+        _check_output(position, node, proof.of(node))
     for name, gradient in joint.gradients.items():
         if gradient is not None:
             _check_gradient(name, gradient, proof.of(gradient))
@@ -214,6 +213,19 @@ def _is_factory(node: fx.Node) -> bool:
     """Operations that take only the shape of their operand."""
     packet = getattr(node.target, "overloadpacket", None)
     return getattr(packet, "__name__", "") in _FACTORIES
+
+
+def _check_output(position: int, node: fx.Node, label: Label) -> None:
+    """A loss per example must be able to find the examples in what the model returns."""
+    if isinstance(label, Mixed):
+        raise refusal(label, f"output {position} of the model")
+    if isinstance(label, Examples) and label.dim and not (is_one(label.outer) and is_one(label.inner)):
+        raise ExampleMixingError(
+            f"output {position} of the model has the {label}, interleaved with other positions: a loss would take "
+            "parts of several examples for one",
+            where=where(node),
+            remedy="return values whose examples have a dimension of their own, or are flattened into dimension 0",
+        )
 
 
 def _check_gradient(name: str, gradient: fx.Node, label: Label) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from dpcompile.axis import Examples, Shared, Whole
 from dpcompile.clipping import Clipping, as_joint, check_function, clip_weights, group_of
+from dpcompile.cost import DIRECT_TILES
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.insert import insert, last_of
 from dpcompile.joint import JointGraph
@@ -23,9 +24,6 @@ from dpcompile.proof import prove
 from dpcompile.sites import ParameterGradient, Site
 
 __all__ = ["ClipOptions", "rewrite"]
-
-_DIRECT_TILES = 8
-
 
 @dataclass(frozen=True, slots=True)
 class ClipOptions:
@@ -124,7 +122,7 @@ def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
             return outer(sides[0])
         if rule == "direct":
             (merged,) = merge(sides)
-            return direct(merged, _DIRECT_TILES)
+            return direct(merged, DIRECT_TILES)
         return ghost(sides)
 
     nodes = [joint.mask, *(n for f in forms for n in f.operands)]
