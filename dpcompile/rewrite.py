@@ -16,12 +16,14 @@ from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.insert import insert, last_of
 from dpcompile.joint import JointGraph
 from dpcompile.locate import where
+from dpcompile.norms.factors import factored
 from dpcompile.norms.ghost import Sides, direct, ghost, merge, outer
 from dpcompile.norms.instantiate import per_example_site, run_operation, run_tail, tail_inputs, through_tail
 from dpcompile.norms.slices import accumulation_dtype, scaled
 from dpcompile.plan import Choice, Plan
 from dpcompile.proof import prove
 from dpcompile.sites import ParameterGradient, Site
+from dpcompile.sizes import Size
 
 __all__ = ["ClipOptions", "rewrite"]
 
@@ -89,7 +91,7 @@ def _norm(joint: JointGraph, choice: Choice) -> _Norm:
         return _Norm(choice, squared, None)
     if rule in ("outer", "ghost", "direct"):
         return _Norm(choice, _factored_norm(joint, choice), None)
-    operands, compute = _instantiation(choice)
+    operands, compute = _instantiation(choice, joint.batch)
 
     def norm_and_gradients(mask: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
         each = compute(mask.shape[0], values)
@@ -139,34 +141,33 @@ def _sides(choice: Choice, values: Sequence[Tensor], batch: int, dtype: torch.dt
     return sides
 
 
-def _instantiation(choice: Choice) -> tuple[list[fx.Node], Callable[[int, Sequence[Any]], Tensor]]:
+def _instantiation(choice: Choice, batch: Size) -> tuple[list[fx.Node], Callable[[int, Sequence[Any]], Tensor]]:
     """Operands, and a function from B and their values to every example's gradient of the parameter."""
     gradient, forms, dtype = choice.gradient, choice.forms, _dtype(choice.gradient)
-    if forms is not None and all(f.one_hot is None for f in forms):
-        operands = [n for f in forms for n in f.operands]
-        shared = tail_inputs(gradient)
+    if forms is not None and forms[0].aligned and all(f.one_hot is None for f in forms):
 
-        def from_factors(batch: int, values: Sequence[Any]) -> Tensor:
-            sides = _sides(choice, values[: len(operands)], batch, dtype)
-            (merged,) = merge(sides)
+        def merged_product(batch: int, values: Sequence[Any]) -> Tensor:
+            (merged,) = merge(_sides(choice, values, batch, dtype))
             product = torch.matmul(merged.rows.mT, merged.cols)
-            if forms[0].aligned:
-                return product.reshape(batch, *gradient.gradient.meta["val"].shape)
-            # Every site reaches the gradient by the same rearrangement: the merged product takes the first one's.
-            first, *others = (product.new_zeros(batch, *s.value.meta["val"].shape) for s in gradient.sites)
-            sites = [product.reshape(first.shape), *others]
-            return through_tail(gradient, sites, dict(zip(shared, values[len(operands) :], strict=True)), dtype)
+            return product.reshape(batch, *gradient.gradient.meta["val"].shape)
 
-        return [*operands, *shared], from_factors
+        return [n for f in forms for n in f.operands], merged_product
     needed = dict.fromkeys(n for s in gradient.sites for n in s.operation.all_input_nodes)
     operands = [*needed, *(n for n in tail_inputs(gradient) if n not in needed)]
+    own_forms = [factored(s, batch) for s in gradient.sites]
 
-    def from_operations(batch: int, values: Sequence[Any]) -> Tensor:
+    def through_sites(batch: int, values: Sequence[Any]) -> Tensor:
         known = {n: _widened(v, dtype) for n, v in zip(operands, values, strict=True)}
-        sites = [per_example_site(s, known, batch, dtype) for s in gradient.sites]
+        sites = []
+        for site, form in zip(gradient.sites, own_forms, strict=True):
+            if form is None or form.one_hot is not None:
+                sites.append(per_example_site(site, known, batch, dtype))
+            else:
+                rows, cols = form.build(*(known[n] for n in form.operands), batch)
+                sites.append(torch.matmul(rows.mT, cols).reshape(batch, *site.value.meta["val"].shape))
         return through_tail(gradient, sites, known, dtype)
 
-    return operands, from_operations
+    return operands, through_sites
 
 
 # --- clip ------------------------------------------------------------------------------------------------------------
