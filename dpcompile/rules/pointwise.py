@@ -58,6 +58,8 @@ def _linear(call: Call) -> Label:
         return call.mixes("it combines a sum over all examples with values of single examples")
     first, second = call["self"], call["other"]
     summed = [isinstance(call.label(x), Summed) for x in (first, second)]
+    if not call.node.meta["val"].dtype.is_floating_point:
+        return call.mixes("it rounds a sum over the examples")
     if name in _LINEAR_IN_ONE:
         return Summed()
     if name == "mul" and sum(summed) == 1:
