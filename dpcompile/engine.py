@@ -230,6 +230,11 @@ class Engine:
             transform=transform,
             key=cache_key(self.options, roles),
         )
+        if region.transformed is None:
+            raise UnsupportedGraphError(
+                "the compiled graph came out of AOTAutograd's cache, so what it does to gradients was not proved here",
+                remedy="unset TORCHINDUCTOR_AUTOGRAD_CACHE: dpcompile keeps that cache off",
+            )
         return region
 
     @property
