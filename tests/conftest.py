@@ -1,0 +1,39 @@
+"""What every test starts from: one thread, one seed, no compiled graphs of other tests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+_DRAWN: Counter[str] = Counter()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors, but for two that torch raises about itself."""
+    config.option.showcapture = "stdout"  # the log holds thousands of empty lines of torch's structured trace
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's own
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def drawn() -> Counter[str]:
+    """How random models ended; printed at the end of the run."""
+    return _DRAWN
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Report how many random models were right and how many were refused."""
+    if _DRAWN:
+        terminalreporter.write_line("random models: " + ", ".join(f"{n} {what}" for what, n in sorted(_DRAWN.items())))
