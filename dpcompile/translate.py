@@ -25,7 +25,7 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
     if "no compiled frames" in str(error):
         return UnsupportedGraphError(
             "the model cannot be compiled here: torch.compile found nothing to compile",
-            remedy="switch torch.compile on again (TORCHDYNAMO_DISABLE, torch._dynamo.config.disable)",
+            remedy="switch torch.compile on again (TORCHDYNAMO_DISABLE, or Dynamo's config)",
         )
     try:
         check_arguments()
