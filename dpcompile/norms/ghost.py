@@ -49,26 +49,29 @@ def merge(all_sides: Sequence[Sides]) -> list[Sides]:
 def ghost(all_sides: Sequence[Sides]) -> Tensor:
     """Gram matrices of rows and columns, multiplied and summed; cross terms between sites of different kinds too.
 
-    **Guarantee.** The result is not below the true squared norm where terms cancel: the products can be as large as
-    ``S^2`` with ``S = sum_t |r_t| |c_t|``, so their rounding can swallow a small norm; ``eps * S^2`` is added. Where
-    nothing cancels this is a relative 1e-7 times at most T.
+    **Guarantee.** The result is not below the true squared norm where terms cancel: rounding in the Gram matrices,
+    ``|R - R'| <= slack_R`` and ``|C - C'| <= slack_C``, moves the sum of ``R C`` by at most ``|R| slack_C +
+    slack_R |C|``, and that bound is added (see :func:`_inner`). Where cotangents and activations of different positions
+    are not parallel, this is about ``eps (1 + T / sqrt(width)) sqrt(width)`` of the result.
     """
     parts = merge(all_sides)
     total: Tensor | None = None
-    size: Tensor | None = None
     for i, a in enumerate(parts):
         for j in range(i, len(parts)):
             b = parts[j]
-            rows = _inner(a.rows, a.one_hot == "rows", b.rows, b.one_hot == "rows")
-            cols = _inner(a.cols, a.one_hot == "cols", b.cols, b.one_hot == "cols")
-            term = (rows * cols).flatten(1).sum(1) * (1 if i == j else 2)
+            rows, rows_slack = _inner(a.rows, a.one_hot == "rows", b.rows, b.one_hot == "rows")
+            cols, cols_slack = _inner(a.cols, a.one_hot == "cols", b.cols, b.one_hot == "cols")
+            product = rows * cols
+            slack = torch.finfo(product.dtype).eps * product.abs()
+            if cols_slack is not None:
+                slack = slack + rows.abs() * cols_slack
+            if rows_slack is not None:
+                slack = slack + rows_slack * cols.abs()
+            # Two sums: the first may be negative, and it must not take the slack of the others with it.
+            term = (product.flatten(1).sum(1) + slack.flatten(1).sum(1)) * (1 if i == j else 2)
             total = term if total is None else total + term
-            if i == j:
-                lengths = rows.diagonal(dim1=-2, dim2=-1) * cols.diagonal(dim1=-2, dim2=-1)
-                bound = lengths.sqrt().sum(-1)  # [B, K]
-                size = bound if size is None else size + bound
-    assert total is not None and size is not None
-    return total.clamp_min(0) + torch.finfo(total.dtype).eps * size.square().sum(1)
+    assert total is not None
+    return total.clamp_min(0)
 
 
 def direct(sides: Sides, tiles: int) -> Tensor:
@@ -82,15 +85,21 @@ def direct(sides: Sides, tiles: int) -> Tensor:
     return total
 
 
-def _inner(a: Tensor, a_one_hot: bool, b: Tensor, b_one_hot: bool) -> Tensor:
-    """All inner products ``<a_t, b_t'>`` as ``[B, K, T, T']``."""
+def _inner(a: Tensor, a_one_hot: bool, b: Tensor, b_one_hot: bool) -> tuple[Tensor, Tensor | None]:
+    """All inner products ``<a_t, b_t'>`` as ``[B, K, T, T']``, and how far each may be off; None where they are exact.
+
+    A product of ``n`` terms that rounds each sum by ``u = eps / 2`` is off by ``sqrt(n) u |a_t| |b_t'|`` but for
+    improbable alignments of the rounding (Higham and Mary 2019, doi:10.1137/18M1226312, theorem 2.4).
+    """
     if a_one_hot and b_one_hot:
-        return (a.unsqueeze(2) == b.unsqueeze(1)).unsqueeze(1)
+        return (a.unsqueeze(2) == b.unsqueeze(1)).unsqueeze(1).to(torch.float32), None
     if a_one_hot:
-        return _pick(b, a).mT
+        return _pick(b, a).mT, None
     if b_one_hot:
-        return _pick(a, b)
-    return torch.matmul(a, b.mT)
+        return _pick(a, b), None
+    eps = torch.finfo(a.dtype).eps * max(1.0, a.shape[-1] ** 0.5 / 2)
+    lengths = eps * a.square().sum(-1).sqrt().unsqueeze(-1) * b.square().sum(-1).sqrt().unsqueeze(-2)
+    return torch.matmul(a, b.mT), lengths
 
 
 def _pick(dense: Tensor, index: Tensor) -> Tensor:
