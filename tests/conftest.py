@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from models import table
 
 torch.set_num_threads(1)
 
@@ -34,6 +35,9 @@ def drawn() -> Counter[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Report how many random models were right and how many were refused."""
+    """The table of models, and how many random models were right and how many were refused."""
+    if table.lines():
+        terminalreporter.section("models")
+        table.render(terminalreporter.write_line)
     if _DRAWN:
         terminalreporter.write_line("random models: " + ", ".join(f"{n} {what}" for what, n in sorted(_DRAWN.items())))

@@ -1,4 +1,4 @@
-"""Every model of the zoo against one backward per example: norms, clipped sums, all rules, all kinds of calls."""
+"""Handwritten models against one backward per example: sizes, dtypes, clipping, masks, bad examples, micro-batches."""
 
 from __future__ import annotations
 
@@ -109,17 +109,11 @@ def zoo(bugs: dict[str, str], keep: Callable[[Case], bool] = lambda case: True) 
     ]
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["redo", "direct"])  # the others: models/test_coverage.py
 @pytest.mark.parametrize("case", zoo(BUGS))
 def test_static(case: Case, norm: str) -> None:
     private = check(case, norm=norm)
-    rules = set(private.plan.rules().values())
-    if norm == "instantiate":
-        assert rules <= {"keep"}
-    if norm == "redo":
-        assert rules <= {"redo"}
-    if norm == "ghost":
-        assert not rules & {"redo", "direct"}
+    assert norm != "redo" or set(private.plan.rules().values()) <= {"redo"}
 
 
 @pytest.mark.parametrize("case", zoo(BUGS | DYNAMIC_BUGS, lambda case: not case.static_only))
@@ -571,7 +565,7 @@ def test_loss_inside_the_model(loss: Any, reduction: str, request: pytest.Fixtur
     try:
         private(x, y).backward()
     except DPCompileError as error:
-        assert "test_models.py" in str(error)
+        assert "test_zoo.py" in str(error)
         request.node.user_properties.append(("refused", str(error)))
         assert reduction == "refused" or "ross" in str(error) or "nll" in str(error), error
         return

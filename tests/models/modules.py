@@ -1,69 +1,17 @@
-"""A small zoo of ordinary PyTorch models: each a class, an input, and what is special about its call."""
+"""A small zoo of handwritten PyTorch models: layers alone and combined, shared and odd uses of parameters."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-B, T, D, V = 5, 3, 6, 11  # examples, positions, features, tokens
-
-Model = TypeVar("Model", bound="Callable[[], nn.Module]")
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A model and how to call it.
-
-    Attributes:
-        name: for test ids.
-        make: the model.
-        inputs: the arguments of a call on ``n`` examples.
-        in_dims: where the examples lie in the inputs.
-        out_dim: where they lie in the outputs.
-        static_only: whether symbolic sizes make no sense for it.
-    """
-
-    name: str
-    make: Callable[[], nn.Module]
-    inputs: Callable[[int], Call]
-    in_dims: Any = 0
-    out_dim: int = 0
-    static_only: bool = False
-
-    def call(self, batch: int = B, dtype: torch.dtype = torch.float32) -> Call:
-        """Arguments with floating tensors in ``dtype``."""
-        args, kwargs = self.inputs(batch)
-
-        def cast(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(dtype) if value.is_floating_point() else value
-            if isinstance(value, dict):
-                return {k: cast(v) for k, v in value.items()}
-            return type(value)(map(cast, value)) if isinstance(value, (list, tuple)) else value
-
-        return tuple(map(cast, args)), {k: cast(v) for k, v in kwargs.items()}
-
-
-ZOO: list[Case] = []
-
-
-def register(
-    inputs: Callable[[int], Call], name: str | None = None, **options: Any
-) -> Callable[[Model], Model]:
-    """Put a model class (or a function that makes one) into the zoo."""
-
-    def add(make: Model) -> Model:
-        ZOO.append(Case(name or make.__name__, make, inputs, **options))
-        return make
-
-    return add
+from models.case import ALL, B, Call, D, T, V, register
 
 
 def vectors(n: int) -> Call:
@@ -226,7 +174,7 @@ def sequence_first_encoder() -> nn.Module:
     return nn.TransformerEncoderLayer(D, 2, dim_feedforward=8, dropout=0.0)
 
 
-ZOO[-1] = dataclasses.replace(ZOO[-1], inputs=lambda n: ((torch.randn(T, n, D),), {}))
+ALL[-1] = dataclasses.replace(ALL[-1], inputs=lambda n: ((torch.randn(T, n, D),), {}))
 
 
 @register(tokens)
@@ -650,6 +598,3 @@ class AllSizesEqual(nn.Module):
         y = self.b(y.transpose(1, 2)) + self.positions
         y = torch.einsum("btd,ts->bsd", y, self.over_time)
         return y.softmax(1).mean(2) * self.a(x) + y.permute(2, 0, 1).sum(0)
-
-
-CASES = {case.name: case for case in ZOO}

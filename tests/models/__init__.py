@@ -1,0 +1,11 @@
+"""The models of the suite, a file for each family; every one is compared with one backward per example."""
+
+from models import modules as modules
+from models.case import ALL, B, Case, D, T, V
+from models.modules import Block, LanguageModel
+
+__all__ = ["ALL", "B", "Block", "CASES", "Case", "D", "LanguageModel", "T", "V", "ZOO"]
+
+CASES = {case.name: case for case in ALL}
+assert len(CASES) == len(ALL), "two models of one name"
+ZOO = [case for case in ALL if case.family == "modules"]
