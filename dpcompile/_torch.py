@@ -28,6 +28,7 @@ from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
@@ -38,6 +39,8 @@ __all__ = [
     "BackendCompilerFailed",
     "GradAOTOutput",
     "InternalTorchDynamoError",
+    "OpOverload",
+    "OpOverloadPacket",
     "PlainAOTInput",
     "PlainAOTOutput",
     "TangentAOTInput",

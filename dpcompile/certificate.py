@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from dpcompile.joint import JointGraph
+from dpcompile.operations import operation_name
 from dpcompile.proof import Proof
 from dpcompile.sites import ParameterGradient
 
@@ -55,7 +56,7 @@ def certify(joint: JointGraph, proof: Proof, gradients: list[ParameterGradient])
         text = ", ".join(map(str, label)) if isinstance(label, tuple) else str(label)
         values[node.name] = text
         if node.op == "call_function" and text != "shared" and hasattr(node.target, "overloadpacket"):
-            operations[node.target.overloadpacket.__name__] += 1
+            operations[operation_name(node.target)] += 1
     found = {g.name: tuple(s.kind for s in g.sites) for g in gradients}
     return Certificate(
         examples={joint.input_name(n): str(a) for n, a in joint.example_axes.items() if n is not joint.mask},

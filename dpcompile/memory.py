@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from dpcompile.joint import JointGraph
+from dpcompile.operations import operation_name
 from dpcompile.sizes import shape_of
 
 __all__ = ["budget_in_bytes", "peak_bytes"]
@@ -52,7 +53,7 @@ def peak_bytes(graph: fx.Graph, hints: Mapping[sympy.Symbol, int]) -> float:
 
 def _storage(node: fx.Node) -> fx.Node:
     while node.op == "call_function" and node.all_input_nodes:
-        name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+        name = operation_name(node.target)
         if name not in _VIEWS:
             break
         node = node.all_input_nodes[0]

@@ -14,6 +14,7 @@ from dpcompile.axis import Examples, Label, Mixed, Shared, Summed, Whole
 from dpcompile.errors import DPCompileError, ExampleMixingError, UnsupportedGraphError
 from dpcompile.joint import JointGraph
 from dpcompile.locate import module_of, where
+from dpcompile.operations import operation_name
 from dpcompile.rules import Call, Labels, find_rule
 from dpcompile.rules.pointwise import pointwise
 from dpcompile.rules.shared import shared
@@ -198,7 +199,7 @@ def _named(node: fx.Node) -> dict[str, Any]:
 
 def _scalar_label(call: Call) -> Label:
     """A Python number read from a tensor: a size is shared, a value of examples is not."""
-    if "sym_size" in str(call.node.target) or "sym_numel" in str(call.node.target):
+    if call.name in ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset"):
         return Shared()
     return call.mixes("it reads a number out of the examples' values, and that number then applies to all of them")
 
@@ -211,8 +212,7 @@ _FACTORIES = {
 
 def _is_factory(node: fx.Node) -> bool:
     """Operations that take only the shape of their operand."""
-    packet = getattr(node.target, "overloadpacket", None)
-    return getattr(packet, "__name__", "") in _FACTORIES
+    return operation_name(node.target) in _FACTORIES
 
 
 def _check_output(position: int, node: fx.Node, label: Label) -> None:

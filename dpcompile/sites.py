@@ -16,6 +16,7 @@ from dpcompile.axis import Examples, Shared, Summed, Whole
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.joint import JointGraph
 from dpcompile.locate import where
+from dpcompile.operations import operation_name
 from dpcompile.proof import Proof
 
 __all__ = ["ParameterGradient", "Site", "find_gradients"]
@@ -148,7 +149,7 @@ def _site(value: fx.Node, proof: Proof, parameter: str) -> Site:
     if isinstance(proof.labels[value], Whole):
         return Site(value, value, "whole", {}, {})
     operation = _operation(value)
-    kind = getattr(getattr(operation.target, "overloadpacket", None), "__name__", str(operation.target))
+    kind = operation_name(operation.target)
     operands: dict[str, fx.Node] = {}
     schema: Any = operation.target._schema  # type: ignore[union-attr]
     named = {a.name: v for a, v in zip(schema.arguments, operation.args, strict=False)} | dict(operation.kwargs)

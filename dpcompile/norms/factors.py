@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from dpcompile.axis import Examples
 from dpcompile.norms.patches import patches
 from dpcompile.norms.slices import in_front
+from dpcompile.operations import operation_name
 from dpcompile.sites import ParameterGradient, Site
 from dpcompile.sizes import Size, product, shape_of, size
 
@@ -108,7 +109,7 @@ def _chain(value: fx.Node, gradient: ParameterGradient) -> tuple[Any, ...] | Non
         if len(users) != 1:
             return None
         node = users[0]
-        name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+        name = operation_name(node.target)
         if name == "add":
             if node.kwargs.get("alpha", 1) != 1 or node.args[0] is node.args[1] or not _same_shapes(node):
                 return None

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from dpcompile.axis import Examples
 from dpcompile.norms.slices import in_front
+from dpcompile.operations import operation_name
 from dpcompile.sites import ParameterGradient, Site
 
 __all__ = ["per_example_site", "run_operation", "run_tail", "tail_inputs", "through_tail"]
@@ -25,7 +26,7 @@ def run_operation(node: fx.Node, values: Mapping[fx.Node, Any], dtype: torch.dty
     the end.
     """
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-    name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+    name = operation_name(node.target)
     schema = getattr(node.target, "_schema", None)
     if name in _UNDER_VMAP and schema is not None:
         named = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs

@@ -206,7 +206,7 @@ def scatter(call: Call) -> Label:
         return call.mixes("its operands carry their examples in different places")
     if axes[0].dim != dim:
         return axes[0]
-    adds = call.node.target.overloadpacket.__name__ == "scatter_add"  # type: ignore[union-attr]
+    adds = call.name == "scatter_add"
     if adds and isinstance(labels[0], Shared) and labels[0].zero:
         return Summed()
     return call.mixes("it scatters across the examples")
@@ -225,7 +225,7 @@ def index_add(call: Call) -> Label:
     if isinstance(by, Shared) and axes and all(x.dim == axes[0].dim and x.same_layout(axes[0]) for x in axes):
         if axes[0].dim != dim:
             return axes[0]
-    adds = call.node.target.overloadpacket.__name__ == "index_add"  # type: ignore[union-attr]
+    adds = call.name == "index_add"
     aligned = isinstance(value, Examples) and value.dim == dim
     same_order = not isinstance(by, Examples) or (isinstance(value, Examples) and by.same_layout(value))
     if adds and isinstance(base, Shared) and base.zero and aligned and same_order:

@@ -70,7 +70,7 @@ def spatial(call: Call) -> Labels:
 
 
 def _spatial_dims(call: Call) -> int:
-    name = call.node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    name = call.name
     if "low_memory" in name:
         return len(call["kernel_size"])
     return next((n for n in (1, 3) if f"{n}d" in name), 2)

@@ -52,7 +52,7 @@ def combine(call: Call, operands: list[fx.Node], shape: tuple) -> Label:
 
 def _linear(call: Call) -> Label:
     """Keep a sum over examples linear, or say that it is not."""
-    name = call.node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    name = call.name
     labels = [call.label(n) for n in call.operands]
     if any(isinstance(x, Examples) for x in labels):
         return call.mixes("it combines a sum over all examples with values of single examples")

@@ -22,7 +22,7 @@ def reduction(call: Call) -> Labels:
     """Reduce dimensions away: a sum or mean over the example axis is a sum over examples, all else mixes them."""
     source = call.operands[0]
     label, shape = call.label(source), call.shape(source)
-    name = call.node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    name = call.name
     value = call.node.meta["val"]
     count = len(value) if isinstance(value, (tuple, list)) else 0
     if isinstance(label, Examples):
@@ -65,7 +65,7 @@ def along_dim(call: Call) -> Labels:
 
 
 def _along(call: Call) -> Label:
-    name = call.node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    name = call.name
     axes = [(n, x) for n in call.operands if isinstance(x := call.label(n), Examples)]
     if call.summed():
         linear = name in ("cumsum", "flip", "roll", "rev") and not axes

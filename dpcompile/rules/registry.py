@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from dpcompile.axis import Examples, Label, Mixed, Shared, Summed
+from dpcompile.operations import operation_name
 from dpcompile.sizes import Size, shape_of
 
 __all__ = ["AxisRule", "Call", "Labels", "axis_rule", "find_rule"]
@@ -47,6 +48,11 @@ class Call:
         if not isinstance(operand, fx.Node) or not isinstance(operand.meta["val"], torch.Tensor):
             return ()
         return shape_of(operand.meta["val"])
+
+    @property
+    def name(self) -> str:
+        """Of the operation: :func:`dpcompile.operations.operation_name`."""
+        return operation_name(self.node.target)
 
     @property
     def out_shape(self) -> tuple[Size, ...]:

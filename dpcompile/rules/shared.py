@@ -22,8 +22,7 @@ _KEEPS_COTANGENT = _KEEPS_VALUES | {"mul", "div", "neg"}
 
 def shared(call: Call) -> Label:
     """The label of an operation on shared values only; most often just ``Shared()``."""
-    name = getattr(call.node.target, "overloadpacket", call.node.target)
-    name = getattr(name, "__name__", "")
+    name = call.name
     labels = [x for n in call.operands if isinstance(x := call.label(n), Shared)]
     cotangent = name in _KEEPS_COTANGENT and any(x.cotangent for x in labels)
     if cotangent and name == "expand":

@@ -148,7 +148,7 @@ def cat(call: Call) -> Label:
         return call.mixes("it joins a sum over all examples with other values")
     ndim = len(call.out_shape)
     dim = call.dim(call["dim"] or 0, ndim)
-    if str(call.node.target).startswith("aten.stack"):
+    if call.name == "stack":
         shifted = [x.at(x.dim + (dim <= x.dim)) if isinstance(x, Examples) else x for x in labels]
     else:
         shifted = labels
@@ -219,7 +219,7 @@ def structured_view(call: Call) -> Label:
     label, ndim = call.label(source), len(call.shape(source))
     if not isinstance(label, Examples):
         return label
-    name = call.node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    name = call.name
     if name == "unfold":
         if call.dim(call["dimension"], ndim) == label.dim:
             return call.mixes("it slides a window over the examples")
