@@ -3,6 +3,7 @@
 from dpcompile.api import dp_compile
 from dpcompile.data import PoissonLoader
 from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, UnsupportedGraphError
+from dpcompile.extending import register_axis_rule, register_site
 from dpcompile.optim import DPOptimizer
 from dpcompile.privacy import PrivacyAccountant, calibrate_noise
 from dpcompile.private import make_private
@@ -20,4 +21,6 @@ __all__ = [
     "compile_step",
     "dp_compile",
     "make_private",
+    "register_axis_rule",
+    "register_site",
 ]

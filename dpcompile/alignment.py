@@ -12,35 +12,35 @@ from typing import Any
 from torch import fx
 
 from dpcompile.axis import Examples
+from dpcompile.site_kinds import SiteKind
 from dpcompile.sizes import is_one, shape_of
 
 __all__ = ["complete_axes"]
 
-# Operand -> the dimension along which a site contracts, for operations that pair dimensions by their place.
-_CONTRACTED = {
-    "mm": {"self": 1, "mat2": 0},
-    "bmm": {"self": 2, "mat2": 1},
-    "mv": {"self": 1, "vec": 0},
-    "dot": {"self": 0, "tensor": 0},
-    "convolution_backward": {"grad_output": 0, "input": 0},
-}
-
 
 def complete_axes(
-    kind: str, operation: fx.Node, operands: Mapping[str, fx.Node], axes: Mapping[str, Examples]
+    kind: str,
+    known: SiteKind,
+    operation: fx.Node,
+    operands: Mapping[str, fx.Node],
+    axes: Mapping[str, Examples],
 ) -> dict[str, Examples]:
     """Add the operands that lie along the example axis of the labelled ones.
 
     Args:
         kind: the site's operation.
+        known: what is known of it.
         operation: its node.
         operands: tensor operands by name; elements of a list as ``name.position``.
         axes: of the operands that depend on examples; at least one.
     """
     completed = dict(axes)
     name, axis = next(iter(axes.items()))
-    if kind in _CONTRACTED:
-        completed.update({n: axis.at(d) for n, d in _CONTRACTED[kind].items() if n in operands})
+    if known.lies_along:
+        for name, dim in known.lies_along.items():
+            shape = shape_of(operands[name].meta["val"]) if name in operands else ()
+            if shape and not is_one(shape[dim]):
+                completed[name] = axis.at(dim % len(shape))
     elif kind in ("index_put", "_unsafe_index_put"):
         completed.update(_index_put(operation, operands, name, axis))
     elif kind == "scatter_add":

@@ -93,7 +93,8 @@ def refusal(label: Mixed, target: str) -> DPCompileError:
         "compute it for every example by itself; a loss belongs outside the model, one value per example "
         "(reduction='none'), then .mean(); use in_dims for inputs that have no example axis"
         if label.supported
-        else "rewrite it with operations that have a rule, or register one (dpcompile.rules.axis_rule)"
+        else "rewrite it with operations that have a rule; for an operator of your own, dpcompile.register_axis_rule "
+        "says what it does to the examples"
     )
     return kind(f"`{operation}` {verb}: {label.reason} (it reaches {target})", where=place, remedy=remedy)
 
@@ -265,4 +266,4 @@ def _written_buffer(joint: JointGraph, destination: fx.Node, source: fx.Node, la
 
 
 def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "overloadpacket", node.target)).replace("aten.", "")
+    return operation_name(node.target).removeprefix("python::")

@@ -18,27 +18,11 @@ from dpcompile.joint import JointGraph
 from dpcompile.locate import where
 from dpcompile.operations import operation_name
 from dpcompile.proof import Proof
+from dpcompile.site_kinds import SiteKind, find_site_kind
 
 __all__ = ["ParameterGradient", "Site", "find_gradients"]
 
 aten = torch.ops.aten
-
-# The operand in which each site is scaled to weight the examples: the cotangent, where there is one to prefer.
-_COTANGENT = {
-    "mm": ("self", "mat2"),
-    "bmm": ("self", "mat2"),
-    "mv": ("self", "vec"),
-    "dot": ("self", "tensor"),
-    "sum": ("self",),
-    "mean": ("self",),
-    "index_put": ("values",),
-    "_unsafe_index_put": ("values",),
-    "index_add": ("source",),
-    "scatter_add": ("src",),
-    "convolution_backward": ("grad_output", "input"),
-    "_embedding_bag_backward": ("grad",),
-    "_embedding_bag_dense_backward": ("grad",),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +32,7 @@ class Site:
     Attributes:
         value: the node that holds the sum (the operation, or the ``getitem`` of one that returns several values).
         operation: the operation itself.
-        kind: its name without namespace, or ``"whole"`` for a batch of one example.
+        kind: the operation's name, or ``"whole"`` for a batch of one example.
         operands: tensor operands by schema name.
         axes: the example axis of those operands that have one; an operand that depends on no example but is laid out
             position by position along the others' axis counts too.
@@ -63,7 +47,13 @@ class Site:
     @property
     def linear_operands(self) -> tuple[str, ...]:
         """Names of the operands with an example axis in which the site is linear, the preferred one first."""
-        return tuple(name for name in _COTANGENT[self.kind] if name in self.axes)
+        known = self.known
+        return tuple(name for name in known.linear if name in self.axes) if known else ()
+
+    @property
+    def known(self) -> SiteKind | None:
+        """What is known of the operation."""
+        return find_site_kind(self.kind, result_of(self.value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +124,11 @@ def _trace_back(gradient: fx.Node, proof: Proof) -> tuple[set[fx.Node], set[fx.N
     return tail, values
 
 
+def result_of(value: fx.Node) -> int:
+    """Which of its operation's results a value is."""
+    return value.args[1] if value.target is operator.getitem else 0  # type: ignore[return-value]
+
+
 def _operation(value: fx.Node) -> fx.Node:
     return value.args[0] if value.target is operator.getitem else value  # type: ignore[return-value]
 
@@ -159,13 +154,14 @@ def _site(value: fx.Node, proof: Proof, parameter: str) -> Site:
         elif isinstance(operand, (list, tuple)):
             operands.update({f"{name}.{i}": n for i, n in enumerate(operand) if isinstance(n, fx.Node)})
     labelled = {n: x for n, o in operands.items() if isinstance(x := proof.of(o), Examples)}
-    axes = complete_axes(kind, operation, operands, labelled)
-    if kind not in _COTANGENT or not any(n in axes for n in _COTANGENT[kind]):
+    known = find_site_kind(kind, result_of(value))
+    axes = complete_axes(kind, known, operation, operands, labelled) if known is not None else {}
+    if known is None or not any(n in axes for n in known.linear):
         raise UnsupportedGraphError(
             f"the gradient of parameter '{parameter}' is summed over the examples by `{kind}`, which has no norm rule",
             where=where(operation),
             remedy="rewrite the layer so that its gradient ends in a matrix product, a sum, an index-put or a "
-            "convolution",
+            "convolution, or say how it sums with dpcompile.register_site",
         )
     return Site(value, operation, kind, operands, axes)
 

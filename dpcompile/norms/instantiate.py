@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,8 @@ def per_example_site(site: Site, operands: Mapping[fx.Node, Any], batch: int, dt
         batch: B.
         dtype: the dtype to work in.
     """
+    if site.known is not None and site.known.per_example is not None:
+        return _by_function(site, site.known.per_example, operands, batch)
     axes: dict[fx.Node, Examples] = {site.operands[name]: axis for name, axis in site.axes.items()}
     nodes = list(axes)
     shared = {n: v for n, v in operands.items() if n not in axes}
@@ -116,6 +118,20 @@ def per_example_site(site: Site, operands: Mapping[fx.Node, Any], batch: int, dt
     result = torch.vmap(one)(*fronts)
     if site.kind == "mean":  # the mean of one example divides by B times fewer elements
         result = result / batch
+    return result
+
+
+def _by_function(site: Site, function: Callable[..., Tensor], operands: Mapping[fx.Node, Any], batch: int) -> Tensor:
+    """What the user registered: the operation's arguments, those with an example axis with the examples in front."""
+    values = dict(operands)
+    for name, axis in site.axes.items():
+        values[site.operands[name]] = in_front(operands[site.operands[name]], axis, batch)
+    args, kwargs = fx.map_arg((site.operation.args, dict(site.operation.kwargs)), lambda n: values[n])
+    result = function(*args, **kwargs)
+    wanted = (batch, *site.value.meta["val"].shape)
+    if not isinstance(result, Tensor) or tuple(result.shape) != wanted:
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise NotImplementedError(f"the function registered for `{site.kind}` gave {got}, not {wanted}")
     return result
 
 

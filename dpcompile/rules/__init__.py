@@ -1,12 +1,13 @@
 """What every operation does to the example axis."""
 
 from dpcompile.rules import contractions, indexing, layers, pointwise, reductions, views
-from dpcompile.rules.registry import AxisRule, Call, Labels, axis_rule, find_rule, rules
+from dpcompile.rules.registry import AxisRule, Call, Labels, add_rule, axis_rule, find_rule, rules
 
 __all__ = [
     "AxisRule",
     "Call",
     "Labels",
+    "add_rule",
     "axis_rule",
     "contractions",
     "find_rule",

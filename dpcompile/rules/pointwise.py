@@ -53,6 +53,8 @@ def combine(call: Call, operands: list[fx.Node], shape: tuple) -> Label:
 def _linear(call: Call) -> Label:
     """Keep a sum over examples linear, or say that it is not."""
     name = call.name
+    if "::" in name:
+        return call.mixes("it is not known to be linear in a sum over the examples")
     labels = [call.label(n) for n in call.operands]
     if any(isinstance(x, Examples) for x in labels):
         return call.mixes("it combines a sum over all examples with values of single examples")

@@ -103,6 +103,11 @@ def axis_rule(*names: str) -> Callable[[AxisRule], AxisRule]:
     return register
 
 
+def add_rule(operation: Any, rule: AxisRule) -> None:
+    """Register a rule for one operation of another library."""
+    _RULES[operation] = rule
+
+
 def find_rule(target: Any) -> AxisRule | None:
     """The rule of an operation, or None."""
     packet = getattr(target, "overloadpacket", target)
