@@ -1,4 +1,4 @@
-"""Operators that are not torch's: refused by name, right when their rules are registered, never taken for torch's own."""
+"""Operators that are not torch's: refused by name, right with rules registered, never taken for torch's own."""
 
 from __future__ import annotations
 
