@@ -1,5 +1,6 @@
 """Differentially private training as a compiler pass."""
 
+from dpcompile import losses
 from dpcompile.api import dp_compile
 from dpcompile.data import PoissonLoader
 from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, UnsupportedGraphError
@@ -20,6 +21,7 @@ __all__ = [
     "calibrate_noise",
     "compile_step",
     "dp_compile",
+    "losses",
     "make_private",
     "register_axis_rule",
     "register_site",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, cast
@@ -74,9 +76,22 @@ def disable(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def tracing_config() -> Iterator[None]:
-    """Settings of a private compilation: recurrent layers are traced step by step, Python floats are constants."""
-    with torch._dynamo.config.patch(allow_rnn=True, specialize_float=True):
+    """Settings of a private compilation.
+
+    Recurrent layers are traced step by step, and Python floats are constants. Where ``torch.compile`` would break the
+    graph to warn or to write to a log, it does neither.
+    """
+    config = torch._dynamo.config
+    loggers = {v for k, v in vars(logging.Logger).items() if k.startswith(_LOGS) and callable(v)}
+    with config.patch(
+        allow_rnn=True,
+        specialize_float=True,
+        ignore_logging_functions={*config.ignore_logging_functions, *loggers, warnings.warn},
+    ):
         yield
+
+
+_LOGS = ("isEnabledFor", "debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
 
 
 def add_inputs(gm: fx.GraphModule, values: dict[str, torch.Tensor]) -> fx.GraphModule:

@@ -96,7 +96,8 @@ def refusal(label: Mixed, target: str) -> DPCompileError:
         else "rewrite it with operations that have a rule; for an operator of your own, dpcompile.register_axis_rule "
         "says what it does to the examples"
     )
-    return kind(f"`{operation}` {verb}: {label.reason} (it reaches {target})", where=place, remedy=remedy)
+    text = f"`{operation}` {verb}: {label.reason} (it reaches {target})"
+    return kind(text, where=place, remedy=label.remedy or remedy)
 
 
 def _propagate(joint: JointGraph) -> dict[fx.Node, Labels]:

@@ -15,6 +15,7 @@ from dpcompile.arguments import InDims, example_dims
 from dpcompile.capture import Roles, assign_roles, extend
 from dpcompile.engine import Engine, with_own_code
 from dpcompile.errors import PrivacyError
+from dpcompile.example_losses import ExampleLosses
 from dpcompile.noise_op import add_gaussian_op_, seed_words
 from dpcompile.optim import DPOptimizer
 from dpcompile.pipeline import Transformed, privatize
@@ -73,34 +74,6 @@ def compile_step(
     return CompiledStep(engine, loss_fn, optimizer, out_dims, target_dims)
 
 
-class _Losses(nn.Module):
-    """One loss per example."""
-
-    def __init__(self, module: nn.Module, loss_fn: Callable[[Any, Any], Tensor], out_dims: int) -> None:
-        super().__init__()
-        self.module, self.loss_fn, self.out_dims = module, loss_fn, out_dims
-
-    def forward(self, inputs: Any, targets: Any, dims: Any) -> Tensor:
-        if isinstance(inputs, dict):
-            outputs = self.module(**inputs)
-        elif isinstance(inputs, (tuple, list)):
-            outputs = self.module(*inputs)
-        else:
-            outputs = self.module(inputs)
-
-        def one(output: Any, target: Any) -> Tensor:
-            output = pytree.tree_map(lambda x: x.unsqueeze(self.out_dims), output)
-            target = pytree.tree_map(
-                lambda x, d: x if d is None else x.unsqueeze(d), target, dims, is_leaf=lambda x: x is None
-            )
-            loss = self.loss_fn(output, target)
-            if loss.numel() != 1:
-                raise ValueError(f"loss_fn must give a scalar or one value per example, got shape {list(loss.shape)}")
-            return loss.reshape(())
-
-        return torch.func.vmap(one, in_dims=(self.out_dims, dims))(outputs, targets)
-
-
 @dataclass(slots=True)
 class _Program:
     """A compiled step for one signature of inputs.
@@ -141,7 +114,7 @@ class CompiledStep:
         target_dims: InDims,
     ) -> None:
         self._engine, self._optimizer = engine, optimizer
-        self._losses = _Losses(engine.module, loss_fn, out_dims)
+        self._losses = ExampleLosses(engine.module, loss_fn, out_dims)
         self._target_dims = target_dims
         self._programs: dict[Any, tuple[_Program, Callable[..., Any]]] = {}
         self._sums: list[Tensor] | None = None  # of a logical step that is not complete
@@ -294,7 +267,7 @@ def _stop(*_: Any) -> Any:
     raise _Captured
 
 
-def _call_losses(losses: _Losses, inputs: Any, targets: Any, dims: Any) -> Tensor:
+def _call_losses(losses: ExampleLosses, inputs: Any, targets: Any, dims: Any) -> Tensor:
     return losses(inputs, targets, dims)
 
 

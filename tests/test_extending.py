@@ -12,7 +12,14 @@ from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_
 from torch import Tensor, nn
 
 import dpcompile
-from dpcompile import DPCompileError, UnsupportedGraphError, register_axis_rule, register_site, site_kinds
+from dpcompile import (
+    DPCompileError,
+    UnsupportedGraphError,
+    extending,
+    register_axis_rule,
+    register_site,
+    site_kinds,
+)
 from dpcompile.axis import Examples, Label
 from dpcompile.rules import Call, registry
 
@@ -102,7 +109,7 @@ class Disguised(Doubled):
 def _nothing_registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
     monkeypatch.setattr(site_kinds, "_REGISTERED", {})
-    monkeypatch.setattr(dpcompile.extending, "_registered", set())
+    monkeypatch.setattr(extending, "_registered", set())
     yield
 
 

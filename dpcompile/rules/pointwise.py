@@ -60,6 +60,14 @@ def _linear(call: Call) -> Label:
         return call.mixes("it combines a sum over all examples with values of single examples")
     first, second = call["self"], call["other"]
     summed = [isinstance(call.label(x), Summed) for x in (first, second)]
+    if name == "div" and summed == [True, True]:
+        return call.mixes(
+            "it divides a sum over the examples by another one, as in a mean over all tokens or labels that count: the "
+            "share of one example depends on the others",
+            remedy="compute one loss per example outside the model, from its outputs, and take the plain mean: "
+            "dpcompile.losses.per_example_causal_lm or per_example_cross_entropy, or reduction='none'. Call a Hugging "
+            "Face model without labels=",
+        )
     if not call.node.meta["val"].dtype.is_floating_point:
         return call.mixes("it rounds a sum over the examples")
     if name in _LINEAR_IN_ONE:
