@@ -14,13 +14,14 @@ __all__ = ["ExampleLosses"]
 
 
 class ExampleLosses(nn.Module):
-    """A model and a loss, together a module that returns ``[B]``: example ``i``'s loss is that of a batch of it alone."""
+    """A model and a loss as one module, from a batch to ``[B]``: each loss is that of a batch of one."""
 
     def __init__(self, module: nn.Module, loss_fn: Callable[[Any, Any], Tensor], out_dims: int) -> None:
         super().__init__()
         self.module, self.loss_fn, self.out_dims = module, loss_fn, out_dims
 
     def forward(self, inputs: Any, targets: Any, dims: Any) -> Tensor:
+        """``[B]``; ``dims`` says where the examples of the targets lie."""
         if isinstance(inputs, dict):
             outputs = self.module(**inputs)
         elif isinstance(inputs, (tuple, list)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ class Net(nn.Module):
         return self.last(self.norm(self.first(x)).relu())
 
 
-def twins(optimizer=torch.optim.SGD, *, noise: float = 1.0, backend: str = "eager", **options):
+def twins(optimizer: Any = torch.optim.SGD, *, noise: float = 1.0, backend: str = "eager", **options):
     torch.manual_seed(0)
     models = [Net()]
     models.append(copy.deepcopy(models[0]))
