@@ -36,6 +36,13 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
         inner = inner.inner_exception
     if isinstance(inner, DPCompileError):
         return inner
+    own = _OWN_ERROR.search(str(error)) if isinstance(error, TorchDynamoException) else None
+    if own is not None:
+        return UnsupportedGraphError(
+            f"the model fails on these inputs: {own['kind']}: {own['text']}",
+            where=user_place(error),
+            remedy="make sure that the plain model runs on them",
+        )
     if isinstance(error, Unsupported):
         return UnsupportedGraphError(
             f"the model cannot be captured as one graph: {_first_paragraph(str(error))}",
@@ -49,13 +56,6 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
             where=user_place(error),
             remedy="use dynamic=True, or fixed physical batch sizes (PoissonLoader gives them)",
         )
-    own = _OWN_ERROR.search(str(error)) if isinstance(error, TorchDynamoException) else None
-    if own is not None:
-        return UnsupportedGraphError(
-            f"the model fails on these inputs: {own['kind']}: {own['text']}",
-            where=user_place(error),
-            remedy="make sure that the plain model runs on them",
-        )
     if isinstance(error, TorchDynamoException):
         return UnsupportedGraphError(
             f"the model cannot be compiled: {type(inner).__name__}: {_first_paragraph(str(inner))}",
@@ -65,7 +65,10 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
     return None
 
 
-_OWN_ERROR = re.compile(r"got (?P<kind>\w+)\(['\"](?P<text>.*?)['\"]\)", re.DOTALL)
+_OWN_ERROR = re.compile(
+    r"(?:got|raised exception) (?P<kind>\w+)\((?:\[ConstantVariable\(str: )?(?P<quote>['\"])(?P<text>.*?)(?P=quote)\)",
+    re.DOTALL,
+)
 
 
 def _first_paragraph(text: str) -> str:

@@ -1,6 +1,6 @@
 """What every operation does to the example axis."""
 
-from dpcompile.rules import contractions, indexing, layers, pointwise, reductions, views
+from dpcompile.rules import attention, contractions, indexing, layers, pointwise, reductions, views
 from dpcompile.rules.registry import AxisRule, Call, Labels, add_rule, axis_rule, find_rule, rules
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Call",
     "Labels",
     "add_rule",
+    "attention",
     "axis_rule",
     "contractions",
     "find_rule",

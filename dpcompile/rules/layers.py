@@ -82,31 +82,3 @@ def undecomposed_norm(call: Call) -> Labels:
     """Normalisation layers are decomposed before the proof; reaching this rule means one was not."""
     refusal = call.unsupported("this normalisation was not decomposed")
     return tuple(refusal for _ in call.node.meta["val"])
-
-
-@axis_rule(
-    "aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_flash_attention_for_cpu_backward",
-    "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_flash_attention_backward",
-    "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_efficient_attention_backward",
-    "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_cudnn_attention_backward",
-    "aten._scaled_dot_product_fused_attention_overrideable",
-    "aten._scaled_dot_product_fused_attention_overrideable_backward",
-)  # fmt: skip
-def attention(call: Call) -> Labels:
-    """Attention runs within each ``[batch, head]``; the examples must lie along one of these two dimensions."""
-    values = call.node.meta["val"]
-    if call.summed():
-        refusal = call.mixes("attention is not linear in a sum over the examples")
-        return tuple(refusal for _ in values)
-    mask = call["attn_mask"] if call["attn_mask"] is not None else call["attn_bias"]
-    tensors = [n for n in call.operands if len(call.shape(n)) == 4 or n is mask]
-    label = combine(call, tensors, (1, 1, 1, 1))
-    if isinstance(label, Examples) and label.dim > 1:
-        label = call.mixes("every example attends to the others")
-    return tuple(_attention_output(label, v) for v in values)
-
-
-def _attention_output(label: Label, value: object) -> Label:
-    """Tensors with batch and head dimensions get the axis; seeds, offsets and empty masks are shared."""
-    ndim = getattr(value, "ndim", 0)
-    return label if ndim >= 2 or not isinstance(label, Examples) else Shared()

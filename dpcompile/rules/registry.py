@@ -69,9 +69,9 @@ class Call:
         """Answer that this call mixes examples."""
         return Mixed(reason, self.node, remedy=remedy)
 
-    def unsupported(self, reason: str) -> Mixed:
+    def unsupported(self, reason: str, remedy: str | None = None) -> Mixed:
         """Answer that nothing is known about this form of the call."""
-        return Mixed(reason, self.node, supported=False)
+        return Mixed(reason, self.node, supported=False, remedy=remedy)
 
     def dim(self, value: int, ndim: int) -> int:
         """A dimension counted from the front."""
