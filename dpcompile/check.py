@@ -118,7 +118,8 @@ class FirstStep:
         except RuntimeError as error:
             raise DPCompileError(
                 f"check=True could not run the model under torch.func.vmap: {str(error).splitlines()[0]}",
-                remedy="a model that draws random numbers cannot be compared: check it with .eval(), or without check",
+                remedy="a model that draws random numbers, or calls operators that torch.vmap cannot run, cannot be "
+                "compared: check it with .eval(), or without check",
             ) from error
 
 

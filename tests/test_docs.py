@@ -14,18 +14,20 @@ import linecache
 import pathlib
 import re
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from models.supported import supported
 from torch.utils.data import TensorDataset
 
 import dpcompile
 from dpcompile import DPCompileError
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ("README.md", "docs/how_it_works.md", "docs/sharp_edges.md", "docs/design.md")
+PAGES = ("README.md", "docs/how_it_works.md", "docs/sharp_edges.md", "docs/extending.md", "docs/design.md")
 _BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 # What a reader need not wait for in a test.
 _SHORTER = {"for epoch in range(20):": "for epoch in range(1):"}
@@ -33,8 +35,11 @@ _SHORTER = {"for epoch in range(20):": "for epoch in range(1):"}
 
 def run_page(page: str) -> Iterator[tuple[re.Match[str], str]]:
     """Run the Python blocks of a page; gives each with what it printed."""
-    namespace: dict[str, Any] = {"__name__": "__page__", **_given(page)}
-    with _uncompiled():
+    module = types.ModuleType("__page__")  # Dynamo looks functions up by the name of their module
+    namespace: dict[str, Any] = module.__dict__
+    namespace.update(_given(page))
+    with _uncompiled(), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
         for block in _BLOCK.finditer((ROOT / page).read_text()):
             yield block, _run(block["code"], namespace)
 
@@ -108,7 +113,7 @@ def test_the_set_up_commands() -> None:
 
 
 def test_the_table_of_files_is_complete() -> None:
-    page = (ROOT / "docs/design.md").read_text()
+    page = (ROOT / "docs/extending.md", "docs/design.md").read_text()
     for path in (ROOT / "dpcompile").rglob("*.py"):
         name = path.relative_to(ROOT / "dpcompile").as_posix()
         assert path.name == "__init__.py" or f"`{name}`" in page, f"docs/design.md does not mention {name}"
@@ -116,8 +121,14 @@ def test_the_table_of_files_is_complete() -> None:
         assert (ROOT / "dpcompile" / name).exists(), f"docs/design.md mentions {name}, which is not there"
 
 
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="the page is that of torch 2.13")
+def test_the_page_of_what_is_supported() -> None:
+    assert (ROOT / "docs/supported.md").read_text() == supported(), "run `python tests/test_docs.py`"
+
+
 def rewrite_outputs() -> None:
-    """Put what the blocks print now into the pages."""
+    """Put what the blocks print now into the pages, and write what is supported."""
+    (ROOT / "docs/supported.md").write_text(supported())
     for page in PAGES:
         path = ROOT / page
         text, moved = path.read_text(), 0
