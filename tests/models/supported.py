@@ -23,12 +23,12 @@ __all__ = ["supported"]
 _FACTORED = ("mm", "bmm", "index_put", "_unsafe_index_put", "convolution_backward")
 _HEAD = """# What is supported
 
-Written by `python tests/test_docs.py` from the table of rules, the kinds of sites, the errors in the code, and the models of the
-test suite (torch 2.13); not by hand.
+Written by `python tests/test_docs.py` from the table of rules, the kinds of sites, the errors in the code, and the
+models of the test suite (torch 2.13); not by hand.
 
-Three questions are asked of a model. Can `torch.compile` capture it as one graph? Is there a rule for each operation on values
-of examples, and does it keep the examples apart? Do the operations that sum a parameter's gradient over the examples have a norm
-rule? A model that passes is right; one that does not is refused, with the line of its code.
+Three questions are asked of a model. Can `torch.compile` capture it as one graph? Is there a rule for each operation on
+values of examples, and does it keep the examples apart? Do the operations that sum a parameter's gradient over the
+examples have a norm rule? A model that passes is right; one that does not is refused, with the line of its code.
 """
 
 
@@ -43,11 +43,13 @@ def supported() -> str:
 
 
 def _operations() -> Iterator[str]:
-    yield "All operations that torch tags as pointwise, and those listed here. An operation that is not listed is refused by name"
-    yield "when it meets a value of an example ([register one](extending.md)); on shared values every operation is free.\n"
+    yield "All operations that torch tags as pointwise, and those listed here. An operation that is not listed is refused"
+    yield "by name when it meets a value of an example ([register one](extending.md)); on shared values all are free.\n"
     grouped: dict[Callable[..., Any], list[str]] = {}
     for packet, rule in rules().items():
-        grouped.setdefault(rule, []).append(operation_name(packet).removeprefix("python::"))
+        name = operation_name(packet).removeprefix("python::")
+        if "::" not in name:
+            grouped.setdefault(rule, []).append(name)
     for rule, names in sorted(grouped.items(), key=lambda x: (x[0].__module__, x[0].__name__)):
         yield f"**{_first_line(rule)}**\n"
         yield textwrap.fill(", ".join(f"`{n}`" for n in sorted(set(names))), 125, break_long_words=False) + "\n"
@@ -102,7 +104,7 @@ def _sites() -> Iterator[str]:
     for name, kind in site_kinds().items():
         factored = ("outer, ghost" if "index" in name else "outer, ghost, direct") if name in _FACTORED else "-"
         yield f"| `{name}` | {' or '.join(kind.linear)} | {factored} |"
-    yield "\nPer-example gradients (kept, or made again) exist for all of them, through any tail that `torch.vmap` can run."
+    yield "\nPer-example gradients (kept, or made again) exist for all of them, through any tail that torch.vmap can run."
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
