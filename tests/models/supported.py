@@ -43,8 +43,8 @@ def supported() -> str:
 
 
 def _operations() -> Iterator[str]:
-    yield "All operations that torch tags as pointwise, and those listed here. An operation that is not listed is refused"
-    yield "by name when it meets a value of an example ([register one](extending.md)); on shared values all are free.\n"
+    yield "All operations that torch tags as pointwise, and those listed here. An operation that is not listed is"
+    yield "refused by name when it meets a value of an example ([register one](extending.md)); on shared values all are free.\n"
     grouped: dict[Callable[..., Any], list[str]] = {}
     for packet, rule in rules().items():
         name = operation_name(packet).removeprefix("python::")
@@ -104,7 +104,7 @@ def _sites() -> Iterator[str]:
     for name, kind in site_kinds().items():
         factored = ("outer, ghost" if "index" in name else "outer, ghost, direct") if name in _FACTORED else "-"
         yield f"| `{name}` | {' or '.join(kind.linear)} | {factored} |"
-    yield "\nPer-example gradients (kept, or made again) exist for all of them, through any tail that torch.vmap can run."
+    yield "\nPer-example gradients (kept, or made again) exist for all of them, through any tail that vmap can run."
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
