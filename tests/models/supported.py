@@ -44,7 +44,7 @@ def supported() -> str:
 
 def _operations() -> Iterator[str]:
     yield "All operations that torch tags as pointwise, and those listed here. An operation that is not listed is"
-    yield "refused by name when it meets a value of an example ([register one](extending.md)); on shared values all are free.\n"
+    yield "refused by name when it meets a value of an example ([register one](extending.md)).\n"
     grouped: dict[Callable[..., Any], list[str]] = {}
     for packet, rule in rules().items():
         name = operation_name(packet).removeprefix("python::")
