@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import deque
 
 import torch
 from torch import fx
@@ -19,20 +18,25 @@ _TORCH, _HERE = os.path.dirname(torch.__file__), os.path.dirname(__file__)
 def where(node: fx.Node) -> str | None:
     """``file:line, in function: source`` of the innermost frame that is the user's own, or None.
 
-    Nodes of the backward carry the trace of the forward operation that they belong to; where a node has none, its
-    nearest operand that has one speaks for it.
+    Nodes of the backward carry the trace of the forward operation that they belong to. Where a node has none, those of
+    its operands speak for it that have one, and among them the last in the graph.
     """
-    seen, queue = {node}, deque([node])
-    while queue:
-        current = queue.popleft()
-        found = _user_frame(current.meta.get("stack_trace") or "")
-        if found:
-            return found
-        for operand in current.all_input_nodes:
-            if operand not in seen:
-                seen.add(operand)
-                queue.append(operand)
-    return None
+    own = _user_frame(node.meta.get("stack_trace") or "")
+    if own is not None:
+        return own
+    found: dict[fx.Node, str] = {}
+    seen, stack = {node}, [node]
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand in seen:
+                continue
+            seen.add(operand)
+            frame = _user_frame(operand.meta.get("stack_trace") or "")
+            if frame is None:
+                stack.append(operand)
+            else:
+                found[operand] = frame
+    return next((found[n] for n in reversed(node.graph.nodes) if n in found), None)
 
 
 def module_of(node: fx.Node) -> tuple[str, type] | None:

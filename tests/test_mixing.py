@@ -598,13 +598,9 @@ def unique(net: Net, x: Tensor) -> Tensor:
     return x * len((x > 0).unique())
 
 
-# torch writes `.item()` back as a product and gives that the caller's line.
-ITEM = pytest.param(item, marks=pytest.mark.xfail(strict=True, reason="the refusal names the caller's line"), id="item")
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    "function", [branch_on_value, ITEM, to_python, printing, breaking, through_numpy, nonzero, unique],
+    "function", [branch_on_value, item, to_python, printing, breaking, through_numpy, nonzero, unique],
     ids=lambda f: f.__name__,
 )  # fmt: skip
 def test_graph_breaks_and_data_dependence(function: Any) -> None:
@@ -638,7 +634,7 @@ def custom(net: Net, x: Tensor) -> Tensor:
 
 def test_unknown_operation() -> None:
     with pytest.raises(
-        UnsupportedGraphError, match=r"dpcompile_tests\.triple.* is not understood: there is no rule"
+        UnsupportedGraphError, match=r"dpcompile_tests::triple.* is not understood: there is no rule"
     ) as refused:
         train(Net(custom), torch.randn(B, D))
     check_message(refused.value, "register", custom)
