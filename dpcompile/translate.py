@@ -36,6 +36,19 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
         inner = inner.inner_exception
     if isinstance(inner, DPCompileError):
         return inner
+    raised = _RAISED.search(str(error)) if isinstance(error, Unsupported) else None
+    if raised is not None:
+        return UnsupportedGraphError(
+            f"the model raises {raised['kind']} while it is captured: {raised['text'] or 'no message'}",
+            where=user_place(error),
+            remedy="make sure that the plain model runs on these inputs, and under torch.compile with fullgraph=True",
+        )
+    if isinstance(error, Unsupported) and "a `lock` context manager" in str(error):
+        return UnsupportedGraphError(
+            "the model takes a lock, as models do that prepare something on their first call",
+            where=user_place(error),
+            remedy="call the model once before it is made private, under torch.no_grad()",
+        )
     if isinstance(error, Unsupported):
         return UnsupportedGraphError(
             f"the model cannot be captured as one graph: {_first_paragraph(str(error))}",
@@ -56,6 +69,13 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
             where=user_place(error),
             remedy="make sure that the plain model runs on them",
         )
+    if "data-dependent expression" in str(inner):
+        return UnsupportedGraphError(
+            "the model branches on the values of tensors, or takes a size from them",
+            where=user_place(error),
+            remedy="use torch.where, or shapes that do not depend on values; pass what is known before the call as a "
+            "Python number",
+        )
     if isinstance(error, TorchDynamoException):
         return UnsupportedGraphError(
             f"the model cannot be compiled: {type(inner).__name__}: {_first_paragraph(str(inner))}",
@@ -65,6 +85,7 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
     return None
 
 
+_RAISED = re.compile(r"raised exception (?P<kind>\w+)\((?:\[?Constant\w*\()?['\"]?(?P<text>.*?)['\"]?\)", re.DOTALL)
 _OWN_ERROR = re.compile(r"got (?P<kind>\w+)\(['\"](?P<text>.*?)['\"]\)", re.DOTALL)
 
 
