@@ -18,6 +18,7 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError, TorchDynamoException, Unsupported
 from torch._dynamo.source import LocalSource
+from torch._dynamo.variables import TensorVariable, builtin
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     PlainAOTInput,
@@ -35,7 +36,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from dpcompile.decompositions import DECOMPOSITIONS, take_apart_bags
+from dpcompile.decompositions import DECOMPOSITIONS, take_apart
 
 __all__ = [
     "BackendCompilerFailed",
@@ -79,19 +80,47 @@ def tracing_config() -> Iterator[None]:
     """Settings of a private compilation.
 
     Recurrent layers are traced step by step, and Python floats are constants. Where ``torch.compile`` would break the
-    graph to warn or to write to a log, it does neither.
+    graph to warn or to write to a log, it does neither; and ``requires_grad = True`` on an intermediate value is passed
+    over.
     """
     config = torch._dynamo.config
     loggers = {v for k, v in vars(logging.Logger).items() if k.startswith(_LOGS) and callable(v)}
-    with config.patch(
+    settings = config.patch(
         allow_rnn=True,
         specialize_float=True,
         ignore_logging_functions={*config.ignore_logging_functions, *loggers, warnings.warn},
-    ):
+    )
+    with settings, _intermediates_stay_as_they_are():
         yield
 
 
 _LOGS = ("isEnabledFor", "debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
+
+
+@contextlib.contextmanager
+def _intermediates_stay_as_they_are() -> Iterator[None]:
+    """Let Dynamo pass over ``x.requires_grad = True`` where ``x`` was computed in the model.
+
+    Models do that for reentrant checkpointing (wav2vec 2 and its kin). It changes the gradient of no parameter: it only
+    asks autograd to keep a gradient of ``x`` as well. Parameters and tensors from outside are left to Dynamo.
+    """
+    kind, name = getattr(builtin, "SetAttrBuiltinVariable", None), "_call_setattr"
+    if kind is None:  # torch 2.11
+        kind, name = builtin.BuiltinVariable, "call_setattr"
+    before = getattr(kind, name)
+
+    def setattr_of(self: Any, tx: Any, obj: Any, name_var: Any, val: Any) -> Any:
+        computed = isinstance(obj, TensorVariable) and obj.source is None
+        asks = name_var.is_python_constant() and name_var.as_python_constant() == "requires_grad"
+        if computed and asks and val.is_python_constant() and val.as_python_constant() is True:
+            return val
+        return before(self, tx, obj, name_var, val)
+
+    setattr(kind, name, setattr_of)
+    try:
+        yield
+    finally:
+        setattr(kind, name, before)
 
 
 def add_inputs(gm: fx.GraphModule, values: dict[str, torch.Tensor]) -> fx.GraphModule:
@@ -197,7 +226,7 @@ def compile_joint(
     ``key`` names everything that ``transform`` depends on: it becomes a part of Inductor's cache key. The cache of
     AOTAutograd, which would skip the transform, is off.
     """
-    take_apart_bags(gm.graph)
+    take_apart(gm.graph)
     gm.recompile()
     with functorch_config.patch(enable_autograd_cache=False), _lstm_step_by_step(), _decompositions() as table:
         if backend == "inductor":

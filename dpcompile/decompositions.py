@@ -5,6 +5,7 @@ They are rare in training graphs, and in parts they fall under the rules that ex
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-__all__ = ["DECOMPOSITIONS", "take_apart_bags"]
+__all__ = ["DECOMPOSITIONS", "take_apart"]
 
 aten = torch.ops.aten
 
@@ -52,11 +53,33 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def take_apart_bags(graph: fx.Graph) -> None:
-    """Replace bags of equal size (2-D input) in a captured graph by look-ups and a reduction over each bag."""
+def take_apart(graph: fx.Graph) -> None:
+    """Take operations of a captured graph apart whose derivatives would be hard to follow.
+
+    Bags of equal size (2-D input) become look-ups and a reduction over each bag; a write through a boolean mask becomes
+    a choice between the old values and the new.
+    """
     for node in graph.nodes:
         if node.op == "call_function" and node.target is F.embedding_bag:
             node.target = _embedding_bag
+        elif node.op == "call_function" and node.target is operator.setitem:
+            node.target = _write
+
+
+def _write(base: Tensor, index: Any, value: Any) -> None:
+    """``base[index] = value``, without a look-up where a mask writes the same value to all of its positions."""
+    mask = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not isinstance(value, (Tensor, int, float)):
+        base[index] = value
+        return
+    inside = base.ndim - mask.ndim
+    if isinstance(value, Tensor) and value.ndim == inside + 1 and value.shape[0] == 1:
+        value = value.squeeze(0)
+    other_shape = mask.ndim == 0 or mask.shape != base.shape[: mask.ndim]
+    if other_shape or (isinstance(value, Tensor) and value.ndim > inside):
+        base[index] = value
+        return
+    base.copy_(torch.where(mask.reshape(*mask.shape, *[1] * inside), value, base))
 
 
 def _embedding_bag(

@@ -55,6 +55,7 @@ def prove(joint: JointGraph) -> Proof:
     gradient that is identically zero           allowed
     gradient with a part from no example        refused (a regulariser inside the model)
     parameter with an example axis of its own   refused
+    parameter of complex numbers                refused: norms and noise are those of real numbers
     operation without a rule on example data    refused by name
     batch of one example                        nothing to mix; writes to buffers are still refused
     ==========================================  ==========================================================
@@ -231,6 +232,11 @@ def _check_output(position: int, node: fx.Node, label: Label) -> None:
 
 
 def _check_gradient(name: str, gradient: fx.Node, label: Label) -> None:
+    if gradient.meta["val"].is_complex():
+        raise UnsupportedGraphError(
+            f"the trainable parameter '{name}' is complex, and norms and noise are those of real numbers",
+            remedy="hold it as a real parameter and use torch.view_as_complex in forward",
+        )
     if isinstance(label, (Summed, Whole)):
         return
     if isinstance(label, Mixed):

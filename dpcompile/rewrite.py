@@ -100,7 +100,7 @@ def _norm(joint: JointGraph, choice: Choice) -> _Norm:
     nodes = [joint.mask, *operands]
     try:
         squared, kept = insert(joint.graph, _behind(joint, nodes), norm_and_gradients, nodes)
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, ValueError) as error:
         raise UnsupportedGraphError(
             f"the gradient of parameter '{gradient.name}' cannot be computed per example: {str(error).splitlines()[0]}",
             where=where(gradient.sites[0].operation),

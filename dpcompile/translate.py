@@ -43,6 +43,12 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
             where=user_place(error),
             remedy="make sure that the plain model runs on them",
         )
+    if isinstance(error, Unsupported) and "a `lock` context manager" in str(error):
+        return UnsupportedGraphError(
+            "the model takes a lock, as models do that prepare something on their first call",
+            where=user_place(error),
+            remedy="call the model once before it is made private, under torch.no_grad()",
+        )
     if isinstance(error, Unsupported):
         return UnsupportedGraphError(
             f"the model cannot be captured as one graph: {_first_paragraph(str(error))}",
@@ -55,6 +61,13 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
             "the model was recompiled too often: its inputs keep changing in a way that the graph depends on",
             where=user_place(error),
             remedy="use dynamic=True, or fixed physical batch sizes (PoissonLoader gives them)",
+        )
+    if "data-dependent expression" in str(inner):
+        return UnsupportedGraphError(
+            "the model branches on the values of tensors, or takes a size from them",
+            where=user_place(error),
+            remedy="use torch.where, or shapes that do not depend on values; pass what is known before the call as a "
+            "Python number",
         )
     if isinstance(error, TorchDynamoException):
         return UnsupportedGraphError(

@@ -31,6 +31,9 @@ def run_operation(node: fx.Node, values: Mapping[fx.Node, Any], dtype: torch.dty
     if name in _UNDER_VMAP and schema is not None:
         named = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
         return _UNDER_VMAP[name](named, dtype)
+    if name in _BY_ADDRESS and schema is not None:
+        named = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+        return _BY_ADDRESS[name](named, node.args[0].meta["val"].stride())  # type: ignore[union-attr]
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -78,12 +81,23 @@ def _cat(named: dict[str, Any], _: torch.dtype) -> Tensor:
     return total
 
 
+def _view(named: dict[str, Any], _: torch.dtype) -> Tensor:
+    if "size" not in named:
+        raise NotImplementedError("a parameter reinterpreted in another dtype")
+    return named["self"].reshape(named["size"])  # one example's value may lie in memory otherwise than the sum does
+
+
+def _copy(named: dict[str, Any], _: torch.dtype) -> Tensor:
+    return named["src"].expand(named["self"].shape).clone()
+
+
 def _fma(named: dict[str, Any], _: torch.dtype) -> Tensor:
     a, b, c = named.values()
     return a * b + c
 
 
-# Operations that torch.vmap has no rule for, or one that is wrong or fixes the batch size, and how to run them instead.
+# Operations that torch.vmap has no rule for, or one that is wrong, fixes the batch size or asks for a memory layout,
+# and how to run them instead.
 _UNDER_VMAP = {
     "convert_element_type": _cast,
     "_to_copy": _cast,
@@ -91,7 +105,43 @@ _UNDER_VMAP = {
     "slice_scatter": _slice_scatter,
     "select_scatter": _select_scatter,
     "fma": _fma,
+    "copy": _copy,
+    "view": _view,
+    "_unsafe_view": _view,
 }
+
+
+def _as_strided(named: dict[str, Any], strides: Sequence[int]) -> Tensor:
+    memory, _ = _in_memory(named["self"], strides)
+    return memory[_addresses(named, memory)]
+
+
+def _as_strided_scatter(named: dict[str, Any], strides: Sequence[int]) -> Tensor:
+    memory, order = _in_memory(named["self"], strides)
+    written = memory.index_put((_addresses(named, memory),), named["src"])
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return written.reshape([named["self"].shape[d] for d in order]).permute(back)
+
+
+def _in_memory(value: Tensor, strides: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """The elements in the order in which a tensor of ``strides`` has them in memory, and that order of dimensions."""
+    single = [d for d in range(value.ndim) if value.shape[d] == 1]
+    order = single + sorted((d for d in range(value.ndim) if d not in single), key=lambda d: -strides[d])
+    step = 1
+    for d in reversed(order[len(single) :]):
+        if strides[d] != step:
+            raise NotImplementedError("addressing the memory of a value that has gaps in it")
+        step *= value.shape[d]
+    return value.permute(order).reshape(-1), order
+
+
+def _addresses(named: dict[str, Any], memory: Tensor) -> Tensor:
+    addresses = torch.arange(memory.shape[0], device=memory.device)
+    return addresses.as_strided(named["size"], named["stride"], named.get("storage_offset") or 0)
+
+
+# Operations on addresses in memory: where an example's own value lies differently, the addresses do not hold.
+_BY_ADDRESS = {"as_strided": _as_strided, "as_strided_copy": _as_strided, "as_strided_scatter": _as_strided_scatter}
 
 
 def per_example_site(site: Site, operands: Mapping[fx.Node, Any], batch: int, dtype: torch.dtype) -> Tensor:

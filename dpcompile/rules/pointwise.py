@@ -11,14 +11,15 @@ __all__ = ["combine", "pointwise"]
 
 _LINEAR_IN_ONE = {
     "neg", "positive", "clone", "alias", "detach", "_to_copy", "convert_element_type", "to", "contiguous",
-    "lift_fresh_copy", "_conj", "real", "imag", "view_of", "device_put", "copy", "tril", "triu",
+    "lift_fresh_copy", "_conj", "real", "imag", "view_of", "device_put", "tril", "triu",
 }  # fmt: skip
 
 
 @axis_rule(
-    "aten.clone", "aten.alias", "aten.detach", "aten._to_copy", "aten.to", "aten.contiguous", "aten.copy",
+    "aten.clone", "aten.alias", "aten.detach", "aten._to_copy", "aten.to", "aten.contiguous",
     "aten.lift_fresh_copy", "aten.masked_fill", "aten.where", "aten.native_dropout", "aten.native_dropout_backward",
-    "aten.bernoulli", "aten.rrelu_with_noise_functional", "aten.rrelu_with_noise_backward", "aten._conj",
+    "aten.complex", "aten.polar", "aten.bernoulli", "aten.rrelu_with_noise_functional",
+    "aten.rrelu_with_noise_backward", "aten._conj",
     "aten._prelu_kernel", "aten._prelu_kernel_backward", "aten.nan_to_num", "aten.floor_divide",
     "prims.convert_element_type", "prims.device_put", "prims.view_of", "prims.inductor_force_stride_order",
     "prims.fma", "prims._inductor_bucketize",
@@ -28,6 +29,18 @@ def pointwise(call: Call) -> Label:
     if call.summed():
         return _linear(call)
     return combine(call, call.operands, call.out_shape)
+
+
+@axis_rule("aten.copy")
+def copy(call: Call) -> Label:
+    """The values of the source, in the shape of a destination whose values do not matter."""
+    source = call["src"]
+    label = call.label(source)
+    if isinstance(label, Examples):
+        return label.at(label.dim + len(call.out_shape) - len(call.shape(source)))
+    if isinstance(label, Summed):
+        return call.mixes("it rounds a sum over the examples") if _rounds(call) else label
+    return Shared()
 
 
 def combine(call: Call, operands: list[fx.Node], shape: tuple) -> Label:
@@ -68,7 +81,7 @@ def _linear(call: Call) -> Label:
             "dpcompile.losses.per_example_causal_lm or per_example_cross_entropy, or reduction='none'. Call a Hugging "
             "Face model without labels=",
         )
-    if not call.node.meta["val"].dtype.is_floating_point:
+    if _rounds(call):
         return call.mixes("it rounds a sum over the examples")
     if name in _LINEAR_IN_ONE:
         return Summed()
@@ -82,11 +95,18 @@ def _linear(call: Call) -> Label:
             return _all_summed_or_zero(call, [c])
     if name in ("add", "sub"):
         return _all_summed_or_zero(call, [first, second])
+    if name == "complex":
+        return _all_summed_or_zero(call, [call["real"], call["imag"]])
     if name == "where" and not isinstance(call.label(call["condition"]), Summed):
         return _all_summed_or_zero(call, [first, second])
     if name == "masked_fill" and summed[0] and not isinstance(call.label(call["mask"]), Summed):
         return _all_summed_or_zero(call, [first, call["value"]])
     return call.mixes("it is not linear in a sum over the examples")
+
+
+def _rounds(call: Call) -> bool:
+    dtype = call.node.meta["val"].dtype
+    return not (dtype.is_floating_point or dtype.is_complex)
 
 
 def _all_summed_or_zero(call: Call, operands: list) -> Label:

@@ -49,6 +49,15 @@ def _dims(call: Call, ndim: int) -> set[int]:
     return {d % ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
 
 
+@axis_rule("aten._fft_c2c", "aten._fft_r2c", "aten._fft_c2r")
+def fourier(call: Call) -> Label:
+    """Fourier transforms are linear, and may not run along the examples."""
+    label, ndim = call.label(call["self"]), len(call.out_shape)
+    if isinstance(label, Examples) and label.dim in {d % ndim for d in call["dim"]}:
+        return call.mixes("the Fourier transform runs over the examples")
+    return label
+
+
 @axis_rule(
     "aten._softmax", "aten._log_softmax", "aten._softmax_backward_data", "aten._log_softmax_backward_data",
     "aten.cumsum", "aten.cumprod", "aten.cummax", "aten.cummin", "aten.logcumsumexp", "aten.sort", "aten.topk",

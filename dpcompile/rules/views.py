@@ -39,6 +39,15 @@ def view_dtype(call: Call) -> Label:
     return label if isinstance(label, Examples) else call.mixes("it is not linear in a sum over the examples")
 
 
+@axis_rule("aten.view_as_real", "aten.view_as_complex", "aten.view_as_real_copy", "aten.view_as_complex_copy")
+def complex_view(call: Call) -> Label:
+    """A last dimension of two, real and imaginary, appears or goes."""
+    label = call.label(call["self"])
+    if isinstance(label, Examples) and label.dim == len(call.out_shape):
+        return call.mixes("it makes one example the real part and another one the imaginary part")
+    return label
+
+
 @axis_rule("aten.permute", "prims.transpose")
 def permute(call: Call) -> Label:
     """Follow the dimension."""

@@ -1,6 +1,10 @@
 """The models of the suite, a file for each family; every one is compared with one backward per example."""
 
+from models import habits as habits
+from models import language as language
 from models import modules as modules
+from models import speech as speech
+from models import vision as vision
 from models.case import ALL, B, Case, D, T, V
 from models.modules import Block, LanguageModel
 
