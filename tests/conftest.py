@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -34,10 +35,22 @@ def drawn() -> Counter[str]:
     return _DRAWN
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A process that ran a part of the tests has ended: take over what it counted."""
+    table.load(node.workeroutput.get("models", []))
+    _DRAWN.update(node.workeroutput.get("drawn", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand over what this process counted, if it runs a part of the tests only."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output.update(models=table.dump(), drawn=dict(_DRAWN))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The table of models, and how many random models were right and how many were refused."""
-    if table.lines():
-        terminalreporter.section("models")
-        table.render(terminalreporter.write_line)
+    table.render(terminalreporter.write_line)
     if _DRAWN:
         terminalreporter.write_line("random models: " + ", ".join(f"{n} {what}" for what, n in sorted(_DRAWN.items())))

@@ -9,14 +9,15 @@ from typing import Any
 
 from models.case import Case
 
-__all__ = ["Line", "lines", "record", "render"]
+__all__ = ["dump", "load", "record", "render"]
 
 
 @dataclasses.dataclass
 class Line:
     """One model under all the rules it was run with; ``error`` is the largest of norms and clipped sums."""
 
-    case: Case
+    name: str
+    reason: str = ""
     outcome: str = "right"
     sites: int = 0
     rules: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -29,7 +30,8 @@ _WORST = ("right", "refused", "wrong")
 
 def record(case: Case, outcome: str, plan: Any = None, error: float = 0.0) -> None:
     """Note one run; a model is as good as its worst run. The rules shown are those of its first plan ("auto")."""
-    line = _LINES.setdefault(case.name, Line(case))
+    name = f"{case.family}/{case.name}"
+    line = _LINES.setdefault(name, Line(name, case.reason))
     line.outcome = max(line.outcome, outcome, key=_WORST.index)
     line.error = max(line.error, error)
     if plan is not None and not line.rules:
@@ -37,18 +39,26 @@ def record(case: Case, outcome: str, plan: Any = None, error: float = 0.0) -> No
         line.sites = len(plan.rows())
 
 
-def lines() -> list[Line]:
-    """What was recorded so far."""
-    return list(_LINES.values())
+def dump() -> list[dict[str, Any]]:
+    """What was recorded so far, as plain data."""
+    return [dataclasses.asdict(line) for line in _LINES.values()]
+
+
+def load(dumped: list[dict[str, Any]]) -> None:
+    """Add what another process recorded."""
+    for fields in dumped:
+        _LINES[fields["name"]] = Line(**{**fields, "rules": Counter(fields["rules"])})
 
 
 def render(write: Callable[[str], Any]) -> None:
-    """Write the table, family by family, and the summary."""
+    """Write the table, family by family, and the summary; nothing if nothing was recorded."""
+    if not _LINES:
+        return
     rows = [("model", "sites", "rules", "max relative error")]
-    for line in sorted(_LINES.values(), key=lambda x: x.case.family):
+    for line in sorted(_LINES.values(), key=lambda x: x.name):
         rules = " ".join(f"{rule}:{count}" for rule, count in line.rules.most_common())
-        verdict = f"{line.error:.1e}" if line.outcome == "right" else f"{line.outcome}: {line.case.reason}".rstrip(": ")
-        rows.append((f"{line.case.family}/{line.case.name}", str(line.sites or ""), rules, verdict))
+        verdict = f"{line.error:.1e}" if line.outcome == "right" else f"{line.outcome}: {line.reason}".rstrip(": ")
+        rows.append((line.name, str(line.sites or ""), rules, verdict))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         write(" · ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]))

@@ -37,10 +37,15 @@ def solved(name: str) -> tuple[nn.Module, Any, Any, Gradients]:
     )  # fmt: skip
 
 
+def marks_of(case: Case, run: int) -> list[Any]:
+    """One process for all runs of a model, so that its gradients are computed once; forced rules may be slow."""
+    return [pytest.mark.xdist_group(case.name), *([pytest.mark.slow] if case.slow and run else [])]
+
+
 def runs() -> list[Any]:
     """Model by model; what is slow only under "auto" unless asked for."""
     return [
-        pytest.param(case, norm, id=f"{case.name}-{norm}", marks=[pytest.mark.slow] if case.slow and i else [])
+        pytest.param(case, norm, id=f"{case.name}-{norm}", marks=marks_of(case, i))
         for case in ALL
         for i, norm in enumerate(NORMS)
         if i == 0 or case.refused is None
