@@ -20,7 +20,9 @@ from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError, T
 from torch._dynamo.source import LocalSource
 from torch._dynamo.variables import TensorVariable, builtin
 from torch._functorch._aot_autograd.descriptors import (
+    ForwardTokenAOTOutput,
     GradAOTOutput,
+    InputMutationAOTOutput,
     PlainAOTInput,
     PlainAOTOutput,
     TangentAOTInput,
@@ -32,15 +34,19 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._ops import OpOverload, OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
+from torch.multiprocessing.reductions import StorageWeakRef as WeakMemory
 from torch.utils import _pytree as pytree
 
 from dpcompile.decompositions import DECOMPOSITIONS, take_apart
 
 __all__ = [
     "BackendCompilerFailed",
+    "ForwardTokenAOTOutput",
     "GradAOTOutput",
+    "InputMutationAOTOutput",
     "InternalTorchDynamoError",
     "OpOverload",
     "OpOverloadPacket",
@@ -48,6 +54,7 @@ __all__ = [
     "PlainAOTOutput",
     "TangentAOTInput",
     "TorchDynamoException",
+    "WeakMemory",
     "Unsupported",
     "add_inputs",
     "compile_joint",
@@ -56,10 +63,14 @@ __all__ = [
     "detect_fake_mode",
     "disable",
     "flat_graph",
+    "has_gradient_hooks",
+    "is_fake",
+    "memory_of",
     "pytree",
     "trace_like",
     "tracing_config",
     "user_place",
+    "weak_memory",
 ]
 
 GraphPass = Callable[[fx.GraphModule], None]
@@ -92,6 +103,27 @@ def tracing_config() -> Iterator[None]:
     )
     with settings, _intermediates_stay_as_they_are():
         yield
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Identify the memory behind a tensor, also a fake one: equal for views of one another."""
+    return tensor.untyped_storage()._cdata
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether the tensor has a shape and no values."""
+    return isinstance(tensor, FakeTensor)
+
+
+def weak_memory(tensor: torch.Tensor) -> WeakMemory:
+    """A reference to the memory of a tensor that does not keep it alive; ``.expired()`` once it is freed."""
+    return WeakMemory(tensor.untyped_storage())
+
+
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Whether the user registered a hook on the parameter's gradient."""
+    accumulated = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return bool(parameter._backward_hooks) or bool(accumulated)
 
 
 _LOGS = ("isEnabledFor", "debug", "info", "warn", "error", "exception", "critical", "fatal", "log")

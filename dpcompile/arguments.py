@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from dpcompile._torch import pytree
-from dpcompile.errors import DPCompileError
+from dpcompile.errors import DPCompileError, UnsupportedGraphError
+from dpcompile.kinds import check_tensor
 
 __all__ = ["InDims", "example_dims"]
 
@@ -31,6 +33,7 @@ def example_dims(
 
     Raises:
         DPCompileError: ``in_dims`` does not fit the call, or the example axes disagree in size.
+        UnsupportedGraphError: a packed sequence, or a tensor that is no plain one.
     """
     found = list(_leaves(forward, args, kwargs, in_dims))
     sizes: dict[int, str] = {}
@@ -95,7 +98,7 @@ def _entry(in_dims: InDims, name: str, position: int | None) -> Any:
 
 
 def _inside(name: str, value: Any, dims: Any) -> Iterator[tuple[str, Tensor, int | None]]:
-    paths, spec = pytree.tree_flatten_with_path(value)
+    paths, spec = pytree.tree_flatten_with_path(value, is_leaf=lambda x: isinstance(x, PackedSequence))
     if dims is None or not isinstance(dims, (list, tuple, Mapping)):
         spread = [dims] * len(paths)
     else:
@@ -106,7 +109,13 @@ def _inside(name: str, value: Any, dims: Any) -> Iterator[tuple[str, Tensor, int
             )
         spread = broadcast
     for (path, leaf), dim in zip(paths, spread, strict=True):
+        if isinstance(leaf, PackedSequence):
+            raise UnsupportedGraphError(
+                f"input '{name}{pytree.keystr(path)}' is a PackedSequence: its rows hold the steps of several examples",
+                remedy="pass the padded tensor and the lengths, and mask what is behind the end of each sequence",
+            )
         if isinstance(leaf, Tensor):
+            check_tensor(f"input '{name}{pytree.keystr(path)}'", leaf)
             yield name + pytree.keystr(path), leaf, dim
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from dpcompile._torch import (
+    ForwardTokenAOTOutput,
     GradAOTOutput,
+    InputMutationAOTOutput,
     PlainAOTInput,
     PlainAOTOutput,
     TangentAOTInput,
@@ -22,9 +24,11 @@ from dpcompile._torch import (
 from dpcompile.axis import Examples
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.joint import JointGraph
+from dpcompile.locate import where
+from dpcompile.outputs import check_differentiable, separate_outputs
 from dpcompile.sizes import Size, same, shape_of, size
 
-__all__ = ["Roles", "assign_roles", "extend", "name_joint"]
+__all__ = ["Roles", "assign_roles", "check_outputs", "extend", "name_joint"]
 
 _HIDDEN = re.compile(r"^L\['(args|kwargs)'\]")
 _BUFFER = re.compile(r"^L\['module'\](?:\._modules\['(?:.*?)'\])?\._buffers\['(.*)'\]$")
@@ -84,8 +88,10 @@ def assign_roles(
         leaves: ``id(tensor)`` -> name and example dimension, of the call's tensors.
 
     Raises:
-        UnsupportedGraphError: an input that needs a gradient and is no parameter; no input with an example axis.
+        UnsupportedGraphError: an input that needs a gradient and is no parameter; no input with an example axis; no
+            output that needs a gradient.
     """
+    check_differentiable(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     trainable: dict[int, str] = {}
     frozen: dict[int, str] = {}
@@ -162,7 +168,10 @@ def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tenso
             for fake in (placeholders[p].meta["example_value"] for p in roles.narrow)
         ]
     named = {MASK: mask, NORMS: norms} | {f"{SUM}_{i}": w for i, w in enumerate(wide)}
-    return add_inputs(gm, named), list(named.values())
+    extended = add_inputs(gm, named)
+    separate_outputs(extended)
+    extended.recompile()
+    return extended, list(named.values())
 
 
 def name_joint(module: fx.GraphModule, roles: Roles) -> JointGraph:
@@ -217,6 +226,38 @@ def name_joint(module: fx.GraphModule, roles: Roles) -> JointGraph:
         },
         batch=size(by_position[inputs].meta["val"].shape[0]),
     )
+
+
+def check_outputs(module: fx.GraphModule, roles: Roles) -> None:
+    """Raise UnsupportedGraphError unless the user gets every output of a joint graph as the graph returns it.
+
+    Of other outputs AOTAutograd makes what the user sees outside the graph, where nothing is proved: views of a base,
+    subclasses of tensors, new values of inputs that need a gradient.
+    """
+    output = module.graph.output_node()
+    returned = zip(output.meta["desc"], output.args[0], strict=True)  # type: ignore[arg-type]
+    cotangents = (n.meta.get("desc") for n in module.graph.find_nodes(op="placeholder"))
+    candidates = [*returned, *((d.output, None) for d in cotangents if isinstance(d, TangentAOTInput))]
+    for descriptor, node in candidates:
+        if descriptor is None or _is_gradient(descriptor) or isinstance(descriptor, _AS_IN_GRAPH):
+            continue
+        place = where(node) if isinstance(node, fx.Node) else None
+        if isinstance(descriptor, InputMutationAOTOutput) and isinstance(descriptor.mutated_input, PlainAOTInput):
+            raise UnsupportedGraphError(
+                f"the model writes to '{roles.names.get(descriptor.mutated_input.idx)}', which needs a gradient, in "
+                "place",
+                where=place,
+                remedy="clone it before the in-place operation; write to parameters only between two steps (an "
+                "embedding with max_norm does so in every forward)",
+            )
+        raise UnsupportedGraphError(
+            f"the model returns what is no plain tensor of the captured graph ({descriptor.expr()})",
+            where=place,
+            remedy="return plain tensors: no tensor subclasses, no views of inputs that are written to",
+        )
+
+
+_AS_IN_GRAPH = (PlainAOTOutput, ForwardTokenAOTOutput)
 
 
 def _is_gradient(descriptor: Any) -> bool:

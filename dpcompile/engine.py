@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dpcompile._torch import compile_joint, disable, tracing_config
+from dpcompile._torch import compile_joint, disable, has_gradient_hooks, tracing_config
 from dpcompile.arguments import example_dims
 from dpcompile.cachekey import cache_key
 from dpcompile.capture import Roles, assign_roles, extend
@@ -20,6 +20,7 @@ from dpcompile.check import FirstStep
 from dpcompile.delivery import Delivery, through_delivery
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.kept import Kept
+from dpcompile.kinds import check_model
 from dpcompile.ledger import GradientLedger
 from dpcompile.pipeline import Options, Transformed, privatize
 from dpcompile.translate import translated
@@ -179,9 +180,15 @@ class Engine:
 
         return Delivery(names, mask, keep, refused)
 
-    def check_identity(self, roles: Roles, inputs: Sequence[Any]) -> None:
-        """Raise PrivacyError if a parameter is another object than the one that the optimizer knows."""
+    def check_parameters(self, roles: Roles, inputs: Sequence[Any]) -> None:
+        """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks that never run."""
         for p, name in roles.parameters.items():
+            if has_gradient_hooks(inputs[p]):
+                raise PrivacyError(
+                    f"parameter '{name}' has a hook on its gradient, which would not run: the clipped sum does not "
+                    "pass through autograd",
+                    remedy="remove the hook; change clipped sums in p.grad only through DPOptimizer",
+                )
             if inputs[p] is not self._parameters[name]:
                 raise PrivacyError(
                     f"parameter '{name}' was replaced after dp_compile: the optimizer and the ledger hold the old one",
@@ -207,6 +214,7 @@ class Engine:
     def _example_dims(self) -> list[tuple[str, Tensor, int | None]]:
         args, kwargs = self._current
         inspect.signature(self.module.forward).bind(*args, **kwargs)  # the plain TypeError of a plain call
+        check_model(self.module)
         return example_dims(self.module.forward, args, kwargs, self.options.in_dims)
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -269,10 +277,11 @@ class _Region:
             outputs = self.compiled(*inputs)
             self.engine.ran(None, outputs)
             return outputs
+        self.engine.kept.note_arguments(inputs[p] for p in self.roles.examples)
         for p, name in self.others.items():
             self.engine.kept.check_input(name, inputs[p])
         position, dim = self.roles.batch_from
-        self.engine.check_identity(self.roles, inputs)
+        self.engine.check_parameters(self.roles, inputs)
         names = [*self.roles.parameters.values(), *(self.roles.parameters[p] for p in self.roles.narrow)]
         delivery = self.engine.delivery(names, inputs[position], dim)
         live, narrow = ([inputs[p] for p in positions] for positions in (self.roles.parameters, self.roles.narrow))

@@ -59,10 +59,15 @@ class JointGraph:
                 yield position, node
 
     def mutations(self) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """``(input written to, new value)`` for every in-place write that outlives the graph."""
+        """``(input written to, new value)`` for every in-place operation of the graph, whatever it is."""
         for node in self.graph.nodes:
-            if node.op == "call_function" and str(node.target).startswith("aten.copy_"):
-                yield node.args[0], node.args[1]
+            schema = getattr(node.target, "_schema", None)
+            if node.op != "call_function" or schema is None or not schema.is_mutable:
+                continue
+            named = {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)} | dict(node.kwargs)
+            written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+            for destination in (v for k, v in named.items() if k in written and isinstance(v, fx.Node)):
+                yield from ((destination, source) for source in node.all_input_nodes if source is not destination)
 
     def input_name(self, node: fx.Node) -> str:
         """What the user calls an input."""

@@ -6,8 +6,9 @@ import operator
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
-__all__ = ["copy_expanded_bases", "split_convolution_bias"]
+__all__ = ["copy_expanded_bases", "save_what_is_overwritten", "split_convolution_bias"]
 
 aten = torch.ops.aten
 
@@ -28,6 +29,28 @@ def split_convolution_bias(graph: fx.Graph) -> None:
                 bias.meta = dict(result.meta)
                 result.replace_all_uses_with(bias)
                 graph.erase_node(result)
+
+
+def save_what_is_overwritten(graph: fx.Graph) -> None:
+    """Read an input that the graph writes to from a copy, which is saved for the backward.
+
+    Torch's partitioner (2.13) may compute again in the backward what it finds cheap, and then reads such an input when
+    it has its new value. Contract: equal values.
+    """
+    for write in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        written = write.args[0]
+        readers = [n for n in written.users if n is not write]
+        if not readers:
+            continue
+        last = next(n for n in reversed(graph.nodes) if n.op == "placeholder")
+        with graph.inserting_after(last):
+            if written.meta["val"].is_complex():
+                saved = graph.call_function(aten.clone.default, (written,))
+            else:  # Inductor removes clones before it partitions
+                saved = graph.call_function(aten.maximum.default, (written, written))
+        saved.meta = {"val": written.meta["val"], "recompute": CheckpointPolicy.MUST_SAVE}
+        for reader in readers:
+            reader.replace_input_with(written, saved)
 
 
 _WRITES = ("index_put", "_unsafe_index_put", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")

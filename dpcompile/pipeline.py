@@ -10,12 +10,12 @@ from torch import fx
 
 from dpcompile._torch import copy_graph
 from dpcompile.axis import Label, Shared
-from dpcompile.capture import Roles, name_joint
+from dpcompile.capture import Roles, check_outputs, name_joint
 from dpcompile.certificate import Certificate, certify
 from dpcompile.clipping import Clipping
 from dpcompile.cost import rates_for
 from dpcompile.memory import budget_in_bytes
-from dpcompile.normalise import copy_expanded_bases, split_convolution_bias
+from dpcompile.normalise import copy_expanded_bases, save_what_is_overwritten, split_convolution_bias
 from dpcompile.plan import Plan, make_plan
 from dpcompile.proof import prove
 from dpcompile.rewrite import ClipOptions, rewrite
@@ -68,6 +68,7 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transfo
     """
     split_convolution_bias(module.graph)
     joint = name_joint(module, roles)
+    check_outputs(module, roles)
     proof = prove(joint)
     gradients = find_gradients(joint, proof)
     certificate = certify(joint, proof, gradients)
@@ -84,6 +85,7 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transfo
     clip = ClipOptions(options.clipping, float(options.max_grad_norm), options.loss_reduction == "mean")
     rewrite(joint, plan, clip)
     copy_expanded_bases(module.graph)
+    save_what_is_overwritten(module.graph)
     module.recompile()
     labels = tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs)
     readable = fx.GraphModule(module, copy_graph(module.graph))

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from dpcompile.axis import Examples, Label, Mixed, Shared, Summed, Whole
+from dpcompile.border import forbidden_output, forbidden_write, kept_number
 from dpcompile.errors import DPCompileError, ExampleMixingError, UnsupportedGraphError
 from dpcompile.joint import JointGraph
 from dpcompile.locate import module_of, where
@@ -52,6 +53,10 @@ def prove(joint: JointGraph) -> Proof:
     ==========================================  ==========================================================
     mixed value that reaches no gradient        allowed (an accuracy computed for logging)
     output with its examples flattened          allowed on dimension 0 ([B, T] to [B·T]), else refused
+    output that is a vector of sums             refused: a loss of it would make all examples depend on each other
+    Python number read out of examples          refused where it leaves the graph, or reaches a gradient
+    write to a parameter being trained          refused
+    write to an input with examples             allowed where every example keeps its place
     gradient that is identically zero           allowed
     gradient with a part from no example        refused (a regulariser inside the model)
     parameter with an example axis of its own   refused
@@ -66,11 +71,14 @@ def prove(joint: JointGraph) -> Proof:
     """
     proof = Proof(_propagate(joint), joint.batch)
     for destination, source in joint.mutations():
-        label = proof.of(source)
-        if not isinstance(label, Shared) and destination not in joint.example_axes:
-            raise _written_buffer(joint, destination, source, label)
+        error = forbidden_write(joint, destination, source, proof.of(source))
+        if error is not None:
+            raise error
     for position, node in joint.differentiable_outputs():
         _check_output(position, node, proof.of(node))
+    for node in joint.outputs:
+        if node is not None and (error := kept_number(node, proof.labels)) is not None:
+            raise error
     for name, gradient in joint.gradients.items():
         if gradient is not None:
             _check_gradient(name, gradient, proof.of(gradient))
@@ -158,8 +166,8 @@ def _call_label(joint: JointGraph, node: fx.Node, labels: Mapping[fx.Node, Label
     if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
         return _scalar_label(call)
     rule = find_rule(node.target)
-    if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        rule = pointwise
+    if rule is None and "::" not in call.name and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        rule = pointwise  # of torch's own operations: another library's tag is a hint to a compiler, not a promise
     if rule is None:
         return call.unsupported(f"there is no rule for `{_name(node)}`")
     return _of_right_size(call, rule(call))
@@ -222,13 +230,9 @@ def _check_output(position: int, node: fx.Node, label: Label) -> None:
     """A loss per example must be able to find the examples in what the model returns."""
     if isinstance(label, Mixed):
         raise refusal(label, f"output {position} of the model")
-    if isinstance(label, Examples) and label.dim and not (is_one(label.outer) and is_one(label.inner)):
-        raise ExampleMixingError(
-            f"output {position} of the model has the {label}, interleaved with other positions: a loss would take "
-            "parts of several examples for one",
-            where=where(node),
-            remedy="return values whose examples have a dimension of their own, or are flattened into dimension 0",
-        )
+    error = forbidden_output(position, node, label)
+    if error is not None:
+        raise error
 
 
 def _check_gradient(name: str, gradient: fx.Node, label: Label) -> None:
@@ -253,23 +257,6 @@ def _check_gradient(name: str, gradient: fx.Node, label: Label) -> None:
             where=where(gradient),
             remedy="keep regularisers on parameters out of the model (use the optimizer's weight_decay), or freeze it",
         )
-
-
-def _written_buffer(joint: JointGraph, destination: fx.Node, source: fx.Node, label: Label) -> DPCompileError:
-    inside = next((m for n in [source, *source.all_input_nodes] if (m := module_of(n)) is not None), None)
-    if inside is not None and issubclass(inside[1], torch.nn.modules.batchnorm._BatchNorm):
-        return ExampleMixingError(
-            f"{inside[1].__name__} in training mode writes the statistics of the batch into its buffers "
-            f"(module {inside[0]})",
-            where=where(source),
-            remedy="use GroupNorm or LayerNorm, or call .eval() on the BatchNorm layers to freeze their statistics",
-        )
-    return ExampleMixingError(
-        f"buffer '{joint.input_name(destination)}' is written with values that depend on the examples ({label}): "
-        "they would be published with the model, without noise",
-        where=where(source),
-        remedy="remove the in-place write, or compute the statistic outside the private model",
-    )
 
 
 def _name(node: fx.Node) -> str:

@@ -53,8 +53,7 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
         return UnsupportedGraphError(
             f"the model cannot be captured as one graph: {_first_paragraph(str(error))}",
             where=user_place(error),
-            remedy="keep Python side effects, prints and branches on tensor values out of forward; move them around "
-            "the call of the model",
+            remedy=_remedy(str(error)),
         )
     if "RecompileLimit" in type(error).__name__ or "recompile_limit" in str(error):
         return UnsupportedGraphError(
@@ -76,6 +75,31 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
             remedy="make sure that the plain model runs on these inputs, and under torch.compile with fullgraph=True",
         )
     return None
+
+
+def _remedy(text: str) -> str:
+    """What to do about a graph break."""
+    return next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, text)), _SIDE_EFFECTS)
+
+
+_SIDE_EFFECTS = (
+    "keep Python side effects, prints and branches on tensor values out of forward; move them around the call of the "
+    "model"
+)
+_REMEDIES = (
+    (r"pack_padded_sequence|pad_packed_sequence|pack_sequence|PackedSequence",
+     "run the layer on the padded tensor, and mask what is behind the end of each sequence"),
+    (r"[Ss]parse", "compute with dense tensors in forward, or with indices and values (index_add, gather)"),
+    (r"[Qq]uantize|torch\.ao\.|torch\.ops\.quantized",
+     "dequantise frozen weights in forward (w_int8.float() * scale), or leave quantisation to the trained model"),
+    (r"masked_tensor|MaskedTensor|nested", "use a plain padded tensor and a mask"),
+    (r"backwards? hook", "remove the module's backward hooks, or do it in an autograd.Function in forward"),
+    (r"torch\.autograd\.grad|\.backward\(|requires_grad_",
+     "take derivatives inside the model with torch.func.grad, jvp or vjp"),
+    (r"Data-dependent|data-dependent|dynamic shape operator",
+     "choose by torch.where or by masks of fixed size, not by Python branches, boolean indexing or sizes that depend "
+     "on values"),
+)  # fmt: skip
 
 
 _OWN_ERROR = re.compile(

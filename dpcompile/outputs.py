@@ -1,0 +1,59 @@
+"""What a captured graph returns: every differentiable output gets memory of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from dpcompile._torch import memory_of
+from dpcompile.errors import UnsupportedGraphError
+
+__all__ = ["check_differentiable", "separate_outputs"]
+
+
+def check_differentiable(gm: fx.GraphModule) -> None:
+    """Raise UnsupportedGraphError if no output needs a gradient: there would be no backward to clip."""
+    if not any(_needs_gradient(node) for node in _outputs(gm)):
+        raise UnsupportedGraphError(
+            "no output of the model depends on its parameters in a way that can be differentiated, so there is no "
+            "gradient to clip",
+            remedy="look for detach(), no_grad() and rounding on the way to the outputs; where no training is meant, "
+            "call the model under torch.no_grad()",
+        )
+
+
+def separate_outputs(gm: fx.GraphModule) -> None:
+    """Copy every differentiable output that shares memory with an input or with another output.
+
+    Of such an output AOTAutograd returns the base, and makes the view itself, outside the graph: a view that picks one
+    example for all would not be proved, and the gradient of a view of a parameter would reach it unclipped.
+
+    Contract: equal values; no two differentiable outputs, and no such output and input, share memory.
+    """
+    taken = {memory_of(v) for n in gm.graph.find_nodes(op="placeholder") if isinstance(v := _value(n), Tensor)}
+    output = gm.graph.output_node()
+    own: list[object] = []
+    for node in output.args[0]:  # type: ignore[union-attr]
+        if isinstance(node, fx.Node) and _needs_gradient(node):
+            value = _value(node)
+            if memory_of(value) in taken:
+                with gm.graph.inserting_before(output):
+                    copied = gm.graph.call_function(torch.clone, (node,))
+                copied.meta = dict(node.meta)
+                node = copied
+            taken.add(memory_of(value))
+        own.append(node)
+    output.args = (tuple(own),)  # type: ignore[assignment]
+
+
+def _outputs(gm: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in gm.graph.output_node().args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
+
+
+def _value(node: fx.Node) -> Tensor:
+    return node.meta.get("example_value")  # type: ignore[return-value]
+
+
+def _needs_gradient(node: fx.Node) -> bool:
+    value = _value(node)
+    return isinstance(value, Tensor) and value.requires_grad
