@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dpcompile.axis import Examples, Label, Shared, Summed
+from dpcompile.axis import Examples, Label, Mixed, Shared, Summed
 from dpcompile.rules.pointwise import combine
 from dpcompile.rules.registry import Call, axis_rule
 from dpcompile.sizes import is_one, same
@@ -87,7 +87,7 @@ class _Geometry:
         return Examples(self.dim_of_index(label.counts + self.index_ndim - len(shape)))
 
 
-@axis_rule("aten.index", "aten._unsafe_index", "aten._unsafe_masked_index")
+@axis_rule("aten.index", "aten._unsafe_index")
 def index(call: Call) -> Label:
     """Advanced indexing: shared tables by examples' indices, examples by shared indices, examples by themselves."""
     if any(i is not None and _is_mask(i) for i in call["indices"]):
@@ -106,6 +106,22 @@ def index(call: Call) -> Label:
     return _own(call, geometry, label, by)
 
 
+@axis_rule("aten._unsafe_masked_index")
+def masked_index(call: Call) -> Label:
+    """The same, with a number where a mask, broadcast to the result, says so."""
+    found, mask = index(call), call.label(call["mask"])
+    assert not isinstance(found, tuple)
+    if isinstance(found, Summed):
+        linear = isinstance(mask, Shared) and call["fill"] == 0
+        return found if linear else call.mixes("it is not linear in a sum over the examples")
+    if not isinstance(mask, Examples) or isinstance(found, Mixed):
+        return found
+    mask = mask.at(mask.dim + len(call.out_shape) - len(call.shape(call["mask"])))
+    if isinstance(found, Examples) and (found.dim != mask.dim or not found.same_layout(mask)):
+        return call.mixes("the mask enumerates the examples in a different order than the values")
+    return mask
+
+
 def _own(call: Call, geometry: _Geometry, label: Examples, by: Label) -> Label:
     """The example axis is indexed: right only where every example picks itself."""
     own = geometry.own_position(label.dim)
@@ -121,7 +137,7 @@ def index_put(call: Call) -> Label:
     """Write or accumulate at indices: into a shared table this sums over the examples."""
     base, values = call["self"], call["values"]
     if any(i is not None and _is_mask(i) for i in call["indices"]):
-        return call.unsupported("it writes through a boolean mask; use torch.where")
+        return _write_by_mask(call)
     geometry = _Geometry(call, base, call["indices"])
     label, by, value = call.label(base), geometry.index_label(), call.label(values)
     if isinstance(value, Examples):
@@ -140,6 +156,23 @@ def index_put(call: Call) -> Label:
     if own:
         return Examples(next(d for d in geometry.indexed if geometry.own_position(d) == own[0]))
     return Summed() if call["accumulate"] else call.mixes("examples overwrite each other's values in a shared table")
+
+
+def _write_by_mask(call: Call) -> Label:
+    """One value at all places of a mask over the leading dimensions: element by element, like ``torch.where``."""
+    base, (mask, *others), values = call["self"], call["indices"], call["values"]
+    if others or mask is None or not all(is_one(n) for n in call.shape(values)) or call["accumulate"]:
+        return call.unsupported("it writes several values through a boolean mask; use torch.where")
+    labels = [call.label(x) for x in (base, mask, values)]
+    if call.summed():
+        linear = isinstance(labels[1], Shared) and _neutral(labels[0]) and _neutral(labels[2])
+        return Summed() if linear else call.mixes("it is not linear in a sum over the examples")
+    if isinstance(labels[2], Examples):
+        return call.mixes("it writes a value of one example to all the others")
+    axes = [x for x in labels[:2] if isinstance(x, Examples)]  # the dimensions of the mask are the first of the base
+    if any(x.dim != axes[0].dim or not x.same_layout(axes[0]) for x in axes):
+        return call.mixes("the mask enumerates the examples in a different order than the values")
+    return axes[0]
 
 
 def _write_to_examples(call: Call, geometry: _Geometry, label: Label, by: Label, value: Label) -> Label:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from dpcompile.axis import Examples, Label, Shared, Summed
@@ -22,7 +23,9 @@ _LINEAR_IN_ONE = {
     "aten.rrelu_with_noise_backward", "aten._conj",
     "aten._prelu_kernel", "aten._prelu_kernel_backward", "aten.nan_to_num", "aten.floor_divide",
     "prims.convert_element_type", "prims.device_put", "prims.view_of", "prims.inductor_force_stride_order",
-    "prims.fma", "prims._inductor_bucketize",
+    "prims.fma", "aten.uniform", "aten.normal", "aten.normal_functional", "aten.exponential", "aten.geometric",
+    "aten.log_normal", "aten.cauchy", "aten.random", "aten.fake_quantize_per_tensor_affine_cachemask",
+    "aten.fake_quantize_per_tensor_affine_cachemask_backward",
 )  # fmt: skip
 def pointwise(call: Call) -> Label:
     """Position by position: the result has the example axis of its operands, which must agree."""
@@ -71,6 +74,8 @@ def _linear(call: Call) -> Label:
     labels = [call.label(n) for n in call.operands]
     if any(isinstance(x, Examples) for x in labels):
         return call.mixes("it combines a sum over all examples with values of single examples")
+    if not isinstance(call.node.meta["val"], torch.Tensor):
+        return call.mixes("it is not linear in a sum over the examples")
     first, second = call["self"], call["other"]
     summed = [isinstance(call.label(x), Summed) for x in (first, second)]
     if name == "div" and summed == [True, True]:

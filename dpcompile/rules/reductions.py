@@ -96,3 +96,12 @@ def _along(call: Call) -> Label:
     if name == "prepare_softmax_online" and label.dim > min(touched):
         return call.unsupported("its result drops a dimension before the example axis")
     return label
+
+
+@axis_rule("aten.multinomial")
+def multinomial(call: Call) -> Label:
+    """Draws from the distribution that each row holds."""
+    label = call.label(call["self"])
+    if not isinstance(label, Examples) or len(call.out_shape) != 2 or label.dim != 0:
+        return call.mixes("it draws from a distribution over the examples")
+    return label
