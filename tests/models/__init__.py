@@ -2,6 +2,8 @@
 
 from models import habits as habits
 from models import language as language
+from models import look_alikes as look_alikes
+from models import mixing as mixing
 from models import modules as modules
 from models import speech as speech
 from models import vision as vision

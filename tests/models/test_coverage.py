@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import re
 from typing import Any
 
 import pytest
@@ -22,7 +24,10 @@ dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model
 NORMS = ("auto", "ghost", "instantiate")
 BATCH = 5
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Dynamo's own, of Functions
+]
 
 
 @functools.lru_cache(4)
@@ -78,8 +83,57 @@ def refused(case: Case) -> None:
     torch.manual_seed(1)
     args, kwargs = case.call(BATCH)
     private = dp_compile(case.make(), in_dims=case.in_dims, backend="eager", dynamic=False)
-    with pytest.raises(DPCompileError, match=case.refused) as caught:
+    with pytest.raises(DPCompileError, match=f"(?s){case.refused}") as caught:
         train_step(private, args, kwargs, PseudoLoss(BATCH, case.out_dim))
         record(case, "wrong")
     assert "what to do: " in str(caught.value)
+    if case.family == "mixing":
+        assert_line_of(case.make, str(caught.value))
     record(case, "refused")
+
+
+def assert_line_of(source: Any, message: str) -> None:
+    """The message names the file of ``source`` and a line inside it."""
+    lines, first = inspect.getsourcelines(source)
+    name = re.escape(inspect.getsourcefile(source) or "")
+    found = [int(n) for n in re.findall(rf"{name}:(\d+)", message)]
+    assert any(first <= n < first + len(lines) for n in found), (
+        f"no line of {first}..{first + len(lines) - 1}: {message}"
+    )
+
+
+# Refused for what they keep, or for what one row of a parameter means: these gradients do not show it.
+NOT_BETWEEN_GRADIENTS = (
+    "RunningMean", "RunningMeanByData", "MovingCodebook", "RenormedTable", "RowsOfItsOwn",
+    "HookedGradient",  # one example's loss alone has one example's gradient to divide by
+)  # fmt: skip
+
+
+MIXING = [c for c in ALL if c.family == "mixing" and c.name != "Prototype"]  # which has no loss per example
+
+
+@pytest.mark.parametrize("case", MIXING, ids=lambda c: c.name)
+def test_mixing_model_mixes(case: Case) -> None:
+    """The plain model: what other examples are changes an example's loss or gradient."""
+    torch.manual_seed(1)
+    model = case.make()
+    assert any(_meets(model, case) for _ in range(8)) == (case.name not in NOT_BETWEEN_GRADIENTS)
+
+
+def _meets(model: nn.Module, case: Case) -> bool:
+    args, others = case.call(BATCH)[0], case.call(BATCH)[0]
+    for example in range(BATCH):
+        row = torch.arange(BATCH) == example
+        mixed = [torch.where(row.view(-1, *[1] * (a.ndim - 1)), a, o) for a, o in zip(args, others, strict=True)]
+        found, wanted = (_loss_and_gradients(copy.deepcopy(model), x, example) for x in (args, mixed))
+        if not torch.allclose(found, wanted, equal_nan=True):
+            return True
+    return False
+
+
+def _loss_and_gradients(model: nn.Module, args: Any, example: int) -> torch.Tensor:
+    torch.manual_seed(2)
+    output = model(*args)
+    loss = PseudoLoss(BATCH)(output, slice(None))[example]
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return torch.cat([loss.detach().reshape(1), *(g.flatten() for g in gradients if g is not None)])
