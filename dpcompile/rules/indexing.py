@@ -94,6 +94,8 @@ def index(call: Call) -> Label:
         return call.mixes("a boolean mask makes the number of results depend on the data")
     geometry = _Geometry(call, call["self"], call["indices"])
     label, by = call.label(call["self"]), geometry.index_label()
+    if isinstance(by, Mixed):
+        return by
     if isinstance(label, Summed):
         return label if isinstance(by, Shared) else call.mixes("it looks examples up in a sum over all of them")
     if isinstance(label, Shared):
@@ -110,7 +112,9 @@ def index(call: Call) -> Label:
 def masked_index(call: Call) -> Label:
     """The same, with a number where a mask, broadcast to the result, says so."""
     found, mask = index(call), call.label(call["mask"])
-    assert not isinstance(found, tuple)
+    geometry = _Geometry(call, call["self"], call["indices"])
+    if len(call.out_shape) != len(call.shape(call["self"])) - len(geometry.indexed) + geometry.index_ndim:
+        return call.unsupported("its mask has more dimensions than what it looks up")
     if isinstance(found, Summed):
         linear = isinstance(mask, Shared) and call["fill"] == 0
         return found if linear else call.mixes("it is not linear in a sum over the examples")
@@ -140,6 +144,8 @@ def index_put(call: Call) -> Label:
         return _write_by_mask(call)
     geometry = _Geometry(call, base, call["indices"])
     label, by, value = call.label(base), geometry.index_label(), call.label(values)
+    if isinstance(by, Mixed):
+        return by
     if isinstance(value, Examples):
         ndim = geometry.index_ndim + len(call.shape(base)) - len(geometry.indexed)
         value = value.at(value.dim + ndim - len(call.shape(values)))

@@ -206,11 +206,13 @@ def scatter_slice(call: Call) -> Label:
 def _write_batches(call: Call, label: Examples) -> Label:
     """A slice of whole batches inside a longer dimension keeps the layout of that dimension."""
     base, source = call["self"], call["src"]
+    if call["index"] is not None:
+        return call.mixes("it writes to some of the examples")
     dim, period = label.dim, product([call.batch, label.inner])
     start = _from_front(_value(call["start"] or 0), call.shape(base)[dim])
     outer = divide(call.shape(base)[dim], period)
     aligned = divide(start, period) is not None and divide(call.shape(source)[dim], period) is not None
-    if call["index"] is not None or outer is None or not aligned or not same(_value(call["step"] or 1), 1):
+    if outer is None or not aligned or not same(_value(call["step"] or 1), 1):
         return call.mixes("it writes to some of the examples")
     return Examples(dim, outer, label.inner)
 

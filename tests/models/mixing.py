@@ -297,6 +297,21 @@ class GatheredByAnother(Mixer):
         return h.gather(1, h[:1].argsort(1).expand_as(h))
 
 
+@register(
+    lambda n: ((torch.randn(n, D, D), torch.randint(0, D, (n,))), {}),
+    refused="`index` mixes examples: it pairs", reason="every example is looked up by the indices of all pairs",
+)  # fmt: skip
+class LookedUpByPairs(nn.Module):
+    """Both indices are the examples' own, along different dimensions of the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.layer(x)[:, : len(ids), : len(ids)] * x[:, ids, ids.unsqueeze(1)]
+
+
 @register(squares, refused="`[a-z_]*(view|reshape|clone|bmm|sub|add|mul)[a-z_]*`", reason="batch and time exchanged")
 class Exchanged(Mixer):
     def mix(self, h: Tensor) -> Tensor:
