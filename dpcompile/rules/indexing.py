@@ -87,8 +87,7 @@ class _Geometry:
         return Examples(self.dim_of_index(label.counts + self.index_ndim - len(shape)))
 
 
-@axis_rule("aten.index", "aten._unsafe_index")
-def index(call: Call) -> Label:
+def _look_up(call: Call) -> Label:
     """Advanced indexing: shared tables by examples' indices, examples by shared indices, examples by themselves."""
     if any(i is not None and _is_mask(i) for i in call["indices"]):
         return call.mixes("a boolean mask makes the number of results depend on the data")
@@ -108,10 +107,16 @@ def index(call: Call) -> Label:
     return _own(call, geometry, label, by)
 
 
+@axis_rule("aten.index", "aten._unsafe_index")
+def index(call: Call) -> Label:
+    """Values at indices."""
+    return _look_up(call)
+
+
 @axis_rule("aten._unsafe_masked_index")
 def masked_index(call: Call) -> Label:
     """The same, with a number where a mask, broadcast to the result, says so."""
-    found, mask = index(call), call.label(call["mask"])
+    found, mask = _look_up(call), call.label(call["mask"])
     geometry = _Geometry(call, call["self"], call["indices"])
     if len(call.out_shape) != len(call.shape(call["self"])) - len(geometry.indexed) + geometry.index_ndim:
         return call.unsupported("its mask has more dimensions than what it looks up")
