@@ -94,11 +94,13 @@ class Mixed:
         reason: what the operation did, in words.
         origin: the first operation that mixed them.
         supported: False where the operation has no rule, rather than a rule that says no.
+        remedy: what to do about it, where there is something better to say than usual.
     """
 
     reason: str
     origin: fx.Node
     supported: bool = True
+    remedy: str | None = None
 
     def __str__(self) -> str:
         return f"mixed by {self.origin}: {self.reason}"

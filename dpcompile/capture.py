@@ -22,12 +22,15 @@ from dpcompile._torch import (
 from dpcompile.axis import Examples
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.joint import JointGraph
+from dpcompile.normalise import separate_outputs
 from dpcompile.sizes import Size, same, shape_of, size
 
 __all__ = ["Roles", "assign_roles", "extend", "name_joint"]
 
 _HIDDEN = re.compile(r"^L\['(args|kwargs)'\]")
-_BUFFER = re.compile(r"^L\['module'\](?:\._modules\['(?:.*?)'\])?\._buffers\['(.*)'\]$")
+_INSIDE_MODEL = re.compile(
+    r"^L\['module'\](?:\.__dict__)?((?:(?:\.|\[')_modules(?:'\])?\['[^']*'\])*)\._buffers\['(.*)'\]$"
+)
 MASK, NORMS, SUM = "dpcompile_mask", "dpcompile_norms", "dpcompile_sum"
 
 
@@ -102,6 +105,11 @@ def assign_roles(
                 hints[expression] = number
         if id(value) in parameters:
             names[position] = parameters[id(value)]
+            if value.is_complex() and value.requires_grad:
+                raise UnsupportedGraphError(
+                    f"parameter '{names[position]}' is complex",
+                    remedy="keep it as a real parameter [..., 2], and use torch.view_as_complex(it) in forward",
+                )
             (trainable if value.requires_grad else frozen)[position] = parameters[id(value)]
         elif id(value) in leaves:
             names[position], dim = leaves[id(value)]
@@ -147,7 +155,8 @@ def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tenso
     """Append inputs: the padding mask ``[B]``, and some whose only use is to receive a gradient.
 
     The norms leave the compiled backward as the gradient of the second one, ``[B]``. One more float32 input for every
-    parameter of a narrower dtype receives its clipped sum: autograd would round the parameter's own gradient.
+    parameter of a narrower dtype receives its clipped sum: autograd would round the parameter's own gradient. Outputs
+    that overlap in memory are copied.
     """
     position, dim = roles.batch_from
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -162,7 +171,10 @@ def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tenso
             for fake in (placeholders[p].meta["example_value"] for p in roles.narrow)
         ]
     named = {MASK: mask, NORMS: norms} | {f"{SUM}_{i}": w for i, w in enumerate(wide)}
-    return add_inputs(gm, named), list(named.values())
+    extended = add_inputs(gm, named)
+    separate_outputs(extended.graph)
+    extended.recompile()
+    return extended, list(named.values())
 
 
 def name_joint(module: fx.GraphModule, roles: Roles) -> JointGraph:
@@ -228,4 +240,8 @@ def _source_name(node: fx.Node) -> str:
     if source is None:
         return str(node.target)
     name = source.name
-    return _BUFFER.sub(r"\1", str(name() if callable(name) else name).replace("']._modules['", "."))
+    text = str(name() if callable(name) else name)
+    found = _INSIDE_MODEL.match(text)
+    if found is None:
+        return text
+    return ".".join([*re.findall(r"\['((?!_modules'\])[^']*)'\]", found[1]), found[2]])

@@ -7,7 +7,9 @@ import operator
 import torch
 from torch import fx
 
-__all__ = ["copy_expanded_bases", "split_convolution_bias"]
+from dpcompile.sizes import is_one, shape_of, size
+
+__all__ = ["copy_expanded_bases", "separate_outputs", "split_convolution_bias"]
 
 aten = torch.ops.aten
 
@@ -28,6 +30,40 @@ def split_convolution_bias(graph: fx.Graph) -> None:
                 bias.meta = dict(result.meta)
                 result.replace_all_uses_with(bias)
                 graph.erase_node(result)
+
+
+def separate_outputs(graph: fx.Graph) -> None:
+    """Give every output whose positions overlap in memory a memory of its own, in a captured graph.
+
+    AOTAutograd lays a cotangent out as it lays out the output, and of positions that share memory only one survives
+    (seen with ``Tensor.unfold``, torch 2.11 to 2.15). Contract: equal values.
+    """
+    output = graph.output_node()
+
+    def separate(node: fx.Node) -> fx.Node:
+        value = node.meta.get("example_value")
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not _may_overlap(value):
+            return node
+        with graph.inserting_before(output):
+            own = graph.call_method("clone", (node,), {"memory_format": torch.contiguous_format})
+        own.meta = {**node.meta, "example_value": value.clone(memory_format=torch.contiguous_format)}
+        return own
+
+    output.args = fx.map_arg(output.args, separate)
+
+
+def _may_overlap(value: torch.Tensor) -> bool:
+    """Whether two positions may share memory, other than by ``expand`` (stride 0), which AOTAutograd sees itself."""
+    dims = [(size(s), n) for s, n in zip(value.stride(), shape_of(value), strict=True) if not is_one(n)]
+    dims = [(step, n) for step, n in dims if step != 0]
+    if not all(isinstance(step, int) and isinstance(n, int) for step, n in dims):
+        return not value.is_contiguous()
+    extent = 1
+    for step, n in sorted(dims):  # type: ignore[type-var]
+        if step < extent:  # type: ignore[operator]
+            return True
+        extent += (n - 1) * step  # type: ignore[operator]
+    return False
 
 
 _WRITES = ("index_put", "_unsafe_index_put", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")

@@ -89,7 +89,7 @@ def refusal(label: Mixed, target: str) -> DPCompileError:
             remedy="use GroupNorm or LayerNorm, or call .eval() on the BatchNorm layers to freeze their statistics",
         )
     verb = "mixes examples" if label.supported else "is not understood"
-    remedy = (
+    remedy = label.remedy or (
         "compute it for every example by itself; a loss belongs outside the model, one value per example "
         "(reduction='none'), then .mean(); use in_dims for inputs that have no example axis"
         if label.supported
@@ -256,11 +256,14 @@ def _written_buffer(joint: JointGraph, destination: fx.Node, source: fx.Node, la
             where=where(source),
             remedy="use GroupNorm or LayerNorm, or call .eval() on the BatchNorm layers to freeze their statistics",
         )
+    remedy = "remove the in-place write, or compute the statistic outside the private model"
+    if inside is not None and issubclass(inside[1], torch.nn.modules.instancenorm._InstanceNorm):
+        remedy = f"make the {inside[1].__name__} with track_running_stats=False, or call .eval() on it"
     return ExampleMixingError(
         f"buffer '{joint.input_name(destination)}' is written with values that depend on the examples ({label}): "
         "they would be published with the model, without noise",
         where=where(source),
-        remedy="remove the in-place write, or compute the statistic outside the private model",
+        remedy=remedy,
     )
 
 

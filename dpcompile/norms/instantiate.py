@@ -83,6 +83,15 @@ def _fma(named: dict[str, Any], _: torch.dtype) -> Tensor:
     return a * b + c
 
 
+def _rev(named: dict[str, Any], _: torch.dtype) -> Tensor:
+    return named["a"].flip(named["dims"])
+
+
+def _copy(named: dict[str, Any], _: torch.dtype) -> Tensor:
+    """Values of one tensor in the shape and dtype of another."""
+    return named["src"].expand(named["self"].shape).to(named["self"].dtype)
+
+
 # Operations that torch.vmap has no rule for, or one that is wrong or fixes the batch size, and how to run them instead.
 _UNDER_VMAP = {
     "convert_element_type": _cast,
@@ -91,6 +100,8 @@ _UNDER_VMAP = {
     "slice_scatter": _slice_scatter,
     "select_scatter": _select_scatter,
     "fma": _fma,
+    "rev": _rev,
+    "copy": _copy,
 }
 
 

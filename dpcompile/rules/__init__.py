@@ -1,6 +1,6 @@
 """What every operation does to the example axis."""
 
-from dpcompile.rules import contractions, indexing, layers, pointwise, reductions, views
+from dpcompile.rules import batched, contractions, indexing, layers, pointwise, reductions, strided, views
 from dpcompile.rules.registry import AxisRule, Call, Labels, axis_rule, find_rule, rules
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Call",
     "Labels",
     "axis_rule",
+    "batched",
     "contractions",
     "find_rule",
     "indexing",
@@ -15,5 +16,6 @@ __all__ = [
     "pointwise",
     "reductions",
     "rules",
+    "strided",
     "views",
 ]

@@ -11,7 +11,8 @@ __all__ = ["combine", "pointwise"]
 
 _LINEAR_IN_ONE = {
     "neg", "positive", "clone", "alias", "detach", "_to_copy", "convert_element_type", "to", "contiguous",
-    "lift_fresh_copy", "_conj", "real", "imag", "view_of", "device_put", "copy", "tril", "triu",
+    "lift_fresh_copy", "_conj", "_conj_physical", "conj_physical", "real", "imag", "view_of", "device_put", "copy",
+    "tril", "triu", "_neg_view",
 }  # fmt: skip
 
 
@@ -19,9 +20,9 @@ _LINEAR_IN_ONE = {
     "aten.clone", "aten.alias", "aten.detach", "aten._to_copy", "aten.to", "aten.contiguous", "aten.copy",
     "aten.lift_fresh_copy", "aten.masked_fill", "aten.where", "aten.native_dropout", "aten.native_dropout_backward",
     "aten.bernoulli", "aten.rrelu_with_noise_functional", "aten.rrelu_with_noise_backward", "aten._conj",
-    "aten._prelu_kernel", "aten._prelu_kernel_backward", "aten.nan_to_num", "aten.floor_divide",
-    "prims.convert_element_type", "prims.device_put", "prims.view_of", "prims.inductor_force_stride_order",
-    "prims.fma", "prims._inductor_bucketize",
+    "aten.complex", "aten.polar", "aten._neg_view", "aten._prelu_kernel", "aten._prelu_kernel_backward",
+    "aten.nan_to_num", "aten.floor_divide", "prims.convert_element_type", "prims.device_put", "prims.view_of",
+    "prims.inductor_force_stride_order", "prims.fma", "prims._inductor_bucketize",
 )  # fmt: skip
 def pointwise(call: Call) -> Label:
     """Position by position: the result has the example axis of its operands, which must agree."""
@@ -58,7 +59,8 @@ def _linear(call: Call) -> Label:
         return call.mixes("it combines a sum over all examples with values of single examples")
     first, second = call["self"], call["other"]
     summed = [isinstance(call.label(x), Summed) for x in (first, second)]
-    if not call.node.meta["val"].dtype.is_floating_point:
+    dtype = call.node.meta["val"].dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
         return call.mixes("it rounds a sum over the examples")
     if name in _LINEAR_IN_ONE:
         return Summed()
@@ -70,6 +72,8 @@ def _linear(call: Call) -> Label:
         a, b, c = call.node.args
         if isinstance(call.label(a), Summed) != isinstance(call.label(b), Summed):
             return _all_summed_or_zero(call, [c])
+    if name == "complex":
+        return _all_summed_or_zero(call, [call["real"], call["imag"]])
     if name in ("add", "sub"):
         return _all_summed_or_zero(call, [first, second])
     if name == "where" and not isinstance(call.label(call["condition"]), Summed):

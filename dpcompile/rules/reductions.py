@@ -53,7 +53,7 @@ def _dims(call: Call, ndim: int) -> set[int]:
     "aten._softmax", "aten._log_softmax", "aten._softmax_backward_data", "aten._log_softmax_backward_data",
     "aten.cumsum", "aten.cumprod", "aten.cummax", "aten.cummin", "aten.logcumsumexp", "aten.sort", "aten.topk",
     "aten.argsort", "aten.flip", "aten.roll", "aten.glu", "aten.glu_backward", "aten.softmax", "aten.log_softmax",
-    "aten._safe_softmax", "prims.cumsum", "prims.rev", "aten.rot90", "aten.searchsorted",
+    "aten._safe_softmax", "prims.cumsum", "prims.rev", "aten.rot90",
     "prims.prepare_softmax_online",
 )  # fmt: skip
 def along_dim(call: Call) -> Labels:
@@ -75,8 +75,6 @@ def _along(call: Call) -> Label:
         return call.mixes("its operands carry their examples in different places")
     ndim = len(shape_of(node.meta["val"]))
     dims = call["dims"] if call["dims"] is not None else call["dim"]
-    if name == "searchsorted":
-        return call.unsupported("it has no rule on values of examples")
     if dims is None:
         dims = -1
     touched = {d % ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])}

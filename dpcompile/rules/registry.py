@@ -65,13 +65,13 @@ class Call:
         """All tensor operands, lists flattened, in order."""
         return [n for n in self.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
 
-    def mixes(self, reason: str) -> Mixed:
+    def mixes(self, reason: str, remedy: str | None = None) -> Mixed:
         """Answer that this call mixes examples."""
-        return Mixed(reason, self.node)
+        return Mixed(reason, self.node, remedy=remedy)
 
-    def unsupported(self, reason: str) -> Mixed:
+    def unsupported(self, reason: str, remedy: str | None = None) -> Mixed:
         """Answer that nothing is known about this form of the call."""
-        return Mixed(reason, self.node, supported=False)
+        return Mixed(reason, self.node, supported=False, remedy=remedy)
 
     def dim(self, value: int, ndim: int) -> int:
         """A dimension counted from the front."""
