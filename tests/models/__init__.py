@@ -1,6 +1,10 @@
 """The models of the suite, a file for each family; every one is compared with one backward per example."""
 
+from models import attention as attention
+from models import layers as layers
 from models import modules as modules
+from models import operations as operations
+from models import spatial as spatial
 from models.case import ALL, B, Case, D, T, V
 from models.modules import Block, LanguageModel
 
