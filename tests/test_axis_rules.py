@@ -419,6 +419,12 @@ TABLE: list[tuple[Function, str, str]] = [
     (lambda x: x.new_ones(3) * x.shape[1], "btd", "0"),
     (lambda x: torch.randn_like(x), "btd", "0"),
     (lambda x: torch.full_like(x, 2).cumsum(0), "btd", "0"),
+    (lambda x: torch.zeros_like(x).sum(0) + torch.zeros_like(x).mean(0) / 3, "btd", "0"),
+    (lambda x: torch.cat([torch.zeros_like(x), torch.zeros_like(x) @ torch.ones(D, D, dtype=x.dtype)]), "btd", "0"),
+    (lambda x: torch.zeros_like(x) + 1 - torch.zeros_like(x), "btd", "0"),
+    (lambda x: torch.add(torch.zeros_like(x), 1), "btd", "0"),
+    (lambda x: torch.cat([torch.ones_like(x)[:1], torch.zeros_like(x)[1:]]), "btd", "0"),
+    (lambda x: 1 / torch.ones_like(x) + 0 * torch.zeros_like(x), "btd", "0"),
     # numbers read out of values
     # matrices, images and signals in batches
     (lambda x: torch.linalg.inv(x[..., :4]), "btd", "e"),
@@ -471,6 +477,8 @@ TABLE: list[tuple[Function, str, str]] = [
     (lambda x: torch.view_as_real(torch.view_as_complex(x)).flatten(1), "bt2", "e"),
     (lambda x: torch.complex(x.sum(0), x.mean(0)).imag, "btd", "s"),
     (lambda x, y: torch.complex(x.sum(0), y).real, "btd td", "x"),
+    (lambda x: torch.complex(x, x).sum(0).view(torch.float64).view(torch.complex128).real, "btd", "s"),
+    (lambda x: x.sum(0).view(torch.int64), "btd", "x"),
     (lambda x: torch.polar(x, x).conj().imag, "btd", "e"),
     (lambda x, y: torch.searchsorted(y.sort().values, x), "btd btd", "e"),
     (lambda x, y: torch.searchsorted(y.sort().values, x), "bd s", "e"),

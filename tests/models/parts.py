@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.case import ALL, Call, Case
+from models.case import ALL, Call, Case, D
 
-__all__ = ["Function", "Parts", "Sum", "behind", "layer", "net", "shaped"]
+__all__ = ["Function", "Parts", "Sum", "behind", "layer", "net", "shaped", "two"]
 
 Make = Callable[[], nn.Module]
 
@@ -96,3 +96,8 @@ def behind(name: str, shape: tuple[int, ...], make: Callable[[], nn.Module], **o
     family = make.__module__.rpartition(".")[2]
     options = {"slow": True, **options}
     ALL.append(Case(name, family, lambda: Parts(then, after(make, shape[0])()), shaped(*shape), **options))
+
+
+def two(width: int = D) -> Callable[[], dict[str, Any]]:
+    """Two linear layers, ``a`` and ``b``."""
+    return lambda: {"a": nn.Linear(D, width), "b": nn.Linear(width, 3)}
