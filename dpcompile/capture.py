@@ -228,6 +228,11 @@ def name_joint(module: fx.GraphModule, roles: Roles) -> JointGraph:
             for p, name in roles.parameters.items()
         },
         batch=size(by_position[inputs].meta["val"].shape[0]),
+        plain_tangents={
+            t: d.idx
+            for d, t in tangents.items()
+            if isinstance(d, PlainAOTOutput) and isinstance(forward.get(d), fx.Node)
+        },
     )
 
 

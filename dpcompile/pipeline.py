@@ -20,6 +20,7 @@ from dpcompile.plan import Plan, make_plan
 from dpcompile.proof import prove
 from dpcompile.rewrite import ClipOptions, rewrite
 from dpcompile.sites import find_gradients
+from dpcompile.unowned import erase_cotangents
 
 __all__ = ["Options", "Transformed", "privatize"]
 
@@ -50,6 +51,7 @@ class Transformed:
         output_labels: of the forward outputs, in the order of the captured graph.
         sum_slots: parameter name -> position of its clipped sum in the graph's outputs.
         norm_slot: the position of the norms.
+        unowned: positions of outputs that depend on no example, with the user's line.
     """
 
     graph: fx.GraphModule
@@ -58,6 +60,7 @@ class Transformed:
     output_labels: tuple[Label, ...]
     sum_slots: Mapping[str, int]
     norm_slot: int
+    unowned: Mapping[int, str | None]
 
 
 def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transformed:
@@ -69,6 +72,9 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transfo
     split_convolution_bias(module.graph)
     joint = name_joint(module, roles)
     proof = prove(joint)
+    unowned = erase_cotangents(joint, proof)
+    if unowned:
+        proof = prove(joint)
     gradients = find_gradients(joint, proof)
     certificate = certify(joint, proof, gradients)
     plan = make_plan(
@@ -87,4 +93,4 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transfo
     module.recompile()
     labels = tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs)
     readable = fx.GraphModule(module, copy_graph(module.graph))
-    return Transformed(readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot)
+    return Transformed(readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot, unowned)

@@ -53,6 +53,7 @@ def prove(joint: JointGraph) -> Proof:
     mixed value that reaches no gradient        allowed (an accuracy computed for logging)
     output with its examples flattened          allowed on dimension 0 ([B, T] to [B·T]), else refused
     gradient that is identically zero           allowed
+    output that depends on no example           allowed; a gradient through it is refused when it runs
     gradient with a part from no example        refused (a regulariser inside the model)
     parameter with an example axis of its own   refused
     operation without a rule on example data    refused by name
@@ -132,6 +133,8 @@ def _input_label(joint: JointGraph, node: fx.Node, labels: Mapping[fx.Node, Labe
     label = label[0] if isinstance(label, tuple) else label
     if isinstance(label, Summed):
         return Shared(cotangent=True)
+    if isinstance(label, Shared):
+        return Shared(zero=node in joint.plain_tangents)  # see dpcompile.unowned
     return label if isinstance(label, (Examples, Whole)) else Shared()
 
 

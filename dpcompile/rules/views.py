@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from dpcompile.axis import Examples, Label, Shared, Summed, reshape_axis
@@ -35,7 +36,15 @@ def view_dtype(call: Call) -> Label:
     label = call.label(call["self"])
     if isinstance(label, Examples) and label.dim == len(call.out_shape) - 1:
         return call.unsupported("it reinterprets the elements along the example axis")
-    return label if isinstance(label, Examples) else call.mixes("it is not linear in a sum over the examples")
+    if isinstance(label, Examples):
+        return label
+    parts = {call["self"].meta["val"].dtype, call.node.meta["val"].dtype}
+    if isinstance(label, Summed) and parts in _COMPLEX_AND_PARTS:
+        return label
+    return call.mixes("it is not linear in a sum over the examples")
+
+
+_COMPLEX_AND_PARTS = ({torch.float32, torch.complex64}, {torch.float64, torch.complex128})
 
 
 @axis_rule("aten.permute", "prims.transpose")
