@@ -14,6 +14,7 @@ from dpcompile.capture import Roles, name_joint
 from dpcompile.certificate import Certificate, certify
 from dpcompile.clipping import Clipping
 from dpcompile.cost import rates_for
+from dpcompile.matrix_exp import fold_matrix_exp
 from dpcompile.memory import budget_in_bytes
 from dpcompile.normalise import copy_expanded_bases, split_convolution_bias
 from dpcompile.plan import Plan, make_plan
@@ -70,6 +71,7 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transfo
     inputs before :func:`dpcompile.capture.extend`.
     """
     split_convolution_bias(module.graph)
+    fold_matrix_exp(module.graph)
     joint = name_joint(module, roles)
     proof = prove(joint)
     unowned = erase_cotangents(joint, proof)

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from dpcompile.axis import Examples, Label, Shared, Summed
+from dpcompile.matrix_exp import matrix_exp_adjoint as matrix_exp_adjoint  # registers the operation
 from dpcompile.rules.registry import Call, Labels, axis_rule
 
 # How many trailing dimensions of an operand one matrix or vector takes; 2 where nothing is said.
@@ -18,6 +19,7 @@ _LINEAR_IN = {
     "_linalg_solve_ex": "B",
     "linalg_lu_solve": "B",
     "cholesky_solve": "self",
+    "matrix_exp_adjoint": "g",
 }
 
 
@@ -44,6 +46,7 @@ def by_rows(call: Call) -> Labels:
     "aten._linalg_svd", "aten._linalg_eigh", "aten._linalg_det", "aten._linalg_slogdet", "aten.linalg_matrix_exp",
     "aten.linalg_householder_product", "aten.linalg_solve_triangular", "aten._linalg_solve_ex", "aten.linalg_lu_solve",
     "aten.cholesky_solve", "aten.cholesky_inverse", "aten.lu_unpack", "aten.linalg_pinv",
+    "dpcompile.matrix_exp_adjoint",
 )  # fmt: skip
 def matrices(call: Call) -> Labels:
     """Linear algebra on the last two dimensions; the dimensions before are a batch, broadcast together."""

@@ -181,7 +181,7 @@ def _parametrized(parametrization: Callable[[], nn.Module], base: nn.Module) -> 
 
 layer("WeightNorm-old", shaped(D), lambda: old_weight_norm())
 layer("WeightNorm-dim1", shaped(2, 6), lambda: parametrizations.weight_norm(nn.Conv1d(2, 3, 2), dim=1), slow=True)
-layer("SpectralNorm-train", shaped(D), lambda: parametrizations.spectral_norm(nn.Linear(D, 4), n_power_iterations=60))
+layer("SpectralNorm-train", shaped(D), lambda: parametrizations.spectral_norm(nn.Linear(D, 4), n_power_iterations=25))
 layer("SpectralNorm-eval", shaped(D), lambda: parametrizations.spectral_norm(nn.Linear(D, 4)).eval(), slow=True)
 layer(
     "SpectralNorm-conv", shaped(2, 5, 5), lambda: parametrizations.spectral_norm(nn.Conv2d(2, 3, 2)).eval(), slow=True
