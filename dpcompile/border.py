@@ -69,11 +69,14 @@ def forbidden_write(joint: JointGraph, destination: fx.Node, source: fx.Node, la
             where=where(source),
             remedy="use GroupNorm or LayerNorm, or call .eval() on the BatchNorm layers to freeze their statistics",
         )
+    remedy = "remove the in-place write, or compute the statistic outside the private model"
+    if inside is not None and issubclass(inside[1], torch.nn.modules.instancenorm._InstanceNorm):
+        remedy = f"make the {inside[1].__name__} with track_running_stats=False, or call .eval() on it"
     return ExampleMixingError(
         f"buffer '{name}' is written with values that depend on the examples ({label}): "
         "they would be published with the model, without noise",
         where=where(source),
-        remedy="remove the in-place write, or compute the statistic outside the private model",
+        remedy=remedy,
     )
 
 

@@ -31,7 +31,9 @@ from dpcompile.sizes import Size, same, shape_of, size
 __all__ = ["Roles", "assign_roles", "check_outputs", "extend", "name_joint"]
 
 _HIDDEN = re.compile(r"^L\['(args|kwargs)'\]")
-_BUFFER = re.compile(r"^L\['module'\](?:\._modules\['(?:.*?)'\])?\._buffers\['(.*)'\]$")
+_INSIDE_MODEL = re.compile(
+    r"^L\['module'\](?:\.__dict__)?((?:(?:\.|\[')_modules(?:'\])?\['[^']*'\])*)\._buffers\['(.*)'\]$"
+)
 MASK, NORMS, SUM = "dpcompile_mask", "dpcompile_norms", "dpcompile_sum"
 
 
@@ -108,6 +110,11 @@ def assign_roles(
                 hints[expression] = number
         if id(value) in parameters:
             names[position] = parameters[id(value)]
+            if value.is_complex() and value.requires_grad:
+                raise UnsupportedGraphError(
+                    f"parameter '{names[position]}' is complex, and norms and noise are those of real numbers",
+                    remedy="keep it as a real parameter [..., 2], and use torch.view_as_complex(it) in forward",
+                )
             (trainable if value.requires_grad else frozen)[position] = parameters[id(value)]
         elif id(value) in leaves:
             names[position], dim = leaves[id(value)]
@@ -153,7 +160,8 @@ def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tenso
     """Append inputs: the padding mask ``[B]``, and some whose only use is to receive a gradient.
 
     The norms leave the compiled backward as the gradient of the second one, ``[B]``. One more float32 input for every
-    parameter of a narrower dtype receives its clipped sum: autograd would round the parameter's own gradient.
+    parameter of a narrower dtype receives its clipped sum: autograd would round the parameter's own gradient. Outputs
+    that overlap in memory are copied.
     """
     position, dim = roles.batch_from
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -225,6 +233,11 @@ def name_joint(module: fx.GraphModule, roles: Roles) -> JointGraph:
             for p, name in roles.parameters.items()
         },
         batch=size(by_position[inputs].meta["val"].shape[0]),
+        plain_tangents={
+            t: d.idx
+            for d, t in tangents.items()
+            if isinstance(d, PlainAOTOutput) and isinstance(forward.get(d), fx.Node)
+        },
     )
 
 
@@ -269,4 +282,8 @@ def _source_name(node: fx.Node) -> str:
     if source is None:
         return str(node.target)
     name = source.name
-    return _BUFFER.sub(r"\1", str(name() if callable(name) else name).replace("']._modules['", "."))
+    text = str(name() if callable(name) else name)
+    found = _INSIDE_MODEL.match(text)
+    if found is None:
+        return text
+    return ".".join([*re.findall(r"\['((?!_modules'\])[^']*)'\]", found[1]), found[2]])

@@ -47,8 +47,46 @@ def _weight_norm_backward(grad_w: Tensor, v: Tensor, g: Tensor, norms: Tensor, d
     return (g / norms) * (grad_w - v * (along / norms)), along.to(g.dtype)
 
 
+def _distances(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None) -> Tensor:
+    """``torch.cdist``: distances between all rows of ``x1`` ``[.., P, D]`` and of ``x2`` ``[.., R, D]``."""
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+
+
+def _distances_backward(grad: Tensor, x1: Tensor, x2: Tensor, p: float, cdist: Tensor) -> Tensor:
+    """The gradient of the first operand, as in ATen's ``DistanceOpsKernel.cpp``."""
+    difference, distance, grad = x1.unsqueeze(-2) - x2.unsqueeze(-3), cdist.unsqueeze(-1), grad.unsqueeze(-1)
+    size, sign = difference.abs(), difference.sign()
+    if p == 0:
+        each = torch.zeros_like(difference)
+    elif p == 1:
+        each = grad * sign
+    elif p == float("inf"):
+        each = grad * sign * (size == distance)
+    else:
+        at_zero = (distance == 0) | ((difference == 0) & (p < 1))
+        each = torch.where(at_zero, 0.0, sign * (size / distance) ** (p - 1) * grad)
+    return each.sum(-2).sum_to_size(x1.shape)
+
+
+def _unpool2d(self: Tensor, indices: Tensor, output_size: Sequence[int]) -> Tensor:
+    """Values back at the positions that pooling took them from, each image's channel by itself."""
+    empty = self.new_zeros([*self.shape[:-2], output_size[0] * output_size[1]])
+    return empty.scatter(-1, indices.flatten(-2), self.flatten(-2)).unflatten(-1, output_size)
+
+
+def _unpool3d(
+    self: Tensor, indices: Tensor, output_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    empty = self.new_zeros([*self.shape[:-3], output_size[0] * output_size[1] * output_size[2]])
+    return empty.scatter(-1, indices.flatten(-3), self.flatten(-3)).unflatten(-1, output_size)
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    aten._cdist_backward.default: _distances_backward,
+    aten._cdist_forward.default: _distances,
     aten._trilinear.default: _trilinear,
+    aten.max_unpool2d.default: _unpool2d,
+    aten.max_unpool3d.default: _unpool3d,
     aten._weight_norm_interface_backward.default: _weight_norm_backward,
 }
 

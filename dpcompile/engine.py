@@ -24,6 +24,7 @@ from dpcompile.kinds import check_model
 from dpcompile.ledger import GradientLedger
 from dpcompile.pipeline import Options, Transformed, privatize
 from dpcompile.translate import translated
+from dpcompile.unowned import guarded
 
 __all__ = ["Engine", "with_own_code"]
 
@@ -290,5 +291,7 @@ class _Region:
         for p, alias in zip(self.roles.parameters, aliases, strict=True):
             arguments[p] = alias
         outputs = self.compiled(*arguments, delivery.mask, norms, *sums)
+        if self.transformed is not None:
+            outputs = guarded(outputs, self.transformed.unowned)
         self.engine.ran(self.transformed, outputs)
         return outputs

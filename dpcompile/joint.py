@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -31,6 +31,8 @@ class JointGraph:
         sum_slots: parameter name -> the position that its clipped sum takes; another one only where the parameter is
             narrower than float32.
         batch: the number of examples.
+        plain_tangents: cotangent placeholder -> the position, in what the captured graph returns, of the output that it
+            belongs to; only of outputs that AOTAutograd returns as they are.
     """
 
     module: fx.GraphModule
@@ -45,6 +47,7 @@ class JointGraph:
     gradient_slots: Mapping[str, int]
     sum_slots: Mapping[str, int]
     batch: Size
+    plain_tangents: Mapping[fx.Node, int] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:

@@ -6,14 +6,14 @@ from dpcompile._torch import OpOverload, OpOverloadPacket
 
 __all__ = ["operation_name"]
 
-_OWN = ("aten", "prims")
+_OWN = ("aten", "prims", "dpcompile")
 
 
 def operation_name(target: object) -> str:
     """``add`` for ``aten.add.Tensor``, ``mylib::add`` for another library's: no two operations share a name.
 
-    **Guarantee.** A name without ``::`` belongs to torch, so what is known of ``add`` is never believed of another
-    library's operation that is called the same.
+    **Guarantee.** A name without ``::`` belongs to torch or to this package, so what is known of ``add`` is never
+    believed of another library's operation that is called the same.
     """
     if isinstance(target, OpOverload):
         target = target.overloadpacket

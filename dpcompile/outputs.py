@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from dpcompile._torch import memory_of
 from dpcompile.errors import UnsupportedGraphError
+from dpcompile.sizes import is_one, shape_of, size
 
 __all__ = ["check_differentiable", "separate_outputs"]
 
@@ -23,10 +24,12 @@ def check_differentiable(gm: fx.GraphModule) -> None:
 
 
 def separate_outputs(gm: fx.GraphModule) -> None:
-    """Copy every differentiable output that shares memory with an input or with another output.
+    """Copy every differentiable output that shares memory with an input, with another output, or with itself.
 
     Of such an output AOTAutograd returns the base, and makes the view itself, outside the graph: a view that picks one
-    example for all would not be proved, and the gradient of a view of a parameter would reach it unclipped.
+    example for all would not be proved, and the gradient of a view of a parameter would reach it unclipped. And it lays
+    a cotangent out as it lays out the output: of positions that share memory only one survives (seen with
+    ``Tensor.unfold``, torch 2.11 to 2.15).
 
     Contract: equal values; no two differentiable outputs, and no such output and input, share memory.
     """
@@ -36,10 +39,11 @@ def separate_outputs(gm: fx.GraphModule) -> None:
     for node in output.args[0]:  # type: ignore[union-attr]
         if isinstance(node, fx.Node) and _needs_gradient(node):
             value = _value(node)
-            if memory_of(value) in taken:
+            if memory_of(value) in taken or _may_overlap(value):
                 with gm.graph.inserting_before(output):
-                    copied = gm.graph.call_function(torch.clone, (node,))
-                copied.meta = dict(node.meta)
+                    layout = {"memory_format": torch.contiguous_format}
+                    copied = gm.graph.call_function(torch.clone, (node,), layout)
+                copied.meta = {**node.meta, "example_value": value.clone(memory_format=torch.contiguous_format)}
                 node = copied
             taken.add(memory_of(value))
         own.append(node)
@@ -57,3 +61,17 @@ def _value(node: fx.Node) -> Tensor:
 def _needs_gradient(node: fx.Node) -> bool:
     value = _value(node)
     return isinstance(value, Tensor) and value.requires_grad
+
+
+def _may_overlap(value: torch.Tensor) -> bool:
+    """Whether two positions may share memory, other than by ``expand`` (stride 0), which AOTAutograd sees itself."""
+    dims = [(size(s), n) for s, n in zip(value.stride(), shape_of(value), strict=True) if not is_one(n)]
+    dims = [(step, n) for step, n in dims if step != 0]
+    if not all(isinstance(step, int) and isinstance(n, int) for step, n in dims):
+        return not value.is_contiguous()
+    extent = 1
+    for step, n in sorted(dims):  # type: ignore[type-var]
+        if step < extent:  # type: ignore[operator]
+            return True
+        extent += (n - 1) * step  # type: ignore[operator]
+    return False

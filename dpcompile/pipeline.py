@@ -14,12 +14,14 @@ from dpcompile.capture import Roles, check_outputs, name_joint
 from dpcompile.certificate import Certificate, certify
 from dpcompile.clipping import Clipping
 from dpcompile.cost import rates_for
+from dpcompile.matrix_exp import fold_matrix_exp
 from dpcompile.memory import budget_in_bytes
 from dpcompile.normalise import copy_expanded_bases, save_what_is_overwritten, split_convolution_bias
 from dpcompile.plan import Plan, make_plan
 from dpcompile.proof import prove
 from dpcompile.rewrite import ClipOptions, rewrite
 from dpcompile.sites import find_gradients
+from dpcompile.unowned import erase_cotangents
 
 __all__ = ["Options", "Transformed", "privatize"]
 
@@ -50,6 +52,7 @@ class Transformed:
         output_labels: of the forward outputs, in the order of the captured graph.
         sum_slots: parameter name -> position of its clipped sum in the graph's outputs.
         norm_slot: the position of the norms.
+        unowned: positions of outputs that depend on no example, with the user's line.
     """
 
     graph: fx.GraphModule
@@ -58,6 +61,7 @@ class Transformed:
     output_labels: tuple[Label, ...]
     sum_slots: Mapping[str, int]
     norm_slot: int
+    unowned: Mapping[int, str | None]
 
 
 def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transformed:
@@ -67,9 +71,13 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transfo
     inputs before :func:`dpcompile.capture.extend`.
     """
     split_convolution_bias(module.graph)
+    fold_matrix_exp(module.graph)
     joint = name_joint(module, roles)
     check_outputs(module, roles)
     proof = prove(joint)
+    unowned = erase_cotangents(joint, proof)
+    if unowned:
+        proof = prove(joint)
     gradients = find_gradients(joint, proof)
     certificate = certify(joint, proof, gradients)
     plan = make_plan(
@@ -89,4 +97,4 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transfo
     module.recompile()
     labels = tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs)
     readable = fx.GraphModule(module, copy_graph(module.graph))
-    return Transformed(readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot)
+    return Transformed(readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot, unowned)

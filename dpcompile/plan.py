@@ -161,11 +161,13 @@ def _together(forms: Sequence[Factored], element: int) -> Shape:
 
 def _reason(rule: str, best: str, times: Mapping[str, float]) -> str:
     if rule != best:
-        return f"fits the memory budget ({best} is {times[rule] / times[best]:.1f}x faster)"
+        return f"fits the memory budget ({best} is {times[rule] / max(times[best], 1e-30):.1f}x faster)"
     others = [(s, r) for r, s in times.items() if r != rule]
     if not others:
         return "the only rule"
     seconds, name = min(others)
+    if not times[rule]:
+        return "nothing to do"
     return f"{name} would cost {seconds / max(times[rule], 1e-30):.1f}x"
 
 

@@ -58,9 +58,9 @@ def prove(joint: JointGraph) -> Proof:
     write to a parameter being trained          refused
     write to an input with examples             allowed where every example keeps its place
     gradient that is identically zero           allowed
+    output that depends on no example           allowed; a gradient through it is refused when it runs
     gradient with a part from no example        refused (a regulariser inside the model)
     parameter with an example axis of its own   refused
-    parameter of complex numbers                refused: norms and noise are those of real numbers
     operation without a rule on example data    refused by name
     batch of one example                        nothing to mix; writes to buffers are still refused
     ==========================================  ==========================================================
@@ -98,15 +98,14 @@ def refusal(label: Mixed, target: str) -> DPCompileError:
             remedy="use GroupNorm or LayerNorm, or call .eval() on the BatchNorm layers to freeze their statistics",
         )
     verb = "mixes examples" if label.supported else "is not understood"
-    remedy = (
+    remedy = label.remedy or (
         "compute it for every example by itself; a loss belongs outside the model, one value per example "
         "(reduction='none'), then .mean(); use in_dims for inputs that have no example axis"
         if label.supported
         else "rewrite it with operations that have a rule; for an operator of your own, dpcompile.register_axis_rule "
         "says what it does to the examples"
     )
-    text = f"`{operation}` {verb}: {label.reason} (it reaches {target})"
-    return kind(text, where=place, remedy=label.remedy or remedy)
+    return kind(f"`{operation}` {verb}: {label.reason} (it reaches {target})", where=place, remedy=remedy)
 
 
 def _propagate(joint: JointGraph) -> dict[fx.Node, Labels]:
@@ -143,6 +142,8 @@ def _input_label(joint: JointGraph, node: fx.Node, labels: Mapping[fx.Node, Labe
     label = label[0] if isinstance(label, tuple) else label
     if isinstance(label, Summed):
         return Shared(cotangent=True)
+    if isinstance(label, Shared):
+        return Shared(zero=node in joint.plain_tangents)  # see dpcompile.unowned
     return label if isinstance(label, (Examples, Whole)) else Shared()
 
 
@@ -236,11 +237,6 @@ def _check_output(position: int, node: fx.Node, label: Label) -> None:
 
 
 def _check_gradient(name: str, gradient: fx.Node, label: Label) -> None:
-    if gradient.meta["val"].is_complex():
-        raise UnsupportedGraphError(
-            f"the trainable parameter '{name}' is complex, and norms and noise are those of real numbers",
-            remedy="hold it as a real parameter and use torch.view_as_complex in forward",
-        )
     if isinstance(label, (Summed, Whole)):
         return
     if isinstance(label, Mixed):

@@ -76,7 +76,7 @@ def oriented(gradient: ParameterGradient, batch: Size) -> list[Factored] | None:
     for site in gradient.sites:
         form = factored(site, batch)
         chain = _chain(site.value, gradient)
-        if form is None or chain is None:
+        if form is None or chain is None or site.value.meta["val"].dtype.is_complex:
             return None
         if chain == ("transposed",):
             form, chain = form.transposed(), ("identity",)

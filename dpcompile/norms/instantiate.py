@@ -96,6 +96,10 @@ def _fma(named: dict[str, Any], _: torch.dtype) -> Tensor:
     return a * b + c
 
 
+def _rev(named: dict[str, Any], _: torch.dtype) -> Tensor:
+    return named["a"].flip(named["dims"])
+
+
 # Operations that torch.vmap has no rule for, or one that is wrong, fixes the batch size or asks for a memory layout,
 # and how to run them instead.
 _UNDER_VMAP = {
@@ -108,6 +112,7 @@ _UNDER_VMAP = {
     "copy": _copy,
     "view": _view,
     "_unsafe_view": _view,
+    "rev": _rev,
 }
 
 

@@ -1,6 +1,6 @@
 """What every operation does to the example axis."""
 
-from dpcompile.rules import attention, contractions, indexing, layers, pointwise, reductions, views
+from dpcompile.rules import attention, batched, contractions, indexing, layers, pointwise, reductions, strided, views
 from dpcompile.rules.registry import AxisRule, Call, Labels, add_rule, axis_rule, find_rule, rules
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "add_rule",
     "attention",
     "axis_rule",
+    "batched",
     "contractions",
     "find_rule",
     "indexing",
@@ -17,5 +18,6 @@ __all__ = [
     "pointwise",
     "reductions",
     "rules",
+    "strided",
     "views",
 ]

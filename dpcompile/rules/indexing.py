@@ -9,7 +9,7 @@ from torch import fx
 
 from dpcompile.axis import Examples, Label, Mixed, Shared, Summed
 from dpcompile.rules.pointwise import combine
-from dpcompile.rules.registry import Call, axis_rule
+from dpcompile.rules.registry import Call, Labels, axis_rule
 from dpcompile.sizes import is_one, same
 
 
@@ -17,6 +17,11 @@ from dpcompile.sizes import is_one, same
 def embedding(call: Call) -> Label:
     """Rows of a table, one for each index."""
     table, indices = call.label(call["weight"]), call.label(call["indices"])
+    if call["scale_grad_by_freq"]:
+        return call.mixes(
+            "scale_grad_by_freq divides the gradient of a row by how often the whole batch looks it up",
+            "make the embedding with scale_grad_by_freq=False",
+        )
     if isinstance(table, Summed):
         return Summed() if isinstance(indices, Shared) else call.mixes("it looks examples up in a sum over all of them")
     if isinstance(table, Examples):
@@ -28,6 +33,25 @@ def _rows(call: Call, table: Examples, indices: Label) -> Label:
     if table.dim != 0 and isinstance(indices, Shared):
         return table.at(table.dim - 1 + len(call.shape(call["indices"])))
     return call.mixes("it looks up values of examples by an index across the examples")
+
+
+@axis_rule("aten.embedding_renorm")
+def embedding_renorm(call: Call) -> Label:
+    """Rescale the rows of a table that are looked up."""
+    return call.mixes(
+        "max_norm rewrites the rows that the examples look up: the table itself would show them",
+        "make the embedding with max_norm=None, and normalise what it returns",
+    )
+
+
+@axis_rule("aten._embedding_bag", "aten._embedding_bag_forward_only")
+def embedding_bag(call: Call) -> Labels:
+    """Bags of equal size are taken apart before; here the values of the offsets say whose rows are whose."""
+    refusal = call.unsupported(
+        "bags given by offsets have no example axis",
+        "pass ids as [B, T], filled up with the bag's padding_idx (and per_sample_weights as [B, T])",
+    )
+    return tuple(refusal for _ in call.node.meta["val"])
 
 
 @axis_rule("aten.index_select")
@@ -212,6 +236,23 @@ def _write_to_examples(call: Call, geometry: _Geometry, label: Label, by: Label,
 
 def _neutral(label: Label) -> bool:
     return isinstance(label, Summed) or (isinstance(label, Shared) and label.zero)
+
+
+@axis_rule("aten.searchsorted", "aten.bucketize")
+def search(call: Call) -> Label:
+    """Positions in sorted values: those of a table that all share, or those of each row."""
+    table = call["boundaries"] if call["boundaries"] is not None else call["sorted_sequence"]
+    found, by = call.label(table), call.label(call["self"])
+    if call.summed() or call["sorter"] is not None:
+        return call.unsupported("it has no rule on sums over the examples, nor with a sorter")
+    if len(call.shape(table)) == 1:
+        return by if isinstance(found, Shared) else call.mixes("it searches all examples' values for one example's")
+    axes = [x for x in (found, by) if isinstance(x, Examples)]
+    if any(x.dim != axes[0].dim or not x.same_layout(axes[0]) for x in axes):
+        return call.mixes("its operands carry their examples in different places")
+    if axes[0].dim == len(call.shape(table)) - 1:
+        return call.mixes("it searches among the examples")
+    return axes[0]
 
 
 def _is_mask(index: fx.Node) -> bool:

@@ -46,7 +46,7 @@ def convolution_backward(call: Call) -> Labels:
     "aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool2d_backward", "aten.avg_pool3d", "aten.avg_pool3d_backward",
     "aten._adaptive_avg_pool2d", "aten._adaptive_avg_pool2d_backward", "aten._adaptive_avg_pool3d",
     "aten._adaptive_avg_pool3d_backward", "aten.adaptive_max_pool2d", "aten.adaptive_max_pool2d_backward",
-    "aten.adaptive_max_pool3d", "aten.adaptive_max_pool3d_backward", "aten.fractional_max_pool2d",
+    "aten.adaptive_max_pool3d", "aten.adaptive_max_pool3d_backward",
     "aten.upsample_nearest1d", "aten.upsample_nearest1d_backward", "aten.upsample_nearest2d",
     "aten.upsample_nearest2d_backward", "aten.upsample_nearest3d", "aten.upsample_nearest3d_backward",
     "aten.upsample_bilinear2d", "aten.upsample_bilinear2d_backward", "aten.upsample_bicubic2d",

@@ -12,7 +12,8 @@ __all__ = ["combine", "pointwise"]
 
 _LINEAR_IN_ONE = {
     "neg", "positive", "clone", "alias", "detach", "_to_copy", "convert_element_type", "to", "contiguous",
-    "lift_fresh_copy", "_conj", "real", "imag", "view_of", "device_put", "tril", "triu",
+    "lift_fresh_copy", "_conj", "_conj_physical", "conj_physical", "real", "imag", "view_of", "device_put",
+    "tril", "triu", "_neg_view",
 }  # fmt: skip
 
 
@@ -20,7 +21,7 @@ _LINEAR_IN_ONE = {
     "aten.clone", "aten.alias", "aten.detach", "aten._to_copy", "aten.to", "aten.contiguous",
     "aten.lift_fresh_copy", "aten.masked_fill", "aten.where", "aten.native_dropout", "aten.native_dropout_backward",
     "aten.complex", "aten.polar", "aten.bernoulli", "aten.rrelu_with_noise_functional",
-    "aten.rrelu_with_noise_backward", "aten._conj",
+    "aten.rrelu_with_noise_backward", "aten._conj", "aten._neg_view",
     "aten._prelu_kernel", "aten._prelu_kernel_backward", "aten.nan_to_num", "aten.floor_divide",
     "prims.convert_element_type", "prims.device_put", "prims.view_of", "prims.inductor_force_stride_order",
     "prims.fma", "aten.uniform", "aten.normal", "aten.normal_functional", "aten.exponential", "aten.geometric",
@@ -98,6 +99,8 @@ def _linear(call: Call) -> Label:
         a, b, c = call.node.args
         if isinstance(call.label(a), Summed) != isinstance(call.label(b), Summed):
             return _all_summed_or_zero(call, [c])
+    if name == "complex":
+        return _all_summed_or_zero(call, [call["real"], call["imag"]])
     if name in ("add", "sub"):
         return _all_summed_or_zero(call, [first, second])
     if name == "complex":

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import fx
+
 from dpcompile.axis import Examples, Label, Summed
+from dpcompile.rules.pointwise import combine
 from dpcompile.rules.registry import Call, Labels, axis_rule
 from dpcompile.sizes import shape_of
 
@@ -49,20 +52,11 @@ def _dims(call: Call, ndim: int) -> set[int]:
     return {d % ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
 
 
-@axis_rule("aten._fft_c2c", "aten._fft_r2c", "aten._fft_c2r")
-def fourier(call: Call) -> Label:
-    """Fourier transforms are linear, and may not run along the examples."""
-    label, ndim = call.label(call["self"]), len(call.out_shape)
-    if isinstance(label, Examples) and label.dim in {d % ndim for d in call["dim"]}:
-        return call.mixes("the Fourier transform runs over the examples")
-    return label
-
-
 @axis_rule(
     "aten._softmax", "aten._log_softmax", "aten._softmax_backward_data", "aten._log_softmax_backward_data",
     "aten.cumsum", "aten.cumprod", "aten.cummax", "aten.cummin", "aten.logcumsumexp", "aten.sort", "aten.topk",
     "aten.argsort", "aten.flip", "aten.roll", "aten.glu", "aten.glu_backward", "aten.softmax", "aten.log_softmax",
-    "aten._safe_softmax", "prims.cumsum", "prims.rev", "aten.rot90", "aten.searchsorted",
+    "aten._safe_softmax", "prims.cumsum", "prims.rev", "aten.rot90",
     "prims.prepare_softmax_online",
 )  # fmt: skip
 def along_dim(call: Call) -> Labels:
@@ -84,8 +78,6 @@ def _along(call: Call) -> Label:
         return call.mixes("its operands carry their examples in different places")
     ndim = len(shape_of(node.meta["val"]))
     dims = call["dims"] if call["dims"] is not None else call["dim"]
-    if name == "searchsorted":
-        return call.unsupported("it has no rule on values of examples")
     if dims is None:
         dims = -1
     touched = {d % ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
@@ -105,3 +97,21 @@ def multinomial(call: Call) -> Label:
     if not isinstance(label, Examples) or len(call.out_shape) != 2 or label.dim != 0:
         return call.mixes("it draws from a distribution over the examples")
     return label
+
+
+@axis_rule("aten.bucketize", "aten.searchsorted")
+def search(call: Call) -> Label:
+    """Find values among boundaries, which lie along the last dimension and may be an example's own."""
+    values = call["self"]
+    boundaries = call["boundaries"] if call["boundaries"] is not None else call["sorted_sequence"]
+    if call.summed():
+        return call.mixes("it rounds a sum over the examples")
+    if call["sorter"] is not None:
+        return call.unsupported("it sorts by an index; sort the boundaries before")
+    label = call.label(boundaries)
+    if isinstance(label, Examples) and label.dim == len(call.shape(boundaries)) - 1:
+        return call.mixes("it searches among the examples")
+    if isinstance(label, Examples) and len(call.shape(boundaries)) != len(call.shape(values)):
+        return call.mixes("its operands carry their examples in different places")
+    operands = [n for n in (values, boundaries) if isinstance(n, fx.Node)]
+    return combine(call, operands, tuple(1 for _ in call.out_shape))

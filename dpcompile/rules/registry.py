@@ -97,6 +97,7 @@ def axis_rule(*names: str) -> Callable[[AxisRule], AxisRule]:
             namespace, _, operation = name.partition(".")
             packet = getattr(getattr(torch.ops, namespace), operation, None)
             if packet is not None:
+                assert packet not in _RULES, f"two rules for {name}"
                 _RULES[packet] = rule
         return rule
 

@@ -16,6 +16,9 @@ _KEEPS_VALUES = {
     "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "expand", "permute", "transpose", "t", "clone", "alias",
     "_to_copy", "convert_element_type", "detach", "slice", "select", "device_put", "lift_fresh_copy",
 }  # fmt: skip
+_ZERO_IF_ANY = {"mul", "mm", "bmm"}
+_ZERO_IF_FIRST = {"neg", "sum", "mean", "div", "permute"}
+_ZERO_IF_ALL = {"add", "sub", "cat"}
 _EXACT = {torch.int64, torch.int32, torch.float64, torch.float32}
 _KEEPS_COTANGENT = _KEEPS_VALUES | {"mul", "div", "neg"}
 
@@ -40,7 +43,17 @@ def _zero(call: Call, name: str, labels: list[Shared]) -> bool:
         return isinstance(value, (int, float)) and value == 0
     if name in _KEEPS_VALUES:
         return bool(labels) and labels[0].zero
-    return name == "mul" and any(x.zero for x in labels)
+    if name in _ZERO_IF_FIRST:
+        return bool(labels) and labels[0].zero and call.operands[0] is call.node.args[0]
+    if name in _ZERO_IF_ALL:
+        return bool(labels) and all(x.zero for x in labels) and len(labels) == len(call.operands) == len(_flat(call))
+    return name in _ZERO_IF_ANY and any(x.zero for x in labels)
+
+
+def _flat(call: Call) -> list[object]:
+    """The operands, numbers too."""
+    first = call.node.args[0]
+    return list(first) if isinstance(first, (list, tuple)) else list(call.node.args[:2])
 
 
 def _counts(call: Call, name: str) -> int | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
+import torch
 from torch import fx
 
 from dpcompile.axis import Examples, Label, Shared, Summed, reshape_axis
@@ -36,16 +36,15 @@ def view_dtype(call: Call) -> Label:
     label = call.label(call["self"])
     if isinstance(label, Examples) and label.dim == len(call.out_shape) - 1:
         return call.unsupported("it reinterprets the elements along the example axis")
-    return label if isinstance(label, Examples) else call.mixes("it is not linear in a sum over the examples")
+    if isinstance(label, Examples):
+        return label
+    parts = {call["self"].meta["val"].dtype, call.node.meta["val"].dtype}
+    if isinstance(label, Summed) and parts in _COMPLEX_AND_PARTS:
+        return label
+    return call.mixes("it is not linear in a sum over the examples")
 
 
-@axis_rule("aten.view_as_real", "aten.view_as_complex", "aten.view_as_real_copy", "aten.view_as_complex_copy")
-def complex_view(call: Call) -> Label:
-    """A last dimension of two, real and imaginary, appears or goes."""
-    label = call.label(call["self"])
-    if isinstance(label, Examples) and label.dim == len(call.out_shape):
-        return call.mixes("it makes one example the real part and another one the imaginary part")
-    return label
+_COMPLEX_AND_PARTS = ({torch.float32, torch.complex64}, {torch.float64, torch.complex128})
 
 
 @axis_rule("aten.permute", "prims.transpose")
@@ -87,7 +86,7 @@ def expand(call: Call) -> Label:
 @axis_rule("aten.repeat")
 def repeat(call: Call) -> Label:
     """Tile: along the example axis this repeats the whole batch."""
-    source, times = call["self"], [size(_value(r)) for r in call["repeats"]]
+    source, times = call["self"], [size(value_of(r)) for r in call["repeats"]]
     label = call.label(source)
     if not isinstance(label, Examples):
         return label
@@ -108,8 +107,8 @@ def slice_(call: Call) -> Label:
         return label
     period = product([call.batch, label.inner])
     start, outer = call["start"] or 0, divide(new[dim], period)
-    start = _from_front(_value(start), old[dim])
-    if outer is None or divide(start, period) is None or not same(_value(call["step"] or 1), 1):
+    start = _from_front(value_of(start), old[dim])
+    if outer is None or divide(start, period) is None or not same(value_of(call["step"] or 1), 1):
         return call.mixes("it picks out some of the examples")
     return Examples(label.dim, outer, label.inner)
 
@@ -181,15 +180,31 @@ def _join(call: Call, dim: int, parts: list[fx.Node]) -> Label:
     return Examples(dim, outer, inner)
 
 
-@axis_rule("aten.slice_scatter", "aten.select_scatter", "aten.diagonal_scatter")
+@axis_rule("aten.diagonal_scatter")
+def scatter_diagonal(call: Call) -> Label:
+    """Write the diagonal of two dimensions of a copy; the examples must lie along another one."""
+    base, source = call["self"], call["src"]
+    if call.summed():
+        return linear_write(call, base, source)
+    label, written, ndim = call.label(base), call.label(source), len(call.out_shape)
+    others = [d for d in range(ndim) if d not in (call.dim(call["dim1"], ndim), call.dim(call["dim2"], ndim))]
+    if isinstance(written, Examples):
+        if written.dim >= len(others):
+            return call.mixes("it writes the examples along a diagonal")
+        written = written.at(others[written.dim])
+    found = [x for x in (label, written) if isinstance(x, Examples)]
+    if any(x.dim not in others or x.dim != found[0].dim or not x.same_layout(found[0]) for x in found):
+        return call.mixes("the diagonal carries its examples elsewhere than the value it is written into")
+    return found[0]
+
+
+@axis_rule("aten.slice_scatter", "aten.select_scatter")
 def scatter_slice(call: Call) -> Label:
     """Write a slice into a copy; the slice may not run across the example axis."""
     base, source = call["self"], call["src"]
     if call.summed():
-        return _linear_write(call, base, source)
+        return linear_write(call, base, source)
     old, part = call.shape(base), call.shape(source)
-    if call["dim"] is None:
-        return call.unsupported("it writes a diagonal")
     dim = call.dim(call["dim"], len(old))
     selects = len(part) < len(old)
     label = call.label(source)
@@ -209,15 +224,16 @@ def _write_batches(call: Call, label: Examples) -> Label:
     if call["index"] is not None:
         return call.mixes("it writes to some of the examples")
     dim, period = label.dim, product([call.batch, label.inner])
-    start = _from_front(_value(call["start"] or 0), call.shape(base)[dim])
+    start = _from_front(value_of(call["start"] or 0), call.shape(base)[dim])
     outer = divide(call.shape(base)[dim], period)
     aligned = divide(start, period) is not None and divide(call.shape(source)[dim], period) is not None
-    if outer is None or not aligned or not same(_value(call["step"] or 1), 1):
+    if outer is None or not aligned or not same(value_of(call["step"] or 1), 1):
         return call.mixes("it writes to some of the examples")
     return Examples(dim, outer, label.inner)
 
 
-def _linear_write(call: Call, base: object, source: object) -> Label:
+def linear_write(call: Call, base: object, source: object) -> Label:
+    """Write into a copy, where one or both are sums over the examples: both must be, or zero."""
     if all(isinstance(x, Summed) or (isinstance(x, Shared) and x.zero) for x in map(call.label, (base, source))):
         return Summed()
     return call.mixes("it writes a sum over the examples into other values")
@@ -259,72 +275,12 @@ def pad(call: Call) -> Label:
     assert isinstance(label, Examples)
     from_last = len(call.out_shape) - 1 - label.dim
     touched = amounts[2 * from_last : 2 * from_last + 2]
-    if any(_value(a) != 0 for a in touched):
+    if any(value_of(a) != 0 for a in touched):
         return call.mixes("it pads or cuts the example axis")
     return label
 
 
-@axis_rule("aten.as_strided", "aten.as_strided_copy")
-def as_strided(call: Call) -> Label:
-    """Addresses into memory: followed where both sides fill the same memory without gaps or overlaps."""
-    source = call["self"]
-    label, old, new = call.label(source), call.shape(source), call.out_shape
-    strides = [size(s) for s in source.meta["val"].stride()]
-    wanted = [_value(s) for s in call["stride"]]
-    if isinstance(label, Examples) and same(_value(call["storage_offset"] or 0), 0):
-        moved = _through_memory(label, (old, strides), (new, wanted), call.batch)
-        if moved is not None:
-            return moved
-    return label if isinstance(label, Summed) else call.unsupported(_ADDRESSES)
-
-
-@axis_rule("aten.as_strided_scatter")
-def as_strided_scatter(call: Call) -> Label:
-    """Write at addresses in memory: followed where all of the memory is written, without gaps or overlaps."""
-    base, source = call["self"], call["src"]
-    label, old, new = call.label(source), call.shape(source), call.shape(base)
-    written = [_value(s) for s in call["stride"]]
-    below = [size(s) for s in base.meta["val"].stride()]
-    if isinstance(label, Examples) and same(_value(call["storage_offset"] or 0), 0):
-        moved = _through_memory(label, (old, written), (new, below), call.batch)
-        if moved is not None:
-            return moved
-    if call.summed():
-        return _linear_write(call, base, source)
-    return call.unsupported(_ADDRESSES)
-
-
-_ADDRESSES = "it addresses memory directly; use view, slice, permute or Tensor.unfold"
-Strided: TypeAlias = "tuple[Sequence[Size], Sequence[Size]]"
-
-
-def _through_memory(axis: Examples, old: Strided, new: Strided, batch: Size) -> Examples | None:
-    """The example axis through memory that both sides lay out densely, each in an order of dimensions of its own."""
-    order_old, order_new = _memory_order(*old), _memory_order(*new)
-    if order_old is None or order_new is None or not same(product(old[0]), product(new[0])):
-        return None
-    shape_old, shape_new = [old[0][d] for d in order_old], [new[0][d] for d in order_new]
-    moved = reshape_axis(axis.at(order_old.index(axis.dim)), shape_old, shape_new, batch)
-    return None if moved is None else moved.at(order_new[moved.dim])
-
-
-def _memory_order(shape: Sequence[Size], strides: Sequence[Size]) -> list[int] | None:
-    """Dimensions from the slowest to the fastest, those of size 1 first; None if the memory has gaps or overlaps."""
-    left = [d for d in range(len(shape)) if not same(shape[d], 1)]
-    single = [d for d in range(len(shape)) if same(shape[d], 1)]
-    order: list[int] = []
-    step: Size = 1
-    while left:
-        fastest = next((d for d in left if same(strides[d], step)), None)
-        if fastest is None:
-            return None
-        left.remove(fastest)
-        order.insert(0, fastest)
-        step = product([step, shape[fastest]])
-    return single + order
-
-
-def _value(number: object) -> Size:
+def value_of(number: object) -> Size:
     """A size that may stand in the graph as a node."""
     if isinstance(number, fx.Node):
         number = number.meta["val"]
