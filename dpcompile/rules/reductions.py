@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
-
 from dpcompile.axis import Examples, Label, Summed
-from dpcompile.rules.pointwise import combine
 from dpcompile.rules.registry import Call, Labels, axis_rule
 from dpcompile.sizes import shape_of
 
@@ -97,21 +94,3 @@ def multinomial(call: Call) -> Label:
     if not isinstance(label, Examples) or len(call.out_shape) != 2 or label.dim != 0:
         return call.mixes("it draws from a distribution over the examples")
     return label
-
-
-@axis_rule("aten.bucketize", "aten.searchsorted")
-def search(call: Call) -> Label:
-    """Find values among boundaries, which lie along the last dimension and may be an example's own."""
-    values = call["self"]
-    boundaries = call["boundaries"] if call["boundaries"] is not None else call["sorted_sequence"]
-    if call.summed():
-        return call.mixes("it rounds a sum over the examples")
-    if call["sorter"] is not None:
-        return call.unsupported("it sorts by an index; sort the boundaries before")
-    label = call.label(boundaries)
-    if isinstance(label, Examples) and label.dim == len(call.shape(boundaries)) - 1:
-        return call.mixes("it searches among the examples")
-    if isinstance(label, Examples) and len(call.shape(boundaries)) != len(call.shape(values)):
-        return call.mixes("its operands carry their examples in different places")
-    operands = [n for n in (values, boundaries) if isinstance(n, fx.Node)]
-    return combine(call, operands, tuple(1 for _ in call.out_shape))

@@ -24,6 +24,6 @@ from models.modules import Block, LanguageModel
 
 __all__ = ["ALL", "B", "Block", "CASES", "Case", "D", "LanguageModel", "T", "V", "ZOO"]
 
-CASES = {case.name: case for case in ALL}
-assert len(CASES) == len(ALL), "two models of one name"
 ZOO = [case for case in ALL if case.family == "modules"]
+CASES = {case.name: case for case in ZOO}
+assert len({case.id for case in ALL}) == len(ALL), "two models of one name"

@@ -47,6 +47,11 @@ class Case:
     slow: bool = False
     tolerance: float = 1e-4
 
+    @property
+    def id(self) -> str:
+        """The family and the name."""
+        return f"{self.family}/{self.name}"
+
     def call(self, batch: int = B, dtype: torch.dtype = torch.float32) -> Call:
         """Arguments with floating tensors in ``dtype``."""
         args, kwargs = self.inputs(batch)

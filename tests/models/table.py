@@ -30,8 +30,7 @@ _WORST = ("right", "refused", "wrong")
 
 def record(case: Case, outcome: str, plan: Any = None, error: float = 0.0) -> None:
     """Note one run; a model is as good as its worst run. The rules shown are those of its first plan ("auto")."""
-    name = f"{case.family}/{case.name}"
-    line = _LINES.setdefault(name, Line(name, case.reason))
+    line = _LINES.setdefault(case.id, Line(case.id, case.reason))
     line.outcome = max(line.outcome, outcome, key=_WORST.index)
     line.error = max(line.error, error)
     if plan is not None and not line.rules:

@@ -36,7 +36,7 @@ pytestmark = [  # what plain torch and transformers say of these models
 @functools.lru_cache(4)
 def solved(name: str) -> tuple[nn.Module, Any, Any, Gradients]:
     """A model, a call of it, and every example's gradient."""
-    case = next(c for c in ALL if c.name == name)
+    case = next(c for c in ALL if c.id == name)
     torch.manual_seed(1)
     model = case.make()
     args, kwargs = case.call(BATCH)
@@ -47,13 +47,13 @@ def solved(name: str) -> tuple[nn.Module, Any, Any, Gradients]:
 
 def marks_of(case: Case, run: int) -> list[Any]:
     """One process for all runs of a model, so that its gradients are computed once; forced rules may be slow."""
-    return [pytest.mark.xdist_group(case.name), *([pytest.mark.slow] if case.slow and run else [])]
+    return [pytest.mark.xdist_group(case.id), *([pytest.mark.slow] if case.slow and run else [])]
 
 
 def runs() -> list[Any]:
     """Model by model; what is slow only under "auto" unless asked for."""
     return [
-        pytest.param(case, norm, id=f"{case.name}-{norm}", marks=marks_of(case, i))
+        pytest.param(case, norm, id=f"{case.id}-{norm}", marks=marks_of(case, i))
         for case in ALL
         for i, norm in enumerate(NORMS)
         if i == 0 or case.refused is None
@@ -64,7 +64,7 @@ def runs() -> list[Any]:
 def test_model(case: Case, norm: str) -> None:
     if case.refused is not None:
         return refused(case)
-    model, args, kwargs, gradients = solved(case.name)
+    model, args, kwargs, gradients = solved(case.id)
     bound = clip(gradients, 1.0).norms.median().item() * 1.01
     private = dp_compile(
         copy.deepcopy(model), max_grad_norm=bound, in_dims=case.in_dims, norm=norm, backend="eager", dynamic=False
