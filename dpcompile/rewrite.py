@@ -27,6 +27,7 @@ from dpcompile.sizes import Size
 
 __all__ = ["ClipOptions", "rewrite"]
 
+
 @dataclass(frozen=True, slots=True)
 class ClipOptions:
     """What the clip node does.

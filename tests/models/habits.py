@@ -160,7 +160,9 @@ class BranchesOnValues(nn.Module):
         return self.layer(x) if x.sum().item() > 1 else self.layer(-x)
 
 
-@register(vectors, refused="the model raises ValueError while it is captured: seven features are wanted", reason="fails")
+@register(
+    vectors, refused="the model raises ValueError while it is captured: seven features are wanted", reason="fails"
+)
 class Raises(nn.Module):
     def __init__(self) -> None:
         super().__init__()
