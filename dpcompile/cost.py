@@ -77,7 +77,9 @@ def costs(shape: Shape, batch: Size) -> dict[str, Cost]:
         "ghost": _cost(grams * (p + d), 3 * sides + 2 * grams * e + 2 * unfold, sides + grams * e + unfold),
         "keep": _cost(4 * weights, 3 * weights * e + 2 * unfold, weights * e + unfold),
         "redo": _cost(2 * weights * (t + 1), 2 * weights * e + 2 * sides + 2 * unfold, sides + weights * e + unfold),
-        "direct": _cost(2 * weights * (t + 1), 2 * weights * e + 3 * sides + 2 * unfold, sides + tile * e + unfold),
+        "direct": _cost(
+            2 * weights * (t + 1), 2 * weights * e + 3 * sides + 2 * unfold, sides + tile * e + unfold
+        ),
     }
 
 

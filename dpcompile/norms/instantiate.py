@@ -95,7 +95,7 @@ def _fma(named: dict[str, Any], _: torch.dtype) -> Tensor:
     return a * b + c
 
 
-# Operations that torch.vmap has no rule for, or one that is wrong, fixes the batch size or asks for a memory layout, and
+# Operations that torch.vmap has no rule for, or one that is wrong, fixes the batch size or asks for a memory layout:
 # how to run them instead.
 _UNDER_VMAP = {
     "convert_element_type": _cast,

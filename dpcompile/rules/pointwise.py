@@ -16,10 +16,10 @@ _LINEAR_IN_ONE = {
 
 
 @axis_rule(
-    "aten.clone", "aten.alias", "aten.detach", "aten._to_copy", "aten.to", "aten.contiguous",
-    "aten.lift_fresh_copy", "aten.masked_fill", "aten.where", "aten.native_dropout", "aten.native_dropout_backward",
-    "aten.complex", "aten.polar", "aten.bernoulli", "aten.rrelu_with_noise_functional", "aten.rrelu_with_noise_backward", "aten._conj",
-    "aten._prelu_kernel", "aten._prelu_kernel_backward", "aten.nan_to_num", "aten.floor_divide",
+    "aten.clone", "aten.alias", "aten.detach", "aten._to_copy", "aten.to", "aten.contiguous", "aten.lift_fresh_copy",
+    "aten.masked_fill", "aten.where", "aten.native_dropout", "aten.native_dropout_backward", "aten.complex",
+    "aten.polar", "aten.bernoulli", "aten.rrelu_with_noise_functional", "aten.rrelu_with_noise_backward",
+    "aten._conj", "aten._prelu_kernel", "aten._prelu_kernel_backward", "aten.nan_to_num", "aten.floor_divide",
     "prims.convert_element_type", "prims.device_put", "prims.view_of", "prims.inductor_force_stride_order",
     "prims.fma", "prims._inductor_bucketize",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What published models do besides layers: writes in place, addresses, spectra, messages, locks, and asking for gradients."""
+"""What published models do besides layers: writes in place, addresses, spectra, messages, locks, asking for gradients."""
 
 from __future__ import annotations
 

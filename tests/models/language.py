@@ -130,7 +130,7 @@ language("ModernBertForMaskedLM", padded, attn_implementation="sdpa", reference_
          global_attn_every_n_layers=2, local_attention=4, **ENCODER)
 language("EsmForMaskedLM", padded, mask_token_id=2, **PADS_WITH_1)
 language("CanineForSequenceClassification", functools.partial(tokens, length=8), num_hash_functions=2,
-         num_hash_buckets=16, downsampling_rate=2, local_transformer_stride=4, **ENCODER | {"max_position_embeddings": 64})
+         num_hash_buckets=16, downsampling_rate=2, local_transformer_stride=4, **ENCODER)
 language("XLMWithLMHeadModel", tokens, vocab_size=V, emb_dim=8, n_layers=2, n_heads=2, max_position_embeddings=16)
 language("PerceiverForMaskedLM", tokens, vocab_size=V, d_model=8, d_latents=8, num_latents=3, num_blocks=1,
          num_self_attends_per_block=2, num_self_attention_heads=2, num_cross_attention_heads=2,

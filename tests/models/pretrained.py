@@ -40,12 +40,12 @@ def build(architecture: str, *, train: bool = True, dropout: float = 0.0, **conf
 
 
 def set_dropout(configuration: Any, rate: float) -> None:
-    """Set the dropout rates of a configuration and of those in it."""
+    """Set the dropout rates of a configuration and of those in it; no layer is dropped, that would be a branch."""
     for name, value in vars(configuration).items():
         if isinstance(value, transformers.PretrainedConfig):
             set_dropout(value, rate)
         elif ("drop" in name or "pdrop" in name) and isinstance(value, float):
-            setattr(configuration, name, rate)
+            setattr(configuration, name, 0.0 if "layerdrop" in name else rate)
 
 
 def case(family: str, architecture: str, inputs: Inputs, name: str | None = None, /, **options: Any) -> None:
