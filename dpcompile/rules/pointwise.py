@@ -39,7 +39,7 @@ def copy(call: Call) -> Label:
         return label.at(label.dim + len(call.out_shape) - len(call.shape(source)))
     if isinstance(label, Summed) and _rounds(call):
         return call.mixes("it rounds a sum over the examples")
-    return label
+    return Shared(zero=label.zero) if isinstance(label, Shared) else label
 
 
 def combine(call: Call, operands: list[fx.Node], shape: tuple) -> Label:

@@ -107,7 +107,6 @@ vision("RegNetForImageClassification", images16, train=False, groups_width=4, **
 vision("EfficientNetForImageClassification", images16, train=False, width_coefficient=0.25, depth_coefficient=0.1,
        hidden_dim=320, in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3], strides=[1, 2],
        num_block_repeats=[1, 1], expand_ratios=[1, 2], depthwise_padding=[])
-vision("MobileNetV1ForImageClassification", images32, train=False, depth_multiplier=0.05, min_depth=4)
 vision("MobileViTV2ForImageClassification", images64, train=False, image_size=64, width_multiplier=0.125,
        n_attn_blocks=[1, 1, 1], base_attn_unit_dims=[8, 8, 8])
 vision("PoolFormerForImageClassification", images16, patch_sizes=[3, 3], strides=[2, 2], padding=[1, 1],
