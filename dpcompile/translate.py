@@ -49,6 +49,13 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
             where=user_place(error),
             remedy="call the model once before it is made private, under torch.no_grad()",
         )
+    if "data-dependent expression" in str(inner) or "Data-dependent branching" in str(error):
+        return UnsupportedGraphError(
+            "the model branches on the values of tensors, or takes a size from them",
+            where=user_place(error),
+            remedy="use torch.where, or shapes that do not depend on values; pass what is known before the call as a "
+            "Python number; give layers no random depth (layerdrop=0)",
+        )
     if isinstance(error, Unsupported):
         return UnsupportedGraphError(
             f"the model cannot be captured as one graph: {_first_paragraph(str(error))}",
@@ -61,14 +68,7 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
             where=user_place(error),
             remedy="use dynamic=True, or fixed physical batch sizes (PoissonLoader gives them)",
         )
-    if "data-dependent expression" in str(inner):
-        return UnsupportedGraphError(
-            "the model branches on the values of tensors, or takes a size from them",
-            where=user_place(error),
-            remedy="use torch.where, or shapes that do not depend on values; pass what is known before the call as a "
-            "Python number",
-        )
-    if isinstance(error, TorchDynamoException):
+    if isinstance(error, TorchDynamoException) or "\nfrom user code:" in str(error):  # Dynamo's own assertions
         return UnsupportedGraphError(
             f"the model cannot be compiled: {type(inner).__name__}: {_first_paragraph(str(inner))}",
             where=user_place(error),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # models are made from configurations; nothing is looked up
 
 import pytest
 import torch

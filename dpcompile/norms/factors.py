@@ -54,7 +54,9 @@ class Factored:
 
 
 def factored(site: Site, batch: Size) -> Factored | None:
-    """The site as outer products, or None where it is not of that form."""
+    """The site as outer products of real numbers, or None where it is not of that form."""
+    if any(o.meta["val"].is_complex() for o in site.operands.values()):
+        return None
     maker = {
         "mm": _mm,
         "bmm": _bmm,

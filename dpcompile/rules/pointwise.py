@@ -44,7 +44,7 @@ def copy(call: Call) -> Label:
         return label.at(label.dim + len(call.out_shape) - len(call.shape(source)))
     if isinstance(label, Summed):
         return call.mixes("it rounds a sum over the examples") if _rounds(call) else label
-    return Shared()
+    return Shared(zero=isinstance(label, Shared) and label.zero)
 
 
 def combine(call: Call, operands: list[fx.Node], shape: tuple) -> Label:

@@ -1,4 +1,4 @@
-"""What published models do besides layers: writes in place, addresses, spectra, messages, locks, and asking for gradients."""
+"""What published models do besides layers: writes in place, addresses, spectra, messages, locks, asked gradients."""
 
 from __future__ import annotations
 
@@ -24,6 +24,21 @@ class FourierFilter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         spectrum = torch.fft.rfft(x, dim=1) * torch.view_as_complex(self.filter)
         return self.head(torch.fft.irfft(spectrum, n=T, dim=1))
+
+
+@register(sequences)
+class ComplexProducts(nn.Module):
+    """Matrix products of complex numbers, of weights that are real."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.real, self.imaginary = nn.Parameter(torch.randn(D, D)), nn.Parameter(torch.randn(D, D))
+        self.head = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.complex(x, x.roll(1, 2)) @ torch.complex(self.real, self.imaginary)
+        z = z @ self.head.weight.to(torch.complex64)
+        return self.head(z.abs()) + z.angle()
 
 
 @register(sequences, refused="parameter 'filter' is complex", reason="norms and noise are those of real numbers")
