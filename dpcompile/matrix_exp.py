@@ -94,4 +94,5 @@ def _is_part(node: fx.Node, dim: int, start: Any, end: Any) -> bool:
     if node.target is not aten.slice.Tensor or len(node.args) != 4:
         return False
     ndim = node.meta["val"].ndim
-    return node.args[1] in (dim, dim + ndim) and node.args[2] == start and node.args[3] == end
+    along, first, last = node.args[1:]
+    return bool(along in (dim, dim + ndim) and first == start and last == end)

@@ -262,7 +262,6 @@ over(
     lambda x: (
         x.std(1),
         x.var((1, 2)),
-        x.quantile(0.3, dim=1),
         x.norm(p=3, dim=2),
         x.logsumexp(1),
         x.amax((1, 2)),

@@ -12,6 +12,7 @@ from models.case import ALL, Call, Case, D
 
 __all__ = ["Function", "Parts", "Sum", "behind", "layer", "net", "shaped", "two"]
 
+THOROUGH = ("layers", "uses")  # families that CI runs under every rule, but for what is marked slow
 Make = Callable[[], nn.Module]
 
 
@@ -41,13 +42,18 @@ def net(
     **options: Any,
 ) -> None:
     """Put a model into the suite: ``function(model, *inputs)`` on the parts that ``parts()`` makes."""
-    family = function.__module__.rpartition(".")[2]
-    ALL.append(Case(name, family, lambda: Parts(function, parts()), inputs, **options))
+    _add(name, function, lambda: Parts(function, parts()), inputs, options)
 
 
 def layer(name: str, inputs: Callable[[int], Call], make: Make, **options: Any) -> None:
     """Put a layer into the suite, as it is."""
-    ALL.append(Case(name, make.__module__.rpartition(".")[2], make, inputs, **options))
+    _add(name, make, make, inputs, options)
+
+
+def _add(name: str, owner: Any, make: Make, inputs: Callable[[int], Call], options: dict[str, Any]) -> None:
+    family = owner.__module__.rpartition(".")[2]
+    options = {"slow": family not in THOROUGH, **options}
+    ALL.append(Case(name, family, make, inputs, **options))
 
 
 class Function(nn.Module):
@@ -93,9 +99,7 @@ def then(m: Any, x: Tensor) -> Any:
 
 def behind(name: str, shape: tuple[int, ...], make: Callable[[], nn.Module], **options: Any) -> None:
     """Put a layer into the suite, behind one that has parameters."""
-    family = make.__module__.rpartition(".")[2]
-    options = {"slow": True, **options}
-    ALL.append(Case(name, family, lambda: Parts(then, after(make, shape[0])()), shaped(*shape), **options))
+    _add(name, make, lambda: Parts(then, after(make, shape[0])()), shaped(*shape), {"slow": True, **options})
 
 
 def two(width: int = D) -> Callable[[], dict[str, Any]]:

@@ -77,7 +77,9 @@ net(
     "GridSample",
     shaped(2, 5, 5),
     lambda m, x: F.grid_sample(
-        x, F.affine_grid(m.where(x.flatten(1)).view(-1, 2, 3).tanh(), list(x.shape), align_corners=False)
+        x,
+        F.affine_grid(m.where(x.flatten(1)).view(-1, 2, 3).tanh(), list(x.shape), align_corners=False),
+        align_corners=False,
     ),
     lambda: {"where": nn.Linear(50, 6)},
 )
