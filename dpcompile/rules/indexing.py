@@ -112,7 +112,7 @@ class _Geometry:
 
 
 def _look_up(call: Call) -> Label:
-    """Advanced indexing: shared tables by examples' indices, examples by shared indices, examples by themselves."""
+    """The label of values at indices."""
     if any(i is not None and _is_mask(i) for i in call["indices"]):
         return call.mixes("a boolean mask makes the number of results depend on the data")
     geometry = _Geometry(call, call["self"], call["indices"])
@@ -133,7 +133,7 @@ def _look_up(call: Call) -> Label:
 
 @axis_rule("aten.index", "aten._unsafe_index")
 def index(call: Call) -> Label:
-    """Values at indices."""
+    """Advanced indexing: shared tables by examples' indices, examples by shared indices, examples by themselves."""
     return _look_up(call)
 
 
