@@ -459,7 +459,7 @@ def differentiates(net: Net, x: Tensor) -> Any:
 )
 def test_what_to_do_about_graph_breaks(function: Any, remedy: str) -> None:
     """The line, the reason, and a remedy that fits it."""
-    message = refused(UnsupportedGraphError, "cannot be captured as one graph", Net(function), torch.randn(B, D))
+    message = refused(UnsupportedGraphError, "one graph|branches on the values", Net(function), torch.randn(B, D))
     assert remedy in message.split("what to do: ")[1]
     names_line_of(message, function)
 

@@ -228,7 +228,7 @@ net(
     lambda n: ((torch.randn(n, D), torch.randint(0, V, (n,))), {}),
     lambda m, x, y: m.head(x, y).output,
     lambda: {"head": nn.AdaptiveLogSoftmaxWithLoss(D, V, [4, 8], div_value=2, head_bias=True)},
-    refused="data-dependent",
+    refused="values of tensors",
     reason="takes the examples apart by their targets (use log_prob)",
 )
 net(

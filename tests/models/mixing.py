@@ -499,7 +499,7 @@ class ReadOut(Mixer):
         return torch.full_like(h, h.detach().abs().max().item()) + h
 
 
-@register(vectors, refused="Data-dependent branching", reason="a branch on the batch")
+@register(vectors, refused="branches on the values of tensors", reason="a branch on the batch")
 class Branch(Mixer):
     def mix(self, h: Tensor) -> Tensor:
         if h.sum() > 0:
@@ -525,7 +525,7 @@ class Distinct(Mixer):
         return h * len((h * 2).long().unique())
 
 
-@register(tokens, refused="(data-dependent|Data-dependent|`[a-z_]+`)", reason="cut to the longest of the batch")
+@register(tokens, refused="(on the values of tensors|`[a-z_]+`)", reason="cut to the longest of the batch")
 class CutToLongest(nn.Module):
     def __init__(self) -> None:
         super().__init__()
