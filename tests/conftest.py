@@ -41,8 +41,9 @@ def drawn() -> Counter[str]:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """A process that ran a part of the tests has ended: take over what it counted."""
-    table.load(node.workeroutput.get("models", []))
-    _DRAWN.update(node.workeroutput.get("drawn", {}))
+    output = getattr(node, "workeroutput", {})  # none if the process crashed
+    table.load(output.get("models", "[]"))
+    _DRAWN.update(output.get("drawn", {}))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -38,14 +39,14 @@ def record(case: Case, outcome: str, plan: Any = None, error: float = 0.0) -> No
         line.sites = len(plan.rows())
 
 
-def dump() -> list[dict[str, Any]]:
-    """What was recorded so far, as plain data."""
-    return [dataclasses.asdict(line) for line in _LINES.values()]
+def dump() -> str:
+    """What was recorded so far, for another process."""
+    return json.dumps([dataclasses.asdict(line) for line in _LINES.values()])
 
 
-def load(dumped: list[dict[str, Any]]) -> None:
+def load(dumped: str) -> None:
     """Add what another process recorded."""
-    for fields in dumped:
+    for fields in json.loads(dumped):
         _LINES[fields["name"]] = Line(**{**fields, "rules": Counter(fields["rules"])})
 
 
