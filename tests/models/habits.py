@@ -135,6 +135,19 @@ class AsksForGradient(nn.Module):
         return self.second(self.first(x).tanh()).squeeze(1)
 
 
+@register(vectors, refused=r"requires_grad.*(\n.*)*self.frozen.requires_grad = True", reason="unfreezes in forward")
+class Unfreezes(nn.Module):
+    """Whether a parameter is trained is known before the call, and stays so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.frozen = nn.Linear(D, 2), nn.Parameter(torch.randn(2), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.frozen.requires_grad = True
+        return self.layer(x) + self.frozen
+
+
 _LOGGER = logging.getLogger(__name__)
 
 

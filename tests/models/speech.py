@@ -81,10 +81,10 @@ DECODER: dict[str, Any] = {
     "decoder_attention_heads": 2, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12, "max_target_positions": 8,
     "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
 }
-speech("WhisperForConditionalGeneration", spectra, num_mel_bins=8, max_source_positions=5, **DECODER)
+speech("WhisperForConditionalGeneration", spectra, train=FIVE, num_mel_bins=8, max_source_positions=5, **DECODER)
 speech("WhisperForConditionalGeneration", spectra, "WhisperEager", attn_implementation="eager", train=False,
        num_mel_bins=8, max_source_positions=5, **DECODER)
-speech("Speech2TextForConditionalGeneration", frames, input_feat_per_channel=8, conv_channels=8,
+speech("Speech2TextForConditionalGeneration", frames, train=FIVE, input_feat_per_channel=8, conv_channels=8,
        conv_kernel_sizes=[3], num_conv_layers=1, max_source_positions=16, **DECODER)
 speech("MoonshineForConditionalGeneration", long_waves, vocab_size=V, hidden_size=8, intermediate_size=12,
        encoder_num_hidden_layers=1, decoder_num_hidden_layers=1, encoder_num_attention_heads=2,
