@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -41,7 +43,7 @@ def separate_outputs(gm: fx.GraphModule) -> None:
             value = _value(node)
             if memory_of(value) in taken or _may_overlap(value):
                 with gm.graph.inserting_before(output):
-                    layout = {"memory_format": torch.contiguous_format}
+                    layout: Any = {"memory_format": torch.contiguous_format}
                     copied = gm.graph.call_function(torch.clone, (node,), layout)
                 copied.meta = {**node.meta, "example_value": value.clone(memory_format=torch.contiguous_format)}
                 node = copied

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # models are made from configurations; nothing is looked up
 
@@ -33,24 +32,21 @@ def _fresh() -> Iterator[None]:
 
 
 @pytest.fixture
-def drawn() -> Counter[str]:
+def drawn(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
     """How random models ended; printed at the end of the run."""
-    return _DRAWN
+    counted: Counter[str] = Counter()
+    yield counted
+    request.node.user_properties.append(("drawn", dict(counted)))
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any, error: object) -> None:
-    """A process that ran a part of the tests has ended: take over what it counted."""
-    output = getattr(node, "workeroutput", {})  # none if the process crashed
-    table.load(output.get("models", "[]"))
-    _DRAWN.update(output.get("drawn", {}))
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hand over what this process counted, if it runs a part of the tests only."""
-    output = getattr(session.config, "workeroutput", None)
-    if output is not None:
-        output.update(models=table.dump(), drawn=dict(_DRAWN))
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Gather what tests recorded, in whichever process they ran."""
+    if report.when == "teardown":
+        for name, value in report.user_properties:
+            if name == "model":
+                table.add(str(value))
+            elif name == "drawn":
+                _DRAWN.update(value)  # type: ignore[arg-type]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

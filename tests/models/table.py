@@ -10,7 +10,7 @@ from typing import Any
 
 from models.case import Case
 
-__all__ = ["dump", "load", "record", "render"]
+__all__ = ["add", "line", "render"]
 
 
 @dataclasses.dataclass
@@ -21,7 +21,7 @@ class Line:
     reason: str = ""
     outcome: str = "right"
     sites: int = 0
-    rules: Counter[str] = dataclasses.field(default_factory=Counter)
+    rules: dict[str, int] = dataclasses.field(default_factory=dict)
     error: float = 0.0
 
 
@@ -29,25 +29,21 @@ _LINES: dict[str, Line] = {}
 _WORST = ("right", "refused", "wrong")
 
 
-def record(case: Case, outcome: str, plan: Any = None, error: float = 0.0) -> None:
+def line(case: Case, outcome: str, plan: Any = None, error: float = 0.0) -> str:
+    """What one run came to, as text that can travel between processes."""
+    rules = plan.rules().values() if plan is not None else ()
+    sites = len(plan.rows()) if plan is not None else 0
+    return json.dumps(dataclasses.asdict(Line(case.id, case.reason, outcome, sites, dict(Counter(rules)), error)))
+
+
+def add(text: str) -> None:
     """Note one run; a model is as good as its worst run. The rules shown are those of its first plan ("auto")."""
-    line = _LINES.setdefault(case.id, Line(case.id, case.reason))
-    line.outcome = max(line.outcome, outcome, key=_WORST.index)
-    line.error = max(line.error, error)
-    if plan is not None and not line.rules:
-        line.rules = Counter(plan.rules().values())
-        line.sites = len(plan.rows())
-
-
-def dump() -> str:
-    """What was recorded so far, for another process."""
-    return json.dumps([dataclasses.asdict(line) for line in _LINES.values()])
-
-
-def load(dumped: str) -> None:
-    """Add what another process recorded."""
-    for fields in json.loads(dumped):
-        _LINES[fields["name"]] = Line(**{**fields, "rules": Counter(fields["rules"])})
+    new = Line(**json.loads(text))
+    found = _LINES.setdefault(new.name, new)
+    found.outcome = max(found.outcome, new.outcome, key=_WORST.index)
+    found.error = max(found.error, new.error)
+    if not found.rules:
+        found.rules, found.sites = new.rules, new.sites
 
 
 def render(write: Callable[[str], Any]) -> None:
@@ -55,10 +51,10 @@ def render(write: Callable[[str], Any]) -> None:
     if not _LINES:
         return
     rows = [("model", "sites", "rules", "max relative error")]
-    for line in sorted(_LINES.values(), key=lambda x: x.name):
-        rules = " ".join(f"{rule}:{count}" for rule, count in line.rules.most_common())
-        verdict = f"{line.error:.1e}" if line.outcome == "right" else f"{line.outcome}: {line.reason}".rstrip(": ")
-        rows.append((line.name, str(line.sites or ""), rules, verdict))
+    for found in sorted(_LINES.values(), key=lambda x: x.name):
+        rules = " ".join(f"{rule}:{count}" for rule, count in Counter(found.rules).most_common())
+        verdict = f"{found.error:.1e}" if found.outcome == "right" else f"{found.outcome}: {found.reason}".rstrip(": ")
+        rows.append((found.name, str(found.sites or ""), rules, verdict))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         write(" · ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]))

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import dpcompile
 from dpcompile import DPCompileError
 from models import ALL
 from models.case import Case
-from models.table import record
+from models.table import line
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
 
@@ -63,10 +64,19 @@ def runs() -> list[Any]:
     ]
 
 
+Record = Callable[..., None]
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Record:
+    """Note for the table what a model came to: outcome, plan, error."""
+    return lambda *what: request.node.user_properties.append(("model", line(*what)))
+
+
 @pytest.mark.parametrize(("case", "norm"), runs())
-def test_model(case: Case, norm: str) -> None:
+def test_model(case: Case, norm: str, record: Record) -> None:
     if case.refused is not None:
-        return refused(case)
+        return refused(case, record)
     model, args, kwargs, gradients = solved(case.id)
     bound = clip(gradients, 1.0).norms.median().item() * 1.01
     private = dp_compile(
@@ -85,7 +95,7 @@ def test_model(case: Case, norm: str) -> None:
     assert norm != "ghost" or not rules & {"redo", "direct"}, rules
 
 
-def refused(case: Case) -> None:
+def refused(case: Case, record: Record) -> None:
     torch.manual_seed(1)
     args, kwargs = case.call(BATCH)
     private = dp_compile(case.make(), in_dims=case.in_dims, backend="eager", dynamic=False)
