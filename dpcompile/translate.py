@@ -85,7 +85,9 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
     return None
 
 
-_RAISED = re.compile(r"raised exception (?P<kind>\w+)\((?:\[?Constant\w*\()?(?:\w+: )?['\"]?(?P<text>.*?)['\"]?\)", re.DOTALL)
+_RAISED = re.compile(
+    r"raised exception (?P<kind>\w+)\((?:\[?Constant\w*\()?(?:\w+: )?['\"]?(?P<text>.*?)['\"]?\)", re.DOTALL
+)
 _OWN_ERROR = re.compile(r"got (?P<kind>\w+)\(['\"](?P<text>.*?)['\"]\)", re.DOTALL)
 
 
