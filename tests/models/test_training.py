@@ -9,6 +9,8 @@ import torch
 from oracle import PseudoLoss, train_step
 
 import dpcompile
+
+pytest.importorskip("transformers")
 from models.language import DECODER, ENCODER, GPT2, padded
 from models.pretrained import build
 from models.speech import SMALL as SPEECH
