@@ -86,7 +86,7 @@ def _joined(node: Any, dim: int) -> list[fx.Node] | None:
 def _is_zero(node: fx.Node) -> bool:
     while node.target in (aten.permute.default, aten.clone.default, aten.expand.default, aten.view.default):
         node = node.args[0]  # type: ignore[assignment]
-    return node.target is aten.full.default and node.args[1] == 0
+    return node.target is aten.full.default and bool(node.args[1] == 0)
 
 
 def _is_part(node: fx.Node, dim: int, start: Any, end: Any) -> bool:

@@ -182,7 +182,7 @@ def test_a_moving_average_of_a_private_model() -> None:
     """``torch.optim.swa_utils.AveragedModel`` averages the parameters, and its copy is private too."""
     x = torch.randn(B, D)
     private = dp_compile(Copied(), max_grad_norm=0.5, backend="eager")
-    average = torch.optim.swa_utils.AveragedModel(private)
+    average: Any = torch.optim.swa_utils.AveragedModel(private)
     train_step(private, (x,), {}, PseudoLoss(B))
     average.update_parameters(private)
     assert torch.equal(average.module.a.weight, private.a.weight)

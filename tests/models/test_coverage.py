@@ -29,6 +29,7 @@ pytestmark = [  # what plain torch and transformers say of these models
         "ignore:.*should not be instantiated:DeprecationWarning"
     ),  # Dynamo, of autograd functions
     pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type.*encountered:UserWarning"),  # PEFT
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
