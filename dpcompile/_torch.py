@@ -269,10 +269,18 @@ def compile_joint(
 
 @contextlib.contextmanager
 def _lstm_step_by_step() -> Iterator[None]:
-    """Decompose an LSTM whose input needs no gradient too; on a CPU torch would make it one opaque operation."""
+    """Decompose an LSTM whose input needs no gradient too; on a CPU torch would make it one opaque operation.
+
+    The last states get the shape of the first: torch 2.11 returns them with a dimension too many.
+    """
     module = torch._decomp.decompositions
     chosen = module.select_one_layer_lstm_function
-    module.select_one_layer_lstm_function = lambda *_: module.one_layer_lstm
+
+    def step_by_step(inputs: Any, hidden: Any, *rest: Any, **options: Any) -> Any:
+        out, last = module.one_layer_lstm(inputs, hidden, *rest, **options)
+        return out, tuple(x.reshape(h.shape) for x, h in zip(last, hidden, strict=True))
+
+    module.select_one_layer_lstm_function = lambda *_: step_by_step
     try:
         yield
     finally:

@@ -486,7 +486,7 @@ TABLE: list[tuple[Function, str, str]] = [
     (lambda x: F.grid_sample(x[None], x[None, :, :, :2].tanh(), align_corners=True), "bt4", "x"),
     (lambda x: F.grid_sample(x[:, None, None], x[:, None, :, :3].tanh()[:, None], align_corners=True), "btd", "e?"),
     (lambda x: F.fractional_max_pool2d(x[:, None], 2, 2, _random_samples=x[:, :1, :2].sigmoid()), "btd", "e"),
-    (lambda x: F.max_unpool2d(*F.max_pool2d(x[:, None, :, :4], 2, return_indices=True), [2]), "btd", "e"),
+    (lambda x: F.max_unpool2d(*F.max_pool2d(x[:, None, :, :4], 2, return_indices=True), [2, 2]), "btd", "e"),
     (lambda x: torch.einsum("bii->bi", x).diag_embed(), "btt", "e"),
     (lambda x, y: torch.diagonal_scatter(x, y, 0, 1, 2), "btt bt", "e"),
     (lambda x, y: torch.diagonal_scatter(x, y, 0, 1, 2), "btt Bt", "e"),

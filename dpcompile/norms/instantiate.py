@@ -82,9 +82,14 @@ def _cat(named: dict[str, Any], _: torch.dtype) -> Tensor:
 
 
 def _view(named: dict[str, Any], _: torch.dtype) -> Tensor:
-    if "size" not in named:
-        raise NotImplementedError("a parameter reinterpreted in another dtype")
-    return named["self"].reshape(named["size"])  # one example's value may lie in memory otherwise than the sum does
+    value, wanted = named["self"], named.get("dtype")
+    if wanted is None:
+        return value.reshape(named["size"])  # one example's value may lie in memory otherwise than the sum does
+    if wanted.is_complex and not value.is_complex():
+        return torch.view_as_complex(value.contiguous().unflatten(-1, (-1, 2)))
+    if value.is_complex() and wanted.is_floating_point:
+        return torch.view_as_real(value).flatten(-2)
+    raise NotImplementedError("a parameter reinterpreted in another dtype")
 
 
 def _copy(named: dict[str, Any], _: torch.dtype) -> Tensor:

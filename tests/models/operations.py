@@ -87,7 +87,7 @@ net(
     "FourierNeuralOperator",
     shaped(8, 2),
     lambda m, x: torch.fft.irfft(
-        torch.einsum("bti,tij->btj", torch.fft.rfft(x, dim=1)[:, :3], torch.view_as_complex(m.w)), n=8, dim=1
+        (torch.fft.rfft(x, dim=1)[:, :3, :, None] * torch.view_as_complex(m.w)).sum(2), n=8, dim=1
     ),
     lambda: {"w": param(3, 2, 4, 2)},
 )
