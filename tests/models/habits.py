@@ -51,7 +51,7 @@ class ComplexFilter(nn.Module):
         return torch.fft.irfft(torch.fft.rfft(x, dim=1) * self.filter, n=T, dim=1)
 
 
-@register(vectors, refused="Fourier transform runs over the examples", reason="spectrum of the batch")
+@register(vectors, refused="it transforms along the examples", reason="spectrum of the batch")
 class FourierOverBatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
