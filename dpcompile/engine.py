@@ -75,8 +75,7 @@ class Engine:
         self._masked = False  # a loader says for every batch which rows are examples
         self._current: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._tracing = False
-        own = with_own_code(_call, type(module).__name__)
-        self._compiled = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=options.dynamic)
+        self._compiled: dict[tuple[str, ...], Callable[..., Any]] = {}
 
     @property
     def max_grad_norm(self) -> float:
@@ -113,7 +112,7 @@ class Engine:
         self.first_step = self._recorder()
         try:
             with tracing_config():
-                result = self._compiled(self.module, args, kwargs)
+                result = self._compiled_call()(self.module, args, kwargs)
             if not self._graph_ran and self.trainable() and torch.is_grad_enabled():
                 raise UnsupportedGraphError(
                     "the model ran without being compiled, so nothing would clip its gradients",
@@ -204,6 +203,15 @@ class Engine:
             self.kept.note(outputs, transformed.output_labels)
         if self.first_step is not None and transformed is not None:
             self.first_step.label(outputs, transformed)
+
+    def _compiled_call(self) -> Callable[..., Any]:
+        """The compiled call for the parameters that are trainable now: Dynamo of torch 2.11 does not guard on that."""
+        trainable = tuple(self.trainable())
+        if trainable not in self._compiled:
+            own = with_own_code(_call, type(self.module).__name__)
+            dynamic = self.options.dynamic
+            self._compiled[trainable] = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=dynamic)
+        return self._compiled[trainable]
 
     def _recorder(self) -> FirstStep | None:
         """Of the first call with gradients under ``check=True``; None otherwise."""
