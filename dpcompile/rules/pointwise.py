@@ -103,8 +103,6 @@ def _linear(call: Call) -> Label:
         return _all_summed_or_zero(call, [call["real"], call["imag"]])
     if name in ("add", "sub"):
         return _all_summed_or_zero(call, [first, second])
-    if name == "complex":
-        return _all_summed_or_zero(call, [call["real"], call["imag"]])
     if name == "where" and not isinstance(call.label(call["condition"]), Summed):
         return _all_summed_or_zero(call, [first, second])
     if name == "masked_fill" and summed[0] and not isinstance(call.label(call["mask"]), Summed):
