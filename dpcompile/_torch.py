@@ -39,6 +39,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 from torch.multiprocessing.reductions import StorageWeakRef as WeakMemory
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dpcompile.decompositions import DECOMPOSITIONS, take_apart
 
@@ -66,10 +67,13 @@ __all__ = [
     "has_gradient_hooks",
     "is_fake",
     "memory_of",
+    "partition",
     "pytree",
+    "real_tensors",
     "trace_like",
     "tracing_config",
     "user_place",
+    "uses_of_memory",
     "weak_memory",
 ]
 
@@ -113,6 +117,23 @@ def memory_of(tensor: torch.Tensor) -> int:
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether the tensor has a shape and no values."""
     return isinstance(tensor, FakeTensor)
+
+
+def partition(joint: fx.GraphModule, forward_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Forward and backward graphs as Inductor would cut them; ``joint`` is used up. Names of values stay."""
+    return min_cut_rematerialization_partition(joint, None, compiler="inductor", num_fwd_outputs=forward_outputs)
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Run operations for real, also in the middle of tracing."""
+    with _disable_current_modes(), torch.no_grad():
+        yield
+
+
+def uses_of_memory(tensor: torch.Tensor) -> int:
+    """How many tensors share the memory of this one, itself included."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1
 
 
 def weak_memory(tensor: torch.Tensor) -> WeakMemory:

@@ -12,7 +12,7 @@ from dpcompile.arguments import InDims
 from dpcompile.clipping import Clipping, validate_clipping
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.pipeline import Options
-from dpcompile.plan import NORM_MODES
+from dpcompile.modes import NORM_MODES
 from dpcompile.runtime import PrivateModule, private_class, private_view
 
 __all__ = ["dp_compile"]

@@ -1,21 +1,22 @@
 """What each rule costs on top of the non-private backward, as sympy expressions.
 
-Letters: B examples, K blocks (groups, heads), T positions, p rows, d columns, e bytes per element, u elements of an
-unfolded copy (the patches of a convolution). Ghost norms and instantiation are from Li et al. 2022 (arXiv:2110.05679),
-their mix from Bu et al. 2022 (arXiv:2205.10683), keeping and redoing from Bu et al. 2023 (arXiv:2210.00038,
-book-keeping).
+Letters: B examples, K blocks (groups, heads), T positions, p rows, d columns, e bytes per element, u elements of the copy
+that a ghost norm makes (patches of a convolution, the Gram matrix of its pixels). Ghost norms and instantiation are from
+Li et al. 2022 (arXiv:2110.05679), their mix from Bu et al. 2022 (arXiv:2205.10683), keeping and redoing from Bu et al.
+2023 (arXiv:2210.00038, book-keeping).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import sympy
 
+from dpcompile.rates import Rates
 from dpcompile.sizes import Size, product
 
-__all__ = ["DIRECT_TILES", "Cost", "Rates", "Shape", "costs", "rates_for"]
+__all__ = ["DIRECT_TILES", "Cost", "Shape", "costs", "gram_cost", "summed_cost"]
 
 DIRECT_TILES = 8  # how many parts of a gradient the direct rule makes, one after the other
 
@@ -25,67 +26,136 @@ class Cost:
     """Extra work of one rule.
 
     Attributes:
-        flops: floating point operations.
-        traffic: bytes moved.
-        memory: bytes that exist until the clip, or for a moment.
+        large: floating point operations in large matrix products (negative: the plain step's, which the rule replaces).
+        batched: the same in products of one example each.
+        traffic: bytes read and written.
+        fresh: bytes written to memory that the system has just given.
+        calls: kernels.
+        memory: bytes of results that exist until the clip, or for a moment; not operands, which the plain step has too.
     """
 
-    flops: sympy.Expr
-    traffic: sympy.Expr
-    memory: sympy.Expr
+    large: sympy.Expr = sympy.S.Zero
+    batched: sympy.Expr = sympy.S.Zero
+    traffic: sympy.Expr = sympy.S.Zero
+    fresh: sympy.Expr = sympy.S.Zero
+    calls: sympy.Expr = sympy.S.Zero
+    memory: sympy.Expr = sympy.S.Zero
 
-    def at(self, hints: Mapping[sympy.Symbol, int]) -> tuple[float, float, float]:
-        """The three as numbers."""
-        return tuple(float(sympy.sympify(x).subs(hints)) for x in (self.flops, self.traffic, self.memory))  # type: ignore
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def at(self, hints: Mapping[sympy.Symbol, int]) -> Numbers:
+        """The same as numbers."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return Numbers(*(float(x.subs(hints)) if x.free_symbols else float(x) for x in values))
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """A :class:`Cost` at given sizes."""
+
+    large: float
+    batched: float
+    traffic: float
+    fresh: float
+    calls: float
+    memory: float
+
+    @property
+    def flops(self) -> float:
+        """Operations that the plain step does not have."""
+        return self.large + self.batched
+
+    def seconds(self, rates: Rates) -> float:
+        """On a machine."""
+        return (
+            self.large / rates.large
+            + self.batched / rates.batched
+            + self.traffic / rates.traffic
+            + self.fresh / rates.fresh
+            + self.calls * rates.call
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of a parameter's sites taken together."""
+    """The sizes of a parameter's sites taken together.
+
+    Attributes:
+        k: blocks.
+        t: positions of all sites.
+        p: rows.
+        d: columns.
+        element: bytes.
+        copied: elements per example of the copy that a ghost norm makes.
+        one_hot: the rows are an index.
+        convolution: per-example gradients are made by a grouped convolution.
+        panels: parts of a Gram matrix.
+    """
 
     k: Size
     t: Size
     p: Size
     d: Size
     element: int = 4
-    unfolded: Size = 0
+    copied: Size = 0
+    one_hot: bool = False
+    convolution: bool = False
+    panels: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What a machine does in a second; only the ratio matters to the choice."""
+def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
+    """The extra cost of every rule that a parameter of factored sites can have.
 
-    flops: float
-    traffic: float
+    The Gram matrices of "ghost" are not in it (:func:`gram_cost`): sites may share them.
 
-
-def rates_for(device: str) -> Rates:
-    """Round figures for a CPU with a few cores and for a data-centre GPU."""
-    return Rates(3e13, 1.5e12) if device == "cuda" else Rates(1e11, 1e10)
-
-
-def costs(shape: Shape, batch: Size) -> dict[str, Cost]:
-    """The extra cost of every rule that a parameter of factored sites can have."""
-    k, t, p, d, e, u = shape.k, shape.t, shape.p, shape.d, shape.element, shape.unfolded
-    sides = product([batch, k, t, p + d]) * e  # both operands once
+    Args:
+        shape: of the sites.
+        batch: B.
+        reuse: whether memory of per-example gradients stays mapped from step to step.
+    """
+    k, t, p, d, e = shape.k, shape.t, shape.p, shape.d, shape.element
+    small = product([batch, k, t, d if shape.one_hot else sympy.Min(p, d)]) * e  # the operand that is scaled
+    sides = product([batch, k, t, d if shape.one_hot else p + d]) * e
     weights = product([batch, k, p, d])  # one gradient per example
-    unfold = product([batch, u]) * e
-    tile = weights * sympy.Rational(1, DIRECT_TILES)
-    grams = 2 * product([batch, k, t, t])
+    flops = 0 if shape.one_hot else 2 * weights * t
+    fresh = weights * e * ((0 if reuse else 1) + (2 if shape.convolution else 0))
+    grams = product([batch, k, t, t]) * e
+    tile = weights * e * sympy.Rational(1, DIRECT_TILES)
+    scaled = _cost(traffic=2 * small, calls=1)
     return {
-        "outer": _cost(2 * product([batch, k, p + d]), 2 * sides, sides),
-        "ghost": _cost(grams * (p + d), 3 * sides + 2 * grams * e + 2 * unfold, sides + grams * e + unfold),
-        "keep": _cost(4 * weights, 3 * weights * e + 2 * unfold, weights * e + unfold),
-        "redo": _cost(2 * weights * (t + 1), 2 * weights * e + 2 * sides + 2 * unfold, sides + weights * e + unfold),
-        "direct": _cost(2 * weights * (t + 1), 2 * weights * e + 3 * sides + 2 * unfold, sides + tile * e + unfold),
+        "outer": scaled + _cost(traffic=sides, calls=2),
+        "ghost": scaled + _cost(traffic=4 * grams, calls=3 * shape.panels, memory=grams),
+        "keep": _cost(large=-flops, batched=flops, traffic=3 * weights * e, fresh=fresh, calls=3, memory=weights * e),
+        "redo": scaled + _cost(batched=flops, traffic=2 * weights * e, fresh=fresh, calls=3, memory=weights * e),
+        "direct": scaled
+        + _cost(batched=flops, traffic=2 * weights * e + sides, fresh=tile, calls=3 * DIRECT_TILES, memory=tile),
     }
 
 
-def _cost(flops: Size, traffic: Size, memory: Size) -> Cost:
-    return Cost(sympy.sympify(flops), sympy.sympify(traffic), sympy.sympify(memory))
+def gram_cost(shape: Shape, batch: Size, width: Size, *, index: bool, copied: Size) -> Cost:
+    """One Gram matrix ``[B, K, T, T]`` of vectors of ``width``, half of it by symmetry as far as panels allow.
+
+    Args:
+        shape: of the sites.
+        batch: B.
+        width: P or D.
+        index: the vectors are one-hot: equality instead of products.
+        copied: elements per example of the copy that it needs (see :class:`Shape`).
+    """
+    k, t, e = shape.k, shape.t, shape.element
+    part = sympy.Rational(shape.panels + 1, 2 * shape.panels)
+    grams, copy = product([batch, k, t, t]), product([batch, copied]) * e
+    flops = 0 if index else 2 * grams * width * part
+    traffic = 2 * grams * e * part + product([batch, k, t, 1 if index else width]) * e + 2 * copy
+    return _cost(batched=flops, traffic=traffic, fresh=copy, calls=2 * shape.panels, memory=copy)
 
 
-def summed_cost(batch: Size, elements: Size, element: int) -> Cost:
+def summed_cost(batch: Size, elements: Size, element: int, *, fresh: bool = False) -> Cost:
     """Per-example gradients that the backward makes anyway on its way to the sum (biases, norm layers)."""
-    total = product([batch, elements])
-    return _cost(4 * total, 3 * total * element, total * element)
+    total = product([batch, elements]) * element
+    return _cost(traffic=3 * total, fresh=total if fresh else 0, calls=2, memory=total)
+
+
+def _cost(**terms: Size) -> Cost:
+    return Cost(**{name: sympy.sympify(value) for name, value in terms.items()})

@@ -1,19 +1,24 @@
-"""How much memory the plain backward needs, for budgets that are a multiple of it."""
+"""How much memory a step needs, by replaying its forward and backward graphs: for plans under a memory budget."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import prod
 
 import sympy
 import torch
 from torch import fx
 
+from dpcompile._torch import GradAOTOutput, copy_graph, partition
+from dpcompile.axis import Examples
 from dpcompile.joint import JointGraph
 from dpcompile.operations import operation_name
+from dpcompile.proof import Proof
 from dpcompile.sizes import shape_of
 
-__all__ = ["budget_in_bytes", "peak_bytes"]
+__all__ = ["Holding", "Replay", "bytes_of", "is_fused", "replay"]
 
 _VIEWS = {
     "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "alias", "slice",
@@ -21,34 +26,165 @@ _VIEWS = {
 }  # fmt: skip
 
 
-def budget_in_bytes(budget: float | int | None, joint: JointGraph, hints: Mapping[sympy.Symbol, int]) -> float | None:
-    """What the norms may add: all of an int budget, or what a float leaves above the plain step's peak."""
-    if budget is None:
-        return None
-    peak = peak_bytes(joint.graph, hints)
-    return max((budget * peak if isinstance(budget, float) else budget) - peak, 0)
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What one parameter's rule keeps until the clip.
 
-
-def peak_bytes(graph: fx.Graph, hints: Mapping[sympy.Symbol, int]) -> float:
-    """The largest sum of live values if the graph ran in order, each value freed after its last use.
-
-    Inputs live throughout; views cost nothing.
+    Attributes:
+        operands: values of the joint graph, by name, that are needed again after the clip.
+        since: names of the operations at which what the rule makes comes to exist.
+        kept: bytes of it that stay until the clip.
+        scratch: bytes of it that are freed at once.
+        result: bytes of the clipped sum.
+        operand_bytes: bytes of the operands, each counted here though others may need it too.
     """
-    last_use: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
+
+    operands: tuple[str, ...]
+    since: tuple[str, ...]
+    kept: float
+    scratch: float
+    result: float
+    operand_bytes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Life:
+    """A value's memory, from the moment ``start`` up to and with ``end``."""
+
+    start: int
+    end: int
+    size: float
+    of_examples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The plain step, moment by moment.
+
+    Attributes:
+        forward: bytes at the forward's peak.
+        saved: bytes of the examples that wait for the backward.
+        lives: what exists during the backward, by name; moment 0 is its start.
+        owners: the value of ``lives`` that holds the memory of a value of the joint graph.
+        moments: the backward's length.
+        gradients: bytes of all gradients.
+        standing: bytes that are there all the time: parameters and inputs.
+    """
+
+    forward: float
+    saved: float
+    lives: Mapping[str, _Life]
+    owners: Mapping[str, str]
+    moments: int
+    gradients: float
+    standing: float
+
+    def plain_peak(self) -> float:
+        """Of the step without privacy."""
+        return self.standing + max(self.forward, max(_timeline(self.lives.values(), self.moments, 1), default=0.0))
+
+    def peak(self, holdings: Iterable[Holding], parts: int = 1) -> float:
+        """Of the private step that runs its batch in ``parts`` parts.
+
+        All parts' forwards come first; in the backward each part's own values are gone when its turn is over.
+        """
+        lives = dict(self.lives)
+        for name in [n for n, x in lives.items() if n.startswith("gradient ")]:
+            del lives[name]
+        last = self.moments
+        largest = 0.0
+        for i, holding in enumerate(holdings):
+            for operand in (self.owners.get(n) for n in holding.operands):
+                if operand is not None and operand in lives:
+                    life = lives[operand]
+                    lives[operand] = _Life(life.start, last, life.size, life.of_examples)
+            begin = max((self.lives[n].start for n in holding.since if n in self.lives), default=last)
+            lives[f"kept {i}"] = _Life(begin, last, holding.kept, True)
+            lives[f"scratch {i}"] = _Life(begin, begin, holding.scratch, True)
+            largest = max(largest, holding.result)
+        sums = largest if parts == 1 else self.gradients + largest
+        waiting = self.saved * (parts - 1) / parts
+        backward = max(_timeline(lives.values(), self.moments, parts)) + sums
+        return self.standing + waiting + max(self.forward / parts, backward)
+
+
+def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -> Replay:
+    """Partition a copy of the plain joint graph as the compiler will, and note when every value lives.
+
+    A pointwise value that only pointwise operations and reductions read is taken to be fused away.
+    """
+    of_examples = {n.name for n in joint.graph.nodes if isinstance(proof.labels.get(n), Examples)}
+    plain = fx.GraphModule(joint.module, copy_graph(joint.graph))
+    described = joint.graph.output_node().meta["desc"]
+    outputs = sum(not isinstance(d, GradAOTOutput) for d in described)
+    forward, backward = partition(plain, outputs)
+    lives, moments = _lives(backward.graph, hints, of_examples)
+    parameters = sum(bytes_of(p, hints) for p in joint.parameters.values())
+    returned = forward.graph.output_node().args[0]
+    assert isinstance(returned, (list, tuple))
+    kept = {_storage(n) for n in returned if isinstance(n, fx.Node)}
+    saved = sum(bytes_of(n, hints) for n in kept if n.op != "placeholder" and n.name in of_examples)
+    before, length = _lives(forward.graph, hints, of_examples)
+    inputs = sum(bytes_of(n, hints) for n in joint.graph.nodes if n.op == "placeholder" and n not in joint.tangent_of)
+    peak = max(_timeline([x for x in before.values() if x.start > 0], length, 1), default=0.0)
+    names = {n.name for n in joint.graph.nodes if n.op == "placeholder" and n not in joint.tangent_of}
+    lives = {n: x for n, x in lives.items() if n not in names}
+    for i, gradient in enumerate(g for g in joint.gradients.values() if g is not None):
+        if gradient.name in lives:
+            lives[f"gradient {i}"] = lives.pop(gradient.name)
+    owners = {n.name: _storage(n).name for n in backward.graph.nodes}
+    for node in joint.graph.nodes:  # a view that the backward makes of something else
+        source = node
+        while source.name not in owners and _storage(source) is not source:
+            source = source.all_input_nodes[0]
+        if source.name in owners:
+            owners.setdefault(node.name, owners[source.name])
+    return Replay(peak, saved, lives, owners, moments, parameters, inputs)
+
+
+def _timeline(lives: Iterable[_Life], moments: int, parts: int) -> list[float]:
+    """Bytes at every moment, where the examples' values are ``parts`` times smaller."""
+    change = [0.0] * (moments + 2)
+    for life in lives:
+        size = life.size / parts if life.of_examples else life.size
+        change[life.start] += size
+        change[life.end + 1] -= size
+    return list(itertools.accumulate(change[: moments + 1]))
+
+
+def _lives(
+    graph: fx.Graph, hints: Mapping[sympy.Symbol, int], of_examples: set[str]
+) -> tuple[dict[str, _Life], int]:
+    nodes = [n for n in graph.nodes if n.op != "output"]
+    moment, number = {}, 0
+    for node in nodes:
+        number += node.op != "placeholder"
+        moment[node] = 0 if node.op == "placeholder" else number
+    last: dict[fx.Node, int] = {}
+    for node in nodes:
         for operand in node.all_input_nodes:
-            last_use[_storage(operand)] = node
-    live = peak = 0.0
-    dying: dict[fx.Node, list[fx.Node]] = {}
-    for owner, user in last_use.items():
-        if owner.op != "placeholder":
-            dying.setdefault(user, []).append(owner)
-    for node in graph.nodes:
-        if _storage(node) is node:
-            live += _bytes(node, hints)
-            peak = max(peak, live)
-        live -= sum(_bytes(owner, hints) for owner in dying.get(node, ()))
-    return peak
+            owner = _storage(operand)
+            last[owner] = max(last.get(owner, 0), moment[node])
+    for value in graph.output_node().all_input_nodes:
+        last[_storage(value)] = number
+    lives = {}
+    for node in nodes:
+        size = bytes_of(node, hints) if _storage(node) is node and not is_fused(node) else 0.0
+        lives[node.name] = _Life(moment[node], last.get(node, moment[node]), size, node.name in of_examples)
+    return lives, number
+
+
+def is_fused(node: fx.Node) -> bool:
+    """Whether no memory is needed, since every reader is computed in the same loop."""
+    return node.op == "call_function" and _pointwise(node) and all(_pointwise(u) or _reduces(u) for u in node.users)
+
+
+def _pointwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _reduces(node: fx.Node) -> bool:
+    return node.op == "call_function" and operation_name(node.target) in ("sum", "mean", "amax", "var_mean")
 
 
 def _storage(node: fx.Node) -> fx.Node:
@@ -60,11 +196,12 @@ def _storage(node: fx.Node) -> fx.Node:
     return node
 
 
-def _bytes(node: fx.Node, hints: Mapping[sympy.Symbol, int]) -> float:
+def bytes_of(node: fx.Node, hints: Mapping[sympy.Symbol, int]) -> float:
+    """The size of a node's value, of all of them if there are several."""
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else [value]
     total = 0.0
     for v in values:
         if isinstance(v, torch.Tensor):
-            total += prod(int(str(sympy.sympify(n).xreplace(dict(hints)))) for n in shape_of(v)) * v.element_size()
+            total += prod(int(sympy.sympify(n).subs(dict(hints))) for n in shape_of(v)) * v.element_size()
     return total

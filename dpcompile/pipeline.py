@@ -10,17 +10,19 @@ from torch import fx
 
 from dpcompile._torch import copy_graph
 from dpcompile.axis import Label, Shared
+from dpcompile.choose import Limit
 from dpcompile.capture import Roles, check_outputs, name_joint
 from dpcompile.certificate import Certificate, certify
 from dpcompile.clipping import Clipping
-from dpcompile.cost import rates_for
 from dpcompile.matrix_exp import fold_matrix_exp
-from dpcompile.memory import budget_in_bytes
+from dpcompile.memory import replay
 from dpcompile.normalise import copy_expanded_bases, save_what_is_overwritten, split_convolution_bias
 from dpcompile.plan import Plan, make_plan
-from dpcompile.proof import prove
+from dpcompile.proof import Proof, prove
+from dpcompile.rates import Rates, rates_for
 from dpcompile.rewrite import ClipOptions, rewrite
 from dpcompile.sites import find_gradients
+from dpcompile.step_cost import plain_seconds
 from dpcompile.unowned import erase_cotangents
 
 __all__ = ["Options", "Transformed", "privatize"]
@@ -80,14 +82,18 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transfo
         proof = prove(joint)
     gradients = find_gradients(joint, proof)
     certificate = certify(joint, proof, gradients)
+    device = joint.mask.meta["val"].device
+    rates = rates_for(device)
     plan = make_plan(
         gradients,
         batch=joint.batch,
         mode=options.norm,
-        rates=rates_for(joint.mask.meta["val"].device.type),
+        rates=rates,
         hints=roles.hints,
         clipping=options.clipping if isinstance(options.clipping, str) else "a function of the user",
-        budget=budget_in_bytes(options.memory_budget, joint, roles.hints),
+        plain_seconds=plain_seconds(joint.graph, roles.hints, rates),
+        reuse=options.memory_budget is None and device.type == "cpu",
+        limit=_limit(options.memory_budget, joint, proof, roles, rates),
         untouched=certificate.zero,
     )
     clip = ClipOptions(options.clipping, float(options.max_grad_norm), options.loss_reduction == "mean")
@@ -98,3 +104,12 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transfo
     labels = tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs)
     readable = fx.GraphModule(module, copy_graph(module.graph))
     return Transformed(readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot, unowned)
+
+
+def _limit(budget: float | int | None, joint: JointGraph, proof: Proof, roles: Roles, rates: Rates) -> Limit | None:
+    """The budget in bytes, and what it is compared with."""
+    if budget is None:
+        return None
+    plain = replay(joint, proof, roles.hints)
+    limit = budget * plain.plain_peak() if isinstance(budget, float) else float(budget)
+    return Limit(plain, limit, [1], 0.0)

@@ -1,22 +1,23 @@
-"""The choice: one rule for every parameter's sites, from their sizes, a mode and a memory budget."""
+"""The plan: one rule for every parameter's sites, from their sizes, a mode and a memory budget."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
 import torch
 
-from dpcompile.cost import Cost, Rates, Shape, costs, summed_cost
+from dpcompile.choose import Candidate, Limit, choose, fastest, seconds_of
+from dpcompile.cost import Cost, Shape, costs, gram_cost, summed_cost
+from dpcompile.memory import Holding
+from dpcompile.modes import MODES, Mode
 from dpcompile.norms.factors import Factored, oriented
+from dpcompile.rates import Rates
 from dpcompile.sites import ParameterGradient
 from dpcompile.sizes import Size, is_one, product, shape_of
 
-__all__ = ["Choice", "NORM_MODES", "Plan", "make_plan"]
-
-NORM_MODES = ("auto", "ghost", "instantiate", "redo", "direct")
-_FORCED = {"ghost": ("outer", "ghost"), "instantiate": ("keep",), "redo": ("redo",), "direct": ("direct",)}
+__all__ = ["Choice", "Plan", "Prediction", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,10 @@ class Choice:
         rule: "outer", "ghost", "keep" (instantiate and keep), "redo" (instantiate, drop, redo the product), "direct"
             (the same a tile at a time), "whole" (a batch of one).
         forms: the sites as outer products, in one orientation; None where they are not.
-        cost: of the rule.
+        cost: of the rule, its own Gram matrices included.
         why: in words.
+        panels: in how many parts Gram matrices are made.
+        reuse: whether kept gradients stay mapped from step to step.
     """
 
     gradient: ParameterGradient
@@ -37,16 +40,52 @@ class Choice:
     forms: tuple[Factored, ...] | None
     cost: Cost
     why: str
+    panels: int = 1
+    reuse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the plan expects of a step (forward and backward).
+
+    Attributes:
+        plain_seconds: without privacy.
+        extra_seconds: that privacy adds.
+        plain_peak: bytes at the peak, without privacy; None if there is no budget, which alone asks for it.
+        peak: the same with privacy.
+    """
+
+    plain_seconds: float
+    extra_seconds: float
+    plain_peak: float | None = None
+    peak: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of the private step."""
+        return self.plain_seconds + self.extra_seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every parameter's rule; ``print(plan)`` shows a row per gradient site."""
+    """Every parameter's rule; ``print(plan)`` shows a row per gradient site.
+
+    Attributes:
+        choices: one per parameter.
+        batch: B, of one part.
+        hints: a value for every symbol.
+        clipping: what to print.
+        prediction: of time and memory.
+        parts: in how many parts the batch runs, one after the other.
+        untouched: parameters whose gradient is zero for every example.
+    """
 
     choices: tuple[Choice, ...]
     batch: Size
     hints: Mapping[sympy.Symbol, int]
     clipping: str
+    prediction: Prediction
+    parts: int = 1
     untouched: tuple[str, ...] = ()
 
     def rules(self) -> dict[str, str]:
@@ -57,7 +96,7 @@ class Plan:
         """One row per site: parameter, operation, B, T, p, d, rule, FLOPs, bytes, why."""
         rows = []
         for choice in self.choices:
-            flops, _, memory = choice.cost.at(self.hints)
+            numbers = choice.cost.at(self.hints)
             for i, site in enumerate(choice.gradient.sites):
                 if choice.forms is not None:
                     k, t, p, d = choice.forms[i].sizes
@@ -74,8 +113,8 @@ class Plan:
                         "p": str(p),
                         "d": str(d),
                         "rule": choice.rule,
-                        "FLOPs": _short(flops) if i == 0 else "″",
-                        "bytes": _short(memory) if i == 0 else "″",
+                        "FLOPs": _short(max(numbers.flops, 0)) if i == 0 else "″",
+                        "bytes": _short(numbers.memory) if i == 0 else "″",
                         "why": choice.why if i == 0 else f"with site 1 of {choice.gradient.name}",
                     }
                 )
@@ -89,6 +128,15 @@ class Plan:
         lines += ["  ".join(r[h].ljust(widths[h]) for h in head).rstrip() for r in rows]
         lines += [f"{name}: its gradient is zero for every example" for name in self.untouched]
         lines.append(f"clipping: {self.clipping}; FLOPs and bytes are what privacy adds to the plain backward")
+        expected = self.prediction
+        lines.append(
+            f"expected: {_milliseconds(expected.seconds)} a step, {_milliseconds(expected.extra_seconds)} of them for "
+            "privacy"
+        )
+        if expected.peak is not None and expected.plain_peak is not None:
+            lines[-1] += f"; peak {_short(expected.peak)}B, {expected.peak / expected.plain_peak:.2f} of the plain step's"
+        if self.parts > 1:
+            lines.append(f"memory: the batch runs in {self.parts} parts of {self.batch}")
         return "\n".join(lines)
 
 
@@ -100,7 +148,9 @@ def make_plan(
     rates: Rates,
     hints: Mapping[sympy.Symbol, int],
     clipping: str,
-    budget: float | None = None,
+    plain_seconds: float,
+    reuse: bool = False,
+    limit: Limit | None = None,
     untouched: Sequence[str] = (),
 ) -> Plan:
     """Choose a rule for every parameter.
@@ -108,100 +158,153 @@ def make_plan(
     Args:
         gradients: what :func:`dpcompile.sites.find_gradients` found.
         batch: B.
-        mode: "auto" takes the fastest rules that fit the budget; any other of :data:`NORM_MODES` forces one kind
-            wherever it exists.
+        mode: one of :data:`dpcompile.modes.MODES`; "auto" takes the fastest rules that fit the limit.
         rates: of the machine.
         hints: a value for every symbol.
         clipping: what to print.
-        budget: bytes that all rules together may hold, or None.
+        plain_seconds: what the step takes without privacy.
+        reuse: whether kept gradients may stay mapped from step to step.
+        limit: of memory.
         untouched: trainable parameters whose gradient is identically zero.
     """
-    options = [_options(g, batch, mode, rates, hints) for g in gradients]
-    chosen = [min(o, key=lambda c: _seconds(c.cost, rates, hints)) for o in options]
-    if budget is not None:
-        _fit(chosen, options, budget, rates, hints)
-    return Plan(tuple(chosen), batch, dict(hints), clipping, tuple(untouched))
+    options = [_options(g, batch, mode, rates, hints, reuse) for g in gradients]
+    candidates = [[c for _, c in o] for o in options]
+    outcome = choose(candidates, limit)
+    free = fastest(candidates) if limit is not None else outcome.picks
+    chosen = []
+    for parameter, pick, quickest in zip(options, outcome.picks, free, strict=True):
+        choice, _ = parameter[pick]
+        if not choice.why:
+            choice = replace(choice, why=_reason([c for _, c in parameter], pick, quickest))
+        if not outcome.fits:
+            choice = replace(choice, why=f"the smallest; over the memory budget ({choice.rule})")
+        chosen.append(choice)
+    extra = seconds_of(candidates, outcome.picks)
+    expected = Prediction(plain_seconds, extra)
+    if limit is not None:
+        extra += (outcome.parts - 1) * limit.overhead
+        holdings = [o[i].holding for o, i in zip(candidates, outcome.picks, strict=True)]
+        peak = limit.replay.peak(holdings, outcome.parts)
+        expected = Prediction(plain_seconds, extra, limit.replay.plain_peak(), peak)
+    return Plan(tuple(chosen), batch, dict(hints), clipping, expected, outcome.parts, tuple(untouched))
 
 
 def _options(
-    gradient: ParameterGradient, batch: Size, mode: str, rates: Rates, hints: Mapping[sympy.Symbol, int]
-) -> list[Choice]:
-    element = 8 if gradient.gradient.meta["val"].dtype == torch.float64 else 4
-    weight = product(shape_of(gradient.gradient.meta["val"]))
+    gradient: ParameterGradient,
+    batch: Size,
+    mode_name: str,
+    rates: Rates,
+    hints: Mapping[sympy.Symbol, int],
+    reuse: bool,
+) -> list[tuple[Choice, Candidate]]:
+    mode = MODES[mode_name]
+    value = gradient.gradient.meta["val"]
+    element = 8 if value.dtype == torch.float64 else 4
+    weight = product(shape_of(value))
+    forced = f"forced by norm={mode_name!r}" if mode_name != "auto" else ""
+
+    def option(
+        rule: str, cost: Cost, why: str, forms: Sequence[Factored] | None = None, grams: Mapping[Hashable, Cost] = {},
+        panels: int = 1,
+    ) -> tuple[Choice, Candidate]:  # fmt: skip
+        own = reuse and rule == "keep"
+        total = sum(grams.values(), start=cost)
+        choice = Choice(gradient, rule, None if forms is None else tuple(forms), total, why, panels, own)
+        seconds = {key: g.at(hints).seconds(rates) for key, g in grams.items()}
+        held = _holding(choice, total.at(hints).memory, hints, element, weight)
+        return choice, Candidate(rule, cost.at(hints).seconds(rates), seconds, held)
+
     if gradient.sites[0].kind == "whole":
-        return [
-            Choice(gradient, "whole", None, summed_cost(1, weight, element), "one example: the sum is its gradient")
-        ]
+        return [option("whole", summed_cost(1, weight, element), "one example: the sum is its gradient")]
     forms = oriented(gradient, batch)
-    plain = summed_cost(batch, weight, element)
     if forms is None:
         why = "its sites are sums" if all(s.kind == "sum" for s in gradient.sites) else "through the tail"
-        rule = "redo" if mode == "redo" else "keep"
-        return [Choice(gradient, rule, None, plain, f"per-example gradients, {why}")]
-    table = costs(_together(forms, element), batch)
-    t = sum((f.sizes[1] for f in forms), start=0)  # type: ignore[misc]
-    allowed = {"outer"} if is_one(t) else {"ghost"}
+        rule = "redo" if mode_name == "redo" else "keep"
+        return [option(rule, summed_cost(batch, weight, element, fresh=True), f"per-example gradients, {why}")]
+    shape = _together(forms, element, hints)
+    allowed = {"outer"} if is_one(shape.t) else {"ghost"}
     allowed |= {"keep", "redo"} | ({"direct"} if all(f.one_hot is None for f in forms) else set())
-    wanted = [r for r in _FORCED.get(mode, tuple(table)) if r in allowed] or ["redo" if mode == "direct" else "keep"]
-    times = {r: _seconds(table[r], rates, hints) for r in wanted}
-    best = min(times, key=times.__getitem__)
-    out = []
-    for rule in wanted:
-        why = f"forced by norm={mode!r}" if mode != "auto" else _reason(rule, best, times)
-        out.append(Choice(gradient, rule, tuple(forms), table[rule], why))
-    return out
+    _, t, p, d = (_number(n, hints) for n in (1, shape.t, shape.p, shape.d))
+    fits = mode.wanted(t, p, d)
+    wanted = [r for r in mode.rules if r in allowed and fits(r)] or [_fallback(mode)]
+    table = costs(shape, batch, reuse=reuse)
+    grams = _grams(forms, shape, batch)
+    return [
+        option(r, table[r], forced, forms, grams if r == "ghost" else {}, shape.panels if r == "ghost" else 1)
+        for r in wanted
+    ]
 
 
-def _together(forms: Sequence[Factored], element: int) -> Shape:
+def _fallback(mode: Mode) -> str:
+    return "redo" if mode.drop else "keep"
+
+
+def _together(forms: Sequence[Factored], element: int, hints: Mapping[sympy.Symbol, int]) -> Shape:
     k, _, p, d = forms[0].sizes
     t = sum((f.sizes[1] for f in forms), start=0)  # type: ignore[misc]
-    unfolded = sum((f.unfolded for f in forms), start=0)  # type: ignore[misc]
-    return Shape(k, t, p, d, element, unfolded)
+    return Shape(
+        k, t, p, d, element,
+        copied=sum((f.unfolded for f in forms), start=0),  # type: ignore[misc]
+        one_hot=any(f.one_hot is not None for f in forms),
+        convolution=any(f.each is not None for f in forms),
+        panels=_panels(_number(t, hints)),
+    )  # fmt: skip
 
 
-def _reason(rule: str, best: str, times: Mapping[str, float]) -> str:
-    if rule != best:
-        return f"fits the memory budget ({best} is {times[rule] / max(times[best], 1e-30):.1f}x faster)"
-    others = [(s, r) for r, s in times.items() if r != rule]
+def _panels(positions: float) -> int:
+    """Parts of a Gram matrix: as many as leave each part large enough for a product to run at full speed."""
+    return 1 if positions < 64 else 2 if positions < 128 else 4 if positions < 1024 else 8
+
+
+def _grams(forms: Sequence[Factored], shape: Shape, batch: Size) -> dict[Hashable, Cost]:
+    """The two Gram matrices of a ghost norm, by what they are of."""
+    _, _, p, d = forms[0].sizes
+    operands = list(zip(*(f.operands for f in forms), strict=True))  # of all sites: first operands, second operands
+    flipped = forms[0].flipped
+    rows, cols = (operands[1], operands[0]) if flipped else (operands[0], operands[1])
+    copied = sum((f.unfolded for f in forms), start=0)  # type: ignore[misc]
+    kind = forms[0].site.kind
+    return {
+        (kind, rows, shape.panels): gram_cost(shape, batch, p, index=shape.one_hot, copied=0),
+        (kind, cols, shape.panels): gram_cost(shape, batch, d, index=False, copied=copied),
+    }
+
+
+def _holding(
+    choice: Choice, memory: float, hints: Mapping[sympy.Symbol, int], element: int, weight: Size
+) -> Holding:
+    result = _number(weight, hints) * element
+    since = tuple(s.operation.name for s in choice.gradient.sites)
+    operands: dict[str, float] = {}
+    if choice.rule not in ("keep", "whole"):
+        for site in choice.gradient.sites:
+            for node in site.operands.values():
+                size = product(shape_of(node.meta["val"]))
+                operands[node.name] = _number(size, hints) * node.meta["val"].element_size()
+    kept = memory if choice.rule == "keep" else 0.0
+    return Holding(tuple(operands), since, kept, memory - kept, result, sum(operands.values()))
+
+
+def _number(size: Size, hints: Mapping[sympy.Symbol, int]) -> float:
+    return float(sympy.sympify(size).subs(dict(hints)))
+
+
+def _reason(candidates: Sequence[Candidate], pick: int, quickest: int) -> str:
+    def total(i: int) -> float:
+        return candidates[i].seconds + sum(candidates[i].grams.values())
+
+    if pick != quickest:
+        slower = _milliseconds(total(pick) - total(quickest))
+        return f"fits the memory budget ({candidates[quickest].rule}: {slower} less)"
+    others = [(total(i), c.rule) for i, c in enumerate(candidates) if i != pick]
     if not others:
         return "the only rule"
     seconds, name = min(others)
-    if not times[rule]:
-        return "nothing to do"
-    return f"{name} would cost {seconds / max(times[rule], 1e-30):.1f}x"
+    return f"{_milliseconds(total(pick))}; {name} {_milliseconds(seconds)}"
 
 
-def _seconds(cost: Cost, rates: Rates, hints: Mapping[sympy.Symbol, int]) -> float:
-    flops, traffic, _ = cost.at(hints)
-    return flops / rates.flops + traffic / rates.traffic
-
-
-def _fit(
-    chosen: list[Choice],
-    options: list[list[Choice]],
-    budget: float,
-    rates: Rates,
-    hints: Mapping[sympy.Symbol, int],
-) -> None:
-    """Give up the least time per byte until the rules fit; if they cannot, the smallest ones stand, and say so."""
-
-    def memory(choice: Choice) -> float:
-        return choice.cost.at(hints)[2]
-
-    while sum(map(memory, chosen)) > budget:
-        moves = []
-        for i, alternatives in enumerate(options):
-            for other in alternatives:
-                saved = memory(chosen[i]) - memory(other)
-                if saved > 0:
-                    slower = _seconds(other.cost, rates, hints) - _seconds(chosen[i].cost, rates, hints)
-                    moves.append((slower / saved, i, other))
-        if not moves:
-            needed = sum(map(memory, chosen))
-            chosen[:] = [replace(c, why=f"smallest; all rules need {_short(needed)}B, over budget") for c in chosen]
-            return
-        _, i, other = min(moves, key=lambda m: m[0])
-        chosen[i] = other
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
 
 
 def _short(number: float) -> str:

@@ -17,8 +17,9 @@ from dpcompile.insert import insert, last_of
 from dpcompile.joint import JointGraph
 from dpcompile.locate import where
 from dpcompile.norms.factors import factored
-from dpcompile.norms.ghost import Sides, direct, ghost, merge, outer
+from dpcompile.norms.ghost import Sides, direct, ghost, ghost_of_gram, merge, outer
 from dpcompile.norms.instantiate import per_example_site, run_operation, run_tail, tail_inputs, through_tail
+from dpcompile.norms.product_op import product_with_norms, squared_norms
 from dpcompile.norms.slices import accumulation_dtype, scaled
 from dpcompile.plan import Choice, Plan
 from dpcompile.proof import prove
@@ -95,8 +96,7 @@ def _norm(joint: JointGraph, choice: Choice) -> _Norm:
     operands, compute = _instantiation(choice, joint.batch)
 
     def norm_and_gradients(mask: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
-        each = compute(mask.shape[0], values)
-        return each.square().reshape(mask.shape[0], -1).sum(1), each
+        return compute(mask.shape[0], values)
 
     nodes = [joint.mask, *operands]
     try:
@@ -120,13 +120,16 @@ def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
     dtype = _dtype(choice.gradient)
 
     def compute(mask: Tensor, *values: Tensor) -> Tensor:
+        if rule == "ghost" and len(forms) == 1 and forms[0].gram is not None:
+            wide = (_widened(v, dtype) for v in values)
+            return ghost_of_gram(*forms[0].gram(*wide, mask.shape[0]), width=forms[0].site.value.meta["val"][0].numel())
         sides = _sides(choice, values, mask.shape[0], dtype)
         if rule == "outer":
             return outer(sides[0])
         if rule == "direct":
             (merged,) = merge(sides)
             return direct(merged, DIRECT_TILES)
-        return ghost(sides)
+        return ghost(sides, choice.panels)
 
     nodes = [joint.mask, *(n for f in forms for n in f.operands)]
     return insert(joint.graph, _behind(joint, nodes), compute, nodes)
@@ -142,31 +145,40 @@ def _sides(choice: Choice, values: Sequence[Tensor], batch: int, dtype: torch.dt
     return sides
 
 
-def _instantiation(choice: Choice, batch: Size) -> tuple[list[fx.Node], Callable[[int, Sequence[Any]], Tensor]]:
-    """Operands, and a function from B and their values to every example's gradient of the parameter."""
+def _instantiation(
+    choice: Choice, batch: Size
+) -> tuple[list[fx.Node], Callable[[int, Sequence[Any]], tuple[Tensor, Tensor]]]:
+    """Operands, and a function from B and their values to every example's squared norm and gradient."""
     gradient, forms, dtype = choice.gradient, choice.forms, _dtype(choice.gradient)
-    if forms is not None and forms[0].aligned and all(f.one_hot is None for f in forms):
+    if forms is not None and forms[0].aligned and all(f.one_hot is None and f.each is None for f in forms):
 
-        def merged_product(batch: int, values: Sequence[Any]) -> Tensor:
+        def merged_product(batch: int, values: Sequence[Any]) -> tuple[Tensor, Tensor]:
             (merged,) = merge(_sides(choice, values, batch, dtype))
-            product = torch.matmul(merged.rows.mT, merged.cols)
-            return product.reshape(batch, *gradient.gradient.meta["val"].shape)
+            if merged.rows.device.type == "cpu":
+                product, squared = product_with_norms(merged.rows, merged.cols, choice.reuse)
+            else:
+                product = torch.matmul(merged.rows.mT, merged.cols)
+                squared = squared_norms(product)
+            return squared, product.reshape(batch, *gradient.gradient.meta["val"].shape)
 
         return [n for f in forms for n in f.operands], merged_product
     needed = dict.fromkeys(n for s in gradient.sites for n in s.operation.all_input_nodes)
     operands = [*needed, *(n for n in tail_inputs(gradient) if n not in needed)]
     own_forms = [factored(s, batch) for s in gradient.sites]
 
-    def through_sites(batch: int, values: Sequence[Any]) -> Tensor:
+    def through_sites(batch: int, values: Sequence[Any]) -> tuple[Tensor, Tensor]:
         known = {n: _widened(v, dtype) for n, v in zip(operands, values, strict=True)}
         sites = []
         for site, form in zip(gradient.sites, own_forms, strict=True):
             if form is None or form.one_hot is not None:
                 sites.append(per_example_site(site, known, batch, dtype))
+            elif form.each is not None:
+                sites.append(form.each(*(known[n] for n in form.operands), batch))
             else:
                 rows, cols = form.build(*(known[n] for n in form.operands), batch)
                 sites.append(torch.matmul(rows.mT, cols).reshape(batch, *site.value.meta["val"].shape))
-        return through_tail(gradient, sites, known, dtype)
+        each = through_tail(gradient, sites, known, dtype)
+        return squared_norms(each), each
 
     return operands, through_sites
 

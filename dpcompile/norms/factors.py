@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from dpcompile.axis import Examples
-from dpcompile.norms.patches import patches
+from dpcompile.norms.convolutions import Window, each_gradient, patch_columns, patch_gram, positions_in_rows
 from dpcompile.norms.slices import in_front
 from dpcompile.operations import operation_name
 from dpcompile.sites import ParameterGradient, Site
@@ -33,8 +34,14 @@ class Factored:
         build: from their values and B to ``(rows [B, K, T, P] or index [B, T], cols [B, K, T, D] or index [B, T])``.
         sizes: K, T, P, D.
         one_hot: which side is an index: ``"rows"``, ``"cols"`` or None.
-        unfolded: elements per example of the copy that building a side makes (the patches of a convolution).
+        unfolded: elements per example of the copy that a ghost norm makes (the patches of a convolution, or the Gram
+            matrix of its pixels).
         aligned: rows and columns are those of the parameter itself, not only of the site.
+        each: from the operands' values and B to every example's value of the site, ``[B, *shape]``, where there is a
+            better way than the product of the sides.
+        gram: from the same to the rows and the Gram matrix ``[B, K, T, T]`` of the columns, where that is cheaper than
+            building the columns.
+        flipped: rows and columns were exchanged: the first operand is the columns'.
     """
 
     site: Site
@@ -44,13 +51,16 @@ class Factored:
     one_hot: str | None = None
     unfolded: Size = 0
     aligned: bool = False
+    each: Callable[..., Tensor] | None = None
+    gram: Callable[..., tuple[Tensor, Tensor]] | None = None
+    flipped: bool = False
 
     def transposed(self) -> Factored:
         """The same with rows and columns exchanged."""
         k, t, p, d = self.sizes
         build = self.build
         swapped = {"rows": "cols", "cols": "rows", None: None}[self.one_hot]
-        return replace(self, build=lambda *a: build(*a)[::-1], sizes=(k, t, d, p), one_hot=swapped)
+        return replace(self, build=lambda *a: build(*a)[::-1], sizes=(k, t, d, p), one_hot=swapped, gram=None, flipped=not self.flipped)
 
 
 def factored(site: Site, batch: Size) -> Factored | None:
@@ -213,25 +223,29 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
     stride, padding, dilation, transposed, groups = (arguments[i] for i in (4, 5, 6, 7, 9))
     cotangent, source = site.operands["grad_output"], site.operands["input"]
     layout = next(iter(site.axes.values()))
-    out, per_group, *kernel = (int(size(n)) for n in site.value.meta["val"].shape)
-    # A transposed convolution is the adjoint of a convolution: its input and output exchange their parts.
+    shape = tuple(int(size(n)) for n in site.value.meta["val"].shape)
+    window = Window(shape[2:], stride, padding, dilation, groups)
     small, large = (source, cotangent) if transposed else (cotangent, source)
 
     def build(small: Tensor, large: Tensor, b: int) -> tuple[Tensor, Tensor]:
-        spatial = small.shape[2:]
-        windows = patches(large, kernel, stride, padding, dilation, spatial)  # [N, C, *kernel, positions]
-        columns = windows.unflatten(1, (groups, -1)).flatten(2, -2)  # [N, G, C/G * kernel, positions]
-        rows = small.flatten(2).unflatten(1, (groups, -1))  # [N, G, P, positions]
-        return _frames(rows, layout, b), _frames(columns, layout, b)
+        rows = small.flatten(2).unflatten(1, (groups, -1))  # [N, G, P, S]
+        return positions_in_rows(rows, layout, b), patch_columns(large, window, layout, b, small.shape[2:])
 
-    positions = product([layout.outer, layout.inner, *shape_of(small.meta["val"])[2:]])
-    rows = out // groups if isinstance(out, int) else out
-    columns = product([per_group, *kernel])
-    unfolded = product([groups, positions, columns])
-    return Factored(site, (small, large), build, (groups, positions, rows, columns), unfolded=unfolded)
+    def each(small: Tensor, large: Tensor, b: int) -> Tensor:
+        source, cotangent = (small, large) if transposed else (large, small)
+        return each_gradient(cotangent, source, layout, b, shape, arguments)
 
+    def gram(small: Tensor, large: Tensor, b: int) -> tuple[Tensor, Tensor]:
+        rows = positions_in_rows(small.flatten(2).unflatten(1, (groups, -1)), layout, b)
+        return rows, patch_gram(large, window, layout, b, small.shape[2:])
 
-def _frames(value: Tensor, axis: Examples, batch: int) -> Tensor:
-    """``[outer * B * inner, G, P, positions]`` to ``[B, G, outer * inner * positions, P]``."""
-    front = in_front(value, axis, batch)  # [B, frames, G, P, positions]
-    return front.permute(0, 2, 1, 4, 3).flatten(2, 3)
+    frames, seen = product([layout.outer, layout.inner]), shape_of(small.meta["val"])[2:]
+    positions, columns = product([frames, *seen]), product(shape[1:])
+    pixels = product([frames, *(n + 2 * p for n, p in zip(shape_of(large.meta["val"])[2:], padding, strict=True))])
+    whole = all(isinstance(n, int) for n in (positions, pixels))
+    cheaper = whole and pixels**2 <= positions**2 * prod(window.kernel)  # type: ignore[operator]
+    sizes = (groups, positions, shape[0] // groups, columns)
+    unfolded = product([groups, pixels, pixels] if cheaper else [groups, positions, columns])
+    return Factored(
+        site, (small, large), build, sizes, unfolded=unfolded, each=each, gram=gram if cheaper else None
+    )

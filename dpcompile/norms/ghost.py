@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Sides", "direct", "ghost", "merge", "outer"]
+__all__ = ["Sides", "direct", "ghost", "ghost_of_gram", "merge", "outer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,13 @@ def merge(all_sides: Sequence[Sides]) -> list[Sides]:
     return merged
 
 
-def ghost(all_sides: Sequence[Sides]) -> Tensor:
+def ghost(all_sides: Sequence[Sides], panels: int = 1) -> Tensor:
     """Gram matrices of rows and columns, multiplied and summed; cross terms between sites of different kinds too.
+
+    Args:
+        all_sides: of one parameter.
+        panels: how many parts a Gram matrix is made in. It is symmetric, so a part is multiplied only with the
+            positions up to its own: ``(panels + 1) / (2 panels)`` of the work, and one part's memory.
 
     **Guarantee.** The result is not below the true squared norm where terms cancel: rounding in the Gram matrices,
     ``|R - R'| <= slack_R`` and ``|C - C'| <= slack_C``, moves the sum of ``R C`` by at most ``|R| slack_C +
@@ -58,20 +63,64 @@ def ghost(all_sides: Sequence[Sides]) -> Tensor:
     total: Tensor | None = None
     for i, a in enumerate(parts):
         for j in range(i, len(parts)):
-            b = parts[j]
-            rows, rows_slack = _inner(a.rows, a.one_hot == "rows", b.rows, b.one_hot == "rows")
-            cols, cols_slack = _inner(a.cols, a.one_hot == "cols", b.cols, b.one_hot == "cols")
-            product = rows * cols
-            slack = torch.finfo(product.dtype).eps * product.abs()
-            if cols_slack is not None:
-                slack = slack + rows.abs() * cols_slack
-            if rows_slack is not None:
-                slack = slack + rows_slack * cols.abs()
-            # Two sums: the first may be negative, and it must not take the slack of the others with it.
-            term = (product.flatten(1).sum(1) + slack.flatten(1).sum(1)) * (1 if i == j else 2)
+            term = _symmetric(a, panels) if i == j else 2 * _sum(*_products(a, parts[j]))
             total = term if total is None else total + term
     assert total is not None
     return total.clamp_min(0)
+
+
+def ghost_of_gram(rows: Tensor, gram: Tensor, width: int | torch.SymInt) -> Tensor:
+    """The same, where the Gram matrix of the columns is there already.
+
+    Args:
+        rows: ``[B, K, T, P]``.
+        gram: ``[B, K, T, T]``.
+        width: how many terms its inner products have.
+    """
+    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    slack = _rounding(gram.dtype, width) * lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
+    return _sum(*_inner(rows, False, rows, False), gram, slack).clamp_min(0)
+
+
+def _symmetric(sides: Sides, panels: int) -> Tensor:
+    """The norm of one kind of site, panel by panel: what lies left of the panel's own square counts twice."""
+    axes = {"rows": 1 if sides.one_hot == "rows" else 2, "cols": 1 if sides.one_hot == "cols" else 2}
+    positions = sides.rows.shape[axes["rows"]]
+    total: Tensor | None = None
+    for n in range(panels):
+        start, end = positions * n // panels, positions * (n + 1) // panels
+
+        def part(first: int, last: int) -> Sides:
+            rows = sides.rows.narrow(axes["rows"], first, last - first)
+            return Sides(rows, sides.cols.narrow(axes["cols"], first, last - first), sides.one_hot)
+
+        own, before = part(start, end), part(0, end)
+        rows, rows_slack, cols, cols_slack = _products(own, before)
+        if n:
+            weight = torch.ones(end, dtype=torch.float32, device=rows.device)
+            weight = torch.where(torch.arange(end, device=rows.device) < start, 2 * weight, weight)
+            rows, rows_slack = rows * weight, None if rows_slack is None else rows_slack * weight
+        term = _sum(rows, rows_slack, cols, cols_slack)
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def _products(a: Sides, b: Sides) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    rows = _inner(a.rows, a.one_hot == "rows", b.rows, b.one_hot == "rows")
+    return *rows, *_inner(a.cols, a.one_hot == "cols", b.cols, b.one_hot == "cols")
+
+
+def _sum(rows: Tensor, rows_slack: Tensor | None, cols: Tensor, cols_slack: Tensor | None) -> Tensor:
+    """The sum of all products, plus how far it may be off: ``[B]``."""
+    product = rows * cols
+    slack = torch.finfo(product.dtype).eps * product.abs()
+    if cols_slack is not None:
+        slack = slack + rows.abs() * cols_slack
+    if rows_slack is not None:
+        slack = slack + rows_slack * cols.abs()
+    # Two sums: the first may be negative, and it must not take the slack of the others with it.
+    return product.flatten(1).sum(1) + slack.flatten(1).sum(1)
 
 
 def direct(sides: Sides, tiles: int) -> Tensor:
@@ -97,9 +146,12 @@ def _inner(a: Tensor, a_one_hot: bool, b: Tensor, b_one_hot: bool) -> tuple[Tens
         return _pick(b, a).mT, None
     if b_one_hot:
         return _pick(a, b), None
-    eps = torch.finfo(a.dtype).eps * max(1.0, a.shape[-1] ** 0.5 / 2)
-    lengths = eps * a.square().sum(-1).sqrt().unsqueeze(-1) * b.square().sum(-1).sqrt().unsqueeze(-2)
+    lengths = _rounding(a.dtype, a.shape[-1]) * a.square().sum(-1).sqrt().unsqueeze(-1) * b.square().sum(-1).sqrt().unsqueeze(-2)
     return torch.matmul(a, b.mT), lengths
+
+
+def _rounding(dtype: torch.dtype, width: int | torch.SymInt) -> float:
+    return torch.finfo(dtype).eps * max(1.0, width**0.5 / 2)
 
 
 def _pick(dense: Tensor, index: Tensor) -> Tensor:

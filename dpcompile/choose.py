@@ -1,0 +1,175 @@
+"""The search: the rules, one per parameter, that take the least time and fit the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dpcompile.memory import Holding, Replay
+
+__all__ = ["Candidate", "Limit", "Outcome", "choose", "fastest", "seconds_of"]
+
+_TRIES = 64  # how many single changes of rule are tried to win time back within a budget
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One rule that one parameter may have.
+
+    Attributes:
+        rule: its name.
+        seconds: what it adds to the plain step, without the Gram matrices.
+        grams: the Gram matrices that it needs: what they are of -> seconds. Equal ones are made once.
+        holding: what it keeps until the clip.
+    """
+
+    rule: str
+    seconds: float
+    grams: Mapping[Hashable, float] = field(default_factory=dict)
+    holding: Holding = Holding((), (), 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A memory budget.
+
+    Attributes:
+        replay: of the plain step.
+        bytes: what the private step may need at its peak.
+        parts: in how many parts the batch may run.
+        overhead: seconds that every further part takes.
+    """
+
+    replay: Replay
+    bytes: float
+    parts: Sequence[int]
+    overhead: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was chosen: an index into every parameter's candidates, the parts of the batch, and whether it fits."""
+
+    picks: list[int]
+    parts: int = 1
+    fits: bool = True
+
+
+def choose(options: Sequence[Sequence[Candidate]], limit: Limit | None) -> Outcome:
+    """Choose for all parameters together.
+
+    Without a limit this is the quickest choice found by improving one parameter at a time, from two starts. Under a
+    limit, memory gets a price, the lowest at which the choice fits, and then what time can be won back is; so for every
+    number of parts, of which the quickest is taken. If nothing fits, the smallest is taken.
+    """
+    if limit is None:
+        return Outcome(fastest(options))
+    found: list[tuple[float, Outcome]] = []
+    smallest: tuple[float, Outcome] | None = None
+    for parts in limit.parts:
+        least = _priced(options, float("inf"))
+        peak = limit.replay.peak(_holdings(options, least), parts)
+        if smallest is None or peak < smallest[0]:
+            smallest = peak, Outcome(least, parts, fits=False)
+        if peak > limit.bytes:
+            continue
+        picks = _within(options, limit, parts)
+        found.append((seconds_of(options, picks) + (parts - 1) * limit.overhead, Outcome(picks, parts)))
+    if found:
+        return min(found, key=lambda f: f[0])[1]
+    assert smallest is not None
+    return smallest[1]
+
+
+def fastest(options: Sequence[Sequence[Candidate]], price: float = 0.0) -> list[int]:
+    """The quickest choice, where a byte that is held costs ``price`` seconds."""
+    alone = [min(range(len(o)), key=lambda i, o=o: _alone(o[i], price)) for o in options]
+    shared = [min(range(len(o)), key=lambda i, o=o: o[i].seconds + price * _held(o[i])) for o in options]
+    found = [_improved(options, start, price) for start in (alone, shared)]
+    return min(found, key=lambda p: seconds_of(options, p) + price * sum(map(_held, _picked(options, p))))
+
+
+def seconds_of(options: Sequence[Sequence[Candidate]], picks: Sequence[int]) -> float:
+    """What a choice adds to the plain step."""
+    grams: dict[Hashable, float] = {}
+    total = 0.0
+    for candidate in _picked(options, picks):
+        total += candidate.seconds
+        grams.update(candidate.grams)
+    return total + sum(grams.values())
+
+
+def _improved(options: Sequence[Sequence[Candidate]], picks: list[int], price: float) -> list[int]:
+    picks = list(picks)
+    users: dict[Hashable, int] = {}
+    for candidate in _picked(options, picks):
+        for key in candidate.grams:
+            users[key] = users.get(key, 0) + 1
+    for _ in range(4):
+        before = list(picks)
+        for i, candidates in enumerate(options):
+            for key in candidates[picks[i]].grams:
+                users[key] -= 1
+
+            def cost(n: int, candidates: Sequence[Candidate] = candidates) -> float:
+                new = sum(s for key, s in candidates[n].grams.items() if not users.get(key))
+                return candidates[n].seconds + new + price * _held(candidates[n])
+
+            picks[i] = min(range(len(candidates)), key=cost)
+            for key in candidates[picks[i]].grams:
+                users[key] = users.get(key, 0) + 1
+        if picks == before:
+            break
+    return picks
+
+
+def _within(options: Sequence[Sequence[Candidate]], limit: Limit, parts: int) -> list[int]:
+    def fits(picks: list[int]) -> bool:
+        return limit.replay.peak(_holdings(options, picks), parts) <= limit.bytes
+
+    quickest = fastest(options)
+    if fits(quickest):
+        return quickest
+    low, high = 1e-15, 1e-6  # seconds per byte: less than any memory moves, more than any needs
+    best = _priced(options, float("inf"))
+    for _ in range(16):
+        price = (low * high) ** 0.5
+        picks = fastest(options, price)
+        if fits(picks):
+            best, high = picks, price
+        else:
+            low = price
+    gains = []
+    for i, candidates in enumerate(options):
+        slower = candidates[best[i]].seconds + sum(candidates[best[i]].grams.values())
+        quick = candidates[quickest[i]].seconds + sum(candidates[quickest[i]].grams.values())
+        if quick < slower:
+            gains.append((slower - quick, i))
+    for _, i in sorted(gains, reverse=True)[:_TRIES]:
+        tried = [*best]
+        tried[i] = quickest[i]
+        if fits(tried):
+            best = tried
+    return best
+
+
+def _priced(options: Sequence[Sequence[Candidate]], price: float) -> list[int]:
+    if price != float("inf"):
+        return fastest(options, price)
+    return [min(range(len(o)), key=lambda i, o=o: (_held(o[i]), o[i].seconds)) for o in options]
+
+
+def _alone(candidate: Candidate, price: float) -> float:
+    return candidate.seconds + sum(candidate.grams.values()) + price * _held(candidate)
+
+
+def _held(candidate: Candidate) -> float:
+    return candidate.holding.kept + candidate.holding.scratch + candidate.holding.operand_bytes
+
+
+def _picked(options: Sequence[Sequence[Candidate]], picks: Sequence[int]) -> Iterable[Candidate]:
+    return (o[i] for o, i in zip(options, picks, strict=True))
+
+
+def _holdings(options: Sequence[Sequence[Candidate]], picks: Sequence[int]) -> list[Holding]:
+    return [c.holding for c in _picked(options, picks)]

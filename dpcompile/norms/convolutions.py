@@ -1,0 +1,106 @@
+"""Convolutions: every example's gradient and the Gram matrix of patches, without an unfolded copy of the images.
+
+Shape letters: N images, F frames (images) of an example, C channels, G groups, S spatial positions of the filter.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpcompile.axis import Examples
+from dpcompile.norms.patches import patches
+from dpcompile.norms.slices import in_front
+
+__all__ = ["Window", "each_gradient", "patch_columns", "patch_gram"]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Where a filter looks: one number per spatial dimension, and the groups.
+
+    A transposed convolution is the adjoint of a convolution, so its input and output exchange their parts: the filter
+    looks at the *large* images from every position of the *small* ones.
+    """
+
+    kernel: tuple[int, ...]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+
+def each_gradient(cotangent: Tensor, source: Tensor, axis: Examples, batch: int, shape: Any, arguments: Any) -> Tensor:
+    """Every example's gradient of the filters, as one convolution with the examples among the groups.
+
+    (Rochette, Manoel and Tramel 2019, arXiv:1912.06015.)
+
+    Args:
+        cotangent: ``[N, C', *spatial]``.
+        source: ``[N, C, *spatial]``.
+        axis: the examples along N.
+        batch: B.
+        shape: of the filters.
+        arguments: of the ``convolution_backward``.
+
+    Returns:
+        ``[B, *shape]``.
+    """
+    stride, padding, dilation, transposed, output_padding, groups = arguments[4:10]
+    images, cotangents = (_examples_as_channels(x, axis, batch) for x in (source, cotangent))
+    filters = source.new_empty((1,)).expand(batch * shape[0], *shape[1:])
+    _, result, _ = torch.ops.aten.convolution_backward.default(
+        cotangents, images, filters, None, stride, padding, dilation, transposed, output_padding, groups * batch,
+        [False, True, False],
+    )  # fmt: skip
+    return result.reshape(batch, *shape)
+
+
+def _examples_as_channels(images: Tensor, axis: Examples, batch: int) -> Tensor:
+    """``[N, C, *spatial]`` to ``[F, B * C, *spatial]``."""
+    return in_front(images, axis, batch).movedim(0, 1).flatten(1, 2)
+
+
+def patch_columns(large: Tensor, window: Window, axis: Examples, batch: int, spatial: Sequence[int]) -> Tensor:
+    """The patches as columns, unfolded: ``[B, G, F * S, C/G * kernel]``."""
+    windows = patches(large, window.kernel, window.stride, window.padding, window.dilation, spatial)
+    return positions_in_rows(windows.unflatten(1, (window.groups, -1)).flatten(2, -2), axis, batch)
+
+
+def positions_in_rows(value: Tensor, axis: Examples, batch: int) -> Tensor:
+    """``[N, G, P, S]`` to ``[B, G, F * S, P]``."""
+    front = in_front(value, axis, batch)  # [B, F, G, P, S]
+    return front.permute(0, 2, 1, 4, 3).flatten(2, 3)
+
+
+def patch_gram(large: Tensor, window: Window, axis: Examples, batch: int, spatial: Sequence[int]) -> Tensor:
+    """All inner products of patches, ``[B, G, F * S, F * S]``, from those of pixels.
+
+    ``<patch_s, patch_s'> = sum over offsets o of the filter of <pixel_(s+o), pixel_(s'+o)>``: the Gram matrix of the
+    pixels, looked at through the filter's window, offset by offset.
+    """
+    amounts = [a for p in reversed(window.padding) for a in (p, p)]
+    images = in_front(F.pad(large, amounts) if any(amounts) else large, axis, batch)  # [B, F, C, *padded]
+    frames, padded = images.shape[1], images.shape[3:]
+    pixels = images.unflatten(2, (window.groups, -1)).flatten(4).permute(0, 2, 1, 4, 3).flatten(2, 3)
+    gram = torch.matmul(pixels, pixels.mT).unflatten(3, (frames, *padded)).unflatten(2, (frames, *padded))
+    count = len(window.kernel)
+    total: Tensor | None = None
+    for offset in itertools.product(*(range(k) for k in window.kernel)):
+        seen = gram
+        for d in range(count):
+            start = offset[d] * window.dilation[d]
+            end = start + window.stride[d] * (spatial[d] - 1) + 1
+            for dim in (3 + d, 4 + count + d):
+                seen = torch.ops.aten.slice.Tensor(seen, dim, start, end, window.stride[d])
+        total = seen if total is None else total + seen
+    assert total is not None
+    positions = frames * prod(spatial)
+    return total.reshape(batch, window.groups, positions, positions)

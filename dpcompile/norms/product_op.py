@@ -1,0 +1,52 @@
+"""Every example's product and its squared norm as one operation, for CPUs.
+
+Inductor's own code for the norm, a reduction over one long row, runs at a quarter of the memory's speed, and a fresh
+result waits for the operating system (see :mod:`dpcompile.workspace`); `python -m benchmarks.products` prints both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpcompile.workspace import kept_gradients
+
+__all__ = ["product_with_norms", "squared_norms"]
+
+
+@torch.library.custom_op("dpcompile::product_with_norms", mutates_args=())
+def product_with_norms(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor, Tensor]:
+    """``rows^T cols`` of every example and block, and every example's squared norm.
+
+    Args:
+        rows: ``[B, K, T, P]``, float32 or float64, any strides.
+        cols: ``[B, K, T, D]``, the same.
+        reuse: whether the result's memory stays mapped for the next step.
+
+    Returns:
+        ``[B, K, P, D]`` and ``[B]``.
+    """
+    batch, blocks, _, p = rows.shape
+    shape = (batch * blocks, p, cols.shape[-1])
+    products = kept_gradients.take(shape, rows) if reuse else rows.new_empty(shape)
+    torch.bmm(rows.flatten(0, 1).mT, cols.flatten(0, 1), out=products)
+    result = products.view(batch, blocks, *shape[1:])
+    return result, squared_norms(products.view(batch, blocks * p, -1))
+
+
+@product_with_norms.register_fake
+def _(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor, Tensor]:
+    """Shapes only."""
+    batch, blocks, _, p = rows.shape
+    return rows.new_empty(batch, blocks, p, cols.shape[-1]), rows.new_empty(batch)
+
+
+def squared_norms(each: Tensor) -> Tensor:
+    """``[B, ...]`` to ``[B]``: a norm for every row of every example's value, then the sum of their squares.
+
+    Rows are summed apart, so that rounding grows with the length of a row and not of the whole.
+    """
+    if each.ndim < 3:
+        return each.square().reshape(each.shape[0], -1).sum(1)
+    rows = torch.linalg.vector_norm(each, dim=tuple(range(2, each.ndim)))
+    return rows.square().sum(1)
