@@ -25,6 +25,7 @@ from dpcompile.ledger import GradientLedger
 from dpcompile.pipeline import Options, Transformed, privatize
 from dpcompile.translate import translated
 from dpcompile.unowned import guarded
+from dpcompile.workspace import keep_freed_memory
 
 __all__ = ["Engine", "with_own_code"]
 
@@ -232,6 +233,8 @@ class Engine:
         if not (trainable and torch.is_grad_enabled()):
             compiled = compile_joint(gm, inputs, backend=self.options.backend, transform=_nothing, key="")
             return _Region(self, compiled)
+        if self.options.memory_budget is None and self.options.backend == "inductor":
+            keep_freed_memory()
         leaves = {id(t): (name, dim) for name, t, dim in self._example_dims()}
         roles = assign_roles(gm, inputs, names, leaves)
         region = _Region(self, roles=roles, others=roles.others)

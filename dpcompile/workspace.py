@@ -1,19 +1,25 @@
-"""Memory for per-example gradients that stays mapped from one step to the next, on CPUs.
+"""Memory that stays mapped from one step to the next, on CPUs; on CUDA torch's own allocator keeps it.
 
-A fresh tensor of some megabytes comes from the operating system page by page, and a product that writes it waits for
-every fault (`python -m benchmarks.products` prints how long). On CUDA torch's allocator keeps memory in the same way.
+A fresh tensor of some megabytes comes from the operating system page by page, and the kernel that writes it waits for
+every fault (`python -m benchmarks.products` prints how long). The C library gives memory back as soon as some tens of
+megabytes are free, which a backward with per-example gradients reaches in every step. Nothing here is done under a
+memory budget.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 import threading
+from functools import lru_cache
 from math import prod
 
 from torch import Tensor
 
 from dpcompile._torch import uses_of_memory
 
-__all__ = ["Workspace", "kept_gradients"]
+__all__ = ["Workspace", "keep_freed_memory", "kept_gradients"]
 
 _LEAST = 2**20  # bytes; smaller tensors come from memory that the C library keeps mapped
 
@@ -59,3 +65,20 @@ class Workspace:
 
 
 kept_gradients = Workspace()
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+
+@lru_cache(maxsize=1)
+def keep_freed_memory() -> bool:
+    """Ask glibc to keep up to 2 GiB of freed memory instead of some tens of megabytes, for the whole process.
+
+    Returns:
+        Whether it was done: not on other systems, nor where the environment sets these thresholds itself.
+    """
+    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    return bool(library.mallopt(_TRIM_THRESHOLD, 2**31 - 1) and library.mallopt(_MMAP_THRESHOLD, 2**25))

@@ -55,7 +55,7 @@ def each_gradient(cotangent: Tensor, source: Tensor, axis: Examples, batch: int,
     """
     stride, padding, dilation, transposed, output_padding, groups = arguments[4:10]
     images, cotangents = (_examples_as_channels(x, axis, batch) for x in (source, cotangent))
-    filters = source.new_empty((1,)).expand(batch * shape[0], *shape[1:])
+    filters = source.new_empty((batch * shape[0], *shape[1:]))  # only its shape is read
     _, result, _ = torch.ops.aten.convolution_backward.default(
         cotangents, images, filters, None, stride, padding, dilation, transposed, output_padding, groups * batch,
         [False, True, False],
