@@ -116,7 +116,7 @@ def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -
     of_examples = {n.name for n in joint.graph.nodes if isinstance(proof.labels.get(n), Examples)}
     plain = fx.GraphModule(joint.module, copy_graph(joint.graph))
     described = joint.graph.output_node().meta["desc"]
-    outputs = sum(not isinstance(d, GradAOTOutput) for d in described)
+    outputs = sum(d is not None and not isinstance(d, GradAOTOutput) for d in described)
     forward, backward = partition(plain, outputs)
     lives, moments = _lives(backward.graph, hints, of_examples)
     parameters = sum(bytes_of(p, hints) for p in joint.parameters.values())
