@@ -30,6 +30,7 @@ class Choice:
         forms: the sites as outer products, in one orientation; None where they are not.
         cost: of the rule.
         why: in words.
+        fused: whether rule "direct" or "ghost" is one operator, where there is one (:mod:`dpcompile.kernels.lowering`).
     """
 
     gradient: ParameterGradient
@@ -37,6 +38,7 @@ class Choice:
     forms: tuple[Factored, ...] | None
     cost: Cost
     why: str
+    fused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,9 @@ def _kernel(
         at = t + start
         in_t = at < positions
         left = tl.load(rows + p[:, None] * rows_p + at[None, :] * rows_t, mask=in_p[:, None] & in_t[None, :], other=0.0)
-        right = tl.load(cols + at[:, None] * cols_t + d[None, :] * cols_d, mask=in_t[:, None] & in_d[None, :], other=0.0)
+        right = tl.load(
+            cols + at[:, None] * cols_t + d[None, :] * cols_d, mask=in_t[:, None] & in_d[None, :], other=0.0
+        )
         if WIDEN:
             left, right = left.to(tl.float32), right.to(tl.float32)
         accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION)

@@ -54,7 +54,9 @@ def _gram(
             side + first[:, None] * stride_t + f[None, :] * stride_f, mask=in_first[:, None] & in_f[None, :], other=0.0
         )
         right = tl.load(
-            side + f[:, None] * stride_f + second[None, :] * stride_t, mask=in_f[:, None] & in_second[None, :], other=0.0
+            side + f[:, None] * stride_f + second[None, :] * stride_t,
+            mask=in_f[:, None] & in_second[None, :],
+            other=0.0,
         )
         if WIDEN:
             left, right = left.to(tl.float32), right.to(tl.float32)
