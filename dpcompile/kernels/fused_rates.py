@@ -26,7 +26,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One comparison, in seconds: rule, dtype, sizes B, T, P, D (K is 1), the operator, the products without it."""
+    """One comparison: rule, dtype, sizes B, T, P, D (K is 1), seconds of the operator and of plain products."""
 
     rule: str
     dtype: str
@@ -44,7 +44,7 @@ class FusedRates:
     measured: tuple[Measured, ...]
 
     def faster(self, rule: str, t: float, p: float, d: float, dtype: torch.dtype) -> bool:
-        """Whether the operator won for the measured sizes nearest to these, in powers of two; False for other dtypes."""
+        """Whether the operator won at the measured sizes nearest to these; False for other dtypes."""
         name = str(dtype).removeprefix("torch.")
         known = [m for m in self.measured if m.rule == rule and m.dtype == name]
         if not known:
@@ -62,9 +62,9 @@ def measure_fused_rates(device: torch.device | str) -> FusedRates:
     """Compare operators and plain products on ``device``; what was measured before is read from disk.
 
     The plain products are timed as a compiler would run them at best: two matrix products, and one pass over their
-    results. To be called outside of tracing: it runs on real tensors. The file is named after the device, the version of
-    torch and whether TF32 is allowed, in ``$XDG_CACHE_HOME/dpcompile`` or ``~/.cache/dpcompile``; without a place to
-    write it, every process measures anew.
+    results. To be called outside of tracing: it runs on real tensors. The file is named after the device, the version
+    of torch and whether TF32 is allowed, in ``$XDG_CACHE_HOME/dpcompile`` or ``~/.cache/dpcompile``; without a place
+    to write it, every process measures anew.
     """
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -31,8 +31,8 @@ def direct_norm(rows: Tensor, cols: Tensor) -> Tensor:
         cols: ``[B, K, T, D]``.
 
     Returns:
-        ``[B]``, float32 or wider. Its products are those of torch's float32 matrix products: TF32 where torch is allowed
-        to use it. Values that are not finite give a result that is not.
+        ``[B]``, float32 or wider. Products are torch's float32 matrix products: TF32 where torch is allowed to use it.
+        Values that are not finite give a result that is not.
     """
     _check("direct_norm", rows, cols)
     return torch_norms.direct_norm(rows, cols) if _any(rows, cols) else _zeros(rows, cols)
@@ -40,12 +40,12 @@ def direct_norm(rows: Tensor, cols: Tensor) -> Tensor:
 
 @torch.library.custom_op("dpcompile::ghost_norm", mutates_args=(), tags=_ANY_STRIDES)
 def ghost_norm(rows: Tensor, cols: Tensor) -> Tensor:
-    """The same from the Gram matrices of rows and columns (Li et al. 2022, arXiv:2110.05679, section 4), half of each.
+    """The same from the Gram matrices of rows and columns (Li et al. 2022, arXiv:2110.05679, section 4).
 
     Neither matrix is stored, and both are symmetric: pairs of tiles off the diagonal are made once and counted twice.
 
-    **Guarantee.** The result is not below the true squared norm where terms cancel: what rounding can move is added; see
-    :func:`dpcompile.kernels.rounding.gram_unit`.
+    **Guarantee.** The result is not below the true squared norm where terms cancel: what rounding can move is added.
+    See :func:`dpcompile.kernels.rounding.gram_unit`.
 
     Args:
         rows: ``[B, K, T, P]``.
@@ -60,7 +60,7 @@ def ghost_norm(rows: Tensor, cols: Tensor) -> Tensor:
 
 @torch.library.custom_op("dpcompile::ghost_norm_one_hot", mutates_args=(), tags=_ANY_STRIDES)
 def ghost_norm_one_hot(index: Tensor, cols: Tensor) -> Tensor:
-    """:func:`ghost_norm` where ``rows[b, k, t, :]`` is one at ``index[b, t]`` and zero elsewhere, as an embedding's are.
+    """:func:`ghost_norm` where ``rows[b, k, t, :]`` is one at ``index[b, t]`` and zero elsewhere: an embedding's.
 
     Args:
         index: integers ``[B, T]``; any numbers, only whether they are equal counts.

@@ -27,10 +27,10 @@ def gram_unit(width: int, dtype: torch.dtype, products: str) -> float:
     """``u`` such that an inner product of ``width`` terms is off by at most ``u |a| |b|``.
 
     **Guarantee.** Three errors are added. Operands that lose bits before they are multiplied (both of them by less than
-    2**-10 for TF32 that is cut off, 2**-8 for bfloat16) move the result by at most twice that, whatever the values. Sums
-    that round to nearest are off by ``sqrt(width) eps / 2`` but for improbable alignments of the rounding (Higham and Mary
-    2019, doi:10.1137/18M1226312, theorem 2.4). Tensor cores cut off: the running sum then loses up to ``eps`` in every
-    step, always in one direction, so that the steps count and not their square root.
+    2**-10 for TF32 that is cut off, 2**-8 for bfloat16) move the result by at most twice that, whatever the values.
+    Sums that round to nearest are off by ``sqrt(width) eps / 2`` but for improbable alignments of the rounding (Higham
+    and Mary 2019, doi:10.1137/18M1226312, theorem 2.4). Tensor cores cut off: the running sum then loses up to ``eps``
+    in every step, always in one direction, so that the steps count and not their square root.
 
     Args:
         width: terms of the inner product.

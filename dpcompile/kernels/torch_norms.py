@@ -48,9 +48,8 @@ def ghost_norm(rows: Tensor | None, cols: Tensor, index: Tensor | None = None) -
     The lower half of both Gram matrices, a panel of rows at a time.
 
     **Guarantee.** The result is not below the true squared norm: rounding moves the inner products by at most
-    :func:`dpcompile.kernels.rounding.gram_unit` times the lengths, and ``|R| slack_C + slack_R |C|`` is added; ``slack_C``
-    holds the rounding of the product ``R C`` and of its sum too. Two sums are kept apart: the first may be negative, and
-    must not take the slack of the others with it.
+    :func:`dpcompile.kernels.rounding.gram_unit` times the lengths, and ``|R| slack_C + slack_R |C|`` is added;
+    ``slack_C`` holds the rounding of the product ``R C`` and of its sum too.
     """
     sides = [s for s in (rows, cols) if s is not None]
     dtype = _wide(*sides)

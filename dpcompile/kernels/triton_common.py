@@ -15,7 +15,7 @@ WARPS = 4
 
 
 def index_type(*operands: Tensor) -> tl.dtype:
-    """int64 where an offset into one of the operands, or into a tile that reaches beyond its edge, exceeds 2**31 - 1."""
+    """int64 where an offset into an operand, or into a tile that reaches beyond its edge, exceeds 2**31 - 1."""
     for operand in operands:
         last = sum((size + 256) * stride for size, stride in zip(operand.shape, operand.stride(), strict=True))
         if last >= 2**31:
@@ -28,7 +28,7 @@ def widened(*operands: Tensor) -> bool:
 
     Two dtypes have no common product; and Triton's interpreter would multiply the bits of bfloat16 as integers.
     """
-    return len({o.dtype for o in operands}) > 1 or triton.knobs.runtime.interpret
+    return len({o.dtype for o in operands}) > 1 or triton.knobs.runtime.interpret  # type: ignore[attr-defined]
 
 
 def precision(operand: Tensor, *, cancels: bool) -> str:
@@ -49,4 +49,4 @@ def rounding_of(operand: Tensor, products: str) -> str:
 
 def power(size: int, most: int) -> int:
     """The side of a tile: the next power of two of ``size``, at least 16 (a tensor core's), at most ``most``."""
-    return min(most, max(16, triton.next_power_of_2(size)))
+    return min(most, max(16, 1 << (size - 1).bit_length()))

@@ -5,6 +5,8 @@ Importing this module imports Triton.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import triton
 import triton.language as tl
@@ -78,10 +80,10 @@ def direct_norm(rows: Tensor, cols: Tensor) -> Tensor:
     tile_t = power(positions, 64 if narrow else 32)
     if narrow and p_size >= 128 and d_size >= 128:
         tile_p = tile_d = 128
-    tiles = triton.cdiv(p_size, tile_p) * triton.cdiv(d_size, tile_d)
+    tiles = -(-p_size // tile_p) * -(-d_size // tile_d)
     sums = torch.empty(batch, blocks * tiles, dtype=torch.float32, device=rows.device)
     with torch.cuda.device_of(rows):
-        _kernel[(batch * blocks * tiles,)](
+        cast(Any, _kernel)[(batch * blocks * tiles,)](
             rows,
             cols,
             sums,

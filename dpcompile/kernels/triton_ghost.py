@@ -5,6 +5,8 @@ Importing this module imports Triton.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,7 @@ __all__ = ["ghost_norm", "ghost_norm_one_hot"]
 
 @triton.jit
 def _pair(number, tiles):
-    """The ``number``-th pair ``i <= j < tiles``: in a rectangle where short rows of the triangle fill up the long ones."""
+    """The ``number``-th pair ``i <= j < tiles``: a rectangle where short rows of the triangle fill up the long ones."""
     even = 1 - tiles % 2
     width = tiles + even
     row, column = number // width, number % width
@@ -43,7 +45,7 @@ def _gram(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """``[TILE_T, TILE_T]``: inner products of positions ``first`` with positions ``second``; zero beyond the last one."""
+    """``[TILE_T, TILE_T]``: inner products of positions ``first`` with ``second``; zero beyond the last one."""
     features = tl.arange(0, TILE_F).to(INDEX)
     in_first, in_second = first < positions, second < positions
     gram = tl.zeros((TILE_T, TILE_T), tl.float32)
@@ -169,7 +171,6 @@ def _one_hot_kernel(
     if tl.max(tl.max(equal, 1), 0) > 0:
         cols += b * cols_b + k * cols_k
         c = _gram(cols, first, second, positions, d_size, cols_t, cols_d, TILE_T, TILE_F, INDEX, PRECISION, WIDEN)
-        # A product with zero would make NaN of infinities at positions whose indices differ, which is right all the same.
         product = equal * c
         slack = _bound(equal, cols_lengths + block.to(tl.int64) * positions, first, second, positions, cols_unit)
     _write(sums, program, i, j, product, slack)
@@ -187,7 +188,7 @@ def ghost_norm(rows: Tensor, cols: Tensor) -> Tensor:
     products = precision(rows, cancels=True)
     sums = _sums(rows, blocks, positions, tile)
     with torch.cuda.device_of(rows):
-        _kernel[(sums.shape[0] * sums.shape[1],)](
+        cast(Any, _kernel)[(sums.shape[0] * sums.shape[1],)](
             rows,
             cols,
             _lengths(rows),
@@ -219,7 +220,7 @@ def ghost_norm_one_hot(index: Tensor, cols: Tensor) -> Tensor:
     products = precision(cols, cancels=True)
     sums = _sums(cols, blocks, positions, tile)
     with torch.cuda.device_of(cols):
-        _one_hot_kernel[(sums.shape[0] * sums.shape[1],)](
+        cast(Any, _one_hot_kernel)[(sums.shape[0] * sums.shape[1],)](
             index,
             cols,
             _lengths(cols),
@@ -265,7 +266,7 @@ def _lengths(side: Tensor) -> Tensor:
 
 def _sums(side: Tensor, blocks: int, positions: int, tile: int) -> Tensor:
     """``[B, programs of an example, 2]``: a sum and its slack for every program."""
-    tiles = triton.cdiv(positions, tile)
+    tiles = -(-positions // tile)
     return torch.empty(side.shape[0], blocks * (tiles * (tiles + 1) // 2), 2, dtype=torch.float32, device=side.device)
 
 
