@@ -33,6 +33,7 @@ class Choice:
         why: in words.
         panels: in how many parts Gram matrices are made.
         reuse: whether kept gradients stay mapped from step to step.
+        fused: whether rule "direct" or "ghost" is one operator, where there is one (:mod:`dpcompile.kernels.lowering`).
     """
 
     gradient: ParameterGradient
@@ -42,6 +43,7 @@ class Choice:
     why: str
     panels: int = 1
     reuse: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

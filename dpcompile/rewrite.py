@@ -15,6 +15,7 @@ from dpcompile.cost import DIRECT_TILES
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.insert import insert, last_of
 from dpcompile.joint import JointGraph
+from dpcompile.kernels.lowering import fused_norm, fusible
 from dpcompile.locate import where
 from dpcompile.norms.factors import factored
 from dpcompile.norms.ghost import Sides, direct, ghost, ghost_of_gram, merge, outer
@@ -117,13 +118,16 @@ def _whole_norm(gradient: Tensor) -> Tensor:
 def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
     assert choice.forms is not None
     forms, rule = choice.forms, choice.rule
-    dtype = _dtype(choice.gradient)
+    fused = choice.fused and fusible(rule, [f.one_hot for f in forms])
+    dtype = None if fused else _dtype(choice.gradient)
 
     def compute(mask: Tensor, *values: Tensor) -> Tensor:
         if rule == "ghost" and len(forms) == 1 and forms[0].gram is not None:
             wide = (_widened(v, dtype) for v in values)
             return ghost_of_gram(*forms[0].gram(*wide, mask.shape[0]), width=forms[0].site.value.meta["val"][0].numel())
         sides = _sides(choice, values, mask.shape[0], dtype)
+        if fused:
+            return fused_norm(rule, sides)
         if rule == "outer":
             return outer(sides[0])
         if rule == "direct":
@@ -135,12 +139,15 @@ def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
     return insert(joint.graph, _behind(joint, nodes), compute, nodes)
 
 
-def _sides(choice: Choice, values: Sequence[Tensor], batch: int, dtype: torch.dtype) -> list[Sides]:
+def _sides(choice: Choice, values: Sequence[Tensor], batch: int, dtype: torch.dtype | None) -> list[Sides]:
+    """The forms' sides in ``dtype``, or in their own."""
     assert choice.forms is not None
     remaining = list(values)
     sides = []
     for form in choice.forms:
-        own = [_widened(remaining.pop(0), dtype) for _ in form.operands]
+        own = [remaining.pop(0) for _ in form.operands]
+        if dtype is not None:
+            own = [_widened(v, dtype) for v in own]
         sides.append(Sides(*form.build(*own, batch), one_hot=form.one_hot))
     return sides
 

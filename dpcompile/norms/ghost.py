@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpcompile.kernels.rounding import gram_unit, products_on
+
 __all__ = ["Sides", "direct", "ghost", "ghost_of_gram", "merge", "outer"]
 
 
@@ -78,7 +80,7 @@ def ghost_of_gram(rows: Tensor, gram: Tensor, width: int | torch.SymInt) -> Tens
         width: how many terms its inner products have.
     """
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    slack = _rounding(gram.dtype, width) * lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
+    slack = _rounding(gram, width) * lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
     return _sum(*_inner(rows, False, rows, False), gram, slack).clamp_min(0)
 
 
@@ -146,12 +148,12 @@ def _inner(a: Tensor, a_one_hot: bool, b: Tensor, b_one_hot: bool) -> tuple[Tens
         return _pick(b, a).mT, None
     if b_one_hot:
         return _pick(a, b), None
-    lengths = _rounding(a.dtype, a.shape[-1]) * a.square().sum(-1).sqrt().unsqueeze(-1) * b.square().sum(-1).sqrt().unsqueeze(-2)
+    lengths = _rounding(a, a.shape[-1]) * a.square().sum(-1).sqrt().unsqueeze(-1) * b.square().sum(-1).sqrt().unsqueeze(-2)
     return torch.matmul(a, b.mT), lengths
 
 
-def _rounding(dtype: torch.dtype, width: int | torch.SymInt) -> float:
-    return torch.finfo(dtype).eps * max(1.0, width**0.5 / 2)
+def _rounding(values: Tensor, width: int | torch.SymInt) -> float:
+    return gram_unit(width, values.dtype, products_on(values.device))
 
 
 def _pick(dense: Tensor, index: Tensor) -> Tensor:

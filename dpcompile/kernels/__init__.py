@@ -1,0 +1,1 @@
+"""Operators that graphs hold whole, and what runs them on each device."""
