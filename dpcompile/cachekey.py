@@ -13,8 +13,8 @@ from dpcompile.pipeline import Options
 __all__ = ["cache_key"]
 
 
-def cache_key(options: Options, roles: Roles) -> str:
-    """Equal only for equal rules, clipping, C, inputs and source code of this package.
+def cache_key(options: Options, roles: Roles, parts: int = 1) -> str:
+    """Equal only for equal rules, clipping, C, inputs, parts of the batch and source code of this package.
 
     A stale hit would be an unclipped gradient. A clipping function of the user has no name that outlives the process:
     it gets a key that never repeats.
@@ -22,7 +22,7 @@ def cache_key(options: Options, roles: Roles) -> str:
     clipping = options.clipping if isinstance(options.clipping, str) else uuid.uuid4().hex
     parts = [
         _source_digest(), repr(float(options.max_grad_norm)), clipping, options.norm, options.loss_reduction,
-        repr(options.memory_budget), repr(sorted(roles.parameters.items())), repr(sorted(roles.examples.items())),
+        repr(options.memory_budget), repr(parts), repr(sorted(roles.parameters.items())), repr(sorted(roles.examples.items())),
     ]  # fmt: skip
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

@@ -29,6 +29,7 @@ class FirstStep:
         options: of the private one.
         call: the positional and keyword arguments.
         dims: ``(name, tensor, example dimension)`` of the call's tensors.
+        parts: of how many equal parts of the batch the call is one.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class FirstStep:
         options: Options,
         call: tuple[tuple[Any, ...], dict[str, Any]],
         dims: Sequence[tuple[str, Tensor, int | None]],
+        parts: int = 1,
     ) -> None:
+        self._parts = parts
         self._module, self._options, self._call = module, options, call
         self._dims = {id(t): dim for _, t, dim in dims}
         self._cotangents: dict[int, Tensor] = {}
@@ -87,7 +90,7 @@ class FirstStep:
         for k, label in zip(positions, labels, strict=True):
             cotangent = self._cotangents[k]
             if isinstance(label, Examples):
-                scale = batch if self._options.loss_reduction == "mean" else 1
+                scale = batch * self._parts if self._options.loss_reduction == "mean" else 1
                 fronts.append(in_front(cotangent * scale, label, batch))
             elif isinstance(label, Summed):
                 fronts.append(cotangent.expand(batch, *cotangent.shape))

@@ -9,6 +9,7 @@ from dpcompile.memory import Holding, Replay
 
 __all__ = ["Candidate", "Limit", "Outcome", "choose", "fastest", "seconds_of"]
 
+_MAPPED = 2**25  # bytes from which the C library takes memory straight from the operating system
 _TRIES = 64  # how many single changes of rule are tried to win time back within a budget
 
 
@@ -19,14 +20,22 @@ class Candidate:
     Attributes:
         rule: its name.
         seconds: what it adds to the plain step, without the Gram matrices.
+        mapping: seconds that mapping fresh memory for its results takes, if they are so large that they come straight
+            from the operating system.
         grams: the Gram matrices that it needs: what they are of -> seconds. Equal ones are made once.
         holding: what it keeps until the clip.
     """
 
     rule: str
     seconds: float
+    mapping: float = 0.0
     grams: Mapping[Hashable, float] = field(default_factory=dict)
     holding: Holding = Holding((), (), 0.0, 0.0, 0.0)
+
+    def time(self, parts: int) -> float:
+        """Seconds for the batch in so many parts."""
+        made = (self.holding.kept + self.holding.scratch) / parts
+        return self.seconds + (self.mapping if made >= _MAPPED else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +47,18 @@ class Limit:
         bytes: what the private step may need at its peak.
         parts: in how many parts the batch may run.
         overhead: seconds that every further part takes.
+        seen: of how many parts ``replay`` shows one.
     """
 
     replay: Replay
     bytes: float
     parts: Sequence[int]
     overhead: float
+    seen: int = 1
+
+    def peak(self, holdings: Iterable[Holding], parts: int) -> float:
+        """Bytes at the private step's peak."""
+        return self.replay.peak(holdings, parts, self.seen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,39 +82,41 @@ def choose(options: Sequence[Sequence[Candidate]], limit: Limit | None) -> Outco
     found: list[tuple[float, Outcome]] = []
     smallest: tuple[float, Outcome] | None = None
     for parts in limit.parts:
-        least = _priced(options, float("inf"))
-        peak = limit.replay.peak(_holdings(options, least), parts)
+        least = _smallest(options)
+        peak = limit.peak(_holdings(options, least), parts)
         if smallest is None or peak < smallest[0]:
             smallest = peak, Outcome(least, parts, fits=False)
         if peak > limit.bytes:
             continue
         picks = _within(options, limit, parts)
-        found.append((seconds_of(options, picks) + (parts - 1) * limit.overhead, Outcome(picks, parts)))
+        found.append((seconds_of(options, picks, parts) + (parts - 1) * limit.overhead, Outcome(picks, parts)))
     if found:
         return min(found, key=lambda f: f[0])[1]
     assert smallest is not None
     return smallest[1]
 
 
-def fastest(options: Sequence[Sequence[Candidate]], price: float = 0.0) -> list[int]:
+def fastest(options: Sequence[Sequence[Candidate]], price: float = 0.0, parts: int = 1) -> list[int]:
     """The quickest choice, where a byte that is held costs ``price`` seconds."""
-    alone = [min(range(len(o)), key=lambda i, o=o: _alone(o[i], price)) for o in options]
-    shared = [min(range(len(o)), key=lambda i, o=o: o[i].seconds + price * _held(o[i])) for o in options]
-    found = [_improved(options, start, price) for start in (alone, shared)]
-    return min(found, key=lambda p: seconds_of(options, p) + price * sum(map(_held, _picked(options, p))))
+    alone = [min(range(len(o)), key=lambda i, o=o: _alone(o[i], price, parts)) for o in options]
+    shared = [min(range(len(o)), key=lambda i, o=o: o[i].time(parts) + price * _held(o[i])) for o in options]
+    found = [_improved(options, start, price, parts) for start in (alone, shared)]
+    return min(found, key=lambda p: seconds_of(options, p, parts) + price * sum(map(_held, _picked(options, p))))
 
 
-def seconds_of(options: Sequence[Sequence[Candidate]], picks: Sequence[int]) -> float:
+def seconds_of(options: Sequence[Sequence[Candidate]], picks: Sequence[int], parts: int = 1) -> float:
     """What a choice adds to the plain step."""
     grams: dict[Hashable, float] = {}
     total = 0.0
     for candidate in _picked(options, picks):
-        total += candidate.seconds
+        total += candidate.time(parts)
         grams.update(candidate.grams)
     return total + sum(grams.values())
 
 
-def _improved(options: Sequence[Sequence[Candidate]], picks: list[int], price: float) -> list[int]:
+def _improved(
+    options: Sequence[Sequence[Candidate]], picks: list[int], price: float, parts: int
+) -> list[int]:
     picks = list(picks)
     users: dict[Hashable, int] = {}
     for candidate in _picked(options, picks):
@@ -113,7 +130,7 @@ def _improved(options: Sequence[Sequence[Candidate]], picks: list[int], price: f
 
             def cost(n: int, candidates: Sequence[Candidate] = candidates) -> float:
                 new = sum(s for key, s in candidates[n].grams.items() if not users.get(key))
-                return candidates[n].seconds + new + price * _held(candidates[n])
+                return candidates[n].time(parts) + new + price * _held(candidates[n])
 
             picks[i] = min(range(len(candidates)), key=cost)
             for key in candidates[picks[i]].grams:
@@ -125,24 +142,24 @@ def _improved(options: Sequence[Sequence[Candidate]], picks: list[int], price: f
 
 def _within(options: Sequence[Sequence[Candidate]], limit: Limit, parts: int) -> list[int]:
     def fits(picks: list[int]) -> bool:
-        return limit.replay.peak(_holdings(options, picks), parts) <= limit.bytes
+        return limit.peak(_holdings(options, picks), parts) <= limit.bytes
 
-    quickest = fastest(options)
+    quickest = fastest(options, parts=parts)
     if fits(quickest):
         return quickest
     low, high = 1e-15, 1e-6  # seconds per byte: less than any memory moves, more than any needs
-    best = _priced(options, float("inf"))
+    best = _smallest(options)
     for _ in range(16):
         price = (low * high) ** 0.5
-        picks = fastest(options, price)
+        picks = fastest(options, price, parts)
         if fits(picks):
             best, high = picks, price
         else:
             low = price
     gains = []
     for i, candidates in enumerate(options):
-        slower = candidates[best[i]].seconds + sum(candidates[best[i]].grams.values())
-        quick = candidates[quickest[i]].seconds + sum(candidates[quickest[i]].grams.values())
+        slower = candidates[best[i]].time(parts) + sum(candidates[best[i]].grams.values())
+        quick = candidates[quickest[i]].time(parts) + sum(candidates[quickest[i]].grams.values())
         if quick < slower:
             gains.append((slower - quick, i))
     for _, i in sorted(gains, reverse=True)[:_TRIES]:
@@ -153,14 +170,12 @@ def _within(options: Sequence[Sequence[Candidate]], limit: Limit, parts: int) ->
     return best
 
 
-def _priced(options: Sequence[Sequence[Candidate]], price: float) -> list[int]:
-    if price != float("inf"):
-        return fastest(options, price)
+def _smallest(options: Sequence[Sequence[Candidate]]) -> list[int]:
     return [min(range(len(o)), key=lambda i, o=o: (_held(o[i]), o[i].seconds)) for o in options]
 
 
-def _alone(candidate: Candidate, price: float) -> float:
-    return candidate.seconds + sum(candidate.grams.values()) + price * _held(candidate)
+def _alone(candidate: Candidate, price: float, parts: int) -> float:
+    return candidate.time(parts) + sum(candidate.grams.values()) + price * _held(candidate)
 
 
 def _held(candidate: Candidate) -> float:

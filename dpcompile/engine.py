@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from dpcompile._torch import compile_joint, disable, has_gradient_hooks, tracing_config
 from dpcompile.arguments import example_dims
 from dpcompile.cachekey import cache_key
+from dpcompile.axis import Label
 from dpcompile.capture import Roles, assign_roles, extend
 from dpcompile.check import FirstStep
 from dpcompile.delivery import Delivery, through_delivery
@@ -22,6 +23,7 @@ from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.kept import Kept
 from dpcompile.kinds import check_model
 from dpcompile.ledger import GradientLedger
+from dpcompile.parts import Turn, asked_parts, joined, split_call
 from dpcompile.pipeline import Options, Transformed, privatize
 from dpcompile.translate import translated
 from dpcompile.unowned import guarded
@@ -76,7 +78,10 @@ class Engine:
         self._masked = False  # a loader says for every batch which rows are examples
         self._current: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._tracing = False
-        self._compiled: dict[tuple[str, ...], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[tuple[str, ...], int], Callable[..., Any]] = {}
+        self._parts: dict[int, int] = {}  # size of a batch -> in how many parts it runs
+        self._turn: Turn | None = None
+        self._output_labels: dict[int, Label] = {}
 
     @property
     def max_grad_norm(self) -> float:
@@ -109,30 +114,53 @@ class Engine:
 
         Within a function that the user compiles this is a graph break: traced into, it would lose its backward.
         """
-        self._current, self._graph_ran = (args, kwargs), False
-        self.first_step = self._recorder()
+        self._current, self._turn = (args, kwargs), None
         try:
-            with tracing_config():
-                result = self._compiled_call()(self.module, args, kwargs)
-            if not self._graph_ran and self.trainable() and torch.is_grad_enabled():
-                raise UnsupportedGraphError(
-                    "the model ran without being compiled, so nothing would clip its gradients",
-                    remedy="switch torch.compile on again (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)",
-                )
-            if torch.is_grad_enabled():
-                self.kept.check_buffers(self.module)
-            if self.first_step is not None:
-                self.first_step.watch(result)
-            return result
+            parts = self._parts.get(self._batch_size(), 1) if self._splits() else 1
+            return self._run_parts(parts) if parts > 1 else self._run_once()
         except _TraceOnly:
             raise
         except Exception as error:
-            refusal = translated(error, self._example_dims)
-            if refusal is None:
-                raise
-            raise refusal.with_traceback(None) from None
+            parts = asked_parts(error)
+            if parts is None:
+                refusal = translated(error, self._example_dims)
+                if refusal is None:
+                    raise
+                raise refusal.with_traceback(None) from None
         finally:
-            self._current, self.first_step = ((), {}), None
+            whole, self._current, self.first_step, self._turn = self._current, ((), {}), None, None
+        self._parts[self._batch_size(whole)] = parts
+        return self(*args, **kwargs)
+
+    def _run_once(self) -> Any:
+        """One call of the compiled module on what is current."""
+        self._graph_ran = False
+        self.first_step = self._recorder()
+        args, kwargs = self._current
+        with tracing_config():
+            result = self._compiled_call()(self.module, args, kwargs)
+        if not self._graph_ran and self.trainable() and torch.is_grad_enabled():
+            raise UnsupportedGraphError(
+                "the model ran without being compiled, so nothing would clip its gradients",
+                remedy="switch torch.compile on again (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)",
+            )
+        if torch.is_grad_enabled():
+            self.kept.check_buffers(self.module)
+        if self.first_step is not None:
+            self.first_step.watch(result)
+        return result
+
+    def _run_parts(self, parts: int) -> Any:
+        """The current call in parts, as :mod:`dpcompile.parts` has it."""
+        whole, unchecked, results, labels = self._current, self._unchecked, [], []
+        self._turn = Turn(parts)
+        for args, kwargs in split_call(*whole, self._example_dims(), parts):
+            self._current, self._unchecked = (args, kwargs), unchecked
+            results.append(self._run_once())
+            labels.append(self._output_labels)
+            self._turn.index += 1
+        self._current = whole
+        return joined(results, labels)
 
     def trace(self, *args: Any, **kwargs: Any) -> None:
         """Compile for these arguments without running."""
@@ -159,27 +187,30 @@ class Engine:
 
     def delivery(self, names: list[str], like: Tensor, dim: int) -> Delivery:
         """For the forward that is being run on examples along ``dim`` of ``like``."""
+        turn, batch = self._turn or Turn(1), like.shape[dim]
         refused = None
-        if self._masked and self._mask is None:
+        if self._masked and self._mask is None and turn.mask is None:
             refused = PrivacyError(
                 "a second backward on one batch of the loader: its examples would count twice",
                 remedy="call the model once per batch with gradients (others under torch.no_grad()); to train without "
                 "the loader, finish its loop first",
             )
-        mask = self.take_mask(like.shape[dim], like.device)
+        if turn.mask is None:
+            turn.mask = self.take_mask(batch * turn.parts, like.device)
+        rows = slice(turn.index * batch, (turn.index + 1) * batch)
         recorder = self.first_step
 
         def keep(norms: Tensor | None, mask: Tensor, sums: list[tuple[str, Tensor]], graph_task: int) -> None:
             reached = {name for name, _ in sums}
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
             zeros = [(n, _zeros(self._parameters[n])) for n in untouched]
-            self.ledger.deliver([*sums, *zeros], graph_task=graph_task)
+            self.ledger.deliver([*sums, *zeros], graph_task=graph_task, call=turn)
             if norms is not None:
-                self.grad_norms = norms.detach()
+                self.grad_norms = turn.with_norms(norms.detach(), rows)
                 if recorder is not None:
                     recorder.compare(norms, mask, sums)
 
-        return Delivery(names, mask, keep, refused)
+        return Delivery(names, turn.mask[rows], keep, refused)
 
     def check_parameters(self, roles: Roles, inputs: Sequence[Any]) -> None:
         """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks that never run."""
@@ -200,26 +231,39 @@ class Engine:
         """A compiled graph returned these outputs."""
         self._graph_ran = True
         if transformed is not None:
+            labels = zip(outputs, transformed.output_labels, strict=False)
+            self._output_labels = {id(x): label for x, label in labels}
             self.transformed = transformed
             self.kept.note(outputs, transformed.output_labels)
         if self.first_step is not None and transformed is not None:
             self.first_step.label(outputs, transformed)
 
     def _compiled_call(self) -> Callable[..., Any]:
-        """The compiled call for the parameters that are trainable now: Dynamo of torch 2.11 does not guard on that."""
-        trainable = tuple(self.trainable())
-        if trainable not in self._compiled:
+        """The compiled call for what is trainable now, which Dynamo of torch 2.11 does not guard on, and for the parts."""
+        situation = tuple(self.trainable()), 1 if self._turn is None else self._turn.parts
+        if situation not in self._compiled:
             own = with_own_code(_call, type(self.module).__name__)
             dynamic = self.options.dynamic
-            self._compiled[trainable] = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=dynamic)
-        return self._compiled[trainable]
+            self._compiled[situation] = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=dynamic)
+        return self._compiled[situation]
 
     def _recorder(self) -> FirstStep | None:
         """Of the first call with gradients under ``check=True``; None otherwise."""
         if not self._unchecked or self._tracing or not torch.is_grad_enabled():
             return None
         self._unchecked = False
-        return FirstStep(self.module, self.options, self._current, self._example_dims())
+        parts = 1 if self._turn is None else self._turn.parts
+        return FirstStep(self.module, self.options, self._current, self._example_dims(), parts)
+
+    def _splits(self) -> bool:
+        """Whether calls like the current one may run in parts."""
+        return bool(self._parts) and torch.is_grad_enabled() and bool(self.trainable())
+
+    def _batch_size(self, call: tuple[tuple[Any, ...], dict[str, Any]] | None = None) -> int:
+        """The number of rows of a call's first tensor with examples."""
+        args, kwargs = call or self._current
+        dims = example_dims(self.module.forward, args, kwargs, self.options.in_dims)
+        return next((t.shape[dim] for _, t, dim in dims if dim is not None), 0)
 
     def _example_dims(self) -> list[tuple[str, Tensor, int | None]]:
         args, kwargs = self._current
@@ -239,16 +283,17 @@ class Engine:
         roles = assign_roles(gm, inputs, names, leaves)
         region = _Region(self, roles=roles, others=roles.others)
         extended, extra = extend(gm, roles)
+        parts = None if self._turn is None else self._turn.parts
 
         def transform(joint: fx.GraphModule) -> None:
-            region.transformed = self.transformed = privatize(joint, roles, self.options)
+            region.transformed = self.transformed = privatize(joint, roles, self.options, parts)
 
         region.compiled = compile_joint(
             extended,
             [*inputs, *extra],
             backend=self.options.backend,
             transform=transform,
-            key=cache_key(self.options, roles),
+            key=cache_key(self.options, roles, parts or 1),
         )
         if region.transformed is None:
             raise UnsupportedGraphError(

@@ -54,6 +54,7 @@ class GradientLedger:
         self._spent: dict[str, weakref.ref[Tensor]] = {}
         self._deliveries = 0
         self._graph_task: int | None = None
+        self._call: object = None
         self._fault: PrivacyError | None = None
 
     @property
@@ -61,24 +62,27 @@ class GradientLedger:
         """Clipped backwards since the last step or :meth:`clear`."""
         return self._deliveries
 
-    def deliver(self, sums: Iterable[tuple[str, Tensor]], *, graph_task: int) -> None:
+    def deliver(self, sums: Iterable[tuple[str, Tensor]], *, graph_task: int, call: object = None) -> None:
         """Add one backward's clipped sums into ``p.grad``.
 
         Args:
             sums: ``(parameter name, clipped sum)``; the sum has the parameter's shape and float32 or a wider dtype.
             graph_task: identifies the running ``backward()``.
+            call: identifies the call of the model that the sums come from, where it delivers in parts.
 
         Raises:
             PrivacyError: two clipped graphs in one backward, or a ``p.grad`` that holds something else.
         """
-        if graph_task == self._graph_task and self._deliveries:
+        same_call = call is not None and call is self._call
+        if graph_task == self._graph_task and self._deliveries and not same_call:
             self._fail(
                 "the compiled model was called twice before one backward: an example in both calls would count twice",
                 remedy="call the model once per backward (put both passes in one forward), or run one backward per "
                 "micro-batch",
             )
-        self._graph_task = graph_task
-        self._deliveries += 1
+        if not (same_call and graph_task == self._graph_task):
+            self._deliveries += 1
+        self._graph_task, self._call = graph_task, call
         for name, clipped in sums:
             self._add(name, self._parameters[name], clipped)
 
@@ -114,13 +118,13 @@ class GradientLedger:
         """After a step: what stands in ``p.grad`` now must not be stepped on, nor added to, again."""
         self._entries.clear()
         self._spent = {n: weakref.ref(p.grad) for n, p in self._parameters.items() if p.grad is not None}
-        self._deliveries, self._graph_task = 0, None
+        self._deliveries, self._graph_task, self._call = 0, None, None
 
     def clear(self) -> None:
         """After ``zero_grad``: forget the sums and any fault."""
         self._entries.clear()
         self._spent.clear()
-        self._deliveries, self._graph_task, self._fault = 0, None, None
+        self._deliveries, self._graph_task, self._call, self._fault = 0, None, None, None
 
     def _add(self, name: str, parameter: nn.Parameter, clipped: Tensor) -> None:
         entry, grad = self._entries.get(name), parameter.grad

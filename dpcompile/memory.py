@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from dpcompile._torch import GradAOTOutput, copy_graph, partition
-from dpcompile.axis import Examples
+from dpcompile.axis import Examples, Whole
 from dpcompile.joint import JointGraph
 from dpcompile.operations import operation_name
 from dpcompile.proof import Proof
@@ -79,15 +79,22 @@ class Replay:
     gradients: float
     standing: float
 
-    def plain_peak(self) -> float:
-        """Of the step without privacy."""
-        return self.standing + max(self.forward, max(_timeline(self.lives.values(), self.moments, 1), default=0.0))
+    def plain_peak(self, seen: int = 1) -> float:
+        """Of the step without privacy, on a batch of ``seen`` times the examples that were replayed."""
+        backward = max(_timeline(self.lives.values(), self.moments, 1 / seen), default=0.0)
+        return self.standing + max(self.forward * seen, backward)
 
-    def peak(self, holdings: Iterable[Holding], parts: int = 1) -> float:
+    def peak(self, holdings: Iterable[Holding], parts: int = 1, seen: int = 1) -> float:
         """Of the private step that runs its batch in ``parts`` parts.
 
         All parts' forwards come first; in the backward each part's own values are gone when its turn is over.
+
+        Args:
+            holdings: what every parameter's rule keeps.
+            parts: see above.
+            seen: of how many parts the replayed batch is one.
         """
+        share = parts / seen  # of the replayed batch by a part
         lives = dict(self.lives)
         for name in [n for n, x in lives.items() if n.startswith("gradient ")]:
             del lives[name]
@@ -103,9 +110,9 @@ class Replay:
             lives[f"scratch {i}"] = _Life(begin, begin, holding.scratch, True)
             largest = max(largest, holding.result)
         sums = largest if parts == 1 else self.gradients + largest
-        waiting = self.saved * (parts - 1) / parts
-        backward = max(_timeline(lives.values(), self.moments, parts)) + sums
-        return self.standing + waiting + max(self.forward / parts, backward)
+        waiting = self.saved * (parts - 1) / share
+        backward = max(_timeline(lives.values(), self.moments, share)) + sums
+        return self.standing + waiting + max(self.forward / share, backward)
 
 
 def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -> Replay:
@@ -113,7 +120,7 @@ def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -
 
     A pointwise value that only pointwise operations and reductions read is taken to be fused away.
     """
-    of_examples = {n.name for n in joint.graph.nodes if isinstance(proof.labels.get(n), Examples)}
+    of_examples = {n.name for n in joint.graph.nodes if _of_examples(proof.labels.get(n))}
     plain = fx.GraphModule(joint.module, copy_graph(joint.graph))
     described = joint.graph.output_node().meta["desc"]
     outputs = sum(d is not None and not isinstance(d, GradAOTOutput) for d in described)
@@ -142,7 +149,7 @@ def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -
     return Replay(peak, saved, lives, owners, moments, parameters, inputs)
 
 
-def _timeline(lives: Iterable[_Life], moments: int, parts: int) -> list[float]:
+def _timeline(lives: Iterable[_Life], moments: int, parts: float) -> list[float]:
     """Bytes at every moment, where the examples' values are ``parts`` times smaller."""
     change = [0.0] * (moments + 2)
     for life in lives:
@@ -150,6 +157,11 @@ def _timeline(lives: Iterable[_Life], moments: int, parts: int) -> list[float]:
         change[life.start] += size
         change[life.end + 1] -= size
     return list(itertools.accumulate(change[: moments + 1]))
+
+
+def _of_examples(label: object) -> bool:
+    """Whether a value, or one of several, grows with the number of examples."""
+    return any(map(_of_examples, label)) if isinstance(label, (tuple, list)) else isinstance(label, (Examples, Whole))
 
 
 def _lives(

@@ -6,17 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
-from dpcompile._torch import copy_graph
+from dpcompile._torch import copy_graph, real_tensors
 from dpcompile.axis import Label, Shared
 from dpcompile.choose import Limit
 from dpcompile.capture import Roles, check_outputs, name_joint
 from dpcompile.certificate import Certificate, certify
 from dpcompile.clipping import Clipping
+from dpcompile.joint import JointGraph
+from dpcompile.kernels.fused_rates import FusedRates, measure_fused_rates
 from dpcompile.matrix_exp import fold_matrix_exp
-from dpcompile.memory import replay
+from dpcompile.memory import is_fused, replay
 from dpcompile.normalise import copy_expanded_bases, save_what_is_overwritten, split_convolution_bias
+from dpcompile.parts import InParts, allowed_parts
 from dpcompile.plan import Plan, make_plan
 from dpcompile.proof import Proof, prove
 from dpcompile.rates import Rates, rates_for
@@ -66,11 +70,22 @@ class Transformed:
     unowned: Mapping[int, str | None]
 
 
-def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transformed:
+def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int | None = None) -> Transformed:
     """Normalise, name, prove, find, plan, rewrite: ``module`` returns clipped sums and norms afterwards.
 
     Contract: ``module`` is a decomposed joint graph of AOTAutograd, rewritten in place; ``roles`` are those of its
     inputs before :func:`dpcompile.capture.extend`.
+
+    Args:
+        module: see there.
+        roles: see there.
+        options: see there.
+        parts: of how many equal parts of the batch this graph sees one; None: the whole batch, and the plan may ask for
+            parts.
+
+    Raises:
+        InParts: the plan asks for parts.
+        DPCompileError: the model is refused.
     """
     split_convolution_bias(module.graph)
     fold_matrix_exp(module.graph)
@@ -93,10 +108,14 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transfo
         clipping=options.clipping if isinstance(options.clipping, str) else "a function of the user",
         plain_seconds=plain_seconds(joint.graph, roles.hints, rates),
         reuse=options.memory_budget is None and device.type == "cpu",
-        limit=_limit(options.memory_budget, joint, proof, roles, rates),
+        fused=_fused_on(device),
+        limit=_limit(options.memory_budget, joint, proof, roles, rates, parts),
         untouched=certificate.zero,
     )
-    clip = ClipOptions(options.clipping, float(options.max_grad_norm), options.loss_reduction == "mean")
+    if parts is None and plan.parts > 1:
+        raise InParts(plan.parts)
+    scale = (parts or 1) if options.loss_reduction == "mean" else None
+    clip = ClipOptions(options.clipping, float(options.max_grad_norm), scale)
     rewrite(joint, plan, clip)
     copy_expanded_bases(module.graph)
     save_what_is_overwritten(module.graph)
@@ -106,10 +125,23 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options) -> Transfo
     return Transformed(readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot, unowned)
 
 
-def _limit(budget: float | int | None, joint: JointGraph, proof: Proof, roles: Roles, rates: Rates) -> Limit | None:
+def _limit(
+    budget: float | int | None, joint: JointGraph, proof: Proof, roles: Roles, rates: Rates, parts: int | None
+) -> Limit | None:
     """The budget in bytes, and what it is compared with."""
     if budget is None:
         return None
-    plain = replay(joint, proof, roles.hints)
-    limit = budget * plain.plain_peak() if isinstance(budget, float) else float(budget)
-    return Limit(plain, limit, [1], 0.0)
+    part = replay(joint, proof, roles.hints)
+    plain = part.plain_peak(parts or 1)
+    calls = sum(n.op == "call_function" and not is_fused(n) for n in joint.graph.nodes)
+    overhead = 2 * calls * rates.call + 3 * part.gradients / rates.traffic
+    allowed = allowed_parts(joint, proof) if parts is None else [parts]
+    return Limit(part, budget * plain if isinstance(budget, float) else float(budget), allowed, overhead, parts or 1)
+
+
+def _fused_on(device: torch.device) -> FusedRates | None:
+    """What was measured of the fused operators; on a CPU the graph's own products share what they have in common."""
+    if device.type != "cuda":
+        return None
+    with real_tensors():
+        return measure_fused_rates(device)

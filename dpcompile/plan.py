@@ -10,6 +10,7 @@ import torch
 
 from dpcompile.choose import Candidate, Limit, choose, fastest, seconds_of
 from dpcompile.cost import Cost, Shape, costs, gram_cost, summed_cost
+from dpcompile.kernels.fused_rates import FusedRates
 from dpcompile.memory import Holding
 from dpcompile.modes import MODES, Mode
 from dpcompile.norms.factors import Factored, oriented
@@ -152,6 +153,7 @@ def make_plan(
     clipping: str,
     plain_seconds: float,
     reuse: bool = False,
+    fused: FusedRates | None = None,
     limit: Limit | None = None,
     untouched: Sequence[str] = (),
 ) -> Plan:
@@ -166,10 +168,11 @@ def make_plan(
         clipping: what to print.
         plain_seconds: what the step takes without privacy.
         reuse: whether kept gradients may stay mapped from step to step.
+        fused: where the fused operators of :mod:`dpcompile.kernels` are faster; None: nowhere.
         limit: of memory.
         untouched: trainable parameters whose gradient is identically zero.
     """
-    options = [_options(g, batch, mode, rates, hints, reuse) for g in gradients]
+    options = [_options(g, batch, mode, rates, hints, reuse, fused) for g in gradients]
     candidates = [[c for _, c in o] for o in options]
     outcome = choose(candidates, limit)
     free = fastest(candidates) if limit is not None else outcome.picks
@@ -181,13 +184,14 @@ def make_plan(
         if not outcome.fits:
             choice = replace(choice, why=f"the smallest; over the memory budget ({choice.rule})")
         chosen.append(choice)
-    extra = seconds_of(candidates, outcome.picks)
+    seen = outcome.parts if limit is None else max(outcome.parts // limit.seen, 1)
+    extra = seconds_of(candidates, outcome.picks, seen)
     expected = Prediction(plain_seconds, extra)
     if limit is not None:
-        extra += (outcome.parts - 1) * limit.overhead
+        extra += (outcome.parts - 1) / limit.seen * limit.overhead
         holdings = [o[i].holding for o, i in zip(candidates, outcome.picks, strict=True)]
-        peak = limit.replay.peak(holdings, outcome.parts)
-        expected = Prediction(plain_seconds, extra, limit.replay.plain_peak(), peak)
+        peak = limit.peak(holdings, outcome.parts)
+        expected = Prediction(plain_seconds * limit.seen, extra * limit.seen, limit.replay.plain_peak(limit.seen), peak)
     return Plan(tuple(chosen), batch, dict(hints), clipping, expected, outcome.parts, tuple(untouched))
 
 
@@ -198,6 +202,7 @@ def _options(
     rates: Rates,
     hints: Mapping[sympy.Symbol, int],
     reuse: bool,
+    fused: FusedRates | None,
 ) -> list[tuple[Choice, Candidate]]:
     mode = MODES[mode_name]
     value = gradient.gradient.meta["val"]
@@ -211,10 +216,14 @@ def _options(
     ) -> tuple[Choice, Candidate]:  # fmt: skip
         own = reuse and rule == "keep"
         total = sum(grams.values(), start=cost)
-        choice = Choice(gradient, rule, None if forms is None else tuple(forms), total, why, panels, own)
+        known = fused is not None and rule in ("ghost", "direct")
+        quick = known and fused.faster(rule, *(_number(n, hints) for n in (shape.t, shape.p, shape.d)), value.dtype)
+        choice = Choice(gradient, rule, None if forms is None else tuple(forms), total, why, panels, own, quick)
         seconds = {key: g.at(hints).seconds(rates) for key, g in grams.items()}
         held = _holding(choice, total.at(hints).memory, hints, element, weight)
-        return choice, Candidate(rule, cost.at(hints).seconds(rates), seconds, held)
+        numbers = cost.at(hints)
+        mapping = numbers.fresh / rates.fresh
+        return choice, Candidate(rule, numbers.seconds(rates) - mapping, mapping, seconds, held)
 
     if gradient.sites[0].kind == "whole":
         return [option("whole", summed_cost(1, weight, element), "one example: the sum is its gradient")]
@@ -293,7 +302,7 @@ def _number(size: Size, hints: Mapping[sympy.Symbol, int]) -> float:
 
 def _reason(candidates: Sequence[Candidate], pick: int, quickest: int) -> str:
     def total(i: int) -> float:
-        return candidates[i].seconds + sum(candidates[i].grams.values())
+        return candidates[i].time(1) + sum(candidates[i].grams.values())
 
     if pick != quickest:
         slower = _milliseconds(total(pick) - total(quickest))

@@ -37,12 +37,13 @@ class ClipOptions:
     Attributes:
         clipping: see :func:`dpcompile.clipping.clip_weights`.
         max_grad_norm: C of the whole gradient; with several groups each gets ``C / sqrt(groups)``.
-        mean: whether the loss is a mean over the batch, so that a gradient in the graph is 1/B of the example's own.
+        mean_of: where the loss is a mean over the batch, how many times the graph's examples that batch holds, so that a
+            gradient in the graph is ``1 / (mean_of * B)`` of the example's own; None where it is a sum.
     """
 
     clipping: Clipping
     max_grad_norm: float
-    mean: bool
+    mean_of: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,7 @@ def _clip(joint: JointGraph, members: Sequence[_Norm], options: ClipOptions, bou
 
     def clip(mask: Tensor, *squared: Tensor) -> tuple[Tensor, Tensor]:
         total = sum(squared[1:], start=squared[0])
-        scale = mask.shape[0] if options.mean else 1
+        scale = 1 if options.mean_of is None else mask.shape[0] * options.mean_of
         return total, clip_weights(total, mask, clipping=options.clipping, bound=bound, scale=scale)
 
     nodes = [joint.mask, *(n.squared for n in members)]
@@ -209,7 +210,7 @@ def _reported(joint: JointGraph, totals: Sequence[fx.Node], options: ClipOptions
     """The norms that the user sees: float32, of the examples' own gradients, over all groups."""
 
     def report(mask: Tensor, *squared: Tensor) -> Tensor:
-        scale = mask.shape[0] if options.mean else 1
+        scale = 1 if options.mean_of is None else mask.shape[0] * options.mean_of
         total = sum(squared[1:], start=squared[0]) if squared else torch.zeros_like(mask)
         return (total.sqrt() * scale).to(torch.float32)
 

@@ -195,7 +195,7 @@ class CompiledStep:
             extended,
             [*graph_inputs, *extra],
             backend="eager",
-            transform=lambda joint: result.append(privatize(joint, roles, options)),
+            transform=lambda joint: result.append(privatize(joint, roles, options, 1)),
             key="",
         )
         (transformed,) = result
