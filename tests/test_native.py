@@ -13,7 +13,7 @@ from scipy import stats
 
 from dpcompile import native, optim
 from dpcompile.mechanism import privatize_
-from dpcompile.noise import Stream, add_gaussian_, counter_tag, gaussian
+from dpcompile.noise import Stream, add_gaussian_, box_muller, counter_tag, fractions, gaussian
 from dpcompile.optim import DPOptimizer
 
 
@@ -51,8 +51,10 @@ SEEDS = (0, 2**64 - 1, 2**32, 0xDEADBEEF12345678)
 
 @pytest.mark.parametrize(
     ("step", "parameter", "start"),
-    itertools.product(
-        (0, 2**31, 2**32 - 1), (0, 2**24 - 1), (0, 1, 5, 2**33 - 700, 2**33 - 3, 2**40 + 7, 2**63 - 1501)
+    list(
+        itertools.product(
+            (0, 2**31, 2**32 - 1), (0, 2**24 - 1), (0, 1, 5, 2**33 - 700, 2**33 - 3, 2**40 + 7, 2**63 - 1501)
+        )
     ),
 )
 def test_the_ends_of_the_counter(step, parameter, start):
@@ -64,25 +66,26 @@ def test_the_ends_of_the_counter(step, parameter, start):
         torch.testing.assert_close(got, want, rtol=1e-14, atol=0)
 
 
-def test_known_answers_of_philox_come_through(monkeypatch):
-    """Random123's vectors, from the words of a block to a pair of numbers; every counter word and both keys are used."""
-    from dpcompile.noise import box_muller, fractions
+MASK = 2**32 - 1
 
-    mask = 2**32 - 1
-    zeros = [torch.tensor([int(w, 16)]) for w in "6627e8d5 e169c58d bc57ac4c 9b00dbd8".split()]
-    torch.testing.assert_close(drawn(2, seed=0), box_muller(fractions(zeros)), rtol=1e-14, atol=0)
-    ones = [torch.tensor([int(w, 16)]) for w in "408f276d 41c83b0e a20bc7c6 6d5451fd".split()]
+
+@pytest.mark.parametrize(
+    ("words", "block", "step", "tag", "seed"),
+    [
+        ("6627e8d5 e169c58d bc57ac4c 9b00dbd8", 0, 0, 0, 0),
+        ("408f276d 41c83b0e a20bc7c6 6d5451fd", 2**64 - 1, MASK, MASK, 2**64 - 1),
+        ("d16cfe09 94fdcceb 5001e420 24126ea1", 0x85A308D3_243F6A88, 0x13198A2E, 0x03707344, 0x299F31D0_A4093822),
+    ],
+)
+def test_known_answers_of_philox_come_through(words, block, step, tag, seed):
+    """Random123's vectors: the kernel's two numbers of a block are those of the known words."""
     out, library = torch.zeros(2, dtype=torch.float64), native._library()
     assert library is not None
-    count, memory, starts, sizes, tags = native._spans([out], [out], [mask])
-    starts = (ctypes.c_int64 * 1)(-2)  # the last block of all, which Span refuses
-    library.dp_mean(count, memory, starts, sizes, tags, *native._numbers(out, 1.0, 1.0, 2**64 - 1, mask), 1)
-    high = torch.tensor([2**31 - 1])  # (2**64 - 2) / 2 is a block of 63 bits
-    from dpcompile.philox import philox4x32
-
-    block = philox4x32([torch.tensor([mask]), high, torch.tensor([mask]), torch.tensor([mask])], (mask, mask))
-    torch.testing.assert_close(out, box_muller(fractions(block)), rtol=1e-14, atol=0)
-    assert [int(w) for w in ones] == [int(w) for w in philox4x32([torch.tensor([mask])] * 4, (mask, mask))]
+    want = box_muller(fractions([torch.tensor([int(w, 16)]) for w in words.split()]))
+    found = library.dp_block(ctypes.c_uint64(block), ctypes.c_uint32(step), ctypes.c_uint32(tag), ctypes.c_uint64(seed),
+                             ctypes.c_void_p(out.data_ptr()))  # fmt: skip
+    assert found == 2
+    torch.testing.assert_close(out, want, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -331,4 +331,12 @@ void dp_adam(int64_t count, void* const* pointers, const int64_t* starts, const 
   const Rates r{rates[0], rates[1], rates[2], rates[3], rates[4], rates[5], rates[6]};
   (wide ? adam_of<double> : adam_of<float>)(job, count, pointers, starts, numels, tags, std, divisor, r, threads);
 }
+
+// The two numbers of one block, any counter: for tests against known answers. Returns how many.
+int dp_block(uint64_t block, uint32_t step, uint32_t tag, uint64_t seed, double* out) {
+  double z[8 * LANES];
+  draw<double>(Job{uint32_t(seed), uint32_t(seed >> 32), step}, block, tag, 1, z);
+  std::memcpy(out, z, 2 * sizeof(double));
+  return 2;
+}
 }
