@@ -207,7 +207,7 @@ ADAMS = {
     "adam, l2": lambda m: torch.optim.Adam(m.parameters(), lr=0.1, weight_decay=0.3, betas=(0.5, 0.7)),
     "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.2, eps=1e-3),
     "adamw, fused": lambda m: torch.optim.AdamW(m.parameters(), lr=0.1, fused=True),
-    "adamw, tensor lr": lambda m: torch.optim.AdamW(m.parameters(), lr=torch.tensor(0.1)),
+    "adamw, tensor lr": lambda m: torch.optim.AdamW(m.parameters(), lr=torch.tensor(0.1, dtype=torch.float64)),
     "adamw, groups": lambda m: torch.optim.AdamW(_groups(m), lr=0.1),
 }
 
