@@ -11,6 +11,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from dpcompile import DPOptimizer, dp_compile
 from dpcompile.noise import gaussian
 
-EXPECTED, STEP = 1000.0, {"lr": 1e-3, "weight_decay": 0.01}
+EXPECTED = 1000.0
+STEP: Any = {"lr": 1e-3, "weight_decay": 0.01}
 
 
 class Parameters(nn.Module):

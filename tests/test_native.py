@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ SEEDS = (0, 2**64 - 1, 2**32, 0xDEADBEEF12345678)
 def test_the_ends_of_the_counter(step, parameter, start):
     """Odd starts, a carry into the high word of the block's number, the largest step, parameter and element."""
     for seed in SEEDS:
-        place = {"step": step, "parameter": parameter, "start": start, "seed": seed}
+        place: Any = {"step": step, "parameter": parameter, "start": start, "seed": seed}
         got = drawn(1500, **place)
         want = gaussian(seed, step=step, parameter=parameter, start=start, numel=1500, dtype=torch.float64)
         torch.testing.assert_close(got, want, rtol=1e-14, atol=0)
@@ -110,7 +111,7 @@ def test_the_numbers_are_standard_normal_to_the_tails():
 def test_many_tensors_of_all_sizes_at_once(dtype, divisor, monkeypatch):
     shapes = [(n,) for n in range(1, 120)] + [(0,), (40_001,), (3, 5, 7)]
     totals = [torch.randn(shape, dtype=dtype) for shape in shapes]
-    options = {"parameters": range(9, 9 + len(shapes)), "std": 0.7, "seed": 2**63 + 1, "step": 6}
+    options: Any = {"parameters": range(9, 9 + len(shapes)), "std": 0.7, "seed": 2**63 + 1, "step": 6}
     got, want = [t.clone() for t in totals], [t.clone() for t in totals]
     versions = [t._version for t in got]
     add_gaussian_(got, **options, divisor=divisor)
@@ -218,7 +219,7 @@ ADAMS = {
 def test_the_fused_step_is_the_inner_optimizers(monkeypatch, inner, sigma, dtype):
     ours, one = trained(monkeypatch, inner, fused=True, sigma=sigma, dtype=dtype)
     theirs, two = trained(monkeypatch, inner, fused=False, sigma=sigma, dtype=dtype)
-    tolerance = {"rtol": 2e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-12}
+    tolerance: Any = {"rtol": 2e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-12}
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, **tolerance)
         for name in ("step", "exp_avg", "exp_avg_sq"):
