@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
+import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -30,6 +32,7 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
+from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
@@ -38,6 +41,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 from torch.multiprocessing.reductions import StorageWeakRef as WeakMemory
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -58,6 +62,9 @@ __all__ = [
     "WeakMemory",
     "Unsupported",
     "add_inputs",
+    "adam_state",
+    "add_one_",
+    "compile_cpp",
     "compile_joint",
     "copy_graph",
     "current_backward",
@@ -66,6 +73,8 @@ __all__ = [
     "flat_graph",
     "has_gradient_hooks",
     "is_fake",
+    "is_stepped_as_made",
+    "mark_stepped",
     "memory_of",
     "partition",
     "pytree",
@@ -145,6 +154,58 @@ def has_gradient_hooks(parameter: torch.Tensor) -> bool:
     """Whether the user registered a hook on the parameter's gradient."""
     accumulated = getattr(parameter, "_post_accumulate_grad_hooks", None)
     return bool(parameter._backward_hooks) or bool(accumulated)
+
+
+def compile_cpp(source: str) -> ctypes.CDLL:
+    """Compile C++ with Inductor's compiler, flags and cache on disk.
+
+    Inductor turns loop vectorisation off, as it vectorises itself, and contraction too, which is as we want it. Flags
+    that not every compiler knows are tried first and then left out.
+
+    Raises:
+        Exception: there is no compiler, or it failed.
+    """
+    plain = ("-fno-math-errno",)
+    gcc = (*plain, "-ftree-loop-vectorize", "-Wno-uninitialized")
+    native = (*gcc, "-mprefer-vector-width=512") if platform.machine() in ("x86_64", "AMD64") else gcc
+    for flags in (native, plain):
+        try:
+            return cast(Any, CppCodeCache).load(source, extra_flags=flags)
+        except Exception:
+            if flags is plain:
+                raise
+    raise AssertionError
+
+
+def is_stepped_as_made(optimizer: torch.optim.Optimizer, *, hooks: int) -> bool:
+    """Whether ``step()`` does what its class says, and nothing else, ``hooks`` pre-hooks of its own apart."""
+    replaced = optimizer.__dict__.get("step")  # learning-rate schedulers put a wrapper there that counts calls
+    return (
+        (replaced is None or getattr(replaced, "_wrapped_by_lr_sched", False))
+        and len(optimizer._optimizer_step_pre_hooks) == hooks
+        and not optimizer._optimizer_step_post_hooks
+        and not _global_optimizer_pre_hooks
+        and not _global_optimizer_post_hooks
+        and not hasattr(optimizer, "grad_scale")
+        and not hasattr(optimizer, "found_inf")
+    )
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Learning-rate schedulers look at this to see that a step came before theirs."""
+    cast(Any, optimizer)._opt_called = True
+
+
+def adam_state(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[list[torch.Tensor], ...]:
+    """Parameters, gradients, means, means of squares and steps of a group of Adam, made where they are missing."""
+    params, grads, means, squares, largest, steps = [], [], [], [], [], []
+    cast(Any, optimizer)._init_group(group, params, grads, means, squares, largest, steps)
+    return params, grads, means, squares, steps
+
+
+def add_one_(tensors: list[torch.Tensor]) -> None:
+    """Add 1 to each tensor in place, in one call."""
+    torch._foreach_add_(tensors, 1)
 
 
 _LOGS = ("isEnabledFor", "debug", "info", "warn", "error", "exception", "critical", "fatal", "log")

@@ -49,18 +49,20 @@ def privatize_(
     not finite total                         stays so: clipping gives such examples weight 0
     =======================================  ==============================================
     """
-    if std > 0:
-        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for i, total in enumerate(totals):
-            groups.setdefault((total.device, total.dtype), []).append(i)
-        for members in groups.values():
-            add_gaussian_(
-                [totals[i] for i in members],
-                parameters=[parameters[i] for i in members],
-                std=std,
-                seed=seed,
-                step=step,
-                secure=secure,
-            )
-    for total in totals:
-        total.div_(expected_batch_size)
+    if not std > 0:
+        for total in totals:
+            total.div_(expected_batch_size)
+        return
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, total in enumerate(totals):
+        groups.setdefault((total.device, total.dtype), []).append(i)
+    for members in groups.values():
+        add_gaussian_(
+            [totals[i] for i in members],
+            parameters=[parameters[i] for i in members],
+            std=std,
+            seed=seed,
+            step=step,
+            secure=secure,
+            divisor=expected_batch_size,
+        )

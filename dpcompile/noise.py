@@ -13,6 +13,10 @@ The counter of a block, four 32-bit words, low word first::
 A Philox block of 128 bits gives 2 values, a ChaCha20 block of 512 bits gives 8. In compiled
 graphs use `noise_op`.
 
+This file defines the values. On a CPU :func:`add_gaussian_` takes them, where it can, from `native`: a C++ kernel with
+the same counters, the same 53-bit uniforms and the same formulas in float64, whose logarithm and cosine may differ in
+the last bits. Which of the two draws is no part of the counter, so taking one or the other never repeats noise.
+
 The seed is a secret: whoever has it can subtract the noise. So is everything that holds it (optimizer checkpoints).
 """
 
@@ -27,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpcompile import chacha, philox
+from dpcompile import chacha, native, philox
 from dpcompile.errors import PrivacyError
 
 __all__ = ["Span", "Stream", "add_gaussian_", "check_seed", "fresh_seed", "gaussian", "gaussians", "uniform"]
@@ -131,9 +135,18 @@ def gaussians(
 
 
 def add_gaussian_(
-    tensors: Sequence[Tensor], *, parameters: Sequence[int], std: float, seed: int, step: int, secure: bool = False
+    tensors: Sequence[Tensor],
+    *,
+    parameters: Sequence[int],
+    std: float,
+    seed: int,
+    step: int,
+    secure: bool = False,
+    divisor: float = 1.0,
 ) -> None:
     """Add ``std`` times :func:`gaussian` to whole parameters, in place, without ever holding all of the noise.
+
+    On a CPU contiguous tensors are done in one pass over memory (`native`), unless ``secure``.
 
     Args:
         tensors: float32 or float64, all on one device and of one dtype; element ``i`` in row-major order gets element
@@ -143,6 +156,7 @@ def add_gaussian_(
         seed: see :func:`gaussian`.
         step: see :func:`gaussian`.
         secure: see :func:`gaussian`.
+        divisor: what the sums are divided by.
 
     Raises:
         PrivacyError: an argument out of range, or a parameter named twice.
@@ -159,14 +173,23 @@ def add_gaussian_(
         return
     dtype, device = tensors[0].dtype, tensors[0].device
     _check_dtype(dtype)
+    check_seed(seed, secure=secure)
+    _check_range("logical step", step, _STEPS)
     dense = [i for i, t in enumerate(tensors) if t.is_contiguous()]
+    rest = [i for i, t in enumerate(tensors) if not t.is_contiguous()]
+    if not secure and native.takes(tensors[i] for i in dense):
+        tags = [counter_tag(Stream.GRADIENT, parameters[i]) for i in dense]
+        native.mean_([tensors[i] for i in dense], tags=tags, std=std, divisor=divisor, seed=seed, step=step)
+        dense = []
     for i, offset, values in _pieces(seed, step, [spans[i] for i in dense], device, secure):
         flat = tensors[dense[i]].view(-1)
         flat[offset : offset + values.numel()].add_(values.to(dtype), alpha=std)
-    for t, span in zip(tensors, spans, strict=True):
-        if not t.is_contiguous():
-            (values,) = gaussians(seed, step=step, spans=[span], dtype=dtype, device=device, secure=secure)
-            t.add_(values.view(t.shape), alpha=std)
+    for i in rest:
+        (values,) = gaussians(seed, step=step, spans=[spans[i]], dtype=dtype, device=device, secure=secure)
+        tensors[i].add_(values.view(tensors[i].shape), alpha=std)
+    if divisor != 1:
+        for i in (*dense, *rest):
+            tensors[i].div_(divisor)
 
 
 def uniform(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dpcompile import fused_adam
 from dpcompile import optim_checks as checks
 from dpcompile.errors import PrivacyError
 from dpcompile.mechanism import privatize_
@@ -140,10 +141,9 @@ class DPOptimizer(Optimizer):
             return loss
         names = self.checked_parameters()
         self.engine.ledger.verify(names)
-        self._private_gradients(names, self.use_noise())
         self._stepping = True
         try:
-            self.optimizer.step()
+            self._update(names, self.use_noise())
         finally:
             self._stepping = False
         self.finish()
@@ -261,8 +261,8 @@ class DPOptimizer(Optimizer):
             "accountant": None if self.accountant is None else self.accountant.state_dict(),
         }
 
-    def _private_gradients(self, names: Sequence[str], step: int) -> None:
-        """Put the private mean gradient of each trainable parameter into ``p.grad``."""
+    def _update(self, names: Sequence[str], step: int) -> None:
+        """Put the private mean gradient of each trainable parameter into ``p.grad``, and step on it."""
         parameters = self.engine.parameters()
         index = {name: i for i, name in enumerate(parameters)}
         totals = []
@@ -271,17 +271,20 @@ class DPOptimizer(Optimizer):
             if total is None:
                 total = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             totals.append(total)
-        privatize_(
-            totals,
-            parameters=[index[name] for name in names],
-            std=self.noise_multiplier * self.engine.max_grad_norm,
-            expected_batch_size=self.expected_batch_size,
-            seed=self.seed,
-            step=step,
-            secure=self.secure,
-        )
-        for name, total in zip(names, totals, strict=True):
-            parameters[name].grad = total.to(parameters[name].dtype)
+        mechanism: dict[str, Any] = {
+            "parameters": [index[name] for name in names],
+            "std": self.noise_multiplier * self.engine.max_grad_norm,
+            "expected_batch_size": self.expected_batch_size,
+            "seed": self.seed,
+            "step": step,
+        }
+        weights = [parameters[name] for name in names]
+        if not self.secure and fused_adam.update_(self.optimizer, weights, totals, **mechanism):
+            return
+        privatize_(totals, **mechanism, secure=self.secure)
+        for p, total in zip(weights, totals, strict=True):
+            p.grad = total.to(p.dtype)
+        self.optimizer.step()
 
 
 def _only_from(owner: weakref.ref[DPOptimizer]) -> Callable[..., None]:
