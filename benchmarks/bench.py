@@ -1,0 +1,127 @@
+"""The main table, cell by cell."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.engines import BASELINE, ENGINES
+from benchmarks.processes import Workshop
+from benchmarks.results import Results
+
+__all__ = ["PARTS", "Bench", "Settings"]
+
+PARTS = ("time", "memory", "compile")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run was asked for.
+
+    Attributes:
+        models: by name.
+        engines: by name.
+        experiments: by name.
+        parts: which of :data:`PARTS`.
+        repeats: turns of every pair, at least.
+        batch: in place of every model's own.
+        device: "cpu" or "cuda".
+        backend: "inductor", or "eager" in tests of the harness.
+        fastdp: the folder with FastDP's source.
+        limit_gb: of the experiment that looks for the largest batch.
+        quick: experiments do less.
+    """
+
+    models: tuple[str, ...]
+    engines: tuple[str, ...]
+    experiments: tuple[str, ...] = ()
+    parts: tuple[str, ...] = PARTS
+    repeats: int = 9
+    batch: int | None = None
+    device: str = "cpu"
+    backend: str = "inductor"
+    fastdp: str | None = None
+    limit_gb: float = 2.0
+    quick: bool = False
+
+    def options(self, model: str) -> dict[str, Any]:
+        """What jobs on this model are told."""
+        common = {"model": model, "batch": self.batch, "device": self.device, "backend": self.backend}
+        return common | {"path": self.fastdp}
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A run: settings, processes and results."""
+
+    settings: Settings
+    shop: Workshop
+    results: Results
+
+    def table(self) -> None:
+        """Measure every model with every engine; each figure is saved when it is there."""
+        engines = list(self.settings.engines)
+        if BASELINE not in engines:
+            engines.insert(0, BASELINE)
+        total = len(self.settings.models) * (1 + len(engines))
+        with tqdm(total=total, unit="cell", disable=self.shop.inline) as bar:
+            for model in self.settings.models:
+                self._model(model, engines, bar)
+
+    def _model(self, model: str, engines: list[str], bar: tqdm[Any]) -> None:
+        truth, known = self._truth(model, bar)
+        if "error" in known:
+            self.results.model(model).update(known)
+            self.results.save()
+            bar.update(1 + len(engines))
+            return
+        bar.update()
+        for engine in engines:
+            cell = self.results.engine(model, engine)
+            if "time" in self.settings.parts:
+                bar.set_description(f"{model}, {engine}: time")
+                cell.clear()
+                cell.update(self._pair(model, engine, truth))
+            if "memory" in self.settings.parts and not _hopeless(cell):
+                bar.set_description(f"{model}, {engine}: memory")
+                cell["memory"] = self._memory(model, engine, truth)
+            if "compile" in self.settings.parts and not _hopeless(cell) and ENGINES[engine].compiles:
+                bar.set_description(f"{model}, {engine}: compile")
+                cell["compile"] = self.compile(engine, self.settings.options(model))
+            self.results.save()
+            bar.update()
+        if self.shop.inline:
+            os.unlink(truth)
+
+    def _truth(self, model: str, bar: tqdm[Any]) -> tuple[str, dict[str, Any]]:
+        """The file with the right answer, and what is known of the model."""
+        bar.set_description(f"{model}: one backward per example")
+        folder = pathlib.Path(self.shop.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        truth = str((folder / f"truth_{model.replace(':', '_')}.pt").absolute())
+        options = {k: v for k, v in self.settings.options(model).items() if k in ("model", "batch", "device")}
+        known = self.shop.run("benchmarks.jobs:oracle", {**options, "truth": truth})
+        self.results.model(model).update(known)
+        return truth, known
+
+    def _pair(self, model: str, engine: str, truth: str) -> dict[str, Any]:
+        arguments = {"engine": engine, "repeats": self.settings.repeats, "truth": truth}
+        return self.shop.run("benchmarks.jobs:pair", arguments | self.settings.options(model))
+
+    def _memory(self, model: str, engine: str, truth: str) -> dict[str, Any]:
+        return self.shop.run(
+            "benchmarks.jobs:memory", {"engine": engine, "truth": truth} | self.settings.options(model)
+        )
+
+    def compile(self, engine: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Seconds of a cold compilation."""
+        return self.shop.run("benchmarks.jobs:compile_time", {"engine": engine} | options, cold=True)
+
+
+def _hopeless(cell: dict[str, Any]) -> bool:
+    """There is no point in measuring more of an engine that cannot run the model or gets it wrong."""
+    return "error" in cell
