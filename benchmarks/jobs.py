@@ -10,7 +10,7 @@ import torch
 from benchmarks.engines import BASELINE, ENGINES, make_engine
 from benchmarks.engines.base import Engine
 from benchmarks.measure import interleaved, peak_allocated, peak_resident, seconds_of, spread
-from benchmarks.oracle import TOLERANCE, Truth, find_truth, how_wrong
+from benchmarks.oracle import Truth, find_truth, how_wrong
 from benchmarks.problem import Problem, build
 
 __all__ = ["compile_time", "memory", "oracle", "pair", "ready", "sections"]
@@ -28,6 +28,7 @@ def oracle(*, model: str, batch: int | None, device: str, truth: str) -> dict[st
         "parameters": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "max_grad_norm": found.max_grad_norm,
+        "tolerance": found.tolerance,
         "clipped": (found.norms > found.max_grad_norm).float().mean().item(),
     }
 
@@ -53,14 +54,14 @@ def pair(*, engine: str, repeats: int, truth: str, **options: Any) -> dict[str, 
     other = problem.again()
     mine, error = ready(engine, problem, right, options)
     result: dict[str, Any] = {"answer_error": error}
-    if not error <= TOLERANCE:
+    if not error <= right.tolerance:
         return {**result, "error": f"wrong answer ({error:.1e})"}
     if engine == BASELINE:
         times = interleaved([mine.step], repeats=repeats)
         base = times[0]
     else:
         baseline, base_error = ready(BASELINE, other, right, options)
-        if not base_error <= TOLERANCE:
+        if not base_error <= right.tolerance:
             return {**result, "error": f"the baseline's answer is wrong ({base_error:.1e})"}
         for step in (mine.step, baseline.step):
             step()
