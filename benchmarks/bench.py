@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.cases import find_case
 from benchmarks.engines import BASELINE, ENGINES
 from benchmarks.processes import Workshop
 from benchmarks.results import Results
@@ -61,6 +61,7 @@ class Bench:
     settings: Settings
     shop: Workshop
     results: Results
+    known: dict[str, Any] = field(default_factory=dict)  # of models whose right answer is stored
 
     def table(self) -> None:
         """Measure every model with every engine; each figure is saved when it is there."""
@@ -73,9 +74,10 @@ class Bench:
                 self._model(model, engines, bar)
 
     def _model(self, model: str, engines: list[str], bar: tqdm[Any]) -> None:
-        truth, known = self._truth(model, bar)
+        bar.set_description(f"{model}: one backward per example")
+        truth, known = self._truth(model)
+        self.results.model(model).update(known)
         if "error" in known:
-            self.results.model(model).update(known)
             self.results.save()
             bar.update(1 + len(engines))
             return
@@ -94,19 +96,15 @@ class Bench:
                 cell["compile"] = self.compile(engine, self.settings.options(model))
             self.results.save()
             bar.update()
-        if self.shop.inline:
-            os.unlink(truth)
 
-    def _truth(self, model: str, bar: tqdm[Any]) -> tuple[str, dict[str, Any]]:
-        """The file with the right answer, and what is known of the model."""
-        bar.set_description(f"{model}: one backward per example")
-        folder = pathlib.Path(self.shop.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        truth = str((folder / f"truth_{model.replace(':', '_')}.pt").absolute())
-        options = {k: v for k, v in self.settings.options(model).items() if k in ("model", "batch", "device")}
-        known = self.shop.run("benchmarks.jobs:oracle", {**options, "truth": truth})
-        self.results.model(model).update(known)
-        return truth, known
+    def _truth(self, model: str) -> tuple[str, dict[str, Any]]:
+        """The file with the right answer, made once per run, and what is known of the model."""
+        self.shop.folder.mkdir(parents=True, exist_ok=True)
+        truth = str((self.shop.folder / f"truth_{model.replace(':', '_')}.pt").absolute())
+        if model not in self.known:
+            options = {k: v for k, v in self.settings.options(model).items() if k in ("model", "batch", "device")}
+            self.known[model] = self.shop.run("benchmarks.jobs:oracle", {**options, "truth": truth})
+        return truth, self.known[model]
 
     def _pair(self, model: str, engine: str, truth: str) -> dict[str, Any]:
         arguments = {"engine": engine, "repeats": self.settings.repeats, "truth": truth}
@@ -116,6 +114,25 @@ class Bench:
         return self.shop.run(
             "benchmarks.jobs:memory", {"engine": engine, "truth": truth} | self.settings.options(model)
         )
+
+    def cell(self, model: str, engine: str, parts: Sequence[str]) -> dict[str, Any]:
+        """One engine on one model, as in the table, for experiments.
+
+        Returns:
+            What :func:`benchmarks.jobs.pair` gives, with ``batch``, ``memory`` and ``compile``, or ``error``.
+        """
+        found: dict[str, Any] = {"batch": self.settings.batch or find_case(model).batch}
+        if set(parts) - {"compile"}:
+            truth, known = self._truth(model)
+            if "error" in known:
+                return {"error": known["error"]}
+            if "time" in parts:
+                found |= self._pair(model, engine, truth)
+            if "memory" in parts and not _hopeless(found):
+                found["memory"] = self._memory(model, engine, truth)
+        if "compile" in parts:
+            found["compile"] = self.compile(engine, self.settings.options(model))
+        return found
 
     def compile(self, engine: str, options: dict[str, Any]) -> dict[str, Any]:
         """Seconds of a cold compilation."""

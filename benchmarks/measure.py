@@ -55,8 +55,8 @@ def spread(times: list[float]) -> dict[str, Any]:
 def peak_allocated(step: Step) -> int:
     """Bytes that PyTorch's allocator has handed out at the highest, above the level before the step.
 
-    On CUDA the allocator's own counter; on CPU the sum over the allocations and releases that the profiler records. It is
-    the same to the byte in every run; memory that a library takes past PyTorch's allocator is not in it.
+    On CUDA the allocator's own counter; on CPU the sum over the allocations and releases that the profiler records. It
+    is the same to the byte in every run; memory that a library takes past PyTorch's allocator is not in it.
     """
     gc.collect()
     if torch.cuda.is_available():

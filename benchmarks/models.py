@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CASES", "Case", "ViT", "cross_entropy", "gpt", "images", "text", "token_cross_entropy"]
+__all__ = [
+    "CASES", "CNN", "GPT", "Attention", "BasicBlock", "Block", "Case", "ViT", "cross_entropy", "gpt", "images", "text",
+    "token_cross_entropy",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

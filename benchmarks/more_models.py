@@ -1,4 +1,4 @@
-"""Models beyond the table, and models of any size for curves: :func:`find_case` knows them all."""
+"""Models beyond the table."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.models import CASES, Case, ViT, cross_entropy, gpt, images, token_cross_entropy
+from benchmarks.models import Case, ViT, cross_entropy, images, token_cross_entropy
 
-__all__ = ["FAMILIES", "MORE_CASES", "find_case"]
+__all__ = ["MORE_CASES"]
 
 
 class EmbeddingNet(nn.Module):
@@ -174,44 +174,3 @@ MORE_CASES = {
         lambda batch: (torch.randn(batch, 4), torch.randint(0, 3, (batch,))), 6, cross_entropy,
     ),
 }  # fmt: skip
-
-
-def _gpt(width: int = 256, depth: int = 2, context: int = 256, vocabulary: int = 1024, batch: int = 4) -> Case:
-    return gpt(f"GPT d={width}, {depth} layers, T={context}", width, depth, context, vocabulary, batch)
-
-
-def _mlp(width: int = 512, depth: int = 3, batch: int = 64) -> Case:
-    def make() -> nn.Module:
-        layers: list[nn.Module] = []
-        for _ in range(depth):
-            layers += [nn.Linear(width, width), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Linear(width, 10))
-
-    return Case(f"MLP of {depth} layers of {width}", make, images(width), batch, cross_entropy)
-
-
-def _vit(width: int = 192, depth: int = 2, image: int = 96, batch: int = 8) -> Case:
-    heads = max(width // 64, 1)
-    make = lambda: ViT(width, depth, heads, image=image)  # noqa: E731
-    return Case(f"ViT d={width}, {depth} layers", make, images(3, image, image), batch, cross_entropy)
-
-
-FAMILIES: dict[str, Callable[..., Case]] = {"gpt": _gpt, "mlp": _mlp, "vit": _vit}
-
-
-def find_case(name: str) -> Case:
-    """A model by name, or a family with sizes: ``"gpt:width=128,context=512"``.
-
-    Raises:
-        ValueError: there is none of this name or size.
-    """
-    known = {**CASES, **MORE_CASES}
-    if name in known:
-        return known[name]
-    family, _, sizes = name.partition(":")
-    if family in FAMILIES and sizes:
-        try:
-            return FAMILIES[family](**{k: int(v) for k, v in (pair.split("=") for pair in sizes.split(","))})
-        except TypeError as error:
-            raise ValueError(f"model {name!r}: {error}") from None
-    raise ValueError(f"there is no model {name!r}; there are {', '.join(known)}")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cases import find_case
 from benchmarks.models import Case
-from benchmarks.more_models import find_case
 
 __all__ = ["Problem", "WithLoss", "build", "trainable"]
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.engines import BASELINE, ENGINES
 from benchmarks.experiments import EXPERIMENTS, experiment
+from benchmarks.markdown import markdown
 
-__all__ = ["markdown", "page", "summary"]
+__all__ = ["page", "summary"]
 
 Cell = dict[str, Any]
-
-
-def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    lines = [list(head)]
-    lines += [["---"] * len(lines[0]), *map(list, rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
 def summary(data: dict[str, Any]) -> str:
@@ -42,9 +36,10 @@ def page(data: dict[str, Any]) -> str:
     commands = "\n".join(data["commands"])
     return f"""# Benchmarks
 
-Written by `python -m benchmarks.run --docs`; do not edit. The figures are those of one machine:
-{machine["cpu"]}, {machine["cores"]} cores, {machine["memory_gb"]} GB{gpu}; {machine["system"]}, Python {machine["python"]},
-{versions}; {machine["threads"]} threads.
+Written by `python -m benchmarks.run --docs`; do not edit. The figures are those of one machine, and of these versions:
+
+- {machine["cpu"]}, {machine["cores"]} cores, {machine["memory_gb"]} GB{gpu}; {machine["threads"]} threads
+- {machine["system"]}, Python {machine["python"]}, {versions}
 
 ```sh
 {commands}
@@ -61,25 +56,27 @@ Written by `python -m benchmarks.run --docs`; do not edit. The figures are those
 
 _METHOD = """## What is measured
 
-**A step** is the gradient step: gradients set to None, forward, per-example loss, backward, and whatever the engine still
-has to do until clipped sums stand in `p.grad` (Opacus: `clip_and_accumulate`). Noise and optimizer are not in it; the
-breakdown by sections shows them separately. Everything is float32. Engines that compile (ours, non-private, `vmap(grad)`)
-compile model and loss together; the others run both eagerly, as their users do.
+**A step** is the gradient step: gradients set to None, forward, per-example loss, backward, and whatever the engine
+still has to do until clipped sums stand in `p.grad` (Opacus: `clip_and_accumulate`). Noise and optimizer are not in it;
+the breakdown by sections shows them separately. Everything is float32. Engines that compile (ours, non-private,
+`vmap(grad)`) compile model and loss together; the others run both eagerly, as their users do. FastDP draws no noise in
+the step; JAX-Privacy runs the same model written for JAX, compiled by XLA with threads of its own.
 
-**Answers come first.** Clipped sums are compared with one backward per example, uncompiled; C is the median norm, so about
-half of the examples are clipped. The error is the largest of a parameter's errors over the largest norm of a parameter's
-gradient. Above the tolerance the engine gets "wrong answer" in place of a figure. The tolerance is 1e-3, or, for models
-with kinks (ReLU, max pooling), where rounding decides on which side a unit is and the gradient jumps, twice what a
-change of all weights by 3e-7 does to the sums. The non-private engines are compared with the plain sum.
+**Answers come first.** Clipped sums are compared with one backward per example, uncompiled; C is the median norm, so
+about half of the examples are clipped. The error is the largest of a parameter's errors over the largest norm of a
+parameter's gradient. Above the tolerance the engine gets "wrong answer" in place of a figure. The tolerance is 1e-3,
+or, for models with kinks (ReLU, max pooling), where rounding decides on which side a unit is and the gradient jumps,
+twice what a change of all weights by 3e-7 does to the sums. The non-private engines are compared with the plain sum.
 
 **Time.** Every engine runs in a process of its own, in turns with the compiled non-private step (A B A B). The ratio is
 minimum of the non-private step over minimum of the engine's: 1 is as fast as not being private. The ratio of medians
 stands beside it.
 
 **Memory** is the peak of one step above the level before it (weights, inputs and compiled code are not in it), as
-PyTorch's allocator counts it: on CPU from the profiler's record of allocations, the same to the byte in every run; on CUDA
-`max_memory_allocated`. Each engine is measured in its own process after two steps. The high-water mark of resident memory
-is noted too: it has what libraries take past the allocator, and what the C allocator keeps.
+PyTorch's allocator counts it: on CPU from the profiler's record of allocations, the same to the byte in every run; on
+CUDA `max_memory_allocated`; of JAX what XLA says. Each engine is measured in its own process after two steps. The
+high-water mark of resident memory is noted too: it has what libraries take past the allocator, and what the C allocator
+keeps, and differs from run to run.
 
 **Compile time** is the first step in a new process with empty caches, after something small was compiled.
 """
@@ -90,7 +87,9 @@ def _models(data: dict[str, Any]) -> str:
     for name, m in data["models"].items():
         if "title" in m:
             sizes = f"{m['parameters']:,}" + (f" ({m['trainable']:,})" if m["trainable"] != m["parameters"] else "")
-            rows.append([f"`{name}`", m["title"], str(m["batch"]), sizes, f"{m['clipped']:.0%}", f"{m['tolerance']:.0e}"])
+            rows.append(
+                [f"`{name}`", m["title"], str(m["batch"]), sizes, f"{m['clipped']:.0%}", f"{m['tolerance']:.0e}"]
+            )
     return markdown(["model", "", "batch", "parameters (trainable)", "clipped", "tolerance"], rows)
 
 

@@ -11,11 +11,12 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.bench import PARTS, Bench, Settings
+from benchmarks.cases import find_case
 from benchmarks.engines import ENGINES
 from benchmarks.experiments import EXPERIMENTS, experiment
 from benchmarks.machine import describe_machine
 from benchmarks.models import CASES
-from benchmarks.more_models import MORE_CASES, find_case
+from benchmarks.more_models import MORE_CASES
 from benchmarks.plot import draw
 from benchmarks.processes import Workshop
 from benchmarks.report import page, summary
@@ -62,7 +63,7 @@ def measure(asked: argparse.Namespace, words: list[str], output: pathlib.Path) -
     machine = results.data["machine"]
     tqdm.write(f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {threads} threads")
     tqdm.write(", ".join(f"{n} {v}" for n, v in machine["versions"].items()))
-    results.command(words)
+    results.command(_public(words))
     if settings.parts:
         bench.table()
     for name in settings.experiments:
@@ -70,6 +71,21 @@ def measure(asked: argparse.Namespace, words: list[str], output: pathlib.Path) -
         results.data["experiments"][name] = experiment(name).run(bench)
         results.save()
     return results
+
+
+def _public(words: list[str]) -> list[str]:
+    """The command line without the folders of this machine, and without what does not change the figures."""
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--fastdp":
+            kept += [word, "PATH"]
+            next(rest, None)
+        elif word == "--output":
+            next(rest, None)
+        elif word != "--docs" and not word.endswith(".md"):
+            kept.append(word)
+    return kept
 
 
 def _settings(asked: argparse.Namespace) -> Settings:

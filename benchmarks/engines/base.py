@@ -15,8 +15,8 @@ __all__ = ["Engine"]
 class Engine:
     """One way to make the gradients of a step.
 
-    A step is ``zero``, ``forward``, ``backward`` and ``clip``, in this order; after it ``gradients()`` are there. What an
-    engine does in which section is its own matter; the total is what is compared.
+    A step is ``zero``, ``forward``, ``backward`` and ``clip``, in this order; after it ``gradients()`` are there. What
+    an engine does in which section is its own matter; the total is what is compared.
 
     Attributes:
         private: whether the gradients are sums of clipped per-example gradients, or the plain mean.

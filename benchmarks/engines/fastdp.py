@@ -19,9 +19,9 @@ __all__ = ["FastDP"]
 class FastDP(Engine):
     """Its ``PrivacyEngine`` with ``clipping_mode="MixOpt"`` and flat clipping.
 
-    The first supported layer is the origin of ghost differentiation, so that no plain gradients are made. FastDP draws its
-    noise in the backward, when it makes ``p.private_grad``; here that is made beforehand, of zeros, so that no noise is
-    drawn inside the gradient step, as with the other engines.
+    The first supported layer is the origin of ghost differentiation, so that no plain gradients are made. FastDP draws
+    its noise in the backward, when it makes ``p.private_grad``; here that is made beforehand, of zeros, so that no
+    noise is drawn inside the gradient step, as with the other engines.
 
     Args:
         problem: what to do.
