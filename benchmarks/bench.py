@@ -65,13 +65,20 @@ class Bench:
 
     def table(self) -> None:
         """Measure every model with every engine; each figure is saved when it is there."""
-        engines = list(self.settings.engines)
-        if BASELINE not in engines:
-            engines.insert(0, BASELINE)
-        total = len(self.settings.models) * (1 + len(engines))
+        engines = {m: self._engines(m) for m in self.settings.models}
+        total = sum(1 + len(e) for e in engines.values())
         with tqdm(total=total, unit="cell", disable=self.shop.inline) as bar:
             for model in self.settings.models:
-                self._model(model, engines, bar)
+                self._model(model, engines[model], bar)
+
+    def _engines(self, model: str) -> list[str]:
+        """What to measure; the baseline too, unless an earlier run has it."""
+        engines = list(self.settings.engines)
+        known = self.results.model(model)["engines"].get(BASELINE, {})
+        names = {"time": "times"}
+        if BASELINE not in engines and not all(names.get(part, part) in known for part in self.settings.parts):
+            engines.insert(0, BASELINE)
+        return engines
 
     def _model(self, model: str, engines: list[str], bar: tqdm[Any]) -> None:
         bar.set_description(f"{model}: one backward per example")
@@ -86,8 +93,9 @@ class Bench:
             cell = self.results.engine(model, engine)
             if "time" in self.settings.parts:
                 bar.set_description(f"{model}, {engine}: time")
+                kept = {part: cell[part] for part in ("memory", "compile") if part in cell}
                 cell.clear()
-                cell.update(self._pair(model, engine, truth))
+                cell.update(self._pair(model, engine, truth) | kept)
             if "memory" in self.settings.parts and not _hopeless(cell):
                 bar.set_description(f"{model}, {engine}: memory")
                 cell["memory"] = self._memory(model, engine, truth)

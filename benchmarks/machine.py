@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from typing import Any
 
 import torch
 
-__all__ = ["describe_machine"]
+__all__ = ["describe_machine", "revision"]
 
 _LIBRARIES = ("torch", "dpcompile", "opacus", "transformers", "jax", "jax-privacy", "numpy")
 
@@ -26,6 +27,16 @@ def describe_machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "versions": {name: version for name in _LIBRARIES if (version := _version(name))},
     }
+
+
+def revision() -> str:
+    """The commit of the sources, and whether they were changed since; "unknown revision" outside git."""
+    try:
+        words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        found = subprocess.run(words, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown revision"
+    return found.stdout.strip()
 
 
 def _cpu() -> str:

@@ -123,7 +123,11 @@ def _milliseconds(mine: Cell, base: Cell) -> str:
 
 
 def _peak(mine: Cell, base: Cell) -> str:
-    return _quotient(mine, base, "memory", "allocated")
+    above = _quotient(mine, base, "memory", "allocated")
+    if not above.endswith("×"):
+        return above
+    whole = [cell["memory"]["allocated"] + cell["memory"]["parameters"] for cell in (mine, base)]
+    return f"{above} ({whole[0] / whole[1]:.2f}×)"
 
 
 def _resident(mine: Cell, base: Cell) -> str:
@@ -161,7 +165,11 @@ def _sections(mine: Cell, base: Cell) -> str:
 
 _TABLES: list[tuple[str, str, Callable[[Cell, Cell], str]]] = [
     ("Time ratio", "Non-private compiled over engine, minima (medians); higher is better, 1 costs nothing.", _ratio),
-    ("Peak memory", "Engine over non-private compiled, above the level before the step; lower is better.", _peak),
+    (
+        "Peak memory",
+        "Engine over non-private compiled, above the level before the step (with the weights); lower is better.",
+        _peak,
+    ),
     ("Peak memory, MB", "The same in megabytes.", _megabytes),
     ("Resident memory", "The same ratio of the high-water marks of resident memory.", _resident),
     ("Compile time", "Engine over non-private compiled, cold (seconds); lower is better.", _compile),

@@ -34,9 +34,9 @@ class Results:
         elif machine is None:
             raise ValueError(f"there are no results in {path}: run the benchmark first")
 
-    def command(self, words: list[str]) -> None:
-        """Note a command that adds figures."""
-        line = " ".join(["python -m benchmarks.run", *words])
+    def command(self, words: list[str], revision: str) -> None:
+        """Note a command that adds figures, and the revision of the sources it measures."""
+        line = " ".join(["python -m benchmarks.run", *words, f" # {revision}"])
         if line not in self.data["commands"]:
             self.data["commands"].append(line)
         self.save()

@@ -14,7 +14,7 @@ from benchmarks.bench import PARTS, Bench, Settings
 from benchmarks.cases import find_case
 from benchmarks.engines import ENGINES
 from benchmarks.experiments import EXPERIMENTS, experiment
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, revision
 from benchmarks.models import CASES
 from benchmarks.more_models import MORE_CASES
 from benchmarks.plot import draw
@@ -63,7 +63,7 @@ def measure(asked: argparse.Namespace, words: list[str], output: pathlib.Path) -
     machine = results.data["machine"]
     tqdm.write(f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {threads} threads")
     tqdm.write(", ".join(f"{n} {v}" for n, v in machine["versions"].items()))
-    results.command(_public(words))
+    results.command(_public(words), revision())
     if settings.parts:
         bench.table()
     for name in settings.experiments:

@@ -214,11 +214,13 @@ STORED: dict[str, Any] = {
             "title": "MLP", "batch": 4, "parameters": 10, "trainable": 10, "clipped": 0.5, "tolerance": 1e-3,
             "engines": {
                 "compiled": {
-                    "ratio": 1.0, "ratio_median": 1.0, "memory": {"allocated": 100, "resident": 4096},
+                    "ratio": 1.0, "ratio_median": 1.0,
+                    "memory": {"allocated": 100, "parameters": 100, "resident": 4096},
                     "compile": {"seconds": 2.0},
                 },
                 "ours": {
-                    "ratio": 0.95, "ratio_median": 0.94, "memory": {"allocated": 110, "resident": 8192},
+                    "ratio": 0.95, "ratio_median": 0.94,
+                    "memory": {"allocated": 110, "parameters": 100, "resident": 8192},
                     "compile": {"seconds": 3.0},
                 },
                 "opacus_ew": {"error": "ValueError: a | b"},
@@ -239,7 +241,7 @@ def test_the_report_of_stored_results(tmp_path: pathlib.Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps(STORED))
     text = page(Results(tmp_path / "results.json").data)
     assert "| dpcompile | 0.95 (0.94) |" in text
-    assert "| dpcompile | 1.10× |" in text
+    assert "| dpcompile | 1.10× (1.05×) |" in text
     assert "| dpcompile | 1.50× (3.0 s) |" in text
     assert "ValueError: a \\| b" in text
     assert "200 physical batches" in text
