@@ -68,7 +68,7 @@ def peak_allocated(step: Step) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
-    recorded = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    recorded: list[Any] = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = sorted((e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]")
     level = highest = 0
     for _, change in changes:

@@ -45,8 +45,11 @@ class Workshop:
         """
         job = {"call": call, "arguments": arguments, "threads": self.threads}
         if self.inline:
+            import torch
+
             from benchmarks.worker import do
 
+            torch.compiler.reset()
             return do(job)
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder) as place:

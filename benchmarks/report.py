@@ -28,8 +28,8 @@ def summary(data: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def page(data: dict[str, Any]) -> str:
-    """``docs/benchmarks.md``."""
+def page(data: dict[str, Any], picture: str | None = None) -> str:
+    """``docs/benchmarks.md``, with the plot if there is a file of it."""
     machine = data["machine"]
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
     versions = ", ".join(f"{n} {v}" for n, v in machine["versions"].items())
@@ -50,6 +50,8 @@ Written by `python -m benchmarks.run --docs`; do not edit. The figures are those
 
 {_models(data)}
 ## Results
+
+{f"![Time ratios]({picture})" if picture else ""}
 
 {summary(data)}"""
 

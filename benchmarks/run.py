@@ -17,7 +17,7 @@ from benchmarks.experiments import EXPERIMENTS, experiment
 from benchmarks.machine import describe_machine, revision
 from benchmarks.models import CASES
 from benchmarks.more_models import MORE_CASES
-from benchmarks.plot import draw
+from benchmarks.plot import draw, has_ratios
 from benchmarks.processes import Workshop
 from benchmarks.report import page, summary
 from benchmarks.results import Results
@@ -47,7 +47,9 @@ def main(words: Sequence[str] | None = None) -> None:
     print(text)
     if asked.docs:
         target = pathlib.Path(asked.docs)
-        target.write_text(page(results.data))
+        picture = target.with_suffix(".svg")
+        draw(results.data, picture)
+        target.write_text(page(results.data, picture.name if has_ratios(results.data) else None))
         print(f"wrote {target}")
 
 

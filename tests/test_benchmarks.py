@@ -187,6 +187,7 @@ def test_a_run_from_the_command_line(tmp_path: pathlib.Path, capsys: pytest.Capt
     first = docs.read_text()
     run.main(["--output", str(tmp_path), "--report-only", "--docs", str(docs)])  # again, from what is stored
     assert docs.read_text() == first and "| dpcompile |" in first
+    assert "(page.svg)" in first and (tmp_path / "page.svg").exists() and (tmp_path / "ratios.png").exists()
     with pytest.raises(SystemExit):
         run.main([*words[:-1], "2"])  # another number of threads
     assert "measured under other conditions" in capsys.readouterr().err

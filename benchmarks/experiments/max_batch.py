@@ -21,7 +21,8 @@ _MODELS = ("gpt:context=256", "cnn")
 def run(bench: Bench) -> dict[str, Any]:
     """For every engine, one process that looks for it."""
     models = _MODELS[:1] if bench.settings.quick else _MODELS
-    wanted = [(m, e) for m in models for e in chosen(bench, [e for e in ENGINES if e not in ("eager", "jax_privacy")])]
+    usual = ("compiled", "ours") if bench.settings.quick else [e for e in ENGINES if e not in ("eager", "jax_privacy")]
+    wanted = [(m, e) for m in models for e in chosen(bench, usual)]
     found: dict[str, Any] = {}
     for model, engine in tqdm(wanted, desc="largest batch", unit="cell", disable=bench.shop.inline):
         arguments = {"engine": engine, "limit_gb": bench.settings.limit_gb} | bench.settings.options(model)

@@ -41,10 +41,8 @@ def compare(*, repeats: int, **options: Any) -> dict[str, Any]:
 
 def predicted_seconds(plan: Any) -> float | None:
     """The plan's own prediction of what privacy adds, in seconds; None if plans do not have one."""
-    predict = getattr(plan, "predicted_seconds", None)
-    if predict is None:
-        return None
-    return float(predict() if callable(predict) else predict)
+    predict: Any = getattr(plan, "predicted_seconds", None)
+    return None if predict is None else float(predict())
 
 
 def section(data: dict[str, Any]) -> str:
