@@ -111,7 +111,7 @@ def memory(*, engine: str, truth: str, **options: Any) -> dict[str, Any]:
     made.zero()
     peak = getattr(made, "peak", None)
     return {
-        "allocated": peak() if peak else peak_allocated(made.step),
+        "allocated": peak() if peak else peak_allocated(made.step, options["device"]),
         "resident": resident,
         "parameters": sum(p.numel() * p.element_size() for p in problem.model.parameters()),
     }

@@ -26,7 +26,9 @@ def seconds_of(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(steps: list[Step], *, repeats: int, seconds: float = 1.0, most: int = 200) -> list[list[float]]:
+def interleaved(
+    steps: list[Step], *, repeats: int, seconds: float = 1.0, most: int = 200, patience: float = 30.0
+) -> list[list[float]]:
     """Times of several steps that take turns, A B A B, so that a slow spell of the machine meets all of them.
 
     Args:
@@ -34,6 +36,7 @@ def interleaved(steps: list[Step], *, repeats: int, seconds: float = 1.0, most: 
         repeats: turns at least.
         seconds: goes on until this much time is spent, for steps of a few milliseconds.
         most: turns at most.
+        patience: after this many seconds three turns are enough, for steps of many seconds.
 
     Returns:
         One list of seconds per step.
@@ -41,7 +44,10 @@ def interleaved(steps: list[Step], *, repeats: int, seconds: float = 1.0, most: 
     times: list[list[float]] = [[] for _ in steps]
     gc.collect()
     start = time.perf_counter()
-    while len(times[0]) < repeats or (time.perf_counter() - start < seconds and len(times[0]) < most):
+    while len(times[0]) < most:
+        spent, turns = time.perf_counter() - start, len(times[0])
+        if turns >= repeats and spent >= seconds or turns >= min(3, repeats) and spent >= patience:
+            break
         for mine, step in zip(times, steps, strict=True):
             mine.append(seconds_of(step))
     return times
@@ -52,14 +58,14 @@ def spread(times: list[float]) -> dict[str, Any]:
     return {"minimum": min(times), "median": statistics.median(times), "count": len(times)}
 
 
-def peak_allocated(step: Step) -> int:
+def peak_allocated(step: Step, device: str = "cpu") -> int:
     """Bytes that PyTorch's allocator has handed out at the highest, above the level before the step.
 
     On CUDA the allocator's own counter; on CPU the sum over the allocations and releases that the profiler records. It
     is the same to the byte in every run; memory that a library takes past PyTorch's allocator is not in it.
     """
     gc.collect()
-    if torch.cuda.is_available():
+    if device == "cuda":
         _wait()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

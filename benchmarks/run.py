@@ -25,10 +25,8 @@ from benchmarks.results import Results
 __all__ = ["main"]
 
 ROOT = pathlib.Path(__file__).parent.parent
-QUICK_MODELS, QUICK_ENGINES = (
-    ("mlp", "gpt:width=128,context=128"),
-    ("eager", "compiled", "ours", "opacus_hooks", "vmap"),
-)
+QUICK_MODELS, QUICK_ENGINES = ("mlp", "gpt:width=128,context=128"), ("compiled", "ours", "opacus_hooks")
+QUICK_PARTS = ("time", "memory")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -93,7 +91,7 @@ def _public(words: list[str]) -> list[str]:
 def _settings(asked: argparse.Namespace) -> Settings:
     models = _listed(asked.models, QUICK_MODELS if asked.quick else (*CASES, *(n for n in MORE_CASES if n != "tiny")))
     engines = _listed(asked.engines, QUICK_ENGINES if asked.quick else tuple(ENGINES))
-    parts = _listed(asked.parts, PARTS)
+    parts = _listed(asked.parts, QUICK_PARTS if asked.quick else PARTS)
     if asked.parts == "none":
         parts = ()
     experiments = tuple(EXPERIMENTS) if asked.experiments == "all" else _listed(asked.experiments, ())

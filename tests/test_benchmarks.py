@@ -113,6 +113,8 @@ def test_steps_take_turns() -> None:
     order: list[str] = []
     times = measure.interleaved([lambda: order.append("a"), lambda: order.append("b")], repeats=3, seconds=0)
     assert order == ["a", "b"] * 3 and [len(t) for t in times] == [3, 3]
+    assert len(measure.interleaved([lambda: None], repeats=9, seconds=0, patience=0)[0]) == 3
+    assert len(measure.interleaved([lambda: None], repeats=2, most=20)[0]) == 20
 
 
 def test_memory_of_an_engine(truth: str) -> None:

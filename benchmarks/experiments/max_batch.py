@@ -68,7 +68,7 @@ def _bytes_needed(engine: str, batch: int, options: dict[str, Any]) -> int | Non
         made.step()
         made.zero()
         weights = sum(p.numel() * p.element_size() for p in problem.model.parameters())
-        return weights + peak_allocated(made.step)
+        return weights + peak_allocated(made.step, options["device"])
     except torch.OutOfMemoryError:
         return None
     finally:

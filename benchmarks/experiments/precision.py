@@ -50,7 +50,7 @@ def pair(*, engine: str, precision: str, repeats: int, **options: Any) -> dict[s
     mine, base = interleaved([e.step for e in engines], repeats=repeats)
     engines[0].zero()
     found = {"times": spread(mine), "baseline": spread(base), "ratio": min(base) / min(mine), "answer_error": error}
-    return found | {"memory": {"allocated": peak_allocated(engines[0].step)}}
+    return found | {"memory": {"allocated": peak_allocated(engines[0].step, options["device"])}}
 
 
 def _in(precision: str, engine: Engine) -> Engine:
