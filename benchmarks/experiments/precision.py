@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from benchmarks.oracle import find_truth, how_wrong
 from benchmarks.problem import build
 
 TITLE = "float32, TF32, bfloat16"
-TOLERANCE = {"float32": 1e-2, "tf32": 5e-2, "bfloat16": 0.3}
+TOLERANCE = {"float32": 1e-3, "tf32": 2e-2, "bfloat16": 5e-2}
 _MODELS = ("vit", "gpt")
 
 
@@ -36,7 +37,8 @@ def run(bench: Bench) -> dict[str, Any]:
 def pair(*, engine: str, precision: str, repeats: int, **options: Any) -> dict[str, Any]:
     """Like :func:`benchmarks.jobs.pair`; the answer is compared with the float32 oracle, within :data:`TOLERANCE`."""
     problem = build(options["model"], batch=options["batch"], device=options["device"])
-    truth = find_truth(problem, problem.max_grad_norm)
+    truth = find_truth(problem)
+    problem = replace(problem, max_grad_norm=truth.max_grad_norm)
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
     engines = [_in(precision, make_engine(e, problem.again(), **options)) for e in (engine, BASELINE)]
@@ -74,4 +76,4 @@ def section(data: dict[str, Any]) -> str:
         return f"{ratio(cell)}, {cell['memory']['allocated'] / 1e6:.0f} MB, error {cell['answer_error']:.0e}"
 
     text = "Ratio to the compiled non-private step in the same precision; bfloat16 by autocast. The error is the "
-    return text + "answer's, against float32, one backward per example, C = 1.\n\n" + grid(data, "model", show)
+    return text + "answer's, against float32, one backward per example.\n\n" + grid(data, "model", show)
