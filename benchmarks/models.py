@@ -148,17 +148,30 @@ class ViT(nn.Module):
 
 
 class GPT(nn.Module):
-    """A language model with learned positions and a head of its own."""
+    """A language model with learned positions and a head of its own.
 
-    def __init__(self, width: int, depth: int, heads: int, context: int, vocabulary: int) -> None:
+    Args:
+        width: d.
+        depth: layers.
+        heads: of every layer.
+        context: T.
+        vocabulary: V.
+        rows: look the positions up for every example, as module hooks need it, instead of once for the batch.
+    """
+
+    def __init__(
+        self, width: int, depth: int, heads: int, context: int, vocabulary: int, *, rows: bool = False
+    ) -> None:
         super().__init__()
+        self.rows = rows
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``[B, T]`` to ``[B, T, vocabulary]``."""
-        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+        places = torch.arange(ids.shape[1], device=ids.device)
+        x = self.tokens(ids) + self.positions(places.expand_as(ids) if self.rows else places)
         return self.head(self.norm(self.blocks(x)))
 
 
@@ -177,12 +190,12 @@ def text(context: int, vocabulary: int) -> Callable[[int], tuple[Tensor, Tensor]
     return draw
 
 
-def gpt(title: str, width: int, depth: int, context: int, vocabulary: int, batch: int) -> Case:
-    """A language model of these sizes, heads of 64."""
+def gpt(title: str, width: int, depth: int, context: int, vocabulary: int, batch: int, *, rows: bool = False) -> Case:
+    """A language model of these sizes, heads of 64; ``rows`` as in :class:`GPT`."""
     heads = max(width // 64, 1)
     return Case(
         title,
-        lambda: GPT(width, depth, heads, context, vocabulary),
+        lambda: GPT(width, depth, heads, context, vocabulary, rows=rows),
         text(context, vocabulary),
         batch,
         token_cross_entropy,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.models import Case, ViT, cross_entropy, images, token_cross_entropy
+from benchmarks.models import Case, ViT, cross_entropy, gpt, images, token_cross_entropy
 
 __all__ = ["MORE_CASES"]
 
@@ -157,6 +157,8 @@ def words(context: int, vocabulary: int) -> Callable[[int], tuple[Tensor, Tensor
 
 
 MORE_CASES = {
+    "gpt_rows": gpt("`gpt`, positions looked up for every example", 512, 3, 256, 8192, 8, rows=True),
+    "gpt_long_rows": gpt("`gpt_long`, positions looked up for every example", 256, 2, 1024, 1024, 4, rows=True),
     "imdb": Case("IMDb embedding net, T=256", EmbeddingNet, reviews(256), 64, cross_entropy),
     "lstm": Case("IMDb LSTM, d=64, T=32", LSTMNet, reviews(32), 64, cross_entropy),
     "vit_b": Case(

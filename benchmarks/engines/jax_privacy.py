@@ -165,7 +165,7 @@ def _vit(layer: Any, at: str, w: Weights, x: Any) -> Any:
 
 
 def _gpt(layer: Any, at: str, w: Weights, x: Any) -> Any:
-    x = w["tokens.weight"][x] + w["positions.weight"][: x.shape[1]]
+    x = w["tokens.weight"][x] + w["positions.weight"][: x.shape[1]]  # looked up once or for every example: the same
     return _run(layer.head, "head", w, _run(layer.norm, "norm", w, _run(layer.blocks, "blocks", w, x)))
 
 
