@@ -13,8 +13,11 @@ from benchmarks.more_models import MORE_CASES
 __all__ = ["FAMILIES", "find_case"]
 
 
-def _gpt(width: int = 256, depth: int = 2, context: int = 256, vocabulary: int = 1024, batch: int = 4) -> Case:
-    return gpt(f"GPT d={width}, {depth} layers, T={context}", width, depth, context, vocabulary, batch)
+def _gpt(
+    width: int = 256, depth: int = 2, context: int = 256, vocabulary: int = 1024, batch: int = 4, rows: int = 1
+) -> Case:
+    title = f"GPT d={width}, {depth} layers, T={context}"
+    return gpt(title, width, depth, context, vocabulary, batch, rows=bool(rows))
 
 
 def _mlp(width: int = 512, depth: int = 3, batch: int = 64) -> Case:

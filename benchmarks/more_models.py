@@ -144,6 +144,14 @@ class LlamaLoRA(nn.Module):
         return self.head(self.norm(x))
 
 
+def fixed_vit() -> nn.Module:
+    """Without trained parameters outside of layers, which module hooks do not know."""
+    model = ViT(384, 4, 6)
+    model.token.requires_grad_(False)
+    model.positions.requires_grad_(False)
+    return model
+
+
 def reviews(context: int, vocabulary: int = 10_000) -> Callable[[int], tuple[Tensor, Tensor]]:
     """A batch of random reviews of two classes."""
     return lambda batch: (torch.randint(0, vocabulary, (batch, context)), torch.randint(0, 2, (batch,)))
@@ -157,6 +165,7 @@ def words(context: int, vocabulary: int) -> Callable[[int], tuple[Tensor, Tensor
 
 
 MORE_CASES = {
+    "vit_fixed": Case("`vit`, token and positions not trained", fixed_vit, images(3, 224, 224), 16, cross_entropy),
     "gpt_rows": gpt("`gpt`, positions looked up for every example", 512, 3, 256, 8192, 8, rows=True),
     "gpt_long_rows": gpt("`gpt_long`, positions looked up for every example", 256, 2, 1024, 1024, 4, rows=True),
     "imdb": Case("IMDb embedding net, T=256", EmbeddingNet, reviews(256), 64, cross_entropy),

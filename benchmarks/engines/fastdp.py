@@ -19,7 +19,7 @@ __all__ = ["FastDP"]
 class FastDP(Engine):
     """Its ``PrivacyEngine`` with ``clipping_mode="MixOpt"`` and flat clipping.
 
-    The first supported layer is the origin of ghost differentiation, so that no plain gradients are made. FastDP draws
+    The first layers are the origin of ghost differentiation, so that hardly any plain gradients are made. FastDP draws
     its noise in the backward, when it makes ``p.private_grad``; here that is made beforehand, of zeros, so that no
     noise is drawn inside the gradient step, as with the other engines.
 
@@ -47,7 +47,7 @@ class FastDP(Engine):
                 clipping_mode="MixOpt",
                 clipping_fn="Abadi",
                 loss_reduction="mean",
-                origin_params=[_first(problem.model)],
+                origin_params=_origins(problem),
             )
             engine.attach(self.optimizer)
 
@@ -63,11 +63,25 @@ class FastDP(Engine):
             p.grad = p.private_grad  # type: ignore[attr-defined]
 
 
-def _first(model: nn.Module) -> str:
-    """The name of the first parameter of a layer that is asked for a gradient."""
+def _origins(problem: Problem) -> list[str]:
+    """The last parameter of every layer whose input carries no gradient: from there on autograd has to start.
+
+    FastDP's hooks do not run in layers before which nothing asks for a gradient.
+    """
+    model = problem.model
+    names: list[str] = []
     kinds: tuple[Any, ...] = (nn.Linear, nn.Conv2d, nn.Embedding)
-    for name, layer in model.named_modules():
-        if type(layer) in kinds and any(p.requires_grad for p in layer.parameters()):
-            last = [n for n, p in layer.named_parameters() if p.requires_grad][-1]
-            return f"{name}.{last}"
-    raise ValueError("no layer that FastDP supports")
+
+    def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if not inputs[0].requires_grad:
+            names.append(f"{paths[layer]}.{[n for n, p in layer.named_parameters() if p.requires_grad][-1]}")
+
+    layers = [(n, m) for n, m in model.named_modules() if type(m) in kinds]
+    paths = {m: n for n, m in layers if any(p.requires_grad for p in m.parameters())}
+    hooks = [layer.register_forward_pre_hook(note) for layer in paths]
+    model(problem.inputs[:1])
+    for hook in hooks:
+        hook.remove()
+    if not names:
+        raise ValueError("no layer that FastDP supports")
+    return names

@@ -30,6 +30,8 @@ class JaxPrivacy(Engine):
 
         model, language = problem.model, problem.targets.ndim > 1
         _translate(model)
+        if len(self.parameters) < len(list(model.parameters())):
+            raise NotImplementedError("frozen parameters are not written for JAX")
 
         def loss(trained: Weights, x: Any, y: Any) -> Any:
             outputs = _run(model, "", trained, x)
