@@ -27,6 +27,7 @@ def draw(data: dict[str, Any], path: pathlib.Path) -> None:
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "benchmarks"  # the same figures, the same file
+    matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot
 
     names = [e for e in ENGINES if any(e in m["engines"] for m in models.values())]
