@@ -1,0 +1,58 @@
+"""What several experiments do: models of many sizes against a few engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.bench import Bench
+from benchmarks.engines import BASELINE, ENGINES
+from benchmarks.markdown import markdown
+
+__all__ = ["chosen", "cells", "grid", "ratio", "title"]
+
+
+def chosen(bench: Bench, default: Sequence[str]) -> list[str]:
+    """The engines of an experiment: those of the default that the command line does not leave out."""
+    return [e for e in default if e in bench.settings.engines]
+
+
+def cells(
+    bench: Bench, points: Iterable[str], engines: Sequence[str], parts: Sequence[str], what: str
+) -> dict[str, dict[str, Any]]:
+    """Measure every engine on every model.
+
+    Args:
+        bench: the run.
+        points: models by name.
+        engines: by name.
+        parts: "time", "memory", "compile".
+        what: for the progress bar.
+
+    Returns:
+        Model -> engine -> what :meth:`benchmarks.bench.Bench.cell` gives.
+    """
+    wanted = [(point, engine) for point in points for engine in engines]
+    found: dict[str, dict[str, Any]] = {}
+    for point, engine in tqdm(wanted, desc=what, unit="cell", disable=bench.shop.inline):
+        found.setdefault(point, {})[engine] = bench.cell(point, engine, parts)
+    return found
+
+
+def grid(data: dict[str, dict[str, Any]], first: str, show: Callable[[dict[str, Any]], str]) -> str:
+    """A row per point, a column per engine."""
+    engines = list(next(iter(data.values())))
+    rows = [[point, *(cell.get("error") or show(cell) for cell in found.values())] for point, found in data.items()]
+    return markdown([first, *(title(e) for e in engines)], rows)
+
+
+def ratio(cell: dict[str, Any]) -> str:
+    """Time ratio and milliseconds."""
+    return f"{cell['ratio']:.2f} ({1e3 * cell['times']['minimum']:.1f} ms)"
+
+
+def title(engine: str) -> str:
+    """What tables call an engine."""
+    return ENGINES[engine].title if engine != BASELINE else "non-private, compiled"
