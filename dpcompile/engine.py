@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ from dpcompile.parts import Turn, asked_parts, joined, split_call
 from dpcompile.pipeline import Options, Transformed, privatize
 from dpcompile.translate import translated
 from dpcompile.unowned import guarded
-from dpcompile.workspace import keep_freed_memory
+from dpcompile.workspace import keep_freed_memory, kept_gradients
 
 __all__ = ["Engine", "with_own_code"]
 
@@ -81,6 +82,7 @@ class Engine:
         self._compiled: dict[tuple[tuple[str, ...], int], Callable[..., Any]] = {}
         self._parts: dict[int, int] = {}  # size of a batch -> in how many parts it runs
         self._turn: Turn | None = None
+        weakref.finalize(self, kept_gradients.release)
         self._output_labels: dict[int, Label] = {}
 
     @property

@@ -69,9 +69,9 @@ def asked_parts(error: BaseException | None) -> int | None:
 
 
 def allowed_parts(joint: JointGraph, proof: Proof) -> list[int]:
-    """In how many parts the batch may run: the divisors of B; only 1 where parts could be told from the whole.
+    """In how many parts the batch may run: the divisors of B that leave two examples or more to a part.
 
-    That is where the size of the batch is a symbol, where the graph writes to something, and where an output is not a
+    Only 1 where parts could be told from the whole: that is where the size of the batch is a symbol, where the graph writes to something, and where an output is not a
     concatenation over the examples.
     """
     if not isinstance(joint.batch, int) or any(True for _ in joint.mutations()):
@@ -82,7 +82,7 @@ def allowed_parts(joint: JointGraph, proof: Proof) -> list[int]:
         label = proof.of(node) if isinstance(node, fx.Node) else None
         if not (isinstance(label, Examples) and is_one(label.outer)):
             return [1]
-    return [n for n in range(1, joint.batch + 1) if joint.batch % n == 0]
+    return [1, *(n for n in range(2, joint.batch // 2 + 1) if joint.batch % n == 0)]
 
 
 def split_call(

@@ -116,7 +116,7 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
         raise InParts(plan.parts)
     scale = (parts or 1) if options.loss_reduction == "mean" else None
     clip = ClipOptions(options.clipping, float(options.max_grad_norm), scale)
-    rewrite(joint, plan, clip)
+    rewrite(joint, plan, clip, proof)
     copy_expanded_bases(module.graph)
     save_what_is_overwritten(module.graph)
     module.recompile()

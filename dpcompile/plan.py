@@ -81,6 +81,7 @@ class Plan:
         prediction: of time and memory.
         parts: in how many parts the batch runs, one after the other.
         untouched: parameters whose gradient is zero for every example.
+        second_backward: whether clipped sums come from a second backward (:mod:`dpcompile.second_backward`).
     """
 
     choices: tuple[Choice, ...]
@@ -90,6 +91,7 @@ class Plan:
     prediction: Prediction
     parts: int = 1
     untouched: tuple[str, ...] = ()
+    second_backward: bool = False
 
     def rules(self) -> dict[str, str]:
         """Parameter name -> rule."""
@@ -192,7 +194,8 @@ def make_plan(
         holdings = [o[i].holding for o, i in zip(candidates, outcome.picks, strict=True)]
         peak = limit.peak(holdings, outcome.parts)
         expected = Prediction(plain_seconds * limit.seen, extra * limit.seen, limit.replay.plain_peak(limit.seen), peak)
-    return Plan(tuple(chosen), batch, dict(hints), clipping, expected, outcome.parts, tuple(untouched))
+    twice = MODES[mode].second_backward
+    return Plan(tuple(chosen), batch, dict(hints), clipping, expected, outcome.parts, tuple(untouched), twice)
 
 
 def _options(

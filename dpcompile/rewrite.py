@@ -23,7 +23,8 @@ from dpcompile.norms.instantiate import per_example_site, run_operation, run_tai
 from dpcompile.norms.product_op import product_with_norms, squared_norms
 from dpcompile.norms.slices import accumulation_dtype, scaled
 from dpcompile.plan import Choice, Plan
-from dpcompile.proof import prove
+from dpcompile.proof import Proof, prove
+from dpcompile.second_backward import repeat_backward
 from dpcompile.sites import ParameterGradient, Site
 from dpcompile.sizes import Size
 
@@ -53,7 +54,7 @@ class _Norm:
     kept: fx.Node | None  # [B, *parameter shape]
 
 
-def rewrite(joint: JointGraph, plan: Plan, options: ClipOptions) -> None:
+def rewrite(joint: JointGraph, plan: Plan, options: ClipOptions, proof: Proof) -> None:
     """Replace every gradient by the clipped sum, and put the norms into the graph's norm slot.
 
     Contract: ``joint`` has been proved, and ``plan`` has a choice for every gradient that is not identically zero. The
@@ -77,8 +78,9 @@ def rewrite(joint: JointGraph, plan: Plan, options: ClipOptions) -> None:
     for members in groups.values():
         total, weights = _clip(joint, members, options, bound)
         totals.append(total)
+        second = _repeated(joint, plan, proof, members, weights)
         for norm in members:
-            outputs[joint.sum_slots[norm.choice.gradient.name]] = _clipped_sum(joint, norm, weights)
+            outputs[joint.sum_slots[norm.choice.gradient.name]] = _clipped_sum(joint, norm, weights, second)
     outputs[joint.norm_slot] = _reported(joint, totals, options)
     joint.graph.output_node().args = (type(joint.graph.output_node().args[0])(outputs),)  # type: ignore[call-arg]
     _prune(joint.graph)
@@ -233,7 +235,20 @@ def _prove_function(options: ClipOptions, joint: JointGraph, norms: Sequence[_No
 # --- clipped sums ----------------------------------------------------------------------------------------------------
 
 
-def _clipped_sum(joint: JointGraph, norm: _Norm, weights: fx.Node) -> fx.Node:
+def _repeated(
+    joint: JointGraph, plan: Plan, proof: Proof, members: Sequence[_Norm], weights: fx.Node
+) -> dict[fx.Node, fx.Node]:
+    """What a second backward makes of the sites' operands, where the plan asks for one."""
+    if not plan.second_backward:
+        return {}
+    redone = (m.choice.gradient for m in members if m.kept is None and m.choice.rule != "whole")
+    operands = {n for g in redone for s in g.sites for n in s.operation.all_input_nodes}
+    return repeat_backward(joint, proof, weights, operands)
+
+
+def _clipped_sum(
+    joint: JointGraph, norm: _Norm, weights: fx.Node, second: Mapping[fx.Node, fx.Node]
+) -> fx.Node:
     gradient = norm.choice.gradient
     wanted = _dtype(gradient)
     if norm.choice.rule == "whole":
@@ -246,25 +261,35 @@ def _clipped_sum(joint: JointGraph, norm: _Norm, weights: fx.Node) -> fx.Node:
             return scaled(each, Examples(0), w).sum(0).to(wanted)
 
         return insert(joint.graph, _behind(joint, nodes), weighted, nodes)
-    return _redone_sum(joint, gradient, weights, wanted)
+    return _redone_sum(joint, gradient, weights, wanted, second)
 
 
 def _weighted_whole(weights: Tensor, gradient: Tensor) -> Tensor:
     return torch.where(weights == 0, torch.zeros_like(weights), weights * gradient)
 
 
-def _redone_sum(joint: JointGraph, gradient: ParameterGradient, weights: fx.Node, wanted: torch.dtype) -> fx.Node:
-    """The original sites and tail, on operands scaled per example."""
+def _redone_sum(
+    joint: JointGraph,
+    gradient: ParameterGradient,
+    weights: fx.Node,
+    wanted: torch.dtype,
+    second: Mapping[fx.Node, fx.Node],
+) -> fx.Node:
+    """The original sites and tail, on operands scaled per example, by us or by a second backward."""
     needed = dict.fromkeys(n for s in gradient.sites for n in s.operation.all_input_nodes)
     operands = [*needed, *(n for n in tail_inputs(gradient) if n not in needed)]
     dtype = _dtype(gradient)
 
     def redo(w: Tensor, *values: Any) -> Tensor:
         known = {n: _widened(v, dtype) for n, v in zip(operands, values, strict=True)}
-        sums = {s.value: _weighted_site(s, known, w, dtype) for s in gradient.sites}
+        sums = {}
+        for site in gradient.sites:
+            reweighted = any(n in second for n in site.operation.all_input_nodes)
+            own = (w != 0).to(w.dtype) if reweighted else w
+            sums[site.value] = _weighted_site(site, known, own, dtype)
         return run_tail(gradient, sums, known, dtype).to(wanted)
 
-    nodes = [weights, *operands]
+    nodes = [weights, *(second.get(n, n) for n in operands)]
     return insert(joint.graph, _behind(joint, nodes), redo, nodes)
 
 

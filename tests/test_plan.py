@@ -1,0 +1,294 @@
+"""The planner: costs, the search, memory, rates, and the rules that it chooses among."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import pathlib
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import per_example_gradients
+from torch import Tensor, nn
+
+from dpcompile import PrivacyError, UnsupportedGraphError, dp_compile, rates
+from dpcompile.axis import Examples
+from dpcompile.choose import Candidate, Limit, choose, fastest, seconds_of
+from dpcompile.memory import Holding, Replay
+from dpcompile.modes import MODES
+from dpcompile.norms.convolutions import Window, patch_columns, patch_gram
+from dpcompile.norms.ghost import Sides, ghost
+from dpcompile.runtime import engine_of
+from dpcompile.workspace import Workspace
+
+
+class Mixture(nn.Module):
+    """A site of every kind: a tied table, linear layers on one input, a convolution, norms and biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm, self.filters = nn.LayerNorm(8), nn.Conv1d(8, 8, 3, padding=1, groups=2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[B, T]`` to ``[B, T, 11]``."""
+        x = self.table(ids)
+        x = self.norm(self.q(x) * self.k(x).tanh())
+        return self.filters(x.mT).mT @ self.table.weight.T
+
+
+def losses(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids).square().mean((1, 2))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_gives_the_clipped_sums(mode: str) -> None:
+    model, ids = Mixture(), torch.randint(0, 11, (5, 7))
+    private = dp_compile(copy.deepcopy(model), backend="eager", norm=mode, max_grad_norm=0.3)
+    losses(private, ids).mean().backward()
+    found = per_example_gradients(model, [ids], {}, lambda output, _: output.square().mean((1, 2)))
+    each = {name: g.float() for name, g in found.items()}
+    norms = torch.stack([g.square().flatten(1).sum(1) for g in each.values()]).sum(0).sqrt()
+    torch.testing.assert_close(private.grad_norms, norms, rtol=1e-4, atol=1e-6)
+    weights = (0.3 / norms).clamp_max(1)
+    for name, p in private.named_parameters():
+        torch.testing.assert_close(p.grad, torch.einsum("b,b...->...", weights, each[name]), rtol=1e-3, atol=1e-5)
+
+
+def test_published_modes_choose_by_the_published_rule() -> None:
+    """2T^2 < pd chooses between ghost and instantiation (Bu et al. 2022, section 4.2)."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 64))
+    private = dp_compile(net, backend="eager", norm="bk_mix_opt")
+    private.trace(torch.randn(3, 6, 4))  # 2 * 36 = 72: above 16, below 256
+    rules = private.plan.rules()
+    assert rules["0.weight"] == "keep" and rules["1.weight"] == "ghost"
+    assert "norm='bk_mix_opt'" in str(private.plan)
+
+
+def test_a_second_backward_refuses_sums_inside_the_model() -> None:
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).square().sum()
+
+    private = dp_compile(Summed(), backend="eager", norm="ghost_clipping", loss_reduction="sum")
+    with pytest.raises(UnsupportedGraphError, match=r"second backward cannot reweight.*\n.*\n?.*book_keeping"):
+        private(torch.randn(4, 2, 3))
+
+
+def test_a_nan_leaves_no_trace_in_a_second_backward() -> None:
+    model, ids = Mixture(), torch.randint(1, 11, (5, 7))
+    ids[2] = 0
+    with torch.no_grad():
+        model.table.weight[0, 0] = float("nan")  # only example 2 looks it up; the head would spread it
+    net = nn.Sequential(model.table, nn.Linear(8, 3))
+    private = dp_compile(net, backend="eager", norm="ghost_clipping")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        private(ids).square().mean((1, 2)).mean().backward()
+    assert torch.isnan(private.grad_norms[2]) and torch.isfinite(private.grad_norms[[0, 1, 3, 4]]).all()
+    assert all(torch.isfinite(p.grad).all() for p in private.parameters())
+
+
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("panels", [1, 2, 3, 8])
+@pytest.mark.parametrize("one_hot", [None, "rows", "cols"])
+def test_panels_give_the_same_norm(panels: int, one_hot: str | None) -> None:
+    rows, cols, index = torch.randn(3, 1, 17, 5), torch.randn(3, 1, 17, 4), torch.randint(0, 5, (3, 17))
+    hot = torch.nn.functional.one_hot(index, 5).float().unsqueeze(1)
+    sides = {None: Sides(rows, cols), "rows": Sides(index, cols, "rows"), "cols": Sides(cols, index, "cols")}[one_hot]
+    dense = {None: (rows, cols), "rows": (hot, cols), "cols": (cols, hot)}[one_hot]
+    truth = torch.matmul(dense[0].double().mT, dense[1].double()).square().flatten(1).sum(1)
+    found = ghost([sides], panels)
+    torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-6)
+    assert (found.double() >= truth * (1 - 1e-7)).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (1, 2, 2), (3, 1, 1)])
+@pytest.mark.parametrize("frames", [1, 2])
+def test_gram_matrices_of_patches_from_those_of_pixels(
+    groups: int, stride: int, padding: int, dilation: int, frames: int
+) -> None:
+    images = torch.randn(3 * frames, 4, 7, 6, dtype=torch.float64)
+    window = Window((3, 2), (stride,) * 2, (padding,) * 2, (dilation,) * 2, groups)
+    filters = torch.zeros(groups, 4 // groups, 3, 2, dtype=torch.float64)
+    spatial = torch.nn.functional.conv2d(images, filters, None, stride, padding, dilation, groups).shape[2:]
+    axis = Examples(0, inner=frames)
+    columns = patch_columns(images, window, axis, 3, spatial)
+    torch.testing.assert_close(patch_gram(images, window, axis, 3, spatial), columns @ columns.mT)
+
+
+# --- the search ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> list[list[Candidate]]:
+    seconds = st.integers(1, 20).map(float)
+    keys = st.dictionaries(st.sampled_from("abc"), seconds, max_size=2)
+    shared = {k: float(i + 3) for i, k in enumerate("abc")}
+    options = []
+    for _ in range(draw(st.integers(1, 4))):
+        options.append(
+            [
+                Candidate(f"{n}", draw(seconds), 0.0, {k: shared[k] for k in draw(keys)},
+                          Holding((), (), float(draw(st.integers(0, 50))), 0.0, 0.0))
+                for n in range(draw(st.integers(1, 3)))
+            ]
+        )  # fmt: skip
+    return options
+
+
+@given(problems())
+@settings(max_examples=200, deadline=None)
+def test_no_single_change_of_the_fastest_choice_is_faster(options: list[list[Candidate]]) -> None:
+    picks = fastest(options)
+    best = seconds_of(options, picks)
+    for i, candidates in enumerate(options):
+        for n in range(len(candidates)):
+            assert seconds_of(options, [*picks[:i], n, *picks[i + 1 :]]) >= best - 1e-9
+
+
+def test_sites_that_share_a_gram_matrix_change_together() -> None:
+    each = [Candidate("ghost", 0.0, 0.0, {"a": 5.0, i: 0.5}) for i in range(3)]
+    options = [[c, Candidate("keep", 3.0)] for c in each]
+    assert fastest(options) == [0, 0, 0]
+
+
+@given(problems(), st.integers(0, 200))
+@settings(max_examples=200, deadline=None)
+def test_a_limit_holds_or_the_smallest_is_taken(options: list[list[Candidate]], budget: int) -> None:
+    limit = Limit(Replay(0.0, 0.0, {}, {}, 1, 0.0, 0.0), float(budget), [1], 0.0)
+    outcome = choose(options, limit)
+
+    def peak(picks: tuple[int, ...] | list[int]) -> float:
+        return limit.peak([o[i].holding for o, i in zip(options, picks, strict=True)], 1)
+
+    every = list(itertools.product(*(range(len(o)) for o in options)))
+    assert outcome.fits == any(peak(p) <= budget for p in every)
+    assert peak(outcome.picks) <= budget if outcome.fits else peak(outcome.picks) == min(map(peak, every))
+
+
+# --- memory and parts ------------------------------------------------------------------------------------------------
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64), nn.Linear(64, 3)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_parts_give_what_the_whole_batch_gives(reduction: str) -> None:
+    model, x = deep(), torch.randn(32, 50, 64)
+    options = dict(backend="eager", max_grad_norm=0.05, loss_reduction=reduction)
+    whole = dp_compile(copy.deepcopy(model), **options)
+    parted = dp_compile(copy.deepcopy(model), memory_budget=1.02, check=True, **options)
+    mask = torch.ones(32, dtype=torch.bool)
+    mask[[3, 31]] = False
+    for private in (whole, parted):
+        engine_of(private).set_mask(mask)
+        loss = private(x).square().mean((1, 2))
+        (loss.mean() if reduction == "mean" else loss.sum()).backward()
+    assert parted.plan.parts > 1 and "the batch runs in" in str(parted.plan)
+    torch.testing.assert_close(parted.grad_norms, whole.grad_norms, rtol=1e-5, atol=1e-6)
+    for p, q in zip(parted.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_two_calls_in_parts_before_one_backward_are_refused() -> None:
+    private = dp_compile(deep(), backend="eager", memory_budget=1.02)
+    x = torch.randn(32, 50, 64)
+    outputs = private(x), private(x)
+    assert private.plan.parts > 1
+    with pytest.raises(PrivacyError, match="called twice before one backward"):
+        (outputs[0].square().mean() + outputs[1].square().mean()).backward()
+
+
+def test_a_second_backward_through_parts_is_refused() -> None:
+    private = dp_compile(deep(), backend="eager", memory_budget=1.02)
+    loss = private(torch.randn(32, 50, 64)).square().mean()
+    loss.backward(retain_graph=True)
+    with pytest.raises(PrivacyError, match="second backward through the same forward"):
+        loss.backward()
+
+
+def test_results_that_cannot_be_joined_are_refused() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = deep()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, int]:
+            return self.inner(x), len(x)
+
+    private = dp_compile(Counts(), backend="eager", memory_budget=1.02)
+    with pytest.raises(UnsupportedGraphError, match=r"returns int that cannot be put together[^$]*memory_budget=None"):
+        private(torch.randn(32, 50, 64))
+
+
+def test_a_replay_counts_what_lives() -> None:
+    """Three kept squares: the peak is the start of the backward."""
+    private = dp_compile(nn.Sequential(*(nn.Linear(32, 32) for _ in range(3))), backend="eager", memory_budget=100.0)
+    private.trace(torch.randn(4, 1000, 32))
+    expected = private.plan.prediction
+    activations = 4 * 1000 * 32 * 4
+    assert 4 * activations <= expected.plain_peak <= 7 * activations
+    assert expected.peak >= expected.plain_peak - 3 * 33 * 32 * 4
+
+
+def test_workspace_never_hands_out_what_is_held() -> None:
+    work = Workspace()
+    like = torch.empty(1)
+    first = work.take((2**19,), like)
+    view = first[:10]
+    view.fill_(7.0)
+    del first
+    assert work.take((2**19,), like).data_ptr() != view.data_ptr()
+    place = view.data_ptr()
+    del view
+    assert work.take((2**18, 2), like).data_ptr() == place
+    assert work.bytes == 2 * 2**19 * 4
+    work.release()
+    assert work.bytes == 0
+
+
+# --- rates -----------------------------------------------------------------------------------------------------------
+
+
+def test_rates_are_measured_once_and_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, measured = tmp_path / "sub" / "rates.json", []
+    known = rates.Rates(1.0, 2.0, 3.0, 4.0, 5.0)
+    monkeypatch.setattr(rates, "measure", lambda device: measured.append(device) or known)
+    monkeypatch.setenv(rates.VARIABLE, str(place))
+    rates._rates.cache_clear()
+    assert rates.rates_for(torch.device("cpu")) == known
+    rates._rates.cache_clear()
+    assert rates.rates_for(torch.device("cpu")) == known and len(measured) == 1
+    for broken in ("not json", "[]", json.dumps({n: {"large": -1} for n in json.loads(place.read_text())})):
+        place.write_text(broken)
+        rates._rates.cache_clear()
+        assert rates.rates_for(torch.device("cpu")) == known
+    assert len(measured) == 4
+    rates._rates.cache_clear()
+
+
+def test_rates_are_those_of_real_tensors(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for in the middle of tracing, where tensors are fake and cost nothing."""
+    monkeypatch.setenv(rates.VARIABLE, str(tmp_path / "rates.json"))
+    rates._rates.cache_clear()
+    private = dp_compile(nn.Linear(3, 3), backend="eager")
+    private.trace(torch.randn(2, 3))
+    (found,) = rates._read(tmp_path / "rates.json").values()
+    rates._rates.cache_clear()
+    assert 1e7 < found.large < 1e13 and 1e7 < found.batched < 1e13
