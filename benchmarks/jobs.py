@@ -106,9 +106,9 @@ def memory(*, engine: str, truth: str, **options: Any) -> dict[str, Any]:
     made = make_engine(engine, problem, **options)
     for _ in range(2):
         made.step()
-    made.zero()
+    made.release()
     resident = peak_resident(made.step)
-    made.zero()
+    made.release()
     peak = getattr(made, "peak", None)
     return {
         "allocated": peak() if peak else peak_allocated(made.step, options["device"]),

@@ -119,6 +119,7 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     sides = product([batch, k, t, d if shape.one_hot else p + d]) * e
     weights = product([batch, k, p, d])  # one gradient per example
     flops = 0 if shape.one_hot else 2 * weights * t
+    exchanged = 0 if shape.convolution else flops  # a grouped convolution runs at the rate of the one it replaces
     fresh = weights * e * ((0 if reuse else 1) + (2 if shape.convolution else 0))
     grams = product([batch, k, t, t]) * e
     tile = weights * e * sympy.Rational(1, DIRECT_TILES)
@@ -126,7 +127,7 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     return {
         "outer": scaled + _cost(traffic=sides, calls=2),
         "ghost": scaled + _cost(traffic=4 * grams, calls=3 * shape.panels, memory=grams),
-        "keep": _cost(large=-flops, batched=flops, traffic=3 * weights * e, fresh=fresh, calls=3, memory=weights * e),
+        "keep": _cost(large=-exchanged, batched=exchanged, traffic=3 * weights * e, fresh=fresh, calls=3, memory=weights * e),
         "redo": scaled + _cost(batched=flops, traffic=2 * weights * e, fresh=fresh, calls=3, memory=weights * e),
         "direct": scaled
         + _cost(batched=flops, traffic=2 * weights * e + sides, fresh=tile, calls=3 * DIRECT_TILES, memory=tile),

@@ -109,9 +109,10 @@ class Replay:
             lives[f"kept {i}"] = _Life(begin, last, holding.kept, True)
             lives[f"scratch {i}"] = _Life(begin, begin, holding.scratch, True)
             largest = max(largest, holding.result)
-        sums = largest if parts == 1 else self.gradients + largest
         waiting = self.saved * (parts - 1) / share
-        backward = max(_timeline(lives.values(), self.moments, share)) + sums
+        live = _timeline(lives.values(), self.moments, share)
+        # At the end sums take the place of what was held for them; those of earlier parts are there already.
+        backward = max(*live, live[-1] + largest, self.gradients) + (self.gradients if parts > 1 else 0)
         return self.standing + waiting + max(self.forward / share, backward)
 
 
@@ -181,7 +182,7 @@ def _lives(
         last[_storage(value)] = number
     lives = {}
     for node in nodes:
-        size = bytes_of(node, hints) if _storage(node) is node and not is_fused(node) else 0.0
+        size = bytes_of(node, hints) if _storage(node) is node and not is_fused(node) and not _several(node) else 0.0
         lives[node.name] = _Life(moment[node], last.get(node, moment[node]), size, node.name in of_examples)
     return lives, number
 
@@ -202,10 +203,15 @@ def _reduces(node: fx.Node) -> bool:
 def _storage(node: fx.Node) -> fx.Node:
     while node.op == "call_function" and node.all_input_nodes:
         name = operation_name(node.target)
-        if name not in _VIEWS:
+        if name not in _VIEWS or _several(node.all_input_nodes[0]):
             break
         node = node.all_input_nodes[0]
     return node
+
+
+def _several(node: fx.Node) -> bool:
+    """Whether the node has several results, each with memory of its own."""
+    return isinstance(node.meta.get("val"), (tuple, list))
 
 
 def bytes_of(node: fx.Node, hints: Mapping[sympy.Symbol, int]) -> float:

@@ -30,6 +30,7 @@ class Rates:
     Attributes:
         large: FLOP/s of a large matrix product.
         batched: FLOP/s of many products of one example each.
+        convolution: FLOP/s of a convolution.
         traffic: bytes/s read or written by pointwise kernels.
         fresh: extra bytes/s for the first write to memory that the system has just given.
         call: seconds that starting a kernel takes.
@@ -37,14 +38,15 @@ class Rates:
 
     large: float
     batched: float
+    convolution: float
     traffic: float
     fresh: float
     call: float
 
 
 _TYPICAL = {
-    "cpu": Rates(large=2e11, batched=1.8e11, traffic=5e10, fresh=1e10, call=1e-5),
-    "cuda": Rates(large=4e13, batched=3e13, traffic=2e12, fresh=1e15, call=5e-6),
+    "cpu": Rates(large=2e11, batched=1.8e11, convolution=2e11, traffic=5e10, fresh=1e10, call=1e-5),
+    "cuda": Rates(large=4e13, batched=3e13, convolution=3e13, traffic=2e12, fresh=1e15, call=5e-6),
 }
 
 
@@ -90,13 +92,16 @@ def measure(device: torch.device) -> Rates:
     large = 2 * size**3 / _seconds(lambda: torch.mm(a, b), device)
     flops = 2 * rows.numel() * cols.shape[2]
     batched = flops / _seconds(lambda: torch.bmm(rows.mT, cols, out=products), device)
+    images, filters = draw(16, 64, 32, 32), draw(64, 64, 3, 3)
+    convolved = 2 * images.numel() * filters[0].numel()
+    convolution = convolved / _seconds(lambda: torch.conv2d(images, filters, padding=1), device)
     filled = _seconds(lambda: target.fill_(1.0), device)
     moved = 2 * source.numel() * 4 / _seconds(lambda: torch.mul(source, 2.0, out=target), device)
     newly = _seconds(lambda: torch.empty_like(source).fill_(1.0), device)
     few = draw(8)
     call = _seconds(lambda: few.add_(1.0), device)
     fresh = source.numel() * 4 / max(newly - filled, 1e-3 * filled)
-    return Rates(large=large, batched=batched, traffic=moved, fresh=fresh, call=call)
+    return Rates(large=large, batched=batched, convolution=convolution, traffic=moved, fresh=fresh, call=call)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -26,7 +26,8 @@ def plain_seconds(graph: fx.Graph, hints: Mapping[sympy.Symbol, int], rates: Rat
             continue
         flops = _flops(node, hints)
         if flops:
-            seconds += flops / rates.large + rates.call
+            rate = rates.convolution if "convolution" in operation_name(node.target) else rates.large
+            seconds += flops / rate + rates.call
         elif not is_fused(node) and bytes_of(node, hints):
             moved = bytes_of(node, hints) + sum(bytes_of(n, hints) for n in node.all_input_nodes if not is_fused(n))
             seconds += moved / rates.traffic + rates.call

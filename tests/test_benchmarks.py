@@ -235,7 +235,10 @@ STORED: dict[str, Any] = {
         "recompiles": {
             "steps": 200, "graphs_first": 1, "graphs_last": 1, "first_seconds": 2.0, "slowest_later_seconds": 0.01,
         },
-        "prediction": {"mlp": {"predicted": 0.001, "measured": 0.002, "plain": 0.01}, "cnn": {"error": "no"}},
+        "prediction": {
+            "mlp": {"plain": 0.01, "private": 0.02, "plain_predicted": 0.0092, "private_predicted": 0.021},
+            "cnn": {"error": "no"},
+        },
     },
 }  # fmt: skip
 
@@ -288,4 +291,4 @@ def test_an_experiment_runs(tmp_path: pathlib.Path) -> None:
     run.main([*words, "--backend", "eager", "--inline", "--output", str(tmp_path), "--threads", "1", "--repeats", "2"])
     found = json.loads((tmp_path / "results.json").read_text())["experiments"]
     assert found["recompiles"]["graphs_last"] == found["recompiles"]["graphs_first"]
-    assert "error" not in found["overhead"]["ours"] and found["prediction"]["tiny"]["measured"]
+    assert "error" not in found["overhead"]["ours"] and found["prediction"]["tiny"]["private_predicted"]

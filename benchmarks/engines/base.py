@@ -60,6 +60,10 @@ class Engine:
         factor = 1 if self.private else self.problem.batch
         return {n: p.grad.detach() * factor for n, p in self.parameters.items() if p.grad is not None}
 
+    def release(self) -> None:
+        """Give back what one step leaves for the next, before memory is measured."""
+        self.zero()
+
     def update(self) -> None:
         """Noise and optimizer step, after a gradient step.
 

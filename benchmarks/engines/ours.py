@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.engines.base import Engine
 from benchmarks.problem import Problem
 from dpcompile import DPOptimizer, dp_compile
+from dpcompile.workspace import kept_gradients
 
 __all__ = ["Ours"]
 
@@ -23,6 +24,11 @@ class Ours(Engine):
         super().__init__(problem)
         self.calls = dp_compile(self.calls, max_grad_norm=problem.max_grad_norm, **options)
         self.optimizer: DPOptimizer | None = None
+
+    def release(self) -> None:
+        """No gradients, and nothing that is kept from step to step."""
+        super().release()
+        kept_gradients.release()
 
     def update(self) -> None:
         """Noise and AdamW."""
