@@ -11,8 +11,8 @@ from torch import nn
 from dpcompile.arguments import InDims
 from dpcompile.clipping import Clipping, validate_clipping
 from dpcompile.errors import DPCompileError, PrivacyError
-from dpcompile.pipeline import Options
 from dpcompile.modes import NORM_MODES
+from dpcompile.pipeline import Options
 from dpcompile.runtime import PrivateModule, private_class, private_view
 
 __all__ = ["dp_compile"]
@@ -58,13 +58,16 @@ def dp_compile(  # type: ignore[misc]
         clipping: "flat", "automatic", "per_layer", "per_block", or a function from norms ``[B]`` to weights ``[B]``;
             see :func:`dpcompile.clipping.clip_weights`.
         norm: "auto" chooses the fastest rule per parameter; "ghost", "instantiate" (per-example gradients, kept),
-            "redo" (the same, dropped) and "direct" (the same, a tile at a time) force one where it exists.
+            "redo" (the same, dropped) and "direct" (the same, a tile at a time) force one where it exists; other names
+            are those of published algorithms (:data:`dpcompile.modes.MODES`).
         in_dims: the dimension of each input that holds the examples, as in ``torch.func.vmap``; None for an input that
             is the same for all. One entry for all, one per positional argument, or a dict by argument name.
         loss_reduction: "mean" if the loss is a mean over the batch (its 1/B is undone before clipping), or "sum".
         backend: "inductor", or "eager" to run the rewritten graph uncompiled.
         dynamic: as in ``torch.compile``: True for symbolic sizes, False for fixed ones, None to find out.
         memory_budget: None; a float: this multiple of the plain step's peak memory; an int: bytes for the whole step.
+            The batch may then run in parts (:mod:`dpcompile.parts`). With None, memory on CPUs stays mapped between
+            steps (:mod:`dpcompile.workspace`).
         check: compare the first step with ``torch.func.vmap(grad)`` and raise on a difference.
 
     Returns:

@@ -22,7 +22,8 @@ def cache_key(options: Options, roles: Roles, parts: int = 1) -> str:
     clipping = options.clipping if isinstance(options.clipping, str) else uuid.uuid4().hex
     parts = [
         _source_digest(), repr(float(options.max_grad_norm)), clipping, options.norm, options.loss_reduction,
-        repr(options.memory_budget), repr(parts), repr(sorted(roles.parameters.items())), repr(sorted(roles.examples.items())),
+        repr(options.memory_budget), repr(parts), repr(sorted(roles.parameters.items())),
+        repr(sorted(roles.examples.items())),
     ]  # fmt: skip
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

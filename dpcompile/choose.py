@@ -114,9 +114,7 @@ def seconds_of(options: Sequence[Sequence[Candidate]], picks: Sequence[int], par
     return total + sum(grams.values())
 
 
-def _improved(
-    options: Sequence[Sequence[Candidate]], picks: list[int], price: float, parts: int
-) -> list[int]:
+def _improved(options: Sequence[Sequence[Candidate]], picks: list[int], price: float, parts: int) -> list[int]:
     picks = list(picks)
     users: dict[Hashable, int] = {}
     for candidate in _picked(options, picks):

@@ -1,9 +1,8 @@
 """What each rule costs on top of the non-private backward, as sympy expressions.
 
-Letters: B examples, K blocks (groups, heads), T positions, p rows, d columns, e bytes per element, u elements of the copy
-that a ghost norm makes (patches of a convolution, the Gram matrix of its pixels). Ghost norms and instantiation are from
-Li et al. 2022 (arXiv:2110.05679), their mix from Bu et al. 2022 (arXiv:2205.10683), keeping and redoing from Bu et al.
-2023 (arXiv:2210.00038, book-keeping).
+Letters: B examples, K blocks (groups, heads), T positions, p rows, d columns, e bytes per element. Ghost norms and
+instantiation are from Li et al. 2022 (arXiv:2110.05679), their mix from Bu et al. 2022 (arXiv:2205.10683), keeping and
+redoing from Bu et al. 2023 (arXiv:2210.00038, book-keeping).
 """
 
 from __future__ import annotations
@@ -127,7 +126,9 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     return {
         "outer": scaled + _cost(traffic=sides, calls=2),
         "ghost": scaled + _cost(traffic=4 * grams, calls=3 * shape.panels, memory=grams),
-        "keep": _cost(large=-exchanged, batched=exchanged, traffic=3 * weights * e, fresh=fresh, calls=3, memory=weights * e),
+        "keep": _cost(
+            large=-exchanged, batched=exchanged, traffic=3 * weights * e, fresh=fresh, calls=3, memory=weights * e
+        ),
         "redo": scaled + _cost(batched=flops, traffic=2 * weights * e, fresh=fresh, calls=3, memory=weights * e),
         "direct": scaled
         + _cost(batched=flops, traffic=2 * weights * e + sides, fresh=tile, calls=3 * DIRECT_TILES, memory=tile),

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 from dpcompile._torch import compile_joint, disable, has_gradient_hooks, tracing_config
 from dpcompile.arguments import example_dims
-from dpcompile.cachekey import cache_key
 from dpcompile.axis import Label
+from dpcompile.cachekey import cache_key
 from dpcompile.capture import Roles, assign_roles, extend
 from dpcompile.check import FirstStep
 from dpcompile.delivery import Delivery, through_delivery
@@ -241,7 +241,7 @@ class Engine:
             self.first_step.label(outputs, transformed)
 
     def _compiled_call(self) -> Callable[..., Any]:
-        """The compiled call for what is trainable now, which Dynamo of torch 2.11 does not guard on, and for the parts."""
+        """The compiled call for what is trainable now (Dynamo of torch 2.11 has no guard on that) and the parts."""
         situation = tuple(self.trainable()), 1 if self._turn is None else self._turn.parts
         if situation not in self._compiled:
             own = with_own_code(_call, type(self.module).__name__)

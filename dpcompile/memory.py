@@ -165,9 +165,7 @@ def _of_examples(label: object) -> bool:
     return any(map(_of_examples, label)) if isinstance(label, (tuple, list)) else isinstance(label, (Examples, Whole))
 
 
-def _lives(
-    graph: fx.Graph, hints: Mapping[sympy.Symbol, int], of_examples: set[str]
-) -> tuple[dict[str, _Life], int]:
+def _lives(graph: fx.Graph, hints: Mapping[sympy.Symbol, int], of_examples: set[str]) -> tuple[dict[str, _Life], int]:
     nodes = [n for n in graph.nodes if n.op != "output"]
     moment, number = {}, 0
     for node in nodes:

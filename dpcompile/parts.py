@@ -71,8 +71,8 @@ def asked_parts(error: BaseException | None) -> int | None:
 def allowed_parts(joint: JointGraph, proof: Proof) -> list[int]:
     """In how many parts the batch may run: the divisors of B that leave two examples or more to a part.
 
-    Only 1 where parts could be told from the whole: that is where the size of the batch is a symbol, where the graph writes to something, and where an output is not a
-    concatenation over the examples.
+    Only 1 where parts could be told from the whole: where the size of the batch is a symbol, where the graph writes to
+    something, and where an output is not a concatenation over the examples.
     """
     if not isinstance(joint.batch, int) or any(True for _ in joint.mutations()):
         return [1]

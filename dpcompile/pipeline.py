@@ -11,9 +11,9 @@ from torch import fx
 
 from dpcompile._torch import copy_graph, real_tensors
 from dpcompile.axis import Label, Shared
-from dpcompile.choose import Limit
 from dpcompile.capture import Roles, check_outputs, name_joint
 from dpcompile.certificate import Certificate, certify
+from dpcompile.choose import Limit
 from dpcompile.clipping import Clipping
 from dpcompile.joint import JointGraph
 from dpcompile.kernels.fused_rates import FusedRates, measure_fused_rates

@@ -139,7 +139,9 @@ class Plan:
             "privacy"
         )
         if expected.peak is not None and expected.plain_peak is not None:
-            lines[-1] += f"; peak {_short(expected.peak)}B, {expected.peak / expected.plain_peak:.2f} of the plain step's"
+            lines[-1] += (
+                f"; peak {_short(expected.peak)}B, {expected.peak / expected.plain_peak:.2f} of the plain step's"
+            )
         if self.parts > 1:
             lines.append(f"memory: the batch runs in {self.parts} parts of {self.batch}")
         return "\n".join(lines)
@@ -284,9 +286,7 @@ def _grams(forms: Sequence[Factored], shape: Shape, batch: Size) -> dict[Hashabl
     }
 
 
-def _holding(
-    choice: Choice, memory: float, hints: Mapping[sympy.Symbol, int], element: int, weight: Size
-) -> Holding:
+def _holding(choice: Choice, memory: float, hints: Mapping[sympy.Symbol, int], element: int, weight: Size) -> Holding:
     result = _number(weight, hints) * element
     since = tuple(s.operation.name for s in choice.gradient.sites)
     operands: dict[str, float] = {}

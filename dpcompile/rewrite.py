@@ -38,8 +38,8 @@ class ClipOptions:
     Attributes:
         clipping: see :func:`dpcompile.clipping.clip_weights`.
         max_grad_norm: C of the whole gradient; with several groups each gets ``C / sqrt(groups)``.
-        mean_of: where the loss is a mean over the batch, how many times the graph's examples that batch holds, so that a
-            gradient in the graph is ``1 / (mean_of * B)`` of the example's own; None where it is a sum.
+        mean_of: where the loss is a mean over the batch, how many times the graph's examples that batch holds: a
+            gradient in the graph is ``1 / (mean_of * B)`` of the example's own. None where it is a sum.
     """
 
     clipping: Clipping
@@ -246,9 +246,7 @@ def _repeated(
     return repeat_backward(joint, proof, weights, operands)
 
 
-def _clipped_sum(
-    joint: JointGraph, norm: _Norm, weights: fx.Node, second: Mapping[fx.Node, fx.Node]
-) -> fx.Node:
+def _clipped_sum(joint: JointGraph, norm: _Norm, weights: fx.Node, second: Mapping[fx.Node, fx.Node]) -> fx.Node:
     gradient = norm.choice.gradient
     wanted = _dtype(gradient)
     if norm.choice.rule == "whole":

@@ -48,7 +48,7 @@ def repeat_backward(
             raise UnsupportedGraphError(
                 f"a second backward cannot reweight the cotangent of an output that is {label}",
                 where=where(output),
-                remedy="return one value per example, or use one backward: norm='book_keeping', 'bk_mixed_ghost', 'auto'",
+                remedy="return one value per example, or use one backward: norm='book_keeping', 'bk_mixed_ghost'",
             )
     needed = _between(joint.graph, set(axes), set(wanted))
     copies: dict[fx.Node, fx.Node] = {}

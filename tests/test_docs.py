@@ -28,7 +28,14 @@ import dpcompile
 from dpcompile import DPCompileError
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ("README.md", "docs/how_it_works.md", "docs/sharp_edges.md", "docs/extending.md", "docs/design.md")
+PAGES = (
+    "README.md",
+    "docs/how_it_works.md",
+    "docs/sharp_edges.md",
+    "docs/extending.md",
+    "docs/plan.md",
+    "docs/design.md",
+)
 _BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 # What a reader need not wait for in a test.
 _SHORTER = {"for epoch in range(20):": "for epoch in range(1):"}

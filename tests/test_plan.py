@@ -183,9 +183,8 @@ def test_a_limit_holds_or_the_smallest_is_taken(options: list[list[Candidate]], 
 
 
 def deep() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64), nn.Linear(64, 3)
-    )  # fmt: skip
+    inside = (nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64))
+    return nn.Sequential(*inside, nn.LayerNorm(64), nn.Linear(64, 3))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

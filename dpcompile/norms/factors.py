@@ -60,7 +60,14 @@ class Factored:
         k, t, p, d = self.sizes
         build = self.build
         swapped = {"rows": "cols", "cols": "rows", None: None}[self.one_hot]
-        return replace(self, build=lambda *a: build(*a)[::-1], sizes=(k, t, d, p), one_hot=swapped, gram=None, flipped=not self.flipped)
+        return replace(
+            self,
+            build=lambda *a: build(*a)[::-1],
+            sizes=(k, t, d, p),
+            one_hot=swapped,
+            gram=None,
+            flipped=not self.flipped,
+        )
 
 
 def factored(site: Site, batch: Size) -> Factored | None:
@@ -246,6 +253,4 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
     cheaper = whole and pixels**2 <= positions**2 * prod(window.kernel)  # type: ignore[operator]
     sizes = (groups, positions, shape[0] // groups, columns)
     unfolded = product([groups, pixels, pixels] if cheaper else [groups, positions, columns])
-    return Factored(
-        site, (small, large), build, sizes, unfolded=unfolded, each=each, gram=gram if cheaper else None
-    )
+    return Factored(site, (small, large), build, sizes, unfolded=unfolded, each=each, gram=gram if cheaper else None)

@@ -148,7 +148,9 @@ def _inner(a: Tensor, a_one_hot: bool, b: Tensor, b_one_hot: bool) -> tuple[Tens
         return _pick(b, a).mT, None
     if b_one_hot:
         return _pick(a, b), None
-    lengths = _rounding(a, a.shape[-1]) * a.square().sum(-1).sqrt().unsqueeze(-1) * b.square().sum(-1).sqrt().unsqueeze(-2)
+    lengths = (
+        _rounding(a, a.shape[-1]) * a.square().sum(-1).sqrt().unsqueeze(-1) * b.square().sum(-1).sqrt().unsqueeze(-2)
+    )
     return torch.matmul(a, b.mT), lengths
 
 
