@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from dpcompile.pipeline import Options, Transformed, privatize
 from dpcompile.translate import translated
 from dpcompile.unowned import guarded
 
-__all__ = ["Engine", "with_own_code"]
+__all__ = ["Engine", "with_own_code", "zeros_for"]
 
 
 class _TraceOnly(Exception):
@@ -156,22 +156,26 @@ class Engine:
             )
         return mask.to(device=device, dtype=torch.float32)
 
+    def refused_backward(self) -> PrivacyError | None:
+        """Why the forward that is being run may have no backward; None if it may."""
+        if not self._masked or self._mask is not None:
+            return None
+        return PrivacyError(
+            "a second backward on one batch of the loader: its examples would count twice",
+            remedy="call the model once per batch with gradients (others under torch.no_grad()); to train without the "
+            "loader, finish its loop first",
+        )
+
     def delivery(self, names: list[str], like: Tensor, dim: int) -> Delivery:
         """For the forward that is being run on examples along ``dim`` of ``like``."""
-        refused = None
-        if self._masked and self._mask is None:
-            refused = PrivacyError(
-                "a second backward on one batch of the loader: its examples would count twice",
-                remedy="call the model once per batch with gradients (others under torch.no_grad()); to train without "
-                "the loader, finish its loop first",
-            )
+        refused = self.refused_backward()
         mask = self.take_mask(like.shape[dim], like.device)
         recorder = self.first_step
 
         def keep(norms: Tensor | None, mask: Tensor, sums: list[tuple[str, Tensor]], graph_task: int) -> None:
             reached = {name for name, _ in sums}
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
-            zeros = [(n, _zeros(self._parameters[n])) for n in untouched]
+            zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]
             self.ledger.deliver([*sums, *zeros], graph_task=graph_task)
             if norms is not None:
                 self.grad_norms = norms.detach()
@@ -182,17 +186,22 @@ class Engine:
 
     def check_parameters(self, roles: Roles, inputs: Sequence[Any]) -> None:
         """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks that never run."""
+        self.check_hooks((name, inputs[p]) for p, name in roles.parameters.items())
         for p, name in roles.parameters.items():
-            if has_gradient_hooks(inputs[p]):
-                raise PrivacyError(
-                    f"parameter '{name}' has a hook on its gradient, which would not run: the clipped sum does not "
-                    "pass through autograd",
-                    remedy="remove the hook; change clipped sums in p.grad only through DPOptimizer",
-                )
             if inputs[p] is not self._parameters[name]:
                 raise PrivacyError(
                     f"parameter '{name}' was replaced after dp_compile: the optimizer and the ledger hold the old one",
                     remedy="call dp_compile again after changing the model, and make the optimizer from the result",
+                )
+
+    def check_hooks(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Raise PrivacyError if one of these parameters has a hook on its gradient."""
+        for name, parameter in parameters:
+            if has_gradient_hooks(parameter):
+                raise PrivacyError(
+                    f"parameter '{name}' has a hook on its gradient, which would not run: the clipped sum does not "
+                    "pass through autograd",
+                    remedy="remove the hook; change clipped sums in p.grad only through DPOptimizer",
                 )
 
     def ran(self, transformed: Transformed | None, outputs: Sequence[Any]) -> None:
@@ -202,7 +211,7 @@ class Engine:
             self.transformed = transformed
             self.kept.note(outputs, transformed.output_labels)
         if self.first_step is not None and transformed is not None:
-            self.first_step.label(outputs, transformed)
+            self.first_step.label(outputs, transformed.output_labels)
 
     def _compiled_call(self) -> Callable[..., Any]:
         """The compiled call for the parameters that are trainable now: Dynamo of torch 2.11 does not guard on that."""
@@ -260,7 +269,8 @@ class Engine:
         return self._tracing
 
 
-def _zeros(parameter: nn.Parameter) -> Tensor:
+def zeros_for(parameter: nn.Parameter) -> Tensor:
+    """A clipped sum of zeros."""
     return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
