@@ -29,14 +29,14 @@ class Outcome:
         norms: float32 ``[B]``, before clipping.
         mask: ``[B]``.
         graph_task: the identity of the backward.
-        sums: for every region that it reached, in the order in which it reached them, a function that computes
-            ``(parameter name, clipped sum)``; each is to be called once.
+        sums: for every region that it reached, in the order in which it reached them, the path of the unit that the
+            region is a part of, and a function that computes ``(parameter name, clipped sum)``, to be called once.
     """
 
     norms: Tensor
     mask: Tensor
     graph_task: int
-    sums: Sequence[Callable[[], list[tuple[str, Tensor]]]]
+    sums: Sequence[tuple[str, Callable[[], list[tuple[str, Tensor]]]]]
 
 
 @dataclass(eq=False, slots=True)
@@ -48,6 +48,7 @@ class RegionRun:
         touched: those whose gradient is not zero for every example.
         shape: of norms and weights.
         dtype: of norms and weights.
+        unit: the path of the unit that the region is a part of.
         memory: parameters' memory that is freed before the clipped sums are computed.
     """
 
@@ -55,6 +56,7 @@ class RegionRun:
     touched: frozenset[str]
     whole: Pass
     dtype: torch.dtype
+    unit: str = ""
     memory: frozenset[int] = frozenset()
     squared: Tensor | None = None
     rest: Rest | None = None
@@ -95,7 +97,7 @@ class Pass:
     done: bool = False
 
     def run(
-        self, names: Sequence[str], touched: Sequence[str], dtype: torch.dtype, memory: frozenset[int]
+        self, names: Sequence[str], touched: Sequence[str], dtype: torch.dtype, unit: str, memory: frozenset[int]
     ) -> RegionRun:
         """A region runs forward on these parameters.
 
@@ -112,7 +114,7 @@ class Pass:
             )
         self.names.update(names)
         self.touched.update(dict.fromkeys(n for n in names if n in set(touched)))
-        return RegionRun(tuple(names), frozenset(touched), self, dtype, memory)
+        return RegionRun(tuple(names), frozenset(touched), self, dtype, unit, memory)
 
     @disable
     def receive(self, run: RegionRun, squared: Tensor | None) -> None:
@@ -153,7 +155,7 @@ class Pass:
 
             return compute
 
-        computed = [sums(run) for run in self.received]
+        computed = [(run.unit, sums(run)) for run in self.received]
         self.received = []
         self.deliver(Outcome(norms, self.mask, self.task, computed))
         warn_of_lost_examples(norms, self.mask)

@@ -23,6 +23,7 @@ from dpcompile.kept import Kept
 from dpcompile.kinds import check_model
 from dpcompile.ledger import GradientLedger
 from dpcompile.pipeline import Options, Transformed, privatize
+from dpcompile.shards import local_part
 from dpcompile.translate import translated
 from dpcompile.unowned import guarded
 
@@ -76,6 +77,11 @@ class Engine:
         self._current: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._tracing = False
         self._compiled: dict[tuple[str, ...], Callable[..., Any]] = {}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the parameters are FSDP2's."""
+        return False
 
     @property
     def max_grad_norm(self) -> float:
@@ -232,7 +238,7 @@ class Engine:
     def _example_dims(self) -> list[tuple[str, Tensor, int | None]]:
         args, kwargs = self._current
         inspect.signature(self.module.forward).bind(*args, **kwargs)  # the plain TypeError of a plain call
-        check_model(self.module)
+        check_model(self.module, sharded=self.sharded)
         return example_dims(self.module.forward, args, kwargs, self.options.in_dims)
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -271,7 +277,7 @@ class Engine:
 
 def zeros_for(parameter: nn.Parameter) -> Tensor:
     """A clipped sum of zeros."""
-    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+    return torch.zeros_like(local_part(parameter.detach()), dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _nothing(_: fx.GraphModule) -> None:

@@ -131,9 +131,16 @@ def gaussians(
 
 
 def add_gaussian_(
-    tensors: Sequence[Tensor], *, parameters: Sequence[int], std: float, seed: int, step: int, secure: bool = False
+    tensors: Sequence[Tensor],
+    *,
+    parameters: Sequence[int],
+    std: float,
+    seed: int,
+    step: int,
+    secure: bool = False,
+    starts: Sequence[int] | None = None,
 ) -> None:
-    """Add ``std`` times :func:`gaussian` to whole parameters, in place, without ever holding all of the noise.
+    """Add ``std`` times :func:`gaussian` to parameters, in place, without ever holding all of the noise.
 
     Args:
         tensors: float32 or float64, all on one device and of one dtype; element ``i`` in row-major order gets element
@@ -143,6 +150,8 @@ def add_gaussian_(
         seed: see :func:`gaussian`.
         step: see :func:`gaussian`.
         secure: see :func:`gaussian`.
+        starts: the index, in its whole parameter, of each tensor's first element, for parts of sharded parameters; 0
+            by default.
 
     Raises:
         PrivacyError: an argument out of range, or a parameter named twice.
@@ -154,7 +163,8 @@ def add_gaussian_(
             f"a parameter index occurs twice among {list(parameters)}: two tensors would get the same noise",
             remedy="give every tensor an index of its own",
         )
-    spans = [Span(parameter, t.numel()) for parameter, t in zip(parameters, tensors, strict=True)]
+    starts = [0] * len(tensors) if starts is None else starts
+    spans = [Span(p, t.numel(), start) for p, t, start in zip(parameters, tensors, starts, strict=True)]
     if not tensors:
         return
     dtype, device = tensors[0].dtype, tensors[0].device

@@ -20,6 +20,7 @@ from dpcompile.mechanism import privatize_
 from dpcompile.noise import check_seed, fresh_seed
 from dpcompile.privacy import PrivacyAccountant
 from dpcompile.runtime import engine_of
+from dpcompile.shards import as_gradient, local_part, local_start
 
 __all__ = ["DPOptimizer"]
 
@@ -269,11 +270,13 @@ class DPOptimizer(Optimizer):
         for name in names:
             total, p = self.engine.ledger.total(name), parameters[name]
             if total is None:
-                total = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+                here = local_part(p.detach())
+                total = torch.zeros_like(here, dtype=torch.promote_types(p.dtype, torch.float32))
             totals.append(total)
         privatize_(
             totals,
             parameters=[index[name] for name in names],
+            starts=[local_start(parameters[name]) for name in names],
             std=self.noise_multiplier * self.engine.max_grad_norm,
             expected_batch_size=self.expected_batch_size,
             seed=self.seed,
@@ -281,7 +284,7 @@ class DPOptimizer(Optimizer):
             secure=self.secure,
         )
         for name, total in zip(names, totals, strict=True):
-            parameters[name].grad = total.to(parameters[name].dtype)
+            parameters[name].grad = as_gradient(parameters[name], total.to(parameters[name].dtype))
 
 
 def _only_from(owner: weakref.ref[DPOptimizer]) -> Callable[..., None]:

@@ -14,12 +14,14 @@ from dpcompile.axis import Examples, Label, Shared
 from dpcompile.deferral import Outcome, Pass, attach, prove_clipping
 from dpcompile.engine import Engine, with_own_code, zeros_for
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
+from dpcompile.fsdp import check_sharded, reduce_over_ranks
 from dpcompile.graph_key import graph_key
 from dpcompile.pipeline import Options, Transformed
+from dpcompile.plan import Plan
 from dpcompile.region import Artifact, Scope, compile_region, concrete
 from dpcompile.skeleton import Piece, Skeleton, holds_units
 from dpcompile.translate import translated
-from dpcompile.units import Unit, as_it_is, find_units, stubs
+from dpcompile.units import Unit, as_it_is, find_units, is_sharded, stubs
 from dpcompile.unowned import guarded
 
 __all__ = ["RegionEngine"]
@@ -41,6 +43,20 @@ class _Frame:
     scope: Scope
 
 
+@dataclass(frozen=True, slots=True)
+class RegionPlans:
+    """The plans of a model's regions, equal regions once; printed one after the other."""
+
+    plans: tuple[Plan, ...]
+
+    def rules(self) -> dict[str, str]:
+        """Parameter name -> rule, of the first of equal regions."""
+        return {name: rule for plan in self.plans for name, rule in plan.rules().items()}
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(plan) for plan in self.plans)
+
+
 class RegionEngine(Engine):
     """Compiles the units of a model one by one; equal ones share what was compiled.
 
@@ -54,6 +70,12 @@ class RegionEngine(Engine):
     def __init__(self, module: nn.Module, options: Options) -> None:
         super().__init__(module, options)
         self.compilations = 0
+        self._sharded = any(is_sharded(m) for m in module.modules())
+        if self._sharded and options.check:
+            raise UnsupportedGraphError(
+                "check=True compares with torch.func.vmap on whole parameters, and FSDP holds them in parts",
+                remedy="check the model on one process before fully_shard",
+            )
         self._root: Unit | None = None
         self._frames: list[_Frame] = []
         self._given: list[Label | None] | None = None
@@ -94,13 +116,20 @@ class RegionEngine(Engine):
             self._mask, self._masked, self._unchecked = mask, masked, unchecked
 
     @property
-    def regions(self) -> list[Transformed]:
-        """What was made of every graph with trainable parameters, equal ones once."""
-        return list(self._plans.values())
+    def sharded(self) -> bool:
+        """Whether the parameters are FSDP2's."""
+        return self._sharded
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Of every graph with trainable parameters, equal ones once."""
+        return tuple(t.plan for t in self._plans.values())
 
     def _run_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._root is None:
             self._root = find_units(self.module)
+            if self.sharded:
+                check_sharded(self._root, self._parameters)
         self._proving = torch.is_grad_enabled() and bool(self.trainable())
         dims = self._example_dims()
         scope = Scope({id(p): n for n, p in self._parameters.items()})
@@ -293,7 +322,7 @@ class RegionEngine(Engine):
         own = [artifact.roles.parameters[p] for p in positions]
         touched = [name for name, first in zip(names, own, strict=True) if first in chosen]
         memory = frozenset(memory_of(p) for p in frame.unit.module.parameters()) if frame.unit.sharded else frozenset()
-        run = whole.run(names, touched, artifact.dtype, memory)
+        run = whole.run(names, touched, artifact.dtype, frame.unit.path, memory)
         norms, aliases = attach(run, parameters)
         arguments = list(inputs)
         for p, alias in zip(positions, aliases, strict=True):
@@ -330,8 +359,11 @@ class RegionEngine(Engine):
         return Pass(self.options, mask, deliver, refused)
 
     def reduced(self, outcome: Outcome) -> list[tuple[str, Tensor]]:
-        """The clipped sums by parameter."""
-        return [pair for compute in outcome.sums for pair in compute()]
+        """The clipped sums by parameter; of sharded ones the local parts of the sums over all ranks."""
+        if self.sharded:
+            assert self._root is not None
+            return reduce_over_ranks(self._root, self._parameters, outcome.sums)
+        return [pair for _, compute in outcome.sums for pair in compute()]
 
     def check_live(self, names: Sequence[str], parameters: Sequence[Tensor], sharded: bool) -> None:
         """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks."""

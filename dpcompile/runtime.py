@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from dpcompile.engine import Engine
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.pipeline import Options, Transformed
-from dpcompile.region_engine import RegionEngine
+from dpcompile.region_engine import RegionEngine, RegionPlans
 from dpcompile.units import is_sharded
 
 __all__ = ["Engine", "PrivateModule", "engine_of", "private_class", "private_view"]
@@ -46,8 +46,9 @@ class PrivateModule:
 
     @property
     def plan(self) -> Any:
-        """The rule of every gradient site; print it."""
-        return _transformed(self).plan
+        """The rule of every gradient site; print it. Of a model in regions: of each region, equal ones once."""
+        transformed, engine = _transformed(self), engine_of(self)
+        return RegionPlans(engine.plans) if isinstance(engine, RegionEngine) else transformed.plan
 
     @property
     def graph(self) -> fx.GraphModule:
@@ -79,7 +80,7 @@ def private_view(module: nn.Module, options: Options) -> Any:
     """An object of a subclass of the module's class that shares its state and compiles its calls."""
     kind = type(module)
     private = type(kind.__name__, (PrivateModule, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
-    view = private.__new__(private)
+    view = object.__new__(private) if is_sharded(module) else private.__new__(private)
     object.__setattr__(view, "__dict__", module.__dict__)
     object.__setattr__(view, "_engine", _engine(module, options))
     return view

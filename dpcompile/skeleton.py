@@ -130,7 +130,8 @@ class Skeleton:
                 )
                 if isinstance(known[step], _Known):
                     known[step] = known[step].label
-                self._unpack(step, values, known)
+                if not isinstance(result, Tensor):
+                    self._unpack(step, values, known)
         outputs = self.source.graph.output_node().args[0]
         flat_outputs: list[Any] = list(outputs)  # type: ignore[arg-type]
         return (
@@ -145,7 +146,8 @@ class Skeleton:
                 values[user] = values[node][position]
                 label = known[node][position]
                 known[user] = label.label if isinstance(label, _Known) else label
-                self._unpack(user, values, known)
+                if not isinstance(values[user], Tensor):
+                    self._unpack(user, values, known)
 
 
 @dataclass(frozen=True, slots=True)

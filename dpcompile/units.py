@@ -143,7 +143,11 @@ def unit_call(handle: int, args: Any, kwargs: Any) -> Any:
     """
     unit = _UNITS[handle]
     mode = fake_mode_of(pytree.tree_leaves((args, kwargs)))
-    assert mode is not None, "a unit's call is run by the skeleton around it"
+    if mode is None:  # a captured graph hands the call to its skeleton
+        raise UnsupportedGraphError(
+            "the model ran without being compiled, so nothing would clip its gradients",
+            remedy="switch torch.compile on again (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)",
+        )
     with mode:
         outputs = _fake_call(unit, args, kwargs)
     _check_outputs(unit, outputs)
