@@ -46,6 +46,7 @@ class GradientLedger:
     gradients of the last step left in place      the next clipped backward is refused
     two model calls in one backward               refused: one example could count twice
     written through ``p.grad.data``               not seen (torch keeps no version for it)
+    ``torch._foreach_*`` on sharded gradients     not seen (it changes no version of a DTensor)
     ============================================  =============================================
     """
 

@@ -29,7 +29,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def version_of(tensor: Tensor) -> tuple[int, int]:
     """Changes with every in-place operation on the tensor or on its local part."""
-    return tensor._version, local_part(tensor.detach())._version
+    return tensor._version, local_part(tensor)._version
 
 
 def as_gradient(parameter: Tensor, local: Tensor) -> Tensor:
