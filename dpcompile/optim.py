@@ -19,6 +19,7 @@ from dpcompile.errors import PrivacyError
 from dpcompile.mechanism import privatize_
 from dpcompile.noise import check_seed, fresh_seed
 from dpcompile.privacy import PrivacyAccountant
+from dpcompile.ranks import digest, refuse_disagreement, share_seed
 from dpcompile.runtime import engine_of
 from dpcompile.shards import as_gradient, local_part, local_start
 
@@ -37,7 +38,8 @@ class DPOptimizer(Optimizer):
         noise_multiplier: sigma; the noise has standard deviation ``sigma * max_grad_norm`` before the division. 0 is
             allowed: no noise, epsilon infinite.
         expected_batch_size: sample rate times size of the dataset: the constant that divides the sums.
-        seed: of the noise, a secret; None draws one. See :func:`dpcompile.noise.fresh_seed`.
+        seed: of the noise, a secret; None draws one (rank 0 does, for all ranks of a sharded model). See
+            :func:`dpcompile.noise.fresh_seed`.
         secure: cryptographic noise (ChaCha20).
         accountant: stepped once per logical step.
 
@@ -68,6 +70,7 @@ class DPOptimizer(Optimizer):
     an old checkpoint, two runs from it both published  not seen: give one of them another seed
     a scheduler stepped in the loop                     right if stepped only when not ``accumulating``
     copied or pickled                                   refused: two objects would draw the same noise
+    ranks with other seeds, sigma, C or steps           refused at the first step
     ==================================================  =====================================================
     """
 
@@ -88,7 +91,9 @@ class DPOptimizer(Optimizer):
         checks.refuse_bad_numbers(noise_multiplier, expected_batch_size)
         checks.refuse_other_accountant(noise_multiplier, accountant)
         checks.refuse_closure_only(optimizer)
-        seed = fresh_seed(secure=secure) if seed is None else seed
+        if seed is None:
+            seed = fresh_seed(secure=secure)
+            seed = share_seed(seed) if self.engine.sharded else seed
         check_seed(seed, secure=secure)
         self.optimizer = optimizer
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
@@ -96,6 +101,7 @@ class DPOptimizer(Optimizer):
         self.logical_step = 0
         self.accumulating = False
         self._stepping = False
+        self._agreed = not self.engine.sharded  # whether all ranks are known to mean the same
         self._held = False  # sums of earlier physical batches of an unfinished logical step stand in p.grad
         checks.refuse_foreign(self.engine, (p for group in optimizer.param_groups for p in group["params"]))
         checks.refuse_missing(self.engine, optimizer, self.engine.trainable())
@@ -141,6 +147,7 @@ class DPOptimizer(Optimizer):
             return loss
         names = self.checked_parameters()
         self.engine.ledger.verify(names)
+        self._agree()
         self._private_gradients(names, self.use_noise())
         self._stepping = True
         try:
@@ -149,6 +156,23 @@ class DPOptimizer(Optimizer):
             self._stepping = False
         self.finish()
         return loss
+
+    def _agree(self) -> None:
+        """Before the first step, and the first after a checkpoint, compare with the other ranks."""
+        if not self._agreed:
+            own = self._own_state()
+            options = self.engine.options
+            refuse_disagreement(
+                {
+                    "seed": digest(self.seed),
+                    **{k: own[k] for k in ("logical_step", "noise_multiplier", "expected_batch_size", "secure")},
+                    "max_grad_norm": self.engine.max_grad_norm,
+                    "clipping": options.clipping if isinstance(options.clipping, str) else "a function",
+                    "loss_reduction": options.loss_reduction,
+                    "trainable parameters": self.engine.trainable(),
+                }
+            )
+            self._agreed = True
 
     def checked_parameters(self) -> list[str]:
         """Names of the parameters that a step updates, after the checks that do not look at gradients."""
@@ -213,6 +237,7 @@ class DPOptimizer(Optimizer):
         if self.accountant is not None and own["accountant"] is not None:
             self.accountant.load_state_dict(own["accountant"])
         self.seed, self.logical_step = own["seed"], own["logical_step"]
+        self._agreed = not self.engine.sharded
         self.discard()
 
     def register_step_pre_hook(self, hook: Any) -> Any:

@@ -22,9 +22,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import TensorDataset
 
 import dpcompile
-from dpcompile import DPOptimizer, PrivacyError, UnsupportedGraphError
+from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError
 from dpcompile.runtime import engine_of
 
 dp_compile: Any = dpcompile.dp_compile
@@ -146,6 +147,63 @@ def training(mesh: DeviceMesh, directory: Path) -> None:
         torch.save(found, directory / f"weights_{dist.get_world_size()}.pt")
 
 
+def raises(kind: type[Exception], text: str, call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except kind as error:
+        assert text in str(error), error
+        return
+    raise AssertionError(f"nothing was refused: {text}")
+
+
+def loading(mesh: DeviceMesh, directory: Path) -> None:
+    """Draws of 2 examples on average, so that ranks are left without any; the weights do not depend on the ranks."""
+    data = TensorDataset(torch.randint(0, V, (40, T)))
+    model = dp_compile(shard(made(gpt), mesh), max_grad_norm=C, backend="eager")
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = DPOptimizer(inner, model, noise_multiplier=0.5, expected_batch_size=2, seed=7)
+    ranks: dict[str, Any] = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+    loader = PoissonLoader(data, expected_batch_size=2, physical_batch_size=2, steps=6, seed=3, **ranks)
+    for (x,) in loader.attach(model, optimizer):
+        step(model, x)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.logical_step == 6
+    found = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
+    if dist.get_rank() == 0:
+        torch.save(found, directory / f"loaded_{dist.get_world_size()}.pt")
+
+
+def disagreement(mesh: DeviceMesh) -> None:
+    rank, x = dist.get_rank(), part(torch.randint(0, V, (BATCH, T)))
+
+    def one_step(**options: Any) -> DPOptimizer:
+        model = dp_compile(shard(made(gpt), mesh), max_grad_norm=options.pop("C", C), backend="eager")
+        arguments: dict[str, Any] = {"noise_multiplier": 0.5, "expected_batch_size": BATCH, "seed": 7, **options}
+        optimizer = DPOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, **arguments)
+        step(model, x)
+        optimizer.step()
+        return optimizer
+
+    drawn = one_step(seed=None).seed
+    seeds: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seeds, drawn)
+    assert len(set(seeds)) == 1
+    raises(PrivacyError, "the ranks disagree about seed", lambda: one_step(seed=7 + rank))
+    raises(PrivacyError, "the ranks disagree about noise_multiplier", lambda: one_step(noise_multiplier=0.5 + rank))
+    raises(PrivacyError, "the ranks disagree about max_grad_norm", lambda: one_step(C=1.0 + rank))
+    ranks: dict[str, Any] = {"rank": rank, "world_size": dist.get_world_size()}
+    longer = TensorDataset(torch.zeros(40 + rank, 1))
+    loader = PoissonLoader(longer, expected_batch_size=2, seed=3, steps=1, **ranks)
+    raises(PrivacyError, "the ranks disagree about", lambda: next(loader.batches()))
+    model = dp_compile(shard(made(gpt), mesh), max_grad_norm=C, backend="eager")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, noise_multiplier=1.0, expected_batch_size=2
+    )
+    alone = PoissonLoader(longer, expected_batch_size=2)
+    raises(PrivacyError, "each example would count several times", lambda: alone.attach(model, optimizer))
+
+
 class Collectives(TorchDispatchMode):
     """Counts the collectives, and the bytes of the tensors given to them, at the dispatcher."""
 
@@ -215,14 +273,6 @@ def mixed_precision(mesh: DeviceMesh) -> None:
 
 
 def refused(mesh: DeviceMesh) -> None:
-    def raises(kind: type[Exception], text: str, call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except kind as error:
-            assert text in str(error), error
-            return
-        raise AssertionError(f"nothing was refused: {text}")
-
     x = part(torch.randn(BATCH, D))
     model = made(MLP)
     for layer in model.layers:  # type: ignore[union-attr]
@@ -262,11 +312,13 @@ def main() -> None:
         "padding": lambda: padding_and_lost_examples(mesh),
         "micro-batches": lambda: micro_batches(mesh),
         "training with noise": lambda: training(mesh, Path(sys.argv[1])),
+        "loading": lambda: loading(mesh, Path(sys.argv[1])),
         "mixed precision": lambda: mixed_precision(mesh),
         "refusals": lambda: refused(mesh),
     }
     if world > 1:
         checks |= {f"communication of {n}": lambda n=n: communication(n, mesh) for n in ("GPT", "ViT")}
+        checks["disagreement"] = lambda: disagreement(mesh)
     if world == 2:
         checks["inductor"] = lambda: inductor(mesh)
     if world == 4:
