@@ -160,7 +160,7 @@ class DPOptimizer(Optimizer):
     def _agree(self) -> None:
         """Before the first step, and the first after a checkpoint, compare with the other ranks."""
         if not self._agreed:
-            own = self._own_state()
+            own = self.private_state()
             options = self.engine.options
             refuse_disagreement(
                 {
@@ -221,7 +221,7 @@ class DPOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The inner state dict plus the key ``"dpcompile"``. It holds the seed: keep it as secret as the data."""
-        return {**self.optimizer.state_dict(), _KEY: self._own_state()}
+        return {**self.optimizer.state_dict(), _KEY: self.private_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume: inner state, seed, logical step and accountant, so that no noise is drawn twice.
@@ -232,13 +232,36 @@ class DPOptimizer(Optimizer):
         """
         rest = dict(state_dict)
         own = rest.pop(_KEY, None)
-        checks.refuse_state(own, self._own_state())
+        checks.refuse_state(own, self.private_state())
         self.optimizer.load_state_dict(rest)
         if self.accountant is not None and own["accountant"] is not None:
             self.accountant.load_state_dict(own["accountant"])
         self.seed, self.logical_step = own["seed"], own["logical_step"]
         self._agreed = not self.engine.sharded
         self.discard()
+
+    def fill_state(self) -> None:
+        """Let the inner optimizer make its state, to load a checkpoint into; no parameter changes.
+
+        It steps once on zero gradients with learning rate 0, if it has no state yet.
+        """
+        inner = self.optimizer
+        if inner.state:
+            return
+        self.discard()
+        rates = [group["lr"] for group in inner.param_groups]
+        for group in inner.param_groups:
+            group["lr"] = 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+        self._stepping = True
+        try:
+            inner.step()
+        finally:
+            self._stepping = False
+            for group, rate in zip(inner.param_groups, rates, strict=True):
+                group["lr"] = rate
+            self.discard()
 
     def register_step_pre_hook(self, hook: Any) -> Any:
         """As in torch, before the noise; not called for steps that only accumulate."""
@@ -277,7 +300,8 @@ class DPOptimizer(Optimizer):
             remedy="save state_dict(), or make a second DPOptimizer with its own seed",
         )
 
-    def _own_state(self) -> dict[str, Any]:
+    def private_state(self) -> dict[str, Any]:
+        """What :meth:`state_dict` adds to the inner optimizer's: plain numbers, the seed among them."""
         return {
             "seed": self.seed,
             "logical_step": self.logical_step,

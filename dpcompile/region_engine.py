@@ -19,6 +19,7 @@ from dpcompile.graph_key import graph_key
 from dpcompile.pipeline import Options, Transformed
 from dpcompile.plan import Plan
 from dpcompile.region import Artifact, Scope, compile_region, concrete
+from dpcompile.shards import is_distributed
 from dpcompile.skeleton import Piece, Skeleton, holds_units
 from dpcompile.translate import translated
 from dpcompile.units import Unit, as_it_is, find_units, is_sharded, stubs
@@ -196,11 +197,12 @@ class RegionEngine(Engine):
         return result, [self._result_label(unit, scope, x) for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
 
     def _names(self, unit: Unit) -> dict[int, str]:
-        """The parameters as the unit holds them now: under FSDP2 those that were gathered for it."""
+        """The parameters as the unit holds them now: under FSDP2 those that were gathered for it, and no others."""
         if not unit.sharded:
             return {id(p): n for n, p in self._parameters.items()}
         prefix = f"{unit.path}." if unit.path else ""
-        return {id(p): prefix + n for n, p in unit.module.named_parameters() if prefix + n in self._parameters}
+        held = unit.module.named_parameters()
+        return {id(p): prefix + n for n, p in held if prefix + n in self._parameters and not is_distributed(p)}
 
     def _result_label(self, unit: Unit, scope: Scope, value: Tensor) -> Label:
         label = scope.label(value)
@@ -368,6 +370,8 @@ class RegionEngine(Engine):
     def check_live(self, names: Sequence[str], parameters: Sequence[Tensor], sharded: bool) -> None:
         """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks."""
         self.check_hooks(zip(names, parameters, strict=True))
+        if sharded:
+            self.check_hooks((name, self._parameters[name]) for name in names)
         for name, parameter in zip(names, parameters, strict=True):
             if not sharded and parameter is not self._parameters[name]:
                 raise PrivacyError(

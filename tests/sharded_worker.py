@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 import dpcompile
-from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError
+from dpcompile import DPOptimizer, PoissonLoader, PrivacyAccountant, PrivacyError, UnsupportedGraphError
+from dpcompile.checkpoint import load_checkpoint, save_checkpoint
 from dpcompile.runtime import engine_of
 
 dp_compile: Any = dpcompile.dp_compile
@@ -174,6 +175,48 @@ def loading(mesh: DeviceMesh, directory: Path) -> None:
         torch.save(found, directory / f"loaded_{dist.get_world_size()}.pt")
 
 
+def checkpoints(mesh: DeviceMesh, directory: Path) -> None:
+    """Two ranks save after three of six steps and go on; one and four ranks go on from there."""
+    ranks: dict[str, Any] = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+    data = TensorDataset(torch.randint(0, V, (40, T)))
+
+    def run(seed: int) -> tuple[Any, DPOptimizer, PoissonLoader]:
+        model = dp_compile(shard(made(gpt), mesh), max_grad_norm=C, backend="eager")
+        accountant = PrivacyAccountant(noise_multiplier=0.5, sample_rate=6 / 40)
+        inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = DPOptimizer(
+            inner, model, noise_multiplier=0.5, expected_batch_size=6, seed=seed, accountant=accountant
+        )
+        loader = PoissonLoader(data, expected_batch_size=6, physical_batch_size=4, steps=6, seed=seed, **ranks)
+        return model, optimizer, loader.attach(model, optimizer)
+
+    saving = dist.get_world_size() == 2
+    model, optimizer, loader = run(7 if saving else 8)
+    path = directory / "checkpoint"
+    if not saving:
+        load_checkpoint(path, model, optimizer, loader)
+        assert (optimizer.logical_step, optimizer.seed, loader.step) == (3, 7, 3)
+    for (x,) in loader:
+        step(model, x)
+        optimizer.step()
+        optimizer.zero_grad()
+        if saving and optimizer.logical_step == 3 and not path.exists() and not optimizer.accumulating:
+            dist.barrier()
+            save_checkpoint(path, model, optimizer, loader)
+            dist.barrier()
+    assert optimizer.logical_step == 6 and optimizer.accountant is not None
+    fresh = PrivacyAccountant(noise_multiplier=0.5, sample_rate=6 / 40)
+    for _ in range(6):
+        fresh.step()
+    assert optimizer.accountant.epsilon(1e-5) == fresh.epsilon(1e-5)
+    raises(
+        PrivacyError, "noise of the steps between would be used twice", lambda: load_checkpoint(path, model, optimizer)
+    )
+    found = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
+    if dist.get_rank() == 0:
+        torch.save(found, directory / f"resumed_{dist.get_world_size()}.pt")
+
+
 def disagreement(mesh: DeviceMesh) -> None:
     rank, x = dist.get_rank(), part(torch.randint(0, V, (BATCH, T)))
 
@@ -313,6 +356,7 @@ def main() -> None:
         "micro-batches": lambda: micro_batches(mesh),
         "training with noise": lambda: training(mesh, Path(sys.argv[1])),
         "loading": lambda: loading(mesh, Path(sys.argv[1])),
+        "checkpoints": lambda: checkpoints(mesh, Path(sys.argv[1])),
         "mixed precision": lambda: mixed_precision(mesh),
         "refusals": lambda: refused(mesh),
     }

@@ -239,19 +239,10 @@ def test_micro_batches_add_up() -> None:
         torch.testing.assert_close(p.grad, total[name])
 
 
-def test_an_example_that_is_not_finite_in_one_region_has_weight_zero_in_all() -> None:
-    class Root(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x.clamp_min(0).sqrt()
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
-            return g
-
-    model = MLP(2)
-    private = dp_compile(model, max_grad_norm=0.5, backend="eager", regions="blocks")
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_an_example_that_is_not_finite_in_one_region_has_weight_zero_in_all(clipping: str) -> None:
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 3))
+    private = dp_compile(model, max_grad_norm=0.5, backend="eager", regions="blocks", clipping=clipping)
     x = rows()
     x[1, 0] = math.inf  # the first layer's gradient holds it; tanh makes the others finite
     with pytest.warns(RuntimeWarning, match="1 of 4 examples"):
@@ -385,7 +376,29 @@ def read_out(m: Any, blocks: Any, x: Tensor) -> Tensor:
     return blocks[1](blocks[0](x) * float(x.sum()))
 
 
+class Centred(torch.autograd.Function):
+    """The identity, whose gradient mixes the examples."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g - g.mean(0)
+
+
+def mixed_on_the_way_back(m: Any, blocks: Any, x: Tensor) -> Tensor:
+    return blocks[1](Centred.apply(blocks[0](x)))  # type: ignore[arg-type]
+
+
+def rolled_on_the_way_back(m: Any, blocks: Any, x: Tensor) -> Tensor:
+    return blocks[1](blocks[0](x).roll(1, 0))
+
+
 REFUSED = {
+    mixed_on_the_way_back: (ExampleMixingError, "it reaches the gradient of input"),
+    rolled_on_the_way_back: (ExampleMixingError, "mixes examples"),
     twice: (PrivacyError, "is used in two regions of one forward"),
     in_two_pieces: (PrivacyError, "'free' is used in two regions of one forward"),
     mixing: (ExampleMixingError, "mixes examples"),
