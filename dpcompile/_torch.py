@@ -33,17 +33,18 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
 from torch._inductor.codecache import CppCodeCache
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner, record_original_output_strides
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._ops import OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 from torch.multiprocessing.reductions import StorageWeakRef as WeakMemory
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dpcompile.decompositions import DECOMPOSITIONS, take_apart
 
@@ -60,23 +61,34 @@ __all__ = [
     "TangentAOTInput",
     "TorchDynamoException",
     "WeakMemory",
+    "WeakTensorKeyDictionary",
     "Unsupported",
     "add_inputs",
     "adam_state",
     "add_one_",
     "compile_cpp",
+    "after_backward",
     "compile_joint",
     "copy_graph",
     "current_backward",
     "detect_fake_mode",
     "disable",
+    "BackwardCompiler",
+    "Boxed",
+    "GraphCompiler",
     "flat_graph",
     "has_gradient_hooks",
     "is_fake",
     "is_stepped_as_made",
     "mark_stepped",
-    "memory_of",
     "partition",
+    "is_gradient_of_input",
+    "make_boxed",
+    "fake_like",
+    "fake_mode_of",
+    "memory_of",
+    "mixed_precision",
+    "opaque",
     "pytree",
     "real_tensors",
     "trace_like",
@@ -87,11 +99,19 @@ __all__ = [
 ]
 
 GraphPass = Callable[[fx.GraphModule], None]
+Boxed = Callable[[list[Any]], Sequence[Any]]
+GraphCompiler = Callable[[fx.GraphModule, Sequence[Any]], Boxed]
+BackwardCompiler = Callable[[fx.GraphModule, GraphCompiler], Boxed]
 
 
 def current_backward() -> int:
     """Identify the running ``backward()`` call."""
     return torch._C._current_graph_task_id()
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Run ``function`` when the running ``backward()`` is over; what it raises, that ``backward()`` raises."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def disable(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,12 +120,13 @@ def disable(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def tracing_config() -> Iterator[None]:
+def tracing_config(*, regions: bool = False) -> Iterator[None]:
     """Settings of a private compilation.
 
     Recurrent layers are traced step by step, and Python floats are constants. Where ``torch.compile`` would break the
     graph to warn or to write to a log, it does neither; and ``requires_grad = True`` on an intermediate value is passed
-    over.
+    over. With ``regions``, one function is compiled for many modules: as often as they differ, and with every guard
+    that tells them apart, also under FSDP.
     """
     config = torch._dynamo.config
     loggers = {v for k, v in vars(logging.Logger).items() if k.startswith(_LOGS) and callable(v)}
@@ -113,9 +134,42 @@ def tracing_config() -> Iterator[None]:
         allow_rnn=True,
         specialize_float=True,
         ignore_logging_functions={*config.ignore_logging_functions, *loggers, warnings.warn},
+        **_MANY_MODULES if regions else {},
     )
     with settings, _intermediates_stay_as_they_are():
         yield
+
+
+def is_gradient_of_input(descriptor: Any) -> int | None:
+    """Which input of the captured graph an output of the joint graph is the gradient of; None if of none."""
+    if isinstance(descriptor, GradAOTOutput) and isinstance(descriptor.grad_of, PlainAOTInput):
+        return descriptor.grad_of.idx
+    return None
+
+
+def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a function whole in Dynamo's graphs; it is called on fake tensors while they are made."""
+    return cast(Any, torch._dynamo.allow_in_graph)(function)
+
+
+def fake_mode_of(values: Sequence[Any]) -> Any:
+    """The mode of the fake tensors among values, or of the running trace if there are no tensors; None outside."""
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    fake = next((v for v in tensors if isinstance(v, FakeTensor)), None)
+    if fake is not None:
+        return fake.fake_mode
+    return None if tensors else detect_fake_mode()
+
+
+def fake_like(shape: Sequence[int]) -> torch.Tensor:
+    """A float32 tensor without values."""
+    with FakeTensorMode():
+        return torch.empty(tuple(shape))
+
+
+def mixed_precision(module: torch.nn.Module) -> Any:
+    """The policy of a unit of FSDP2."""
+    return cast(Any, module)._get_fsdp_state()._mp_policy
 
 
 def memory_of(tensor: torch.Tensor) -> int:
@@ -208,6 +262,11 @@ def add_one_(tensors: list[torch.Tensor]) -> None:
     torch._foreach_add_(tensors, 1)
 
 
+_MANY_MODULES: dict[str, Any] = {
+    "skip_fsdp_guards": False,
+    "recompile_limit": 256,
+    "accumulated_recompile_limit": 4096,
+}
 _LOGS = ("isEnabledFor", "debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
 
 
@@ -333,20 +392,65 @@ def trace_like(function: Callable[..., Any], *values: Any) -> fx.GraphModule:
 
 
 def compile_joint(
-    gm: fx.GraphModule, inputs: Sequence[Any], *, backend: str, transform: GraphPass, key: str
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    backend: str,
+    transform: GraphPass,
+    key: str,
+    backward: BackwardCompiler | None = None,
 ) -> Callable[..., Any]:
     """Trace the joint graph of ``gm``, apply ``transform`` to it, and compile forward and backward.
 
-    ``key`` names everything that ``transform`` depends on: it becomes a part of Inductor's cache key. The cache of
-    AOTAutograd, which would skip the transform, is off.
+    Where nothing needs a gradient there is no joint graph: ``transform`` gets the forward.
+
+    Args:
+        gm: Dynamo's graph.
+        inputs: its example inputs.
+        backend: "inductor" or "eager".
+        transform: rewrites the joint graph in place.
+        key: names everything that ``transform`` depends on: it becomes a part of Inductor's cache key. The cache of
+            AOTAutograd, which would skip the transform, is off.
+        backward: compiles the backward graph instead of the backend. It gets the graph and the backend's compiler, may
+            call that on several graphs, and returns a function from a list of inputs to the backward's outputs. Saved
+            values then stay alive while it runs: none is written over.
     """
     take_apart(gm.graph)
     gm.recompile()
-    with functorch_config.patch(enable_autograd_cache=False), _lstm_step_by_step(), _decompositions() as table:
+    settings: dict[str, Any] = {"enable_autograd_cache": False}
+    if backward is not None:
+        settings["donated_buffer"] = False
+    with functorch_config.patch(settings), _lstm_step_by_step(), _decompositions() as table:
         if backend == "inductor":
             patches = {"joint_custom_pre_pass": _Pass(transform, key)}
-            return cast(Any, compile_fx)(gm, list(inputs), config_patches=patches)
-        return _compile_eager(gm, inputs, transform, dict(table))
+            inner: dict[str, Any] = {} if backward is None else {"inner_compile": _inner_compile(backward)}
+            return cast(Any, compile_fx)(gm, list(inputs), config_patches=patches, **inner)
+        return _compile_eager(gm, inputs, transform, dict(table), backward)
+
+
+def _inner_compile(backward: BackwardCompiler) -> Callable[..., Any]:
+    """Inductor's compiler of one graph, with another way for backward graphs."""
+
+    def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        if not options.get("is_backward"):
+            return compile_fx_inner(gm, inputs, **options)
+
+        def part(gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
+            output = gm.graph.output_node()
+            values = cast(Sequence[Any], output.args[0])
+            output.meta["user_visible_output_idxs"] = [i for i, v in enumerate(values) if isinstance(v, fx.Node)]
+            record_original_output_strides(gm)
+            return cast(Any, compile_fx_inner)(gm, list(inputs), **{**options, "static_input_idxs": ()})
+
+        return make_boxed(backward(gm, part))
+
+    return compile_graph
+
+
+def make_boxed(function: Boxed) -> Boxed:
+    """Tell AOTAutograd that a function takes its arguments as one list, which it may clear."""
+    function._boxed_call = True  # type: ignore[attr-defined]
+    return function
 
 
 @contextlib.contextmanager
@@ -370,10 +474,23 @@ def _lstm_step_by_step() -> Iterator[None]:
 
 
 def _compile_eager(
-    gm: fx.GraphModule, inputs: Sequence[Any], transform: GraphPass, table: dict[Any, Callable[..., Any]]
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    transform: GraphPass,
+    table: dict[Any, Callable[..., Any]],
+    backward: BackwardCompiler | None,
 ) -> Callable[..., Any]:
     def run_as_is(graph_module: fx.GraphModule, _: Any) -> Callable[..., Any]:
         return make_boxed_func(graph_module.forward)
+
+    def run_backward(graph_module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        if backward is None:
+            return run_as_is(graph_module, example_inputs)
+        return make_boxed(backward(graph_module, lambda part, _: make_boxed_func(part.forward)))
+
+    def run_forward_alone(graph_module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        transform(graph_module)
+        return run_as_is(graph_module, example_inputs)
 
     def partition(joint: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
         transform(joint)
@@ -381,8 +498,8 @@ def _compile_eager(
 
     return aot_autograd(
         fw_compiler=run_as_is,
-        bw_compiler=run_as_is,
-        inference_compiler=run_as_is,
+        bw_compiler=run_backward,
+        inference_compiler=run_forward_alone,
         partition_fn=partition,
         decompositions=table,
         keep_inference_input_mutations=True,

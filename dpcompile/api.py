@@ -40,6 +40,7 @@ def dp_compile(  # type: ignore[misc]
     dynamic: bool | None = None,
     memory_budget: float | int | None = None,
     check: bool = False,
+    regions: str | None = None,
 ) -> Any:
     """Compile a model so that its backward clips every example's gradient.
 
@@ -69,6 +70,9 @@ def dp_compile(  # type: ignore[misc]
             The batch may then run in parts (:mod:`dpcompile.parts`). With None, memory on CPUs stays mapped between
             steps (:mod:`dpcompile.workspace`).
         check: compare the first step with ``torch.func.vmap(grad)`` and raise on a difference.
+        regions: None compiles the model as one graph; "blocks" compiles each element of repeated containers by itself
+            (``ModuleList``, ``Sequential``), equal ones once, and clips when the whole backward is over. A model under
+            FSDP2's ``fully_shard`` is always compiled in its units.
 
     Returns:
         A module of the model's own class and signature with, in addition, ``grad_norms``, ``plan``, ``graph``,
@@ -82,8 +86,12 @@ def dp_compile(  # type: ignore[misc]
     _one_of("norm", norm, NORM_MODES)
     _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
     _one_of("backend", backend, ("inductor", "eager"))
+    if regions is not None:
+        _one_of("regions", regions, ("blocks",))
     _validate_budget(memory_budget)
-    options = Options(max_grad_norm, clipping, norm, in_dims, loss_reduction, backend, dynamic, memory_budget, check)
+    options = Options(
+        max_grad_norm, clipping, norm, in_dims, loss_reduction, backend, dynamic, memory_budget, check, regions
+    )
     if model is None:
         return lambda decorated: _private(decorated, options)
     return _private(model, options)

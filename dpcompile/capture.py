@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -26,7 +26,7 @@ from dpcompile.errors import UnsupportedGraphError
 from dpcompile.joint import JointGraph
 from dpcompile.locate import where
 from dpcompile.outputs import check_differentiable, separate_outputs
-from dpcompile.sizes import Size, same, shape_of, size
+from dpcompile.sizes import Size, divide, is_one, product, same, shape_of, size
 
 __all__ = ["Roles", "assign_roles", "check_outputs", "extend", "name_joint"]
 
@@ -34,7 +34,7 @@ _HIDDEN = re.compile(r"^L\['(args|kwargs)'\]")
 _INSIDE_MODEL = re.compile(
     r"^L\['module'\](?:\.__dict__)?((?:(?:\.|\[')_modules(?:'\])?\['[^']*'\])*)\._buffers\['(.*)'\]$"
 )
-MASK, NORMS, SUM = "dpcompile_mask", "dpcompile_norms", "dpcompile_sum"
+MASK, NORMS, SUM, WEIGHTS = "dpcompile_mask", "dpcompile_norms", "dpcompile_sum", "dpcompile_weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,8 @@ class Roles:
         narrow: positions of the trainable parameters of a dtype narrower than float32.
         inputs: how many inputs the captured graph has.
         arguments: positions of the tensors of the call.
+        deferred: the clip weights are an input of the graph.
+        layouts: position -> how the examples lie, where that is more than a dimension of their own.
     """
 
     parameters: Mapping[int, str]
@@ -62,6 +64,8 @@ class Roles:
     narrow: tuple[int, ...]
     inputs: int
     arguments: frozenset[int]
+    deferred: bool = False
+    layouts: Mapping[int, Examples] = field(default_factory=dict)
 
     @property
     def others(self) -> dict[int, str]:
@@ -79,7 +83,9 @@ def assign_roles(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     parameters: Mapping[int, str],
-    leaves: Mapping[int, tuple[str, int | None]],
+    leaves: Mapping[int, tuple[str, int | Examples | None]],
+    *,
+    trained: bool = True,
 ) -> Roles:
     """Recognise every input by identity: a live parameter, a tensor of the call, or neither.
 
@@ -87,19 +93,22 @@ def assign_roles(
         gm: Dynamo's graph.
         inputs: its example inputs, the live tensors.
         parameters: ``id(parameter)`` -> name.
-        leaves: ``id(tensor)`` -> name and example dimension, of the call's tensors.
+        leaves: ``id(tensor)`` -> name and example dimension, of the call's tensors; or how the examples lie in it.
+        trained: whether the graph is to give gradients of parameters; otherwise it need not hold examples.
 
     Raises:
         UnsupportedGraphError: an input that needs a gradient and is no parameter; no input with an example axis; no
             output that needs a gradient.
     """
-    check_differentiable(gm)
+    if trained:
+        check_differentiable(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     trainable: dict[int, str] = {}
     frozen: dict[int, str] = {}
     examples: dict[int, int] = {}
     names: dict[int, str] = {}
     hints: dict[sympy.Symbol, int] = {}
+    layouts: dict[int, Examples] = {}
     batch: Size | None = None
     for position, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
         fake = node.meta.get("example_value")
@@ -119,8 +128,19 @@ def assign_roles(
         elif id(value) in leaves:
             names[position], dim = leaves[id(value)]
             if dim is not None:
+                layout = None if isinstance(dim, int) else dim
+                dim = dim if isinstance(dim, int) else dim.dim
                 examples[position] = dim % value.ndim
                 here = shape_of(fake)[dim]
+                if layout is not None and not (is_one(layout.outer) and is_one(layout.inner)):
+                    layouts[position] = layout
+                    here = divide(here, product([layout.outer, layout.inner]))
+                    if not isinstance(here, int):
+                        raise UnsupportedGraphError(
+                            f"the examples of '{names[position]}' are flattened into a dimension of symbolic size",
+                            remedy="compile with dynamic=False, or pass the tensor between blocks with a batch "
+                            "dimension of its own",
+                        )
                 if value.shape[dim] == 0:
                     raise UnsupportedGraphError(
                         f"input '{names[position]}' holds no example",
@@ -146,14 +166,16 @@ def assign_roles(
                     f"the model uses '{names[position]}', which needs a gradient and is no parameter of the model",
                     remedy="register it as an nn.Parameter of the model, or detach it",
                 )
-    if batch is None:
+    if batch is None and not trained:
+        batch = 0
+    elif batch is None:
         raise UnsupportedGraphError(
             "no input of the model has an example axis",
             remedy="pass the batch as a tensor argument of the call; in_dims says which dimension holds the examples",
         )
     narrow = tuple(p for p in trainable if inputs[p].element_size() < 4)
     arguments = frozenset(i for i, x in enumerate(inputs) if id(x) in leaves)
-    return Roles(trainable, frozen, examples, names, batch, hints, narrow, len(inputs), arguments)
+    return Roles(trainable, frozen, examples, names, batch, hints, narrow, len(inputs), arguments, layouts=layouts)
 
 
 def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tensor]]:
@@ -161,25 +183,37 @@ def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tenso
 
     The norms leave the compiled backward as the gradient of the second one, ``[B]``. One more float32 input for every
     parameter of a narrower dtype receives its clipped sum: autograd would round the parameter's own gradient. Outputs
-    that overlap in memory are copied.
+    that overlap in memory are copied. In the deferred lowering norms and clip weights are ``[parameters, B]``.
     """
     position, dim = roles.batch_from
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     like = placeholders[position].meta["example_value"]
     fake_mode = detect_fake_mode([like])
     assert fake_mode is not None
+    axis = roles.layouts.get(position)
+    batch: Any = like.shape[dim] if axis is None else roles.batch
     with fake_mode:
-        mask = torch.empty(like.shape[dim], device=like.device, dtype=torch.float32)
-        norms = torch.empty(like.shape[dim], device=like.device, dtype=torch.float32, requires_grad=True)
+        mask = torch.empty(batch, device=like.device, dtype=torch.float32)
+        if roles.deferred:
+            wide_enough = deferred_dtype(placeholders[p].meta["example_value"].dtype for p in roles.parameters)
+            norms = mask.new_empty((len(roles.parameters), batch), dtype=wide_enough, requires_grad=True)
+            weights = {WEIGHTS: torch.empty_like(norms, requires_grad=False)}
+        else:
+            norms, weights = torch.empty_like(mask, requires_grad=True), {}
         wide = [
             torch.zeros((), device=fake.device, dtype=torch.float32).expand(fake.shape).requires_grad_()
             for fake in (placeholders[p].meta["example_value"] for p in roles.narrow)
         ]
-    named = {MASK: mask, NORMS: norms} | {f"{SUM}_{i}": w for i, w in enumerate(wide)}
+    named = {MASK: mask, NORMS: norms} | weights | {f"{SUM}_{i}": w for i, w in enumerate(wide)}
     extended = add_inputs(gm, named)
     separate_outputs(extended)
     extended.recompile()
     return extended, list(named.values())
+
+
+def deferred_dtype(parameters: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype of squared norms and clip weights that leave and enter a graph: float32, or float64 if one is."""
+    return torch.float64 if torch.float64 in set(parameters) else torch.float32
 
 
 def name_joint(module: fx.GraphModule, roles: Roles) -> JointGraph:
@@ -220,7 +254,7 @@ def name_joint(module: fx.GraphModule, roles: Roles) -> JointGraph:
         module=module,
         parameters={name: by_position[p] for p, name in roles.parameters.items()},
         gradients={name: values[slots[p]] for p, name in roles.parameters.items()},
-        example_axes={by_position[p]: Examples(dim) for p, dim in roles.examples.items()}
+        example_axes={by_position[p]: roles.layouts.get(p, Examples(dim)) for p, dim in roles.examples.items()}
         | {by_position[inputs]: Examples(0)},
         tangent_of={t: forward[d] for d, t in tangents.items() if isinstance(forward.get(d), fx.Node)},
         outputs=tuple(v if isinstance(v, fx.Node) else None for v in outputs),
@@ -238,6 +272,13 @@ def name_joint(module: fx.GraphModule, roles: Roles) -> JointGraph:
             for d, t in tangents.items()
             if isinstance(d, PlainAOTOutput) and isinstance(forward.get(d), fx.Node)
         },
+        input_gradients={
+            by_position[p]: gradient
+            for p, slot in slots.items()
+            if roles.deferred and p in by_position and p < inputs and p not in roles.parameters
+            if isinstance(gradient := values[slot], fx.Node)
+        },
+        weights=by_position[inputs + 2] if roles.deferred else None,
     )
 
 

@@ -14,7 +14,7 @@ from dpcompile.axis import Examples, Label, Summed
 from dpcompile.clipping import clip_weights, group_of
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.norms.slices import accumulation_dtype, in_front
-from dpcompile.pipeline import Options, Transformed
+from dpcompile.pipeline import Options
 
 __all__ = ["FirstStep"]
 
@@ -47,9 +47,9 @@ class FirstStep:
         self._outputs: list[Tensor] = []
         self._labels: dict[int, Label] = {}
 
-    def label(self, outputs: Sequence[Any], transformed: Transformed) -> None:
+    def label(self, outputs: Sequence[Any], labels: Sequence[Label]) -> None:
         """Note how the outputs of the compiled graph lie."""
-        self._labels = {id(x): y for x, y in zip(outputs, transformed.output_labels, strict=False)}
+        self._labels = {id(x): y for x, y in zip(outputs, labels, strict=False)}
 
     def watch(self, result: Any) -> None:
         """Note the cotangents that reach the outputs of the call, in the order of their leaves."""

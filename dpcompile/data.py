@@ -21,6 +21,7 @@ from dpcompile.errors import PrivacyError
 from dpcompile.noise import Stream, check_seed, fresh_seed, uniform
 from dpcompile.optim import DPOptimizer
 from dpcompile.padding import PaddedDataset, collate_padded
+from dpcompile.ranks import digest, refuse_disagreement, share_seed, world_size
 from dpcompile.runtime import Engine, engine_of
 from dpcompile.sampling import PoissonBatches, default_physical_batch_size
 
@@ -66,6 +67,8 @@ class PoissonLoader:
         multiprocessing_context: as in DataLoader.
         prefetch_factor: as in DataLoader.
         persistent_workers: as in DataLoader.
+        rank: of this process among those that share a logical batch: each takes a part, in as many physical batches.
+        world_size: how many they are. Every rank has the same seed (rank 0's if none is given) and the whole dataset.
 
     Attributes:
         step: the next logical step to be drawn. It only grows: no draw is handed out twice.
@@ -110,7 +113,10 @@ class PoissonLoader:
         multiprocessing_context: Any = None,
         prefetch_factor: int | None = None,
         persistent_workers: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        checks.check_rank(rank, world_size)
         size = checks.checked_size(dataset)
         if not (math.isfinite(expected_batch_size) and 0 < expected_batch_size <= size):
             raise PrivacyError(
@@ -118,12 +124,17 @@ class PoissonLoader:
                 remedy="give the mean size that a logical batch should have",
             )
         if physical_batch_size is None:
-            physical_batch_size = default_physical_batch_size(expected_batch_size, size)
+            physical_batch_size = default_physical_batch_size(expected_batch_size / world_size, size)
         checks.check_count("physical_batch_size", physical_batch_size)
         if steps is None:
             steps = math.ceil(size / expected_batch_size)
         checks.check_count("steps", steps)
-        self.seed = fresh_seed(secure=secure) if seed is None else seed
+        if seed is None:
+            seed = fresh_seed(secure=secure)
+            seed = share_seed(seed) if world_size > 1 else seed
+        self.seed = seed
+        self.rank, self.world_size = rank, world_size
+        self._agreed = world_size == 1
         check_seed(self.seed, secure=secure)
         self.dataset = dataset
         self.expected_batch_size, self.physical_batch_size = expected_batch_size, physical_batch_size
@@ -141,6 +152,8 @@ class PoissonLoader:
             sample_rate=self.sample_rate,
             physical_batch_size=physical_batch_size,
             secure=secure,
+            rank=rank,
+            world_size=world_size,
         )
         self._worker_seeds = torch.Generator()
         self._loader: DataLoader[Any] = DataLoader(
@@ -196,6 +209,8 @@ class PoissonLoader:
         """
         engine = engine_of(model)
         checks.refuse_other_optimizer(engine, optimizer, self.expected_batch_size, self.sample_rate)
+        if engine.sharded:
+            checks.refuse_same_examples(self.world_size, world_size())
         self._attached = (engine, optimizer)
         return self
 
@@ -210,11 +225,24 @@ class PoissonLoader:
                 "the loader is not attached: nothing would tell the model which examples are padding",
                 remedy="call loader.attach(model, optimizer), as make_private does, or iterate over loader.batches()",
             )
+        self._agree()
         return self._feed(*self._attached, self._begin())
 
     def batches(self) -> Iterator[PhysicalBatch]:
         """One pass of batches with their masks, for loops that hand the mask on and step after ``ends_step``."""
+        self._agree()
         return self._run(self._begin())
+
+    def _agree(self) -> None:
+        """Before the first pass, and the first after a checkpoint, compare with the other ranks."""
+        if not self._agreed:
+            state = self.state_dict()
+            del state["seed"]
+            refuse_disagreement(
+                {"seed": digest(self.seed), **state, "physical_batch_size": self.physical_batch_size}
+                | {"world_size": self.world_size, "steps": len(self)}
+            )
+            self._agreed = True
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` takes. It holds the seed: keep it as secret as the data."""
@@ -236,7 +264,7 @@ class PoissonLoader:
         checks.refuse_state(state_dict, self.state_dict())
         self.seed = self._sampler.seed = state_dict["seed"]
         self.step, self._position = state_dict["step"], state_dict["position"] % len(self)
-        self._resumes = True
+        self._resumes, self._agreed = True, self.world_size == 1
         self._iteration = object()
 
     def __repr__(self) -> str:
@@ -255,7 +283,7 @@ class PoissonLoader:
 
     def _run(self, iteration: object) -> Iterator[PhysicalBatch]:
         self._sampler.cover(range(self.step, self.step + len(self) - self._position))
-        value = uniform(self.seed, step=self.step, stream=Stream.WORKERS, numel=1, secure=self.secure)
+        value = uniform(self.seed, step=self.step, stream=Stream.WORKERS, numel=1, start=self.rank, secure=self.secure)
         self._worker_seeds.manual_seed(int(value.item() * 2**53))
         for data, mask, request in self._loader:
             if iteration is not self._iteration:

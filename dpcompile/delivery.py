@@ -13,7 +13,7 @@ from torch import Tensor
 from dpcompile._torch import current_backward, disable
 from dpcompile.errors import PrivacyError
 
-__all__ = ["Delivery", "through_delivery"]
+__all__ = ["Delivery", "through_delivery", "warn_of_lost_examples"]
 
 
 def through_delivery(
@@ -68,10 +68,11 @@ class Delivery:
         named = [(n, s) for n, s in zip(self.names, sums, strict=True) if s is not None]
         self.keep(norms, self.mask, named, current_backward())
         if norms is not None:
-            _warn_of_lost_examples(norms, self.mask)
+            warn_of_lost_examples(norms, self.mask)
 
 
-def _warn_of_lost_examples(norms: Tensor, mask: Tensor) -> None:
+def warn_of_lost_examples(norms: Tensor, mask: Tensor) -> None:
+    """Warn if an example's gradient was not finite, so that it got weight 0."""
     lost = int((~torch.isfinite(norms) & (mask > 0)).sum())
     if lost:
         warnings.warn(

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +26,12 @@ from dpcompile.kinds import check_model
 from dpcompile.ledger import GradientLedger
 from dpcompile.parts import Turn, asked_parts, joined, split_call
 from dpcompile.pipeline import Options, Transformed, privatize
+from dpcompile.shards import local_part
 from dpcompile.translate import translated
 from dpcompile.unowned import guarded
 from dpcompile.workspace import keep_freed_memory, kept_gradients
 
-__all__ = ["Engine", "with_own_code"]
+__all__ = ["Engine", "with_own_code", "zeros_for"]
 
 
 class _TraceOnly(Exception):
@@ -84,6 +85,11 @@ class Engine:
         self._turn: Turn | None = None
         weakref.finalize(self, kept_gradients.release)
         self._output_labels: dict[int, Label] = {}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the parameters are FSDP2's."""
+        return False
 
     @property
     def max_grad_norm(self) -> float:
@@ -187,16 +193,20 @@ class Engine:
             )
         return mask.to(device=device, dtype=torch.float32)
 
+    def refused_backward(self) -> PrivacyError | None:
+        """Why the forward that is being run may have no backward; None if it may."""
+        if not self._masked or self._mask is not None:
+            return None
+        return PrivacyError(
+            "a second backward on one batch of the loader: its examples would count twice",
+            remedy="call the model once per batch with gradients (others under torch.no_grad()); to train without the "
+            "loader, finish its loop first",
+        )
+
     def delivery(self, names: list[str], like: Tensor, dim: int) -> Delivery:
         """For the forward that is being run on examples along ``dim`` of ``like``."""
         turn, batch = self._turn or Turn(1), like.shape[dim]
-        refused = None
-        if self._masked and self._mask is None and turn.mask is None:
-            refused = PrivacyError(
-                "a second backward on one batch of the loader: its examples would count twice",
-                remedy="call the model once per batch with gradients (others under torch.no_grad()); to train without "
-                "the loader, finish its loop first",
-            )
+        refused = self.refused_backward() if turn.mask is None else None
         if turn.mask is None:
             turn.mask = self.take_mask(batch * turn.parts, like.device)
         rows = slice(turn.index * batch, (turn.index + 1) * batch)
@@ -205,7 +215,7 @@ class Engine:
         def keep(norms: Tensor | None, mask: Tensor, sums: list[tuple[str, Tensor]], graph_task: int) -> None:
             reached = {name for name, _ in sums}
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
-            zeros = [(n, _zeros(self._parameters[n])) for n in untouched]
+            zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]
             self.ledger.deliver([*sums, *zeros], graph_task=graph_task, call=turn)
             if norms is not None:
                 self.grad_norms = turn.with_norms(norms.detach(), rows)
@@ -216,17 +226,22 @@ class Engine:
 
     def check_parameters(self, roles: Roles, inputs: Sequence[Any]) -> None:
         """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks that never run."""
+        self.check_hooks((name, inputs[p]) for p, name in roles.parameters.items())
         for p, name in roles.parameters.items():
-            if has_gradient_hooks(inputs[p]):
-                raise PrivacyError(
-                    f"parameter '{name}' has a hook on its gradient, which would not run: the clipped sum does not "
-                    "pass through autograd",
-                    remedy="remove the hook; change clipped sums in p.grad only through DPOptimizer",
-                )
             if inputs[p] is not self._parameters[name]:
                 raise PrivacyError(
                     f"parameter '{name}' was replaced after dp_compile: the optimizer and the ledger hold the old one",
                     remedy="call dp_compile again after changing the model, and make the optimizer from the result",
+                )
+
+    def check_hooks(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Raise PrivacyError if one of these parameters has a hook on its gradient."""
+        for name, parameter in parameters:
+            if has_gradient_hooks(parameter):
+                raise PrivacyError(
+                    f"parameter '{name}' has a hook on its gradient, which would not run: the clipped sum does not "
+                    "pass through autograd",
+                    remedy="remove the hook; change clipped sums in p.grad only through DPOptimizer",
                 )
 
     def ran(self, transformed: Transformed | None, outputs: Sequence[Any]) -> None:
@@ -238,7 +253,7 @@ class Engine:
             self.transformed = transformed
             self.kept.note(outputs, transformed.output_labels)
         if self.first_step is not None and transformed is not None:
-            self.first_step.label(outputs, transformed)
+            self.first_step.label(outputs, transformed.output_labels)
 
     def _compiled_call(self) -> Callable[..., Any]:
         """The compiled call for what is trainable now (Dynamo of torch 2.11 has no guard on that) and the parts."""
@@ -270,7 +285,7 @@ class Engine:
     def _example_dims(self) -> list[tuple[str, Tensor, int | None]]:
         args, kwargs = self._current
         inspect.signature(self.module.forward).bind(*args, **kwargs)  # the plain TypeError of a plain call
-        check_model(self.module)
+        check_model(self.module, sharded=self.sharded)
         return example_dims(self.module.forward, args, kwargs, self.options.in_dims)
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -310,8 +325,9 @@ class Engine:
         return self._tracing
 
 
-def _zeros(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+def zeros_for(parameter: nn.Parameter) -> Tensor:
+    """A clipped sum of zeros."""
+    return torch.zeros_like(local_part(parameter.detach()), dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _nothing(_: fx.GraphModule) -> None:

@@ -33,6 +33,9 @@ class JointGraph:
         batch: the number of examples.
         plain_tangents: cotangent placeholder -> the position, in what the captured graph returns, of the output that it
             belongs to; only of outputs that AOTAutograd returns as they are.
+        input_gradients: placeholder that is no parameter -> its gradient, which flows on to whatever made the input.
+        weights: in the deferred lowering the placeholder of the clip weights, ``[parameters, B]``; the squared norms
+            leave in the same shape, in the order of ``parameters``.
     """
 
     module: fx.GraphModule
@@ -48,6 +51,8 @@ class JointGraph:
     sum_slots: Mapping[str, int]
     batch: Size
     plain_tangents: Mapping[fx.Node, int] = field(default_factory=dict)
+    input_gradients: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    weights: fx.Node | None = None
 
     @property
     def graph(self) -> fx.Graph:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dpcompile._torch import is_fake
 from dpcompile.errors import UnsupportedGraphError
+from dpcompile.shards import is_distributed
 
 __all__ = ["check_model", "check_tensor"]
 
@@ -27,9 +28,14 @@ def check_tensor(what: str, tensor: Tensor) -> None:
         raise UnsupportedGraphError(f"{what} is {kind}, which dpcompile cannot follow", remedy=remedy)
 
 
-def check_model(module: nn.Module) -> None:
-    """Raise UnsupportedGraphError unless all parameters and buffers are plain tensors."""
+def check_model(module: nn.Module, *, sharded: bool = False) -> None:
+    """Raise UnsupportedGraphError unless all parameters and buffers are plain tensors.
+
+    Under FSDP2 (``sharded``) parameters are those of ``fully_shard``, which are gathered when they are used.
+    """
     for name, parameter in module.named_parameters():
+        if sharded and is_distributed(parameter):
+            continue
         check_tensor(f"parameter '{name}'", parameter)
     for name, buffer in module.named_buffers():
         check_tensor(f"buffer '{name}'", buffer)
@@ -45,6 +51,12 @@ def _oddities(tensor: Tensor) -> Iterator[tuple[str, str]]:
         yield f"a tensor with layout {tensor.layout}", "pass it dense (x.to_dense()), or its indices and values"
     elif tensor.is_quantized:
         yield f"quantised ({tensor.dtype})", "dequantize() it, or keep int8 values and scales in plain buffers"
+    elif is_distributed(tensor):
+        yield (
+            "a DTensor that torch.distributed.fsdp.fully_shard did not make, or that it made after dp_compile",
+            "call fully_shard on the blocks and the model first, then dp_compile; pass inputs as plain tensors, each "
+            "rank its own examples",
+        )
     elif not (type(tensor) in _PLAIN or _renamed(tensor) or is_fake(tensor)):
         yield (
             f"a {type(tensor).__module__}.{type(tensor).__qualname__}, a subclass of torch.Tensor",

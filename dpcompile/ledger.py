@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from dpcompile.errors import PrivacyError
+from dpcompile.shards import as_gradient, local_part, version_of
 
 __all__ = ["GradientLedger"]
 
@@ -21,11 +22,11 @@ __all__ = ["GradientLedger"]
 @dataclass(slots=True)
 class _Entry:
     grad: Tensor
-    version: int
+    version: tuple[int, int]
     total: Tensor  # float32 or wider; the same object as ``grad`` unless the parameter is narrower
 
     def stands(self, parameter: nn.Parameter) -> bool:
-        return parameter.grad is self.grad and self.grad._version == self.version
+        return parameter.grad is self.grad and version_of(self.grad) == self.version
 
 
 class GradientLedger:
@@ -45,6 +46,7 @@ class GradientLedger:
     gradients of the last step left in place      the next clipped backward is refused
     two model calls in one backward               refused: one example could count twice
     written through ``p.grad.data``               not seen (torch keeps no version for it)
+    ``torch._foreach_*`` on sharded gradients     not seen (it changes no version of a DTensor)
     ============================================  =============================================
     """
 
@@ -66,7 +68,8 @@ class GradientLedger:
         """Add one backward's clipped sums into ``p.grad``.
 
         Args:
-            sums: ``(parameter name, clipped sum)``; the sum has the parameter's shape and float32 or a wider dtype.
+            sums: ``(parameter name, clipped sum)``; the sum has the parameter's shape (of a sharded one: that of its
+                local part, and is the sum over all ranks) and float32 or a wider dtype.
             graph_task: identifies the running ``backward()``.
             call: identifies the call of the model that the sums come from, where it delivers in parts.
 
@@ -99,7 +102,7 @@ class GradientLedger:
                     f"a second optimizer step on the same gradients (seen at parameter '{name}')",
                     remedy="run forward, loss.backward() and optimizer.zero_grad() between two steps",
                 )
-            if entry is None and not parameter.grad.any():
+            if entry is None and not local_part(parameter.grad).any():
                 continue
             raise self._foreign(name)
         if not self._deliveries:
@@ -128,7 +131,7 @@ class GradientLedger:
 
     def _add(self, name: str, parameter: nn.Parameter, clipped: Tensor) -> None:
         entry, grad = self._entries.get(name), parameter.grad
-        if grad is None or (not (entry is not None and entry.stands(parameter)) and not grad.any()):
+        if grad is None or (not (entry is not None and entry.stands(parameter)) and not local_part(grad).any()):
             total = clipped.clone() if clipped._base is not None else clipped
         elif entry is not None and entry.stands(parameter):
             total = entry.total.add_(clipped)
@@ -140,12 +143,9 @@ class GradientLedger:
         else:
             self._fault = self._foreign(name)
             raise self._fault
-        if total.dtype == parameter.dtype:
-            grad = total
-        else:
-            grad = total.to(parameter.dtype)
+        grad = as_gradient(parameter, total.to(parameter.dtype))
         parameter.grad = grad
-        self._entries[name] = _Entry(grad, grad._version, total)
+        self._entries[name] = _Entry(grad, version_of(grad), total)
 
     def _is_spent(self, name: str, parameter: nn.Parameter) -> bool:
         spent = self._spent.get(name)

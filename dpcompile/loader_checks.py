@@ -11,7 +11,15 @@ from dpcompile.errors import PrivacyError
 from dpcompile.optim import DPOptimizer
 from dpcompile.runtime import Engine
 
-__all__ = ["check_count", "checked_size", "refuse_other_optimizer", "refuse_state", "taken_over"]
+__all__ = [
+    "check_count",
+    "check_rank",
+    "checked_size",
+    "refuse_other_optimizer",
+    "refuse_same_examples",
+    "refuse_state",
+    "taken_over",
+]
 
 _TAKEN_OVER = (
     "collate_fn",
@@ -85,6 +93,26 @@ def refuse_other_optimizer(engine: Engine, optimizer: Any, expected_batch_size: 
         raise PrivacyError(
             f"the loader samples at rate {sample_rate}, the accountant assumes {accountant.sample_rate}",
             remedy="make the PrivacyAccountant with sample_rate=loader.sample_rate",
+        )
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """A rank is one of ``world_size``."""
+    if not (isinstance(rank, int) and isinstance(world_size, int) and 0 <= rank < world_size):
+        raise PrivacyError(
+            f"rank {rank!r} is not one of {world_size!r} ranks",
+            remedy="give rank=torch.distributed.get_rank() and world_size=torch.distributed.get_world_size()",
+        )
+
+
+def refuse_same_examples(loader: int, ranks: int) -> None:
+    """Under FSDP the ranks' gradients add up: an example that all of them draw would count once for each."""
+    if loader != ranks:
+        raise PrivacyError(
+            f"the loader deals each logical batch out to {loader} rank(s), and there are {ranks}: ranks would train on "
+            "the same examples, and each example would count several times",
+            remedy="give PoissonLoader rank=torch.distributed.get_rank() and "
+            "world_size=torch.distributed.get_world_size()",
         )
 
 

@@ -19,6 +19,7 @@ def privatize_(
     totals: Sequence[Tensor],
     *,
     parameters: Sequence[int],
+    starts: Sequence[int] | None = None,
     std: float,
     expected_batch_size: float,
     seed: int,
@@ -28,8 +29,9 @@ def privatize_(
     """Turn clipped sums into private mean gradients, in place: ``(total + std * noise) / expected_batch_size``.
 
     Args:
-        totals: clipped sums, float32 or wider, each of its parameter's shape.
+        totals: clipped sums, float32 or wider, each of its parameter's shape, or a run of its elements.
         parameters: their indices in the model, no two equal.
+        starts: where each total begins in its parameter, flattened; 0 for whole ones, the default.
         std: standard deviation of the noise, sigma * C; 0 draws none.
         expected_batch_size: a constant, never the drawn size.
         seed: of the noise.
@@ -49,6 +51,7 @@ def privatize_(
     not finite total                         stays so: clipping gives such examples weight 0
     =======================================  ==============================================
     """
+    starts = [0] * len(totals) if starts is None else starts
     if not std > 0:
         for total in totals:
             total.div_(expected_batch_size)
@@ -60,6 +63,7 @@ def privatize_(
         add_gaussian_(
             [totals[i] for i in members],
             parameters=[parameters[i] for i in members],
+            starts=[starts[i] for i in members],
             std=std,
             seed=seed,
             step=step,

@@ -40,18 +40,28 @@ def takes(tensors: Iterable[Tensor]) -> bool:
     )
 
 
-def mean_(tensors: Sequence[Tensor], *, tags: Sequence[int], std: float, divisor: float, seed: int, step: int) -> None:
+def mean_(
+    tensors: Sequence[Tensor],
+    *,
+    tags: Sequence[int],
+    starts: Sequence[int],
+    std: float,
+    divisor: float,
+    seed: int,
+    step: int,
+) -> None:
     """``x = (x + std * noise) / divisor`` in one pass over memory; no noise for ``std`` 0.
 
     Args:
         tensors: those that :func:`takes` said yes to; element ``i`` gets element ``i`` of the noise.
         tags: last words of the counters, one for each tensor.
+        starts: the index, in its whole parameter, of each tensor's first element.
         std: of the noise.
         divisor: of the sums.
         seed: in [0, 2**64).
         step: in [0, 2**32).
     """
-    _call("dp_mean", *_spans(tensors, tensors, tags), *_numbers(tensors[0], std, divisor, seed, step))
+    _call("dp_mean", *_spans(tensors, tensors, tags, starts), *_numbers(tensors[0], std, divisor, seed, step))
     torch.autograd.graph.increment_version(tensors)
 
 
@@ -130,12 +140,15 @@ def _call(name: str, *arguments: object) -> None:
     getattr(_library(), name)(*arguments, ctypes.c_int(torch.get_num_threads()))
 
 
-def _spans(totals: Sequence[Tensor], tensors: Sequence[Tensor], tags: Sequence[int]) -> list[object]:
-    """Count, memory, starts (of whole parameters), sizes and counter tags, as the kernel takes them."""
+def _spans(
+    totals: Sequence[Tensor], tensors: Sequence[Tensor], tags: Sequence[int], starts: Sequence[int] | None = None
+) -> list[object]:
+    """Count, memory, starts (0 by default), sizes and counter tags, as the kernel takes them."""
     n = len(totals)
+    begin = (ctypes.c_int64 * n)(*(starts or [0] * n))
     memory = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
     sizes = (ctypes.c_int64 * n)(*(t.numel() for t in totals))
-    return [ctypes.c_int64(n), memory, (ctypes.c_int64 * n)(), sizes, (ctypes.c_int64 * n)(*tags)]
+    return [ctypes.c_int64(n), memory, begin, sizes, (ctypes.c_int64 * n)(*tags)]
 
 
 def _numbers(like: Tensor, std: float, divisor: float, seed: int, step: int) -> tuple[object, ...]:

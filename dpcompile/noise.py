@@ -143,8 +143,9 @@ def add_gaussian_(
     step: int,
     secure: bool = False,
     divisor: float = 1.0,
+    starts: Sequence[int] | None = None,
 ) -> None:
-    """Add ``std`` times :func:`gaussian` to whole parameters, in place, without ever holding all of the noise.
+    """Add ``std`` times :func:`gaussian` to parameters, in place, without ever holding all of the noise.
 
     On a CPU contiguous tensors are done in one pass over memory (`native`), unless ``secure``.
 
@@ -157,6 +158,8 @@ def add_gaussian_(
         step: see :func:`gaussian`.
         secure: see :func:`gaussian`.
         divisor: what the sums are divided by.
+        starts: the index, in its whole parameter, of each tensor's first element, for parts of sharded parameters; 0
+            by default.
 
     Raises:
         PrivacyError: an argument out of range, or a parameter named twice.
@@ -168,7 +171,8 @@ def add_gaussian_(
             f"a parameter index occurs twice among {list(parameters)}: two tensors would get the same noise",
             remedy="give every tensor an index of its own",
         )
-    spans = [Span(parameter, t.numel()) for parameter, t in zip(parameters, tensors, strict=True)]
+    starts = [0] * len(tensors) if starts is None else starts
+    spans = [Span(p, t.numel(), start) for p, t, start in zip(parameters, tensors, starts, strict=True)]
     if not tensors:
         return
     dtype, device = tensors[0].dtype, tensors[0].device
@@ -179,7 +183,9 @@ def add_gaussian_(
     rest = [i for i, t in enumerate(tensors) if not t.is_contiguous()]
     if not secure and native.takes(tensors[i] for i in dense):
         tags = [counter_tag(Stream.GRADIENT, parameters[i]) for i in dense]
-        native.mean_([tensors[i] for i in dense], tags=tags, std=std, divisor=divisor, seed=seed, step=step)
+        begin = [starts[i] for i in dense]
+        quick = [tensors[i] for i in dense]
+        native.mean_(quick, tags=tags, starts=begin, std=std, divisor=divisor, seed=seed, step=step)
         dense = []
     for i, offset, values in _pieces(seed, step, [spans[i] for i in dense], device, secure):
         flat = tensors[dense[i]].view(-1)

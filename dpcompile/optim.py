@@ -20,7 +20,9 @@ from dpcompile.errors import PrivacyError
 from dpcompile.mechanism import privatize_
 from dpcompile.noise import check_seed, fresh_seed
 from dpcompile.privacy import PrivacyAccountant
+from dpcompile.ranks import digest, refuse_disagreement, share_seed
 from dpcompile.runtime import engine_of
+from dpcompile.shards import as_gradient, local_part, local_start
 
 __all__ = ["DPOptimizer"]
 
@@ -37,7 +39,8 @@ class DPOptimizer(Optimizer):
         noise_multiplier: sigma; the noise has standard deviation ``sigma * max_grad_norm`` before the division. 0 is
             allowed: no noise, epsilon infinite.
         expected_batch_size: sample rate times size of the dataset: the constant that divides the sums.
-        seed: of the noise, a secret; None draws one. See :func:`dpcompile.noise.fresh_seed`.
+        seed: of the noise, a secret; None draws one (rank 0 does, for all ranks of a sharded model). See
+            :func:`dpcompile.noise.fresh_seed`.
         secure: cryptographic noise (ChaCha20).
         accountant: stepped once per logical step.
 
@@ -68,6 +71,7 @@ class DPOptimizer(Optimizer):
     an old checkpoint, two runs from it both published  not seen: give one of them another seed
     a scheduler stepped in the loop                     right if stepped only when not ``accumulating``
     copied or pickled                                   refused: two objects would draw the same noise
+    ranks with other seeds, sigma, C or steps           refused at the first step
     ==================================================  =====================================================
     """
 
@@ -88,7 +92,9 @@ class DPOptimizer(Optimizer):
         checks.refuse_bad_numbers(noise_multiplier, expected_batch_size)
         checks.refuse_other_accountant(noise_multiplier, accountant)
         checks.refuse_closure_only(optimizer)
-        seed = fresh_seed(secure=secure) if seed is None else seed
+        if seed is None:
+            seed = fresh_seed(secure=secure)
+            seed = share_seed(seed) if self.engine.sharded else seed
         check_seed(seed, secure=secure)
         self.optimizer = optimizer
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
@@ -96,6 +102,7 @@ class DPOptimizer(Optimizer):
         self.logical_step = 0
         self.accumulating = False
         self._stepping = False
+        self._agreed = not self.engine.sharded  # whether all ranks are known to mean the same
         self._held = False  # sums of earlier physical batches of an unfinished logical step stand in p.grad
         checks.refuse_foreign(self.engine, (p for group in optimizer.param_groups for p in group["params"]))
         checks.refuse_missing(self.engine, optimizer, self.engine.trainable())
@@ -141,6 +148,7 @@ class DPOptimizer(Optimizer):
             return loss
         names = self.checked_parameters()
         self.engine.ledger.verify(names)
+        self._agree()
         self._stepping = True
         try:
             self._update(names, self.use_noise())
@@ -148,6 +156,23 @@ class DPOptimizer(Optimizer):
             self._stepping = False
         self.finish()
         return loss
+
+    def _agree(self) -> None:
+        """Before the first step, and the first after a checkpoint, compare with the other ranks."""
+        if not self._agreed:
+            own = self.private_state()
+            options = self.engine.options
+            refuse_disagreement(
+                {
+                    "seed": digest(self.seed),
+                    **{k: own[k] for k in ("logical_step", "noise_multiplier", "expected_batch_size", "secure")},
+                    "max_grad_norm": self.engine.max_grad_norm,
+                    "clipping": options.clipping if isinstance(options.clipping, str) else "a function",
+                    "loss_reduction": options.loss_reduction,
+                    "trainable parameters": self.engine.trainable(),
+                }
+            )
+            self._agreed = True
 
     def checked_parameters(self) -> list[str]:
         """Names of the parameters that a step updates, after the checks that do not look at gradients."""
@@ -196,7 +221,7 @@ class DPOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The inner state dict plus the key ``"dpcompile"``. It holds the seed: keep it as secret as the data."""
-        return {**self.optimizer.state_dict(), _KEY: self._own_state()}
+        return {**self.optimizer.state_dict(), _KEY: self.private_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume: inner state, seed, logical step and accountant, so that no noise is drawn twice.
@@ -207,12 +232,36 @@ class DPOptimizer(Optimizer):
         """
         rest = dict(state_dict)
         own = rest.pop(_KEY, None)
-        checks.refuse_state(own, self._own_state())
+        checks.refuse_state(own, self.private_state())
         self.optimizer.load_state_dict(rest)
         if self.accountant is not None and own["accountant"] is not None:
             self.accountant.load_state_dict(own["accountant"])
         self.seed, self.logical_step = own["seed"], own["logical_step"]
+        self._agreed = not self.engine.sharded
         self.discard()
+
+    def fill_state(self) -> None:
+        """Let the inner optimizer make its state, to load a checkpoint into; no parameter changes.
+
+        It steps once on zero gradients with learning rate 0, if it has no state yet.
+        """
+        inner = self.optimizer
+        if inner.state:
+            return
+        self.discard()
+        rates = [group["lr"] for group in inner.param_groups]
+        for group in inner.param_groups:
+            group["lr"] = 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+        self._stepping = True
+        try:
+            inner.step()
+        finally:
+            self._stepping = False
+            for group, rate in zip(inner.param_groups, rates, strict=True):
+                group["lr"] = rate
+            self.discard()
 
     def register_step_pre_hook(self, hook: Any) -> Any:
         """As in torch, before the noise; not called for steps that only accumulate."""
@@ -251,7 +300,8 @@ class DPOptimizer(Optimizer):
             remedy="save state_dict(), or make a second DPOptimizer with its own seed",
         )
 
-    def _own_state(self) -> dict[str, Any]:
+    def private_state(self) -> dict[str, Any]:
+        """What :meth:`state_dict` adds to the inner optimizer's: plain numbers, the seed among them."""
         return {
             "seed": self.seed,
             "logical_step": self.logical_step,
@@ -269,7 +319,8 @@ class DPOptimizer(Optimizer):
         for name in names:
             total, p = self.engine.ledger.total(name), parameters[name]
             if total is None:
-                total = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+                here = local_part(p.detach())
+                total = torch.zeros_like(here, dtype=torch.promote_types(p.dtype, torch.float32))
             totals.append(total)
         mechanism: dict[str, Any] = {
             "parameters": [index[name] for name in names],
@@ -281,9 +332,10 @@ class DPOptimizer(Optimizer):
         weights = [parameters[name] for name in names]
         if not self.secure and fused_adam.update_(self.optimizer, weights, totals, **mechanism):
             return
-        privatize_(totals, **mechanism, secure=self.secure)
+        starts = [local_start(w) for w in weights]
+        privatize_(totals, **mechanism, starts=starts, secure=self.secure)
         for p, total in zip(weights, totals, strict=True):
-            p.grad = total.to(p.dtype)
+            p.grad = as_gradient(p, total.to(p.dtype))
         self.optimizer.step()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from dpcompile.choose import Limit
 from dpcompile.clipping import Clipping
 from dpcompile.joint import JointGraph
 from dpcompile.kernels.fused_rates import FusedRates, measure_fused_rates
+from dpcompile.lower import Cut
 from dpcompile.matrix_exp import fold_matrix_exp
 from dpcompile.memory import is_fused, replay
 from dpcompile.normalise import copy_expanded_bases, save_what_is_overwritten, split_convolution_bias
@@ -45,6 +46,7 @@ class Options:
     dynamic: bool | None
     memory_budget: float | int | None
     check: bool
+    regions: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Transformed:
         sum_slots: parameter name -> position of its clipped sum in the graph's outputs.
         norm_slot: the position of the norms.
         unowned: positions of outputs that depend on no example, with the user's line.
+        cut: in the deferred lowering, where the backward is cut in two.
     """
 
     graph: fx.GraphModule
@@ -68,6 +71,7 @@ class Transformed:
     sum_slots: Mapping[str, int]
     norm_slot: int
     unowned: Mapping[int, str | None]
+    cut: Cut | None = None
 
 
 def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int | None = None) -> Transformed:
@@ -122,7 +126,18 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
     module.recompile()
     labels = tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs)
     readable = fx.GraphModule(module, copy_graph(module.graph))
-    return Transformed(readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot, unowned)
+    return Transformed(
+        readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot, unowned, _cut(joint, plan)
+    )
+
+
+def _cut(joint: JointGraph, plan: Plan) -> Cut | None:
+    if joint.weights is None:
+        return None
+    chosen = plan.rules()
+    sums = tuple(joint.sum_slots[name] if name in chosen else None for name in joint.parameters)
+    values: Sequence[object] = joint.graph.output_node().args[0]  # type: ignore[assignment]
+    return Cut(joint.norm_slot, sums, joint.weights.name, len(values))
 
 
 def _limit(

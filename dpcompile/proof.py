@@ -60,6 +60,7 @@ def prove(joint: JointGraph) -> Proof:
     gradient that is identically zero           allowed
     output that depends on no example           allowed; a gradient through it is refused when it runs
     gradient with a part from no example        refused (a regulariser inside the model)
+    gradient of an input that lies otherwise    refused
     parameter with an example axis of its own   refused
     operation without a rule on example data    refused by name
     batch of one example                        nothing to mix; writes to buffers are still refused
@@ -82,6 +83,8 @@ def prove(joint: JointGraph) -> Proof:
     for name, gradient in joint.gradients.items():
         if gradient is not None:
             _check_gradient(name, gradient, proof.of(gradient))
+    for source, gradient in joint.input_gradients.items():
+        _check_input_gradient(joint.input_name(source), gradient, proof.of(source), proof.of(gradient))
     return proof
 
 
@@ -252,6 +255,20 @@ def _check_gradient(name: str, gradient: fx.Node, label: Label) -> None:
             f"the gradient of parameter '{name}' does not come from the examples, so it cannot be clipped",
             where=where(gradient),
             remedy="keep regularisers on parameters out of the model (use the optimizer's weight_decay), or freeze it",
+        )
+
+
+def _check_input_gradient(name: str, gradient: fx.Node, source: Label, label: Label) -> None:
+    """What flows back to the graph that made an input must lie there as the cotangent that its proof assumed."""
+    if isinstance(label, Mixed):
+        raise refusal(label, f"the gradient of input '{name}'")
+    lies_right = isinstance(label, Whole) or (isinstance(label, Shared) and label.zero) or label == source
+    if isinstance(source, (Examples, Whole)) and not lies_right:
+        raise ExampleMixingError(
+            f"the gradient of input '{name}' is {label}, and the input is {source}: what made the input could not find "
+            "the examples in it",
+            where=where(gradient),
+            remedy="compute the input in the same compiled region",
         )
 
 

@@ -65,6 +65,9 @@ def rewrite(joint: JointGraph, plan: Plan, options: ClipOptions, proof: Proof) -
     gradient of a parameter is returned.
     """
     norms = [_norm(joint, choice) for choice in plan.choices]
+    if joint.weights is not None:
+        _defer(joint, plan, norms, joint.weights)
+        return
     groups: dict[str, list[_Norm]] = {}
     for norm in norms:
         groups.setdefault(group_of(options.clipping, norm.choice.gradient.name), []).append(norm)
@@ -82,6 +85,35 @@ def rewrite(joint: JointGraph, plan: Plan, options: ClipOptions, proof: Proof) -
         for norm in members:
             outputs[joint.sum_slots[norm.choice.gradient.name]] = _clipped_sum(joint, norm, weights, second)
     outputs[joint.norm_slot] = _reported(joint, totals, options)
+    joint.graph.output_node().args = (type(joint.graph.output_node().args[0])(outputs),)  # type: ignore[call-arg]
+    _prune(joint.graph)
+    joint.module.recompile()
+
+
+def _defer(joint: JointGraph, plan: Plan, norms: Sequence[_Norm], weights: fx.Node) -> None:
+    """Squared norms ``[parameters, B]`` leave the graph, the weights ``[parameters, B]`` are an input of it."""
+    if plan.second_backward:
+        raise UnsupportedGraphError(
+            "the published algorithms with a second backward need the model in one graph",
+            remedy="set regions=None, or use one backward: norm='book_keeping', 'bk_mixed_ghost'",
+        )
+    outputs = list(joint.graph.output_node().args[0])  # type: ignore[arg-type]
+    for slot in joint.gradient_slots.values():
+        outputs[slot] = None
+    rows = {name: i for i, name in enumerate(joint.parameters)}
+    known = {norm.choice.gradient.name: norm.squared for norm in norms}
+
+    def stack(weights: Tensor, *squared: Tensor) -> Tensor:
+        given = dict(zip(known, squared, strict=True))
+        zero = torch.zeros_like(weights[0])
+        return torch.stack([given[name].to(weights.dtype) if name in given else zero for name in rows])
+
+    nodes = [weights, *known.values()]
+    outputs[joint.norm_slot] = insert(joint.graph, _behind(joint, nodes), stack, nodes)
+    for norm in norms:
+        name = norm.choice.gradient.name
+        row = insert(joint.graph, _behind(joint, [weights]), lambda w, i=rows[name]: w[i], [weights])
+        outputs[joint.sum_slots[name]] = _clipped_sum(joint, norm, row, {})
     joint.graph.output_node().args = (type(joint.graph.output_node().args[0])(outputs),)  # type: ignore[call-arg]
     _prune(joint.graph)
     joint.module.recompile()

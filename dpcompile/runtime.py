@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from dpcompile.engine import Engine
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.pipeline import Options, Transformed
+from dpcompile.region_engine import RegionEngine, RegionPlans
+from dpcompile.units import is_sharded
 
 __all__ = ["Engine", "PrivateModule", "engine_of", "private_class", "private_view"]
 
@@ -44,8 +46,9 @@ class PrivateModule:
 
     @property
     def plan(self) -> Any:
-        """The rule of every gradient site; print it."""
-        return _transformed(self).plan
+        """The rule of every gradient site; print it. Of a model in regions: of each region, equal ones once."""
+        transformed, engine = _transformed(self), engine_of(self)
+        return RegionPlans(engine.plans) if isinstance(engine, RegionEngine) else transformed.plan
 
     @property
     def graph(self) -> fx.GraphModule:
@@ -77,9 +80,9 @@ def private_view(module: nn.Module, options: Options) -> Any:
     """An object of a subclass of the module's class that shares its state and compiles its calls."""
     kind = type(module)
     private = type(kind.__name__, (PrivateModule, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
-    view = private.__new__(private)
+    view = object.__new__(private) if is_sharded(module) else private.__new__(private)
     object.__setattr__(view, "__dict__", module.__dict__)
-    object.__setattr__(view, "_engine", Engine(module, options))
+    object.__setattr__(view, "_engine", _engine(module, options))
     return view
 
 
@@ -95,6 +98,11 @@ def private_class(kind: type[nn.Module], options: Options) -> type:
             "_options": options,
         },
     )
+
+
+def _engine(module: nn.Module, options: Options) -> Engine:
+    sharded = any(is_sharded(m) for m in module.modules())
+    return RegionEngine(module, options) if sharded or options.regions is not None else Engine(module, options)
 
 
 def _undecorated(model: Any) -> nn.Module:
@@ -115,7 +123,7 @@ def engine_of(model: Any) -> Engine:
     if isinstance(model, PrivateModule):
         engine = getattr(model, "_engine", None)
         if engine is None:  # an instance of a decorated class, used for the first time
-            engine = Engine(_undecorated(model), model._options)
+            engine = _engine(_undecorated(model), model._options)
             object.__setattr__(model, "_engine", engine)
     if engine is None:
         raise PrivacyError(

@@ -54,11 +54,18 @@ def _at_a_time(expected: float) -> int:
     return math.ceil(expected + 6 * math.sqrt(expected)) + 16
 
 
-def cut(indices: list[int], *, physical_batch_size: int, step: int) -> Iterator[Request]:
-    """One logical batch as requests of ``physical_batch_size`` each; at least one, so that an empty draw is a step."""
-    starts = range(0, max(len(indices), 1), physical_batch_size)
+def cut(
+    indices: list[int], *, physical_batch_size: int, step: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Request]:
+    """One logical batch as requests of ``physical_batch_size`` each; at least one, so that an empty draw is a step.
+
+    **Guarantee.** Over all ranks every index is in exactly one request, and every rank has as many requests.
+    """
+    own = indices[rank::world_size]
+    largest = len(indices[::world_size])
+    starts = range(0, max(largest, 1), physical_batch_size)
     for start in starts:
-        part = indices[start : start + physical_batch_size]
+        part = own[start : start + physical_batch_size]
         yield Request(part, physical_batch_size, step, start == 0, start == starts[-1])
 
 
@@ -77,8 +84,17 @@ class PoissonBatches:
     """The batch sampler behind a DataLoader: requests of the logical steps set by :meth:`cover`."""
 
     def __init__(
-        self, *, seed: int, size: int, sample_rate: float, physical_batch_size: int, secure: bool = False
+        self,
+        *,
+        seed: int,
+        size: int,
+        sample_rate: float,
+        physical_batch_size: int,
+        secure: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        self.rank, self.world_size = rank, world_size
         self.seed, self.size, self.sample_rate, self.secure = seed, size, sample_rate, secure
         self.physical_batch_size = physical_batch_size
         self._steps = range(0)
@@ -93,4 +109,10 @@ class PoissonBatches:
     def _requests(self, seed: int, steps: range) -> Iterator[Request]:
         for step in steps:
             drawn = poisson_draw(seed, step=step, size=self.size, sample_rate=self.sample_rate, secure=self.secure)
-            yield from cut(drawn, physical_batch_size=self.physical_batch_size, step=step)
+            yield from cut(
+                drawn,
+                physical_batch_size=self.physical_batch_size,
+                step=step,
+                rank=self.rank,
+                world_size=self.world_size,
+            )

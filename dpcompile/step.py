@@ -14,11 +14,12 @@ from dpcompile._torch import compile_joint, flat_graph, pytree, tracing_config
 from dpcompile.arguments import InDims, example_dims
 from dpcompile.capture import Roles, assign_roles, extend
 from dpcompile.engine import Engine, with_own_code
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.example_losses import ExampleLosses
 from dpcompile.noise_op import add_gaussian_op_, seed_words
 from dpcompile.optim import DPOptimizer
 from dpcompile.pipeline import Transformed, privatize
+from dpcompile.region_engine import RegionEngine
 from dpcompile.runtime import engine_of
 from dpcompile.translate import translated
 
@@ -67,6 +68,12 @@ def compile_step(
     if optimizer.engine is not engine:
         raise PrivacyError(
             "the optimizer belongs to another private model", remedy="make the DPOptimizer with the model given here"
+        )
+    if isinstance(engine, RegionEngine):
+        raise UnsupportedGraphError(
+            "compile_step makes one graph of the whole step, and this model is compiled in regions",
+            remedy="use the ordinary loop: model(inputs), loss.backward(), optimizer.step(); or compile the model "
+            "without regions",
         )
     for group in optimizer.param_groups:
         if isinstance(group["lr"], float):  # a number would be compiled in, and every change of it compiled anew

@@ -14,6 +14,8 @@ _tasks = itertools.count()
 
 
 class FakeEngine:
+    sharded = False
+
     def __init__(self, model: nn.Module, max_grad_norm: float = 1.0) -> None:
         self.model, self.max_grad_norm = model, max_grad_norm
         self.ledger = GradientLedger(self.parameters())

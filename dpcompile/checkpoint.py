@@ -1,0 +1,125 @@
+"""Checkpoints through ``torch.distributed.checkpoint``: saved on any number of ranks, resumed on any."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from dpcompile import optim_checks
+from dpcompile.data import PoissonLoader
+from dpcompile.errors import PrivacyError
+from dpcompile.optim import DPOptimizer
+from dpcompile.runtime import engine_of
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+
+def save_checkpoint(
+    directory: str | Path, model: nn.Module, optimizer: DPOptimizer, loader: PoissonLoader | None = None
+) -> None:
+    """Save model, inner optimizer, logical step, seeds and accountant; every rank must call it.
+
+    Args:
+        directory: a path that all ranks see.
+        model: the private model.
+        optimizer: its optimizer, between two logical steps.
+        loader: the loader, if its draws are to go on where they were.
+
+    The checkpoint holds the seeds of noise and draws: keep it as secret as the data.
+
+    Raises:
+        PrivacyError: within a logical step: the sums so far would be lost.
+    """
+    if optimizer.accumulating or optimizer.engine.ledger.deliveries:
+        raise PrivacyError(
+            "a checkpoint within a logical step would lose the clipped sums so far",
+            remedy="save after optimizer.step() and optimizer.zero_grad()",
+        )
+    state = {"private": _private(optimizer, loader), **_tensors(model, optimizer)}
+    with _quiet():
+        save(state, checkpoint_id=directory)
+
+
+def load_checkpoint(
+    directory: str | Path, model: nn.Module, optimizer: DPOptimizer, loader: PoissonLoader | None = None
+) -> None:
+    """Go on where :func:`save_checkpoint` was called, on any number of ranks; every rank must call it.
+
+    Args:
+        directory: what was saved.
+        model: a private model of the same architecture; its weights are replaced.
+        optimizer: made with the same kind of inner optimizer over the same parameters, sigma and batch size.
+        loader: made for the same data, if the checkpoint holds one's state.
+
+    Raises:
+        PrivacyError: what :meth:`DPOptimizer.load_state_dict` and :meth:`PoissonLoader.load_state_dict` refuse: noise
+            or draws that would be used twice, another mechanism; nothing is changed then.
+    """
+    private = {"private": ""}
+    with _quiet():
+        load(private, checkpoint_id=directory)
+    saved = json.loads(private["private"])
+    optim_checks.refuse_state(saved["optimizer"], optimizer.private_state())
+    if (loader is None) != (saved["loader"] is None):
+        raise PrivacyError(
+            f"the checkpoint {'holds no' if saved['loader'] is None else 'holds the'} state of a loader, and "
+            f"{'none' if loader is None else 'one'} was given: draws would be used twice",
+            remedy="save and load with the loader, or without it both times",
+        )
+    if loader is not None:
+        loader.load_state_dict(saved["loader"])
+    optimizer.fill_state()
+    tensors = _tensors(model, optimizer)
+    with _quiet():
+        load(tensors, checkpoint_id=directory)
+    engine_of(model).module.load_state_dict(tensors["model"])
+    inner = optimizer.optimizer.state_dict()
+    names = _names(optimizer)
+    inner["state"] = {position: tensors["state"].get(name, {}) for position, name in names.items()}
+    for group, values in zip(inner["param_groups"], saved["groups"], strict=True):
+        group.update(values)
+    optimizer.load_state_dict({**inner, "dpcompile": saved["optimizer"]})
+
+
+def _private(optimizer: DPOptimizer, loader: PoissonLoader | None) -> str:
+    """What is no tensor, as text: seeds have more bits than a tensor's numbers."""
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.optimizer.state_dict()["param_groups"]]
+    whole = {
+        "optimizer": optimizer.private_state(),
+        "loader": None if loader is None else loader.state_dict(),
+        "groups": groups,
+    }
+    return json.dumps(whole, default=lambda x: x.item() if isinstance(x, torch.Tensor) else list(x))
+
+
+def _tensors(model: nn.Module, optimizer: DPOptimizer) -> dict[str, Any]:
+    names, inner = _names(optimizer), optimizer.optimizer.state_dict()
+    return {
+        "model": engine_of(model).module.state_dict(),
+        "state": {names[position]: values for position, values in inner["state"].items()},
+    }
+
+
+def _names(optimizer: DPOptimizer) -> dict[int, str]:
+    """Position in the inner optimizer's state dict -> parameter name."""
+    known = {id(p): n for n, p in optimizer.engine.parameters().items()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    return {position: known[id(p)] for position, p in enumerate(held)}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings about a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield

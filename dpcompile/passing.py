@@ -1,0 +1,94 @@
+"""Graphs in which no parameter is trained: proved and labelled, not rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from dpcompile._torch import PlainAOTInput, PlainAOTOutput, TangentAOTInput, is_gradient_of_input
+from dpcompile.axis import Examples, Label, Shared
+from dpcompile.capture import Roles, check_outputs
+from dpcompile.joint import JointGraph
+from dpcompile.proof import prove
+from dpcompile.unowned import erase_cotangents
+
+__all__ = ["label_outputs"]
+
+
+def label_outputs(module: fx.GraphModule, roles: Roles) -> tuple[tuple[Label, ...], Mapping[int, str | None]]:
+    """Prove that examples do not mix on the way through, forward and backward.
+
+    Args:
+        module: a decomposed joint graph, or a forward alone where nothing needs a gradient.
+        roles: of its inputs.
+
+    Returns:
+        The labels of the captured graph's outputs; positions of outputs that depend on no example, with the user's
+        line.
+
+    **Guarantee.** Outputs lie as labelled, and the gradient of every input with an example axis lies like the input if
+    the cotangents of the outputs lie like the outputs.
+    """
+    joint = _named(module, roles)
+    if joint is None:
+        count = sum(isinstance(d, PlainAOTOutput) for d in _descriptors(module))
+        return (Shared(),) * count, {}
+    check_outputs(module, roles)
+    proof = prove(joint)
+    unowned = erase_cotangents(joint, proof)
+    if unowned:
+        proof = prove(joint)
+    module.recompile()
+    return tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs), unowned
+
+
+def _descriptors(module: fx.GraphModule) -> Sequence[Any]:
+    return module.graph.output_node().meta["desc"]
+
+
+def _named(module: fx.GraphModule, roles: Roles) -> JointGraph | None:
+    """The graph with names; None if no example goes into it."""
+    by_position: dict[int, fx.Node] = {}
+    tangents: dict[Any, fx.Node] = {}
+    for node in module.graph.find_nodes(op="placeholder"):
+        descriptor = node.meta.get("desc")
+        if isinstance(descriptor, PlainAOTInput):
+            by_position[descriptor.idx] = node
+        elif isinstance(descriptor, TangentAOTInput):
+            tangents[descriptor.output] = node
+    axes = {
+        by_position[p]: roles.layouts.get(p, Examples(dim)) for p, dim in roles.examples.items() if p in by_position
+    }
+    if not axes:
+        return None
+    values: Sequence[Any] = module.graph.output_node().args[0]  # type: ignore[assignment]
+    pairs = list(zip(_descriptors(module), values, strict=True))
+    forward = {d: v for d, v in pairs if d is not None and is_gradient_of_input(d) is None}
+    outputs = [v for d, v in pairs if isinstance(d, PlainAOTOutput)]
+    gradients = {
+        by_position[p]: v
+        for d, v in pairs
+        if isinstance(v, fx.Node) and (p := is_gradient_of_input(d)) is not None and p in by_position
+    }
+    return JointGraph(
+        module=module,
+        parameters={},
+        gradients={},
+        example_axes=axes,
+        tangent_of={t: forward[d] for d, t in tangents.items() if isinstance(forward.get(d), fx.Node)},
+        outputs=tuple(v if isinstance(v, fx.Node) else None for v in outputs),
+        mask=next(iter(axes)),
+        names={by_position[p]: name for p, name in roles.names.items() if p in by_position},
+        norm_slot=-1,
+        gradient_slots={},
+        sum_slots={},
+        batch=roles.batch,
+        plain_tangents={
+            t: d.idx
+            for d, t in tangents.items()
+            if isinstance(d, PlainAOTOutput) and isinstance(forward.get(d), fx.Node)
+        },
+        input_gradients=gradients,
+    )

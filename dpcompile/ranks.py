@@ -1,0 +1,53 @@
+"""What all ranks must have in common: one seed, and one mechanism."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from dpcompile.errors import PrivacyError
+
+__all__ = ["digest", "refuse_disagreement", "share_seed", "world_size"]
+
+
+def world_size() -> int:
+    """How many ranks there are; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def share_seed(seed: int) -> int:
+    """The seed of rank 0, on every rank."""
+    if world_size() == 1:
+        return seed
+    box = [seed]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def digest(secret: int) -> str:
+    """Tells whether two secrets are the same, and not what they are."""
+    return hashlib.sha256(f"dpcompile seed {secret}".encode()).hexdigest()
+
+
+def refuse_disagreement(values: Mapping[str, Any]) -> None:
+    """Compare values over all ranks; every rank must call this, and all raise if one differs.
+
+    Raises:
+        PrivacyError: naming the values that are not the same on all ranks.
+    """
+    if world_size() == 1:
+        return
+    everywhere: list[Any] = [None] * world_size()
+    dist.all_gather_object(everywhere, dict(values))
+    different = [name for name in values if len({repr(v[name]) for v in everywhere}) > 1]
+    if different:
+        listed = ", ".join(
+            name if name == "seed" else f"{name} ({', '.join(repr(v[name]) for v in everywhere)})" for name in different
+        )
+        raise PrivacyError(
+            f"the ranks disagree about {listed}",
+            remedy="make model, optimizer and loader with the same arguments on every rank; load the same checkpoint",
+        )

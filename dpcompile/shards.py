@@ -1,0 +1,140 @@
+"""Parameters of which every rank holds a part: what lies here, where it lies in the whole, and sums over all ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpcompile.errors import UnsupportedGraphError
+
+__all__ = ["Pending", "as_gradient", "is_distributed", "local_part", "local_start", "reduce_sums", "version_of"]
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a ``DTensor``."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What of the tensor lies on this rank: all of it, unless it is a ``DTensor``."""
+    return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def version_of(tensor: Tensor) -> tuple[int, int]:
+    """Changes with every in-place operation on the tensor or on its local part."""
+    return tensor._version, local_part(tensor)._version
+
+
+def as_gradient(parameter: Tensor, local: Tensor) -> Tensor:
+    """A gradient of the parameter from what of it lies on this rank."""
+    if not is_distributed(parameter):
+        return local
+    distributed: Any = parameter
+    return type(distributed).from_local(
+        local,
+        distributed.device_mesh,
+        distributed.placements,
+        run_check=False,
+        shape=distributed.shape,
+        stride=distributed.stride(),
+    )
+
+
+def local_start(parameter: Tensor) -> int:
+    """The index, in the whole parameter flattened row by row, of the first element that lies here.
+
+    A parameter cut along dimension 0 lies on every rank as one run of elements.
+    """
+    if not is_distributed(parameter):
+        return 0
+    layout = _layout(parameter)
+    first = min(layout.rank * layout.rows, parameter.shape[0])
+    return first * (parameter.numel() // max(parameter.shape[0], 1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How FSDP2 cuts a parameter: equal numbers of rows, the last ranks with fewer or none."""
+
+    world: int
+    rank: int
+    rows: int
+    shards: Any
+    replicas: tuple[Any, ...]
+
+
+def _layout(parameter: Any) -> _Layout:
+    mesh, placements = parameter.device_mesh, parameter.placements
+    cut = [i for i, p in enumerate(placements) if p.is_shard()]
+    copied = [i for i, p in enumerate(placements) if p.is_replicate()]
+    plain = type(placements[cut[0]]).__name__ == "Shard" if cut else False
+    if len(cut) != 1 or len(cut) + len(copied) != len(placements) or not plain or placements[cut[0]].dim != 0:
+        raise UnsupportedGraphError(
+            f"a parameter of shape {list(parameter.shape)} has the placements {tuple(placements)} on its mesh",
+            remedy="shard along dimension 0 of the parameters, on a mesh of one dimension, or of two of which the "
+            "first replicates (fully_shard's defaults)",
+        )
+    world, rank = mesh.size(cut[0]), mesh.get_local_rank(cut[0])
+    rows = -(-parameter.shape[0] // world)
+    here = max(min(rows, parameter.shape[0] - rank * rows), 0)
+    if parameter.to_local().shape[0] != here:
+        raise UnsupportedGraphError(
+            f"rank {rank} holds {parameter.to_local().shape[0]} rows of a parameter where equal parts give {here}",
+            remedy="shard with torch.distributed.fsdp.fully_shard",
+        )
+    return _Layout(world, rank, rows, mesh.get_group(cut[0]), tuple(mesh.get_group(i) for i in copied))
+
+
+@dataclass(slots=True)
+class Pending:
+    """A sum over ranks that is under way."""
+
+    parameters: Sequence[Tensor]
+    layouts: Sequence[_Layout]
+    received: Tensor
+    work: Any
+    sent: Tensor | None
+
+    def wait(self) -> list[Tensor]:
+        """The local parts of the sums over all ranks, in the order of the parameters."""
+        if self.work is not None:
+            self.work.wait()
+        self.sent = None
+        for group in self.layouts[0].replicas:
+            dist.all_reduce(self.received, group=group)
+        found, at = [], 0
+        for parameter, layout in zip(self.parameters, self.layouts, strict=True):
+            width = parameter.numel() // max(parameter.shape[0], 1)
+            shape = local_part(parameter.detach()).shape
+            found.append(self.received[at : at + shape.numel()].clone().view(shape))
+            at += layout.rows * width
+        return found
+
+
+def reduce_sums(parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> Pending:
+    """Start to add up clipped sums over the ranks, in one reduce-scatter for all parameters of a unit.
+
+    Args:
+        parameters: sharded over the same ranks.
+        sums: of this rank's examples, whole, float32 or wider, all of one dtype.
+
+    The bytes are those of FSDP2's own reduction: every parameter padded to equal rows on all ranks.
+    """
+    layouts = [_layout(p) for p in parameters]
+    world = layouts[0].world
+    parts = []
+    for total, layout in zip(sums, layouts, strict=True):
+        missing = layout.rows * world - total.shape[0]
+        padded = torch.cat([total, total.new_zeros((missing, *total.shape[1:]))]) if missing else total
+        parts.append(padded.reshape(world, -1))
+    sent = torch.cat(parts, 1)
+    received = sent.new_empty(sent.shape[1])
+    work = dist.reduce_scatter_tensor(received, sent.view(-1), group=layouts[0].shards, async_op=True)
+    return Pending(parameters, layouts, received, work, sent)

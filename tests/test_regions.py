@@ -1,0 +1,461 @@
+"""Models compiled in regions: the same gradients as one backward per example, whatever passes between the blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_step
+from torch import Tensor, nn
+
+import dpcompile
+from dpcompile import (
+    DPCompileError,
+    DPOptimizer,
+    ExampleMixingError,
+    PoissonLoader,
+    PrivacyError,
+    UnsupportedGraphError,
+    compile_step,
+)
+from dpcompile.runtime import engine_of
+
+dp_compile: Any = dpcompile.dp_compile
+B, T, D, V = 4, 5, 8, 11
+
+
+class Block(nn.Module):
+    def __init__(self, heads: int = 2) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.up, self.down = nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+        self.heads = heads
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(self.first(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = x + self.out(mixed.transpose(1, 2).reshape(b, t, d))
+        return x + self.down(F.gelu(self.up(self.second(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(V, D), nn.Parameter(torch.randn(T, D) * 0.1)
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, V)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.positions[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x, causal=True)
+        return self.head(self.norm(x))
+
+
+class ViT(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.token = nn.Conv2d(3, D, 4, stride=4), nn.Parameter(torch.randn(1, 1, D))
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(D, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        return self.head(self.blocks(x)[:, 0])
+
+
+class MLP(nn.Module):
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(D, D), nn.Tanh())))
+        self.head = nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x) * 2 + x)
+
+
+class Adapter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.down, self.up = nn.Linear(D, D), nn.Linear(D, 2, bias=False), nn.Linear(2, D, bias=False)
+        self.base.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.base(x) + self.up(self.down(x)))
+
+
+class LoRA(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(V, D).requires_grad_(False)
+        self.layers = nn.ModuleList(Adapter() for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.mean(1)
+
+
+def frozen(model: nn.Module, *prefixes: str) -> nn.Module:
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(prefixes))
+    return model
+
+
+ids = lambda: torch.randint(0, V, (B, T))  # noqa: E731
+rows = lambda: torch.randn(B, D)  # noqa: E731
+MODELS: dict[str, tuple[Any, Any]] = {
+    "GPT": (GPT, ids),
+    "ViT": (ViT, lambda: torch.randn(B, 3, 8, 8)),
+    "MLP": (MLP, rows),
+    "MLP, first blocks frozen": (lambda: frozen(MLP(), "layers.0", "layers.2"), rows),
+    "MLP, middle block frozen": (lambda: frozen(MLP(), "layers.2"), rows),
+    "GPT, embeddings frozen": (lambda: frozen(GPT(), "tokens", "positions"), ids),
+    "LoRA": (LoRA, ids),
+}
+
+
+def right(model: nn.Module, private: Any, *args: Tensor, mask: Tensor | None = None, C: float = 0.5) -> None:
+    loss = PseudoLoss(len(args[0]))
+    truth = clip(per_example_gradients(model, args, {}, loss), C, mask=mask)
+    private.zero_grad()
+    train_step(private, args, {}, loss)
+    assert_right(private, truth, 1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_regions_give_what_one_backward_per_example_gives(name: str) -> None:
+    make, example = MODELS[name]
+    model = make()
+    private = dp_compile(model, max_grad_norm=0.5, backend="eager", regions="blocks")
+    right(model, private, example())
+    right(model, private, example())
+
+
+@pytest.mark.parametrize("norm", ["ghost", "instantiate", "redo", "direct"])
+def test_every_rule_can_be_deferred(norm: str) -> None:
+    model = GPT(2)
+    right(model, dp_compile(model, max_grad_norm=0.5, backend="eager", regions="blocks", norm=norm), ids())
+
+
+@pytest.mark.parametrize("clipping", ["automatic", "per_layer", "per_block", lambda norms: 1 / (1 + norms)])
+def test_other_clippings_agree_with_one_graph(clipping: Any) -> None:
+    model, x = GPT(2), ids()
+    loss = PseudoLoss(B)
+    options = {"backend": "eager", "clipping": clipping, "max_grad_norm": 0.5}
+    found = []
+    for regions in (None, "blocks"):
+        private = dp_compile(model, **options, regions=regions)
+        private.zero_grad()
+        train_step(private, (x,), {}, loss)
+        found.append({n: p.grad.clone() for n, p in private.named_parameters()})
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_a_clipping_function_that_mixes_examples_is_refused() -> None:
+    private = dp_compile(MLP(), backend="eager", regions="blocks", clipping=lambda norms: 1 / norms.sum().expand(B))
+    with pytest.raises(ExampleMixingError, match="not linear in a sum over the examples"):
+        private(rows())
+
+
+def test_inductor_compiles_both_parts_of_the_backward() -> None:
+    model = GPT(2)
+    right(model, dp_compile(model, max_grad_norm=0.5, regions="blocks"), ids())
+
+
+def test_equal_blocks_are_compiled_once() -> None:
+    counts = []
+    for depth in (2, 6):
+        private = dp_compile(GPT(depth), backend="eager", regions="blocks")
+        private(ids()).sum().backward()
+        counts.append(engine_of(private).compilations)  # type: ignore[attr-defined]
+    assert counts == [3, 3]  # embeddings, a block, norm and head
+
+
+def test_blocks_that_differ_are_not_taken_for_equal() -> None:
+    model = GPT(3)
+    model.blocks[1].heads = 4  # type: ignore[union-attr]
+    model.blocks[2].up.weight.requires_grad_(False)  # type: ignore[union-attr]
+    private = dp_compile(model, max_grad_norm=0.5, backend="eager", regions="blocks")
+    right(model, private, ids())
+    assert engine_of(private).compilations == 5  # type: ignore[attr-defined]
+
+
+def test_training_mode_is_followed() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * (3 if self.training else 1)
+
+    model = nn.Sequential(Noisy(), Noisy())
+    private = dp_compile(model, max_grad_norm=0.5, backend="eager", regions="blocks")
+    right(model, private, rows())
+    model[1].eval()
+    right(model, private, rows())
+
+
+def test_batches_of_other_sizes() -> None:
+    model = GPT(2)
+    private = dp_compile(model, max_grad_norm=0.5, backend="eager", regions="blocks")
+    for batch in (4, 3, 1, 6):
+        right(model, private, torch.randint(0, V, (batch, T)))
+
+
+def test_padding_has_weight_zero() -> None:
+    model = GPT(2)
+    private = dp_compile(model, max_grad_norm=0.5, backend="eager", regions="blocks")
+    mask = torch.tensor([True, False, True, True])
+    engine_of(private).set_mask(mask)
+    right(model, private, ids(), mask=mask)
+    with pytest.raises(PrivacyError, match="second backward on one batch of the loader"):
+        private(ids()).sum().backward()
+
+
+def test_micro_batches_add_up() -> None:
+    model = MLP()
+    private = dp_compile(model, max_grad_norm=0.5, backend="eager", regions="blocks")
+    batches = [rows(), rows()]
+    total: dict[str, Tensor] = {}
+    for x in batches:
+        private.zero_grad()
+        private(x).square().sum(1).mean().backward()
+        for name, p in private.named_parameters():
+            total[name] = total.get(name, 0) + p.grad.clone()
+    private.zero_grad()
+    for x in batches:
+        private(x).square().sum(1).mean().backward()
+    for name, p in private.named_parameters():
+        torch.testing.assert_close(p.grad, total[name])
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_an_example_that_is_not_finite_in_one_region_has_weight_zero_in_all(clipping: str) -> None:
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 3))
+    private = dp_compile(model, max_grad_norm=0.5, backend="eager", regions="blocks", clipping=clipping)
+    x = rows()
+    x[1, 0] = math.inf  # the first layer's gradient holds it; tanh makes the others finite
+    with pytest.warns(RuntimeWarning, match="1 of 4 examples"):
+        private(x).square().sum(1).mean().backward()
+    found = {n: p.grad.clone() for n, p in private.named_parameters()}
+    private.zero_grad()
+    engine_of(private).set_mask(torch.tensor([True, False, True, True]))
+    private(torch.where(torch.isfinite(x), x, 0.0)).square().sum(1).mean().backward()
+    for name, p in private.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, msg=name)
+
+
+def test_the_optimizer_and_the_loader_take_it() -> None:
+    model = MLP()
+    private = dp_compile(model, backend="eager", regions="blocks")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(private.parameters(), lr=0.1), private, noise_multiplier=1.0, expected_batch_size=4, seed=3
+    )
+    data = torch.utils.data.TensorDataset(torch.randn(16, D), torch.randint(0, 3, (16,)))
+    loader = PoissonLoader(data, expected_batch_size=4, physical_batch_size=4, seed=5)
+    loader.attach(private, optimizer)
+    before = [p.clone() for p in private.parameters()]
+    steps = 0
+    for x, y in loader:
+        F.cross_entropy(private(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+    assert optimizer.logical_step == 4 <= steps
+    assert all(not torch.equal(a, b) for a, b in zip(before, private.parameters(), strict=True))
+
+
+def test_check_compares_the_whole_model() -> None:
+    private = dp_compile(GPT(2), backend="eager", regions="blocks", check=True)
+    private(ids()).square().mean((1, 2)).mean().backward()
+    assert private.grad_norms.shape == (B,)
+
+
+def test_a_block_whose_output_is_not_used_has_gradient_zero() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList(nn.Linear(D, 3) for _ in range(2))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.heads[0](x), self.heads[1](x)
+
+    private = dp_compile(Two(), backend="eager", regions="blocks")
+    private(rows())[1].sum().backward()
+    assert not private.heads[0].weight.grad.any() and private.heads[1].weight.grad.any()
+
+
+def test_without_gradients_it_is_the_plain_model() -> None:
+    model, x = GPT(2).eval(), ids()
+    private = dp_compile(model, backend="eager", regions="blocks")
+    with torch.no_grad():
+        torch.testing.assert_close(private(x), model(x))
+    assert private(x).requires_grad
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = GPT(2)
+    hook = model.blocks[0].register_forward_hook(lambda *_: None)
+    private = dp_compile(model, max_grad_norm=0.5, backend="eager", regions="blocks")
+    right(model, private, ids())
+    assert "forward" not in model.blocks[0].__dict__ and list(model.blocks[0]._forward_hooks) == [hook.id]
+    loss = model(ids()).sum()
+    loss.backward()
+    with pytest.raises(PrivacyError, match="did not come out of the clipped backward alone"):
+        engine_of(private).ledger.verify(["head.weight"])
+
+
+def test_the_plan_names_every_region_once() -> None:
+    private = dp_compile(GPT(3), backend="eager", regions="blocks")
+    private.trace(ids())
+    rules = private.plan.rules()
+    assert "blocks.0.up.weight" in rules and "blocks.1.up.weight" not in rules and "head.weight" in rules
+    assert str(private.plan).count("clipping: flat") == 3
+    assert all(p.grad is None for p in private.parameters())
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """Two equal blocks, and a function of (blocks, x) around them."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+        self.free = nn.Parameter(torch.randn(D))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, self.blocks, x)
+
+
+def twice(m: Any, blocks: Any, x: Tensor) -> Tensor:
+    return blocks[1](blocks[0](blocks[0](x)))
+
+
+def mixing(m: Any, blocks: Any, x: Tensor) -> Tensor:
+    h = blocks[0](x)
+    return blocks[1](h - h.mean(0))
+
+
+def summed(m: Any, blocks: Any, x: Tensor) -> Tensor:
+    return blocks[1](blocks[0](x).sum(0))
+
+
+def parameters_alone(m: Any, blocks: Any, x: Tensor) -> Tensor:
+    return blocks[1](m.free * 2) + blocks[0](x)
+
+
+def in_two_pieces(m: Any, blocks: Any, x: Tensor) -> Tensor:
+    return blocks[1](blocks[0](x * m.free)) * m.free
+
+
+def under_autocast(m: Any, blocks: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return blocks[1](blocks[0](x))
+
+
+def without_gradients(m: Any, blocks: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = blocks[0](x)
+    return blocks[1](h)
+
+
+def read_out(m: Any, blocks: Any, x: Tensor) -> Tensor:
+    return blocks[1](blocks[0](x) * float(x.sum()))
+
+
+class Centred(torch.autograd.Function):
+    """The identity, whose gradient mixes the examples."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g - g.mean(0)
+
+
+def mixed_on_the_way_back(m: Any, blocks: Any, x: Tensor) -> Tensor:
+    return blocks[1](Centred.apply(blocks[0](x)))  # type: ignore[arg-type]
+
+
+def rolled_on_the_way_back(m: Any, blocks: Any, x: Tensor) -> Tensor:
+    return blocks[1](blocks[0](x).roll(1, 0))
+
+
+REFUSED = {
+    mixed_on_the_way_back: (ExampleMixingError, "it reaches the gradient of input"),
+    rolled_on_the_way_back: (ExampleMixingError, "mixes examples"),
+    twice: (PrivacyError, "is used in two regions of one forward"),
+    in_two_pieces: (PrivacyError, "'free' is used in two regions of one forward"),
+    mixing: (ExampleMixingError, "mixes examples"),
+    summed: (DPCompileError, "sum"),
+    parameters_alone: (UnsupportedGraphError, "comes from parameters alone|holds? no example|no input of the model"),
+    under_autocast: (UnsupportedGraphError, "under torch.no_grad or autocast inside the model"),
+    without_gradients: (UnsupportedGraphError, "under torch.no_grad or autocast inside the model"),
+    read_out: (DPCompileError, "mixes examples|reads a Python number|values of tensors"),
+}
+
+
+@pytest.mark.parametrize("function", REFUSED, ids=lambda f: f.__name__)
+def test_refused(function: Any) -> None:
+    kind, message = REFUSED[function]
+    private = dp_compile(Around(function), backend="eager", regions="blocks")
+    with pytest.raises(kind, match=message):
+        private(rows())
+
+
+def test_weights_shared_by_two_blocks_are_refused() -> None:
+    model = MLP(2)
+    model.layers[2].weight = model.layers[0].weight  # type: ignore[union-attr]
+    with pytest.raises(PrivacyError, match="is used in two regions of one forward"):
+        dp_compile(model, backend="eager", regions="blocks")(rows())
+
+
+def test_a_second_backward_is_refused() -> None:
+    private = dp_compile(MLP(), backend="eager", regions="blocks")
+    loss = private(rows()).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(PrivacyError, match="a second backward through the same forward"):
+        loss.backward()
+
+
+def test_a_backward_through_another_part_is_refused() -> None:
+    private = dp_compile(Around(lambda m, blocks, x: (blocks[0](x), blocks[1](x))), backend="eager", regions="blocks")
+    first, second = private(rows())
+    first.sum().backward()
+    with pytest.raises(PrivacyError, match="a second backward through the same forward"):
+        second.sum().backward()
+
+
+def test_two_forwards_before_one_backward_are_refused() -> None:
+    private = dp_compile(MLP(), backend="eager", regions="blocks")
+    with pytest.raises(PrivacyError, match="called twice before one backward"):
+        (private(rows()).sum() + private(rows()).sum()).backward()
+
+
+def test_a_compiled_step_needs_one_graph() -> None:
+    private = dp_compile(MLP(), backend="eager", regions="blocks")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(private.parameters(), lr=0.1), private, noise_multiplier=1.0, expected_batch_size=4
+    )
+    with pytest.raises(UnsupportedGraphError, match="compiled in regions"):
+        compile_step(private, F.cross_entropy, optimizer)
+
+
+def test_an_unknown_way_to_cut_is_refused() -> None:
+    with pytest.raises(DPCompileError, match="unknown regions 'layers'"):
+        dp_compile(MLP(), regions="layers")
