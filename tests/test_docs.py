@@ -12,12 +12,15 @@ import functools
 import importlib.util
 import io
 import linecache
+import os
 import pathlib
 import re
 import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
+
+os.environ["DPCOMPILE_RATES"] = "typical"  # the pages' plans must not depend on the machine
 
 import pytest
 import torch
