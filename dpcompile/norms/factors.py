@@ -223,6 +223,9 @@ def _index_put(site: Site, batch: Size) -> Factored | None:
     return Factored(site, (index, values), build, (1, positions, rows, table[1]), one_hot="rows")
 
 
+_NARROW = 64  # columns: patches of so few numbers (those of colours) are unfolded sooner than convolved in groups
+
+
 def _convolution(site: Site, batch: Size) -> Factored | None:
     if site.value is site.operation or site.value.args[1] != 1:
         return None  # the bias of a convolution is a plain sum
@@ -253,4 +256,8 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
     cheaper = whole and pixels**2 <= positions**2 * prod(window.kernel)  # type: ignore[operator]
     sizes = (groups, positions, shape[0] // groups, columns)
     unfolded = product([groups, pixels, pixels] if cheaper else [groups, positions, columns])
-    return Factored(site, (small, large), build, sizes, unfolded=unfolded, each=each, gram=gram if cheaper else None)
+    narrow = groups == 1 and columns <= _NARROW
+    return Factored(
+        site, (small, large), build, sizes, unfolded=unfolded,
+        each=None if narrow else each, gram=gram if cheaper else None,
+    )  # fmt: skip

@@ -48,5 +48,17 @@ def squared_norms(each: Tensor) -> Tensor:
     """
     if each.ndim < 3:
         return each.square().reshape(each.shape[0], -1).sum(1)
-    rows = torch.linalg.vector_norm(each, dim=tuple(range(2, each.ndim)))
+    rows = row_norms(each.flatten(2)) if each.device.type == "cpu" else torch.linalg.vector_norm(each.flatten(2), dim=2)
     return rows.square().sum(1)
+
+
+@torch.library.custom_op("dpcompile::row_norms", mutates_args=())
+def row_norms(rows: Tensor) -> Tensor:
+    """Norms along the last dimension of ``[B, P, D]``, by torch's own kernel: ``[B, P]``."""
+    return torch.linalg.vector_norm(rows, dim=2)
+
+
+@row_norms.register_fake
+def _(rows: Tensor) -> Tensor:
+    """Shapes only."""
+    return rows.new_empty(rows.shape[:2])
