@@ -330,7 +330,8 @@ class DPOptimizer(Optimizer):
             "step": step,
         }
         weights = [parameters[name] for name in names]
-        if not self.secure and fused_adam.update_(self.optimizer, weights, totals, **mechanism):
+        whole = not self.engine.sharded  # the fused step starts every parameter at its element 0
+        if whole and not self.secure and fused_adam.update_(self.optimizer, weights, totals, **mechanism):
             return
         starts = [local_start(w) for w in weights]
         privatize_(totals, **mechanism, starts=starts, secure=self.secure)
