@@ -26,6 +26,9 @@ _VIEWS = {
 }  # fmt: skip
 
 
+_CONSTANT = ("full", "full_like", "iota", "arange", "scalar_tensor", "empty", "new_full", "zeros", "ones")
+
+
 @dataclass(frozen=True, slots=True)
 class Holding:
     """What one parameter's rule keeps until the clip.
@@ -135,7 +138,7 @@ def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -
     before, length = _lives(forward.graph, hints, of_examples)
     inputs = sum(bytes_of(n, hints) for n in joint.graph.nodes if n.op == "placeholder" and n not in joint.tangent_of)
     peak = max(_timeline([x for x in before.values() if x.start > 0], length, 1), default=0.0)
-    names = {n.name for n in joint.graph.nodes if n.op == "placeholder" and n not in joint.tangent_of}
+    names = {n.name for n in joint.graph.nodes if _is_input(_storage(n)) and _storage(n) not in joint.tangent_of}
     lives = {n: x for n, x in lives.items() if n not in names}
     for i, gradient in enumerate(g for g in joint.gradients.values() if g is not None):
         if gradient.name in lives:
@@ -190,8 +193,18 @@ def is_fused(node: fx.Node) -> bool:
     return node.op == "call_function" and _pointwise(node) and all(_pointwise(u) or _reduces(u) for u in node.users)
 
 
+def _is_input(node: fx.Node) -> bool:
+    return node.op == "placeholder"
+
+
 def _pointwise(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return True
+    name = operation_name(node.target) if node.op == "call_function" else ""
+    if name == "scatter":  # into a constant: a comparison of positions
+        base = node.args[0]
+        return isinstance(base, fx.Node) and base.op == "call_function" and operation_name(base.target) in _CONSTANT
+    return name in _CONSTANT
 
 
 def _reduces(node: fx.Node) -> bool:
