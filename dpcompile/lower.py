@@ -6,6 +6,7 @@ runs once the weights are known, which is when the whole backward of the model i
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,8 @@ def cut_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler) -> 
     weights = next((n for n in placeholders if n.name == cut.weights), None)
     first = _ancestors(v for v in early if isinstance(v, fx.Node))
     first |= _ancestors(n for n in gm.graph.nodes if _must_run_once(n))
+    # Of an operation with several results each crosses by itself: there is no value that is all of them.
+    first |= {n for n in gm.graph.nodes if n.target is operator.getitem and n.args[0] in first}
     assert weights not in first, "the first part of a backward depends on the clip weights"
     second = _ancestors(values[i] for i in late if isinstance(values[i], fx.Node)) - first
     crossing = {n for node in second for n in node.all_input_nodes if n in first}

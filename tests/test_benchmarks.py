@@ -251,7 +251,7 @@ def test_the_report_of_stored_results(tmp_path: pathlib.Path) -> None:
     assert "| dpcompile | 1.50× (3.0 s) |" in text
     assert "ValueError: a \\| b" in text
     assert "200 physical batches" in text
-    assert "| `mlp` | 10.0 | 1.0 | 2.0 | -8% |" in text
+    assert "| `mlp` | 9.2 | 10.0 | -8% | 21.0 | 20.0 | +5% |" in text
     assert summary({**STORED, "models": {}, "experiments": {}}) == ""
 
 

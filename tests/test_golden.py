@@ -252,7 +252,7 @@ parameter  operation  B  T  p   d   rule  FLOPs  bytes  why
 4.weight   mm         8  4  50  64  keep  0      102k   0.0363 ms; redo 0.0455 ms
 4.bias     sum        8     1   50  keep  0      1.6k   per-example gradients, its sites are sums
 clipping: flat; FLOPs and bytes are what privacy adds to the plain backward
-expected: 0.621 ms a step, 0.18 ms of them for privacy
+expected: 0.611 ms a step, 0.18 ms of them for privacy
 """,
         )
 

@@ -230,10 +230,12 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
     if site.value is site.operation or site.value.args[1] != 1:
         return None  # the bias of a convolution is a plain sum
     arguments: Any = site.operation.args
-    stride, padding, dilation, transposed, groups = (arguments[i] for i in (4, 5, 6, 7, 9))
+    transposed, groups = arguments[7], arguments[9]
     cotangent, source = site.operands["grad_output"], site.operands["input"]
     layout = next(iter(site.axes.values()))
     shape = tuple(int(size(n)) for n in site.value.meta["val"].shape)
+    # One number may stand for all dimensions.
+    stride, padding, dilation = (list(a) * (len(shape) - 2 if len(a) == 1 else 1) for a in arguments[4:7])
     window = Window(shape[2:], stride, padding, dilation, groups)
     small, large = (source, cotangent) if transposed else (cotangent, source)
 
