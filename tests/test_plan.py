@@ -7,6 +7,7 @@ import itertools
 import json
 import pathlib
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def losses(model: nn.Module, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_gives_the_clipped_sums(mode: str) -> None:
     model, ids = Mixture(), torch.randint(0, 11, (5, 7))
-    private = dp_compile(copy.deepcopy(model), backend="eager", norm=mode, max_grad_norm=0.3)
+    private: Any = dp_compile(copy.deepcopy(model), backend="eager", norm=mode, max_grad_norm=0.3)
     losses(private, ids).mean().backward()
     found = per_example_gradients(model, [ids], {}, lambda output, _: output.square().mean((1, 2)))
     each = {name: g.float() for name, g in found.items()}
@@ -63,7 +64,7 @@ def test_every_mode_gives_the_clipped_sums(mode: str) -> None:
 def test_published_modes_choose_by_the_published_rule() -> None:
     """2T^2 < pd chooses between ghost and instantiation (Bu et al. 2022, section 4.2)."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 64))
-    private = dp_compile(net, backend="eager", norm="bk_mix_opt")
+    private: Any = dp_compile(net, backend="eager", norm="bk_mix_opt")
     private.trace(torch.randn(3, 6, 4))  # 2 * 36 = 72: above 16, below 256
     rules = private.plan.rules()
     assert rules["0.weight"] == "keep" and rules["1.weight"] == "ghost"
@@ -79,7 +80,7 @@ def test_a_second_backward_refuses_sums_inside_the_model() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x).square().sum()
 
-    private = dp_compile(Summed(), backend="eager", norm="ghost_clipping", loss_reduction="sum")
+    private: Any = dp_compile(Summed(), backend="eager", norm="ghost_clipping", loss_reduction="sum")
     with pytest.raises(UnsupportedGraphError, match=r"second backward cannot reweight.*\n.*\n?.*book_keeping"):
         private(torch.randn(4, 2, 3))
 
@@ -90,7 +91,7 @@ def test_a_nan_leaves_no_trace_in_a_second_backward() -> None:
     with torch.no_grad():
         model.table.weight[0, 0] = float("nan")  # only example 2 looks it up; the head would spread it
     net = nn.Sequential(model.table, nn.Linear(8, 3))
-    private = dp_compile(net, backend="eager", norm="ghost_clipping")
+    private: Any = dp_compile(net, backend="eager", norm="ghost_clipping")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         private(ids).square().mean((1, 2)).mean().backward()
@@ -190,9 +191,9 @@ def deep() -> nn.Module:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_parts_give_what_the_whole_batch_gives(reduction: str) -> None:
     model, x = deep(), torch.randn(32, 50, 64)
-    options = dict(backend="eager", max_grad_norm=0.05, loss_reduction=reduction)
-    whole = dp_compile(copy.deepcopy(model), **options)
-    parted = dp_compile(copy.deepcopy(model), memory_budget=1.02, check=True, **options)
+    options: dict[str, Any] = dict(backend="eager", max_grad_norm=0.05, loss_reduction=reduction)
+    whole: Any = dp_compile(copy.deepcopy(model), **options)
+    parted: Any = dp_compile(copy.deepcopy(model), memory_budget=1.02, check=True, **options)
     mask = torch.ones(32, dtype=torch.bool)
     mask[[3, 31]] = False
     for private in (whole, parted):
@@ -206,7 +207,7 @@ def test_parts_give_what_the_whole_batch_gives(reduction: str) -> None:
 
 
 def test_two_calls_in_parts_before_one_backward_are_refused() -> None:
-    private = dp_compile(deep(), backend="eager", memory_budget=1.02)
+    private: Any = dp_compile(deep(), backend="eager", memory_budget=1.02)
     x = torch.randn(32, 50, 64)
     outputs = private(x), private(x)
     assert private.plan.parts > 1
@@ -215,7 +216,7 @@ def test_two_calls_in_parts_before_one_backward_are_refused() -> None:
 
 
 def test_a_second_backward_through_parts_is_refused() -> None:
-    private = dp_compile(deep(), backend="eager", memory_budget=1.02)
+    private: Any = dp_compile(deep(), backend="eager", memory_budget=1.02)
     loss = private(torch.randn(32, 50, 64)).square().mean()
     loss.backward(retain_graph=True)
     with pytest.raises(PrivacyError, match="second backward through the same forward"):
@@ -231,14 +232,15 @@ def test_results_that_cannot_be_joined_are_refused() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, int]:
             return self.inner(x), len(x)
 
-    private = dp_compile(Counts(), backend="eager", memory_budget=1.02)
+    private: Any = dp_compile(Counts(), backend="eager", memory_budget=1.02)
     with pytest.raises(UnsupportedGraphError, match=r"returns int that cannot be put together[^$]*memory_budget=None"):
         private(torch.randn(32, 50, 64))
 
 
 def test_a_replay_counts_what_lives() -> None:
     """Three kept squares: the peak is the start of the backward."""
-    private = dp_compile(nn.Sequential(*(nn.Linear(32, 32) for _ in range(3))), backend="eager", memory_budget=100.0)
+    net = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)))
+    private: Any = dp_compile(net, backend="eager", memory_budget=100.0)
     private.trace(torch.randn(4, 1000, 32))
     expected = private.plan.prediction
     activations = 4 * 1000 * 32 * 4
@@ -286,7 +288,7 @@ def test_rates_are_those_of_real_tensors(tmp_path: pathlib.Path, monkeypatch: py
     """Asked for in the middle of tracing, where tensors are fake and cost nothing."""
     monkeypatch.setenv(rates.VARIABLE, str(tmp_path / "rates.json"))
     rates._rates.cache_clear()
-    private = dp_compile(nn.Linear(3, 3), backend="eager")
+    private: Any = dp_compile(nn.Linear(3, 3), backend="eager")
     private.trace(torch.randn(2, 3))
     (found,) = rates._read(tmp_path / "rates.json").values()
     rates._rates.cache_clear()
