@@ -123,6 +123,7 @@ class Engine:
         Within a function that the user compiles this is a graph break: traced into, it would lose its backward.
         """
         self._current, self._turn = (args, kwargs), None
+        unchecked = self._unchecked
         try:
             parts = self._parts.get(self._batch_size(), 1) if self._splits() else 1
             return self._run_parts(parts) if parts > 1 else self._run_once()
@@ -138,6 +139,7 @@ class Engine:
         finally:
             whole, self._current, self.first_step, self._turn = self._current, ((), {}), None, None
         self._parts[self._batch_size(whole)] = parts
+        self._unchecked = unchecked  # nothing ran yet
         return self(*args, **kwargs)
 
     def _run_once(self) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dpcompile import PrivacyError, UnsupportedGraphError, dp_compile, rates
 from dpcompile.axis import Examples
+from dpcompile.check import FirstStep
 from dpcompile.choose import Candidate, Limit, choose, fastest, seconds_of
 from dpcompile.memory import Holding, Replay
 from dpcompile.modes import MODES
@@ -186,6 +187,17 @@ def test_a_limit_holds_or_the_smallest_is_taken(options: list[list[Candidate]], 
 def deep() -> nn.Module:
     inside = (nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64))
     return nn.Sequential(*inside, nn.LayerNorm(64), nn.Linear(64, 3))
+
+
+def test_check_compares_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first try asked for parts and did not run."""
+    compared: list[int] = []
+    monkeypatch.setattr(FirstStep, "compare", lambda self, norms, mask, sums: compared.append(len(mask)))
+    private: Any = dp_compile(deep(), backend="eager", memory_budget=1.02, check=True)
+    for _ in range(2):
+        private(torch.randn(32, 50, 64)).square().mean().backward()
+        private.zero_grad()
+    assert private.plan.parts > 1 and compared == [32 // private.plan.parts] * private.plan.parts
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
