@@ -159,7 +159,8 @@ def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
     def compute(mask: Tensor, *values: Tensor) -> Tensor:
         if rule == "ghost" and len(forms) == 1 and forms[0].gram is not None:
             wide = (_widened(v, dtype) for v in values)
-            return ghost_of_gram(*forms[0].gram(*wide, mask.shape[0]), width=forms[0].site.value.meta["val"][0].numel())
+            width = 2 * int(forms[0].sizes[3])  # products of pixels, and sums over the filter's offsets
+            return ghost_of_gram(*forms[0].gram(*wide, mask.shape[0]), width)
         sides = _sides(choice, values, mask.shape[0], dtype)
         if fused:
             return fused_norm(rule, sides)

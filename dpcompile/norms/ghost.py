@@ -77,10 +77,12 @@ def ghost_of_gram(rows: Tensor, gram: Tensor, width: int | torch.SymInt) -> Tens
     Args:
         rows: ``[B, K, T, P]``.
         gram: ``[B, K, T, T]``.
-        width: how many terms its inner products have.
+        width: how many operations went into each of its inner products.
     """
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    slack = _rounding(gram, width) * lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
+    unit = _rounding(gram, width)
+    # The lengths are those of the matrix as it was rounded: the true ones may be longer by this much.
+    slack = unit / (1 - unit) * lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
     return _sum(*_inner(rows, False, rows, False), gram, slack).clamp_min(0)
 
 
