@@ -1,6 +1,6 @@
 """Every example's product and its squared norm as one operation, for CPUs.
 
-Inductor's own code for the norm, a reduction over one long row, runs at a quarter of the memory's speed, and a fresh
+Inductor's own code for the norm, a reduction over one long row, is slower than torch's kernel for short ones, and a fresh
 result waits for the operating system (see :mod:`dpcompile.workspace`); `python -m benchmarks.products` prints both.
 """
 
