@@ -1,7 +1,7 @@
 """Every example's product and its squared norm as one operation, for CPUs.
 
 Inductor's own code for the norm, a reduction over one long row, is slower than torch's kernel for short ones, and a
-fresh result waits for the operating system (see :mod:`dpcompile.workspace`); `python -m benchmarks.products` prints both.
+fresh result waits for the operating system (see :mod:`dpcompile.workspace`): `python -m benchmarks.products` prints it.
 """
 
 from __future__ import annotations
