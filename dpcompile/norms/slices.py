@@ -51,7 +51,7 @@ def scaled(value: Tensor, axis: Examples, weights: Tensor) -> Tensor:
 
 
 def _order_in_memory(value: Tensor) -> list[int]:
-    """The axes from the one with the longest stride to the one with the shortest; as they are if a stride is a symbol."""
+    """The axes from the longest stride to the shortest; as they are if a stride is a symbol."""
     strides = value.stride()
     if not all(isinstance(s, int) for s in strides):
         return list(range(value.ndim))
