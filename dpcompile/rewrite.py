@@ -20,7 +20,7 @@ from dpcompile.locate import where
 from dpcompile.norms.factors import factored
 from dpcompile.norms.ghost import Sides, direct, ghost, ghost_of_gram, merge, outer
 from dpcompile.norms.instantiate import per_example_site, run_operation, run_tail, tail_inputs, through_tail
-from dpcompile.norms.kept_op import norms_of_vectors, weighted_sums
+from dpcompile.norms.kept_op import FEW, norms_of_vectors, weighted_sums
 from dpcompile.norms.product_op import product_with_norms, squared_norms
 from dpcompile.norms.slices import accumulation_dtype, scaled
 from dpcompile.plan import Choice, Plan
@@ -133,6 +133,8 @@ def _norms(joint: JointGraph, plan: Plan) -> list[_Norm]:
         if norm.kept is not None and _is_vector(norm.kept.meta["val"]):
             vectors.setdefault(norm.kept.meta["val"].dtype, []).append(i)
     for places in vectors.values():
+        if len(places) <= FEW:
+            continue
         kept = [n for i in places if (n := norms[i].kept) is not None]
         squared = insert(joint.graph, _behind(joint, kept), lambda *each: norms_of_vectors(each).unbind(), kept)
         for i, node in zip(places, squared, strict=True):
@@ -315,7 +317,10 @@ def _clipped_sums(
         else:
             yield from _weighted_sums(joint, [(norm, row)])
     for members in together.values():
-        yield from _weighted_sums(joint, members)
+        if len(members) > FEW:
+            yield from _weighted_sums(joint, members)
+        else:
+            yield from ((norm, _clipped_sum(joint, norm, row, second)) for norm, row in members)
 
 
 def _weighted_sums(joint: JointGraph, members: Sequence[tuple[_Norm, fx.Node]]) -> Iterator[tuple[_Norm, fx.Node]]:

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["norms_of_vectors", "weighted_sums"]
+__all__ = ["FEW", "norms_of_vectors", "weighted_sums"]
+
+FEW = 4  # so many vectors are left to Inductor, which fuses their loops with what makes them
 
 
 @torch.library.custom_op("dpcompile::norms_of_vectors", mutates_args=())
