@@ -111,6 +111,7 @@ def _defer(joint: JointGraph, plan: Plan, norms: Sequence[_Norm], weights: fx.No
 
     nodes = [weights, *known.values()]
     outputs[joint.norm_slot] = insert(joint.graph, _behind(joint, nodes), stack, nodes)
+
     def row(norm: _Norm) -> fx.Node:
         index = rows[norm.choice.gradient.name]
         return insert(joint.graph, _behind(joint, [weights]), lambda w: w[index], [weights])
