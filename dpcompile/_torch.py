@@ -434,6 +434,9 @@ def _inner_compile(backward: BackwardCompiler) -> Callable[..., Any]:
     def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         if not options.get("is_backward"):
             return compile_fx_inner(gm, inputs, **options)
+        for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+            if isinstance(value, torch.Tensor):  # laid out as the compiled forward saves it, channels last for one
+                node.meta["val"] = value
 
         def part(gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
             output = gm.graph.output_node()

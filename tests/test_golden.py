@@ -205,7 +205,7 @@ product_with_norms [] = dpcompile.product_with_norms(tangents_1:4x1x3x3, primals
 getitem [4x1x3x2] = <built-in function getitem>(product_with_norms, 0)
 getitem_1 [4] = <built-in function getitem>(product_with_norms, 1)
 sqrt_2 [4] = sqrt(getitem_1)
-mul_7 [4] = mul(sqrt_2, 4)
+mul_6 [4] = mul(sqrt_2, 4)
 sqrt [4] = sqrt(getitem_1)
 mul [4] = mul(sqrt, 4)
 sqrt_1 [4] = sqrt(getitem_1)
@@ -228,12 +228,9 @@ bitwise_and_1 [4] = bitwise_and(bitwise_and, gt)
 mul_5 [4] = mul(clamp_max, 4)
 full [4] = full([4], 0)
 where [4] = where(bitwise_and_1, mul_5, full)
-eq_2 [4x1x1x1] = eq(where:4x1x1x1, 0)
-full_1 [] = full([], 0)
-mul_6 [1x4x1x3x2] = mul(getitem:1x4x1x3x2, where:4x1x1x1)
-where_1 [1x4x1x3x2] = where(eq_2, full_1, mul_6)
-sum_1 [3x2] = sum(where_1:4x3x2, [0])
-return [mm:4x3x3, sum_1, None, None, mul_7]
+weighted_sums [] = dpcompile.weighted_sums(where:1x4, [0], [getitem:4x3x2])
+getitem_2 [3x2] = <built-in function getitem>(weighted_sums, 0)
+return [mm:4x3x3, getitem_2, None, None, mul_6]
 """,
         )
 
