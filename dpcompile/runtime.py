@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from dpcompile.engine import Engine
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.pipeline import Options, Transformed
-from dpcompile.region_engine import RegionEngine, RegionPlans
+from dpcompile.region_engine import RegionEngine
+from dpcompile.region_graphs import RegionPlans
 from dpcompile.units import is_sharded
 
 __all__ = ["Engine", "PrivateModule", "engine_of", "private_class", "private_view"]
