@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["MODES", "NORM_MODES", "Mode"]
+__all__ = ["MODES", "NORM_MODES", "Mode", "without_keeping"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,15 @@ MODES: Mapping[str, Mode] = {
     "bk_mixed_ghost": Mode(
         ("outer", "ghost", "redo"), mixed=True, drop=True, source="Bu et al. 2023, arXiv:2210.00038, BK-MixGhostClip"
     ),
+    "two_pass": Mode(("outer", "ghost", "redo", "direct"), drop=True, second_backward=True),
     "bk_mix_opt": Mode(
         ("outer", "ghost", "keep"), mixed=True, source="Bu et al. 2023, arXiv:2210.00038, BK-MixOpt"
     ),
 }  # fmt: skip
 NORM_MODES = tuple(MODES)
+_NOTHING_KEPT = {"auto": "two_pass", "instantiate": "redo", "per_example": "redo", "bk_mix_opt": "bk_mixed_ghost"}
+
+
+def without_keeping(mode: str) -> str:
+    """The mode that a region in two passes has in place of this one: per-example gradients would not be kept."""
+    return _NOTHING_KEPT.get(mode, mode)

@@ -18,8 +18,10 @@ from dpcompile.clipping import Clipping
 from dpcompile.joint import JointGraph
 from dpcompile.kernels.fused_rates import FusedRates, measure_fused_rates
 from dpcompile.lower import Cut
+from dpcompile.lowering import TWO_PASS
 from dpcompile.matrix_exp import fold_matrix_exp
 from dpcompile.memory import is_fused, replay
+from dpcompile.modes import without_keeping
 from dpcompile.normalise import copy_expanded_bases, save_what_is_overwritten, split_convolution_bias
 from dpcompile.parts import InParts, allowed_parts
 from dpcompile.plan import Plan, make_plan
@@ -61,7 +63,7 @@ class Transformed:
         sum_slots: parameter name -> position of its clipped sum in the graph's outputs.
         norm_slot: the position of the norms.
         unowned: positions of outputs that depend on no example, with the user's line.
-        cut: in the deferred lowering, where the backward is cut in two.
+        cut: of a region: what stands where in its backward.
     """
 
     graph: fx.GraphModule
@@ -103,10 +105,11 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
     certificate = certify(joint, proof, gradients)
     device = joint.mask.meta["val"].device
     rates = rates_for(device)
+    twice = roles.lowering is not None and roles.lowering.kind == TWO_PASS
     plan = make_plan(
         gradients,
         batch=joint.batch,
-        mode=options.norm,
+        mode=without_keeping(options.norm) if twice else options.norm,
         rates=rates,
         hints=roles.hints,
         clipping=options.clipping if isinstance(options.clipping, str) else "a function of the user",
@@ -120,7 +123,7 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
         raise InParts(plan.parts)
     scale = (parts or 1) if options.loss_reduction == "mean" else None
     clip = ClipOptions(options.clipping, float(options.max_grad_norm), scale)
-    rewrite(joint, plan, clip, proof)
+    rewrite(joint, plan, clip, proof, roles.lowering)
     copy_expanded_bases(module.graph)
     save_what_is_overwritten(module.graph)
     module.recompile()

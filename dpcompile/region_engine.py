@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpcompile._torch import disable, pytree, tracing_config
+from dpcompile._torch import disable, fake_like, pytree, tracing_config
 from dpcompile.axis import Examples, Label, Shared
-from dpcompile.deferral import Outcome, Pass, prove_clipping
+from dpcompile.clipping import group_of, prove_function
+from dpcompile.deferral import Outcome, Pass, WholeSums
+from dpcompile.enclosed import end_forward
 from dpcompile.engine import Engine, with_own_code, zeros_for
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
-from dpcompile.fsdp import check_sharded, reduce_over_ranks
+from dpcompile.fsdp import ShardedSums, check_sharded
+from dpcompile.lowering import Lowering
+from dpcompile.modes import MODES
 from dpcompile.pipeline import Options
 from dpcompile.plan import Plan
 from dpcompile.region import Scope
@@ -52,6 +56,7 @@ class RegionEngine(Engine):
                 remedy="check the model on one process before fully_shard",
             )
         self.graphs = RegionGraphs(options, self.kept, self._run_unit, self.check_live)
+        self.graphs.two_pass = MODES[options.norm].second_backward
         self._root: Unit | None = None
         self._functions: dict[Any, Callable[..., Any]] = {}
         self._clipping_proved = False
@@ -113,10 +118,14 @@ class RegionEngine(Engine):
             given.append(Shared() if dim is None else Examples(dim % tensor.ndim))
             scope.note(tensor, name, given[-1])  # type: ignore[arg-type]
         if self.graphs.proving:
+            self.graphs.groups = self._groups()
             self.graphs.whole = self._new_pass(dims)
             self.kept.note_arguments(t for _, t, dim in dims if dim is not None)
         result, labels = self._run_unit(self._root, args, kwargs, given)
-        if self.graphs.proving:
+        if self.graphs.whole is not None:
+            self.graphs.whole.seal()
+            if self.graphs.two_pass:
+                result = end_forward(self.graphs.whole, result)
             self.kept.check_buffers(self.module)
             tensors = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
             if self.first_step is not None:
@@ -199,6 +208,7 @@ class RegionEngine(Engine):
             self.graphs.proving,
             tuple(map(str, given)),
             tuple((n, p.requires_grad) for n, p in own.items()),
+            self._lowering(unit),
             tuple(m.training for m in unit.module.modules()),
         )
         if key not in self._functions:
@@ -206,6 +216,10 @@ class RegionEngine(Engine):
             dynamic = False if unit.children else self.options.dynamic
             self._functions[key] = torch.compile(copied, backend=self.graphs.backend, fullgraph=True, dynamic=dynamic)
         return self._functions[key]
+
+    def _lowering(self, unit: Unit) -> Lowering:
+        prefix = f"{unit.path}." if unit.path else ""
+        return self.graphs.lowering_of([n for n in self.trainable() if n.startswith(prefix)])
 
     # --- the backward ------------------------------------------------------------------------------------------------
 
@@ -218,30 +232,31 @@ class RegionEngine(Engine):
                 "examples",
             )
         if not self._clipping_proved:
-            prove_clipping(self.options, max(batch[0], 2))
+            count = max(batch[0], 2)
+            prove_function(self.options.clipping, fake_like((count,)), self.options.max_grad_norm, count)
             self._clipping_proved = True
         refused = self.refused_backward()
         mask = self.take_mask(*batch)
         recorder = self.first_step
 
         def deliver(outcome: Outcome) -> None:
-            sums = self.reduced(outcome)
-            reached = {name for name, _ in sums}
+            reached = {name for name, _ in outcome.sums}
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
             zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]
-            self.ledger.deliver([*sums, *zeros], graph_task=outcome.graph_task)
+            self.ledger.deliver([*outcome.sums, *zeros], graph_task=outcome.graph_task)
             self.grad_norms = outcome.norms.detach()
             if recorder is not None:
-                recorder.compare(outcome.norms, outcome.mask, sums)
+                recorder.compare(outcome.norms, outcome.mask, outcome.sums)
 
-        return Pass(self.options, mask, deliver, refused)
+        sums = ShardedSums(self._root, self._parameters) if self.sharded and self._root is not None else WholeSums()
+        return Pass(self.options, mask, sums, deliver, refused)
 
-    def reduced(self, outcome: Outcome) -> list[tuple[str, Tensor]]:
-        """The clipped sums by parameter; of sharded ones the local parts of the sums over all ranks."""
-        if self.sharded:
-            assert self._root is not None
-            return reduce_over_ranks(self._root, self._parameters, outcome.sums)
-        return [pair for _, compute in outcome.sums for pair in compute()]
+    def _groups(self) -> dict[str, frozenset[str]]:
+        """Clip group -> the trainable parameters in it."""
+        found: dict[str, set[str]] = {}
+        for name in self.trainable():
+            found.setdefault(group_of(self.options.clipping, name), set()).add(name)
+        return {g: frozenset(names) for g, names in found.items()}
 
     def check_live(self, names: Sequence[str], parameters: Sequence[Tensor], sharded: bool) -> None:
         """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks."""

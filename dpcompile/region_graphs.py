@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,9 +11,11 @@ from torch import Tensor, fx
 
 from dpcompile._torch import add_inputs, memory_of
 from dpcompile.axis import Label, Shared
-from dpcompile.deferral import Pass, attach
+from dpcompile.deferral import Pass, RegionRun, attach
+from dpcompile.enclosed import enclose
 from dpcompile.graph_key import graph_key
 from dpcompile.kept import Kept
+from dpcompile.lowering import DEFERRED, TWO_PASS, Lowering, lowering_of
 from dpcompile.pipeline import Options, Transformed
 from dpcompile.plan import Plan
 from dpcompile.region import Artifact, Scope, compile_region, concrete
@@ -30,6 +32,7 @@ class Frame:
 
     unit: Unit
     scope: Scope
+    recompute: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ class RegionGraphs:
         frames: what is running, innermost last.
         proving: whether the current forward may have a backward.
         whole: of the current forward, if it may have one.
+        groups: clip group -> the trainable parameters in it.
+        two_pass: whether regions run their backward twice.
     """
 
     def __init__(self, options: Options, kept: Kept, run_unit: RunUnit, check_live: CheckLive) -> None:
@@ -80,6 +85,8 @@ class RegionGraphs:
         self.frames: list[Frame] = []
         self.proving = False
         self.whole: Pass | None = None
+        self.groups: Mapping[str, frozenset[str]] = {}
+        self.two_pass = False
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -96,12 +103,14 @@ class RegionGraphs:
 
     def _artifact(self, gm: fx.GraphModule, live: Sequence[Any], examples: Callable[[], Sequence[Any]]) -> Artifact:
         """What a graph is compiled to; an equal one is taken from those that were compiled before."""
-        frame = self.frames[-1]
+        frame, lowering = self.frames[-1], self._lowering(live)
         key = graph_key(gm, live, frame.scope, self.proving)
+        if key is not None:
+            key = (key, lowering)
         if key is None or key not in self._artifacts:
             self.compilations += 1
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.proving):
-                artifact = compile_region(gm, live, examples(), frame.scope, self._options)
+                artifact = compile_region(gm, live, examples(), frame.scope, self._options, lowering)
             if artifact.transformed is not None:
                 self.transformed = artifact.transformed
                 self._plans[id(artifact)] = artifact.transformed.plan
@@ -153,9 +162,20 @@ class RegionGraphs:
         for p, name in roles.others.items():
             if isinstance(inputs[p], Tensor):
                 self._kept.check_input(name, inputs[p])
-        positions = artifact.trained
-        if positions:
-            outputs = self._run_trained(artifact, positions, inputs)
+        positions, whole = artifact.trained, self.whole
+        run = self._started(artifact, positions, inputs) if positions else None
+        twice = self.two_pass and whole is not None
+        if whole is not None and (twice or frame.recompute) and _differentiable(inputs):
+            sharded = frame.unit.sharded
+            outputs, probe = enclose(artifact, inputs, whole, run, recompute=frame.recompute, sharded=sharded)
+            if run is not None:
+                run.probe = probe
+        elif run is not None:
+            norms, aliases = attach(run, [inputs[p] for p in positions])
+            arguments = list(inputs)
+            for p, alias in zip(positions, aliases, strict=True):
+                arguments[p] = alias
+            outputs = artifact.compiled(*arguments, run.whole.mask, norms, run.given)
         else:
             outputs = artifact.compiled(*inputs)
         outputs = guarded(outputs, artifact.unowned)
@@ -166,20 +186,31 @@ class RegionGraphs:
                 scope.note(output, f"an output of {frame.unit.path or 'the model'}", label)
         return outputs
 
-    def _run_trained(self, artifact: Artifact, positions: list[int], inputs: Sequence[Any]) -> Sequence[Any]:
+    def _started(self, artifact: Artifact, positions: list[int], inputs: Sequence[Any]) -> RegionRun:
+        """A region with trainable parameters is about to run on these inputs."""
         frame, whole = self.frames[-1], self.whole
         assert whole is not None and artifact.transformed is not None and artifact.roles is not None
         names = [frame.scope.parameters[id(inputs[p])] for p in positions]
         parameters = [inputs[p] for p in positions]
         assert len(set(names)) == len(names) and all(p.requires_grad for p in parameters), names
+        assert self.lowering_of(names) == artifact.lowering, names
         self._check_live(names, parameters, frame.unit.sharded)
         chosen = artifact.transformed.plan.rules()
         own = [artifact.roles.parameters[p] for p in positions]
         touched = [name for name, first in zip(names, own, strict=True) if first in chosen]
         memory = frozenset(memory_of(p) for p in frame.unit.module.parameters()) if frame.unit.sharded else frozenset()
-        run = whole.run(names, touched, artifact.dtype, frame.unit.path, memory)
-        norms, aliases = attach(run, parameters)
-        arguments = list(inputs)
-        for p, alias in zip(positions, aliases, strict=True):
-            arguments[p] = alias
-        return artifact.compiled(*arguments, whole.mask, norms, norms.detach())
+        return whole.run(names, touched, artifact.dtype, artifact.lowering, frame.unit.path, memory)
+
+    def _lowering(self, live: Sequence[Any]) -> Lowering:
+        known = self.frames[-1].scope.parameters
+        trained = (id(x) for x in live if isinstance(x, Tensor) and x.requires_grad)
+        return self.lowering_of([known[i] for i in trained if i in known])
+
+    def lowering_of(self, names: Sequence[str]) -> Lowering:
+        """Of a region with these trainable parameters."""
+        kind = TWO_PASS if self.two_pass else DEFERRED
+        return lowering_of(names, self._options.clipping, self.groups, kind)
+
+
+def _differentiable(inputs: Sequence[Any]) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
