@@ -204,8 +204,8 @@ def end_forward(whole: Pass, result: Any) -> Any:
     hidden = [x for x in leaves if not isinstance(x, (Tensor, type(None), bool, int, float, str))]
     if hidden:
         raise UnsupportedGraphError(
-            f"the model returns a {type(hidden[0]).__name__}: a backward in two passes starts twice from what the model "
-            "returns, and tensors inside it would not be found",
+            f"the model returns a {type(hidden[0]).__name__}: a backward in two passes starts twice from the tensors "
+            "that the model returns, and those inside it would not be found",
             remedy="return tensors, in tuples, lists and dicts, or compile without memory_budget and with one backward",
         )
     needed = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]

@@ -43,9 +43,9 @@ def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
 class ShardedSums:
     """Clipped sums of sharded parameters: added up over the ranks, unit by unit.
 
-    A unit's reduction starts when all its regions have their sums, and runs while those of the next are computed; two at
-    most are under way. Every rank reduces every trainable parameter, also one that no backward of its own reached, in
-    the same order.
+    A unit's reduction starts when all its regions have their sums, and runs while those of the next are computed; two
+    at most are under way. Every rank reduces every trainable parameter, also one that no backward of its own reached,
+    in the same order.
     """
 
     def __init__(self, root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:

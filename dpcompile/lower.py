@@ -1,9 +1,9 @@
 """The three lowerings of a region's backward.
 
 *Deferred*: it is cut in two at the clip weights. The first part computes gradients of inputs and every example's
-squared norms. The second computes the clipped sums; it runs once the weights are known, which is when the whole backward of the
-model is over. *At once*: the weights arise within the graph, which stays whole. *Two passes*: one graph for norms, and
-one, for a second backward, for clipped sums; nothing is kept from one to the other.
+squared norms. The second computes the clipped sums; it runs once the weights are known, which is when the whole
+backward of the model is over. *At once*: the weights arise within the graph, which stays whole. *Two passes*: one graph
+for norms, and one, for a second backward, for clipped sums; nothing is kept from one to the other.
 """
 
 from __future__ import annotations

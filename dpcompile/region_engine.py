@@ -135,16 +135,18 @@ class RegionEngine(Engine):
 
     # --- units -------------------------------------------------------------------------------------------------------
 
-    def _run_unit(self, unit: Unit, args: Any, kwargs: Any, given: list[Label | None]) -> tuple[Any, list[Label]]:
+    def _run_unit(
+        self, unit: Unit, args: Any, kwargs: Any, given: list[Label | None], recompute: bool = False
+    ) -> tuple[Any, list[Label]]:
         """Run a unit; the labels are those of the tensors among the arguments, and among the results, in order."""
         if not unit.sharded:
-            return self._run_compiled(unit, _call, args, kwargs, given)
+            return self._run_compiled(unit, _call, args, kwargs, given, recompute)
         found: list[list[Label]] = []
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             del unit.module.__dict__["forward"]
             try:
-                result, labels = self._run_compiled(unit, _forward, args, kwargs, given)
+                result, labels = self._run_compiled(unit, _forward, args, kwargs, given, recompute)
             finally:
                 unit.module.__dict__["forward"] = forward
             found.append(labels)
@@ -159,7 +161,13 @@ class RegionEngine(Engine):
         return result, labels
 
     def _run_compiled(
-        self, unit: Unit, function: Callable[..., Any], args: Any, kwargs: Any, given: list[Label | None]
+        self,
+        unit: Unit,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        given: list[Label | None],
+        recompute: bool,
     ) -> tuple[Any, list[Label]]:
         scope = Scope(self._names(unit))
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -171,7 +179,7 @@ class RegionEngine(Engine):
                 if dim is not None and scope.label(tensor) is not None:
                     scope.note(tensor, name, scope.label(tensor))  # type: ignore[arg-type]
         compiled = self._function(unit, function, given)
-        self.graphs.frames.append(Frame(unit, scope))
+        self.graphs.frames.append(Frame(unit, scope, recompute))
         try:
             with stubs(unit.children):
                 result = compiled(unit.module, args, kwargs)
@@ -184,7 +192,7 @@ class RegionEngine(Engine):
         if not unit.sharded:
             return {id(p): n for n, p in self._parameters.items()}
         prefix = f"{unit.path}." if unit.path else ""
-        held = unit.module.named_parameters()
+        held = nn.Module.named_parameters(unit.module)
         return {id(p): prefix + n for n, p in held if prefix + n in self._parameters and not is_distributed(p)}
 
     def _result_label(self, unit: Unit, scope: Scope, value: Tensor) -> Label:
@@ -200,7 +208,7 @@ class RegionEngine(Engine):
 
     def _function(self, unit: Unit, function: Callable[..., Any], given: Sequence[Label | None]) -> Callable[..., Any]:
         """The compiled call for units of this kind, arguments that lie like this, and these trainable parameters."""
-        own = {n: p for n, p in unit.module.named_parameters(remove_duplicate=False)}
+        own = {n: p for n, p in nn.Module.named_parameters(unit.module, remove_duplicate=False)}
         key = (
             type(unit.module),
             unit.handle if unit.children else None,

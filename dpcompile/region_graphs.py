@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from dpcompile._torch import add_inputs, memory_of
 from dpcompile.axis import Label, Shared
+from dpcompile.checkpointed import checkpoint_of, unwrap_units, unwrap_whole
 from dpcompile.deferral import Pass, RegionRun, attach
 from dpcompile.enclosed import enclose
 from dpcompile.graph_key import graph_key
@@ -28,7 +29,7 @@ __all__ = ["Frame", "RegionGraphs", "RegionPlans"]
 
 @dataclass(slots=True)
 class Frame:
-    """A unit, or a piece of one, that is running."""
+    """A unit, or a piece of one, that is running; ``recompute`` if it stands under a checkpoint."""
 
     unit: Unit
     scope: Scope
@@ -49,7 +50,7 @@ class RegionPlans:
         return "\n\n".join(str(plan) for plan in self.plans)
 
 
-RunUnit: TypeAlias = "Callable[[Unit, Any, Any, list[Label | None]], tuple[Any, list[Label]]]"
+RunUnit: TypeAlias = "Callable[[Unit, Any, Any, list[Label | None], bool], tuple[Any, list[Label]]]"
 CheckLive: TypeAlias = Callable[[Sequence[str], Sequence[Tensor], bool], None]
 
 
@@ -95,11 +96,13 @@ class RegionGraphs:
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What ``torch.compile`` calls with a graph."""
-        if holds_units(gm):
-            skeleton = Skeleton(gm)
+        unwrapped = unwrap_units(gm)
+        if holds_units(unwrapped):
+            skeleton = Skeleton(unwrapped)
             return lambda *live: self._run_skeleton(skeleton, live)
-        artifact = self._artifact(gm, inputs, lambda: inputs)
-        return lambda *live: self._run_artifact(artifact, live)
+        inside = unwrap_whole(gm)
+        artifact = self._artifact(gm if inside is None else inside, inputs, lambda: inputs)
+        return lambda *live: self._run_artifact(artifact, live, inside is not None)
 
     def _artifact(self, gm: fx.GraphModule, live: Sequence[Any], examples: Callable[[], Sequence[Any]]) -> Artifact:
         """What a graph is compiled to; an equal one is taken from those that were compiled before."""
@@ -128,7 +131,8 @@ class RegionGraphs:
             for value, label, node in zip(values, labels, part.inputs, strict=True):
                 if isinstance(value, Tensor) and label is not None:
                     inner.note(value, node.name, label)
-            self.frames.append(Frame(frame.unit, inner))
+            recompute = frame.recompute or part.recompute
+            self.frames.append(Frame(frame.unit, inner, recompute))
             try:
                 copied = add_inputs(part.graph, {})  # what is compiled may be written into
                 artifact = self._artifact(copied, values, lambda: part.fakes(values))
@@ -139,10 +143,12 @@ class RegionGraphs:
 
         children = {child.handle: child for child in frame.unit.children}
 
-        def unit(handle: int, args: Any, kwargs: Any, labels: list[Label | None]) -> tuple[Any, list[Label]]:
+        def unit(node: fx.Node, args: Any, kwargs: Any, labels: list[Label | None]) -> tuple[Any, list[Label]]:
+            handle: Any = node.args[0]
+            recompute = frame.recompute or checkpoint_of(node) is not None
             child = children[handle]
             with as_it_is(child):
-                return self._run_unit(child, args, kwargs, labels)
+                return self._run_unit(child, args, kwargs, labels, recompute)
 
         known = [scope.label(x) if isinstance(x, Tensor) else None for x in live]
         outputs, labels = skeleton.run(live, known, piece, unit)
@@ -151,8 +157,9 @@ class RegionGraphs:
                 scope.note(output, "an output", label)
         return outputs
 
-    def _run_artifact(self, artifact: Artifact, inputs: Sequence[Any]) -> Sequence[Any]:
+    def _run_artifact(self, artifact: Artifact, inputs: Sequence[Any], recompute: bool = False) -> Sequence[Any]:
         frame = self.frames[-1]
+        recompute |= frame.recompute
         scope, roles = frame.scope, artifact.roles
         if roles is None:
             return artifact.compiled(*inputs)
@@ -165,9 +172,9 @@ class RegionGraphs:
         positions, whole = artifact.trained, self.whole
         run = self._started(artifact, positions, inputs) if positions else None
         twice = self.two_pass and whole is not None
-        if whole is not None and (twice or frame.recompute) and _differentiable(inputs):
+        if whole is not None and (twice or recompute) and _differentiable(inputs):
             sharded = frame.unit.sharded
-            outputs, probe = enclose(artifact, inputs, whole, run, recompute=frame.recompute, sharded=sharded)
+            outputs, probe = enclose(artifact, inputs, whole, run, recompute=recompute, sharded=sharded)
             if run is not None:
                 run.probe = probe
         elif run is not None:
