@@ -18,7 +18,7 @@ from dpcompile.operations import operation_name
 from dpcompile.proof import Proof
 from dpcompile.sizes import shape_of
 
-__all__ = ["Holding", "Replay", "bytes_of", "is_fused", "replay"]
+__all__ = ["Holding", "Replay", "bytes_of", "is_fused", "replay", "storage_of"]
 
 _VIEWS = {
     "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "alias", "slice",
@@ -133,20 +133,20 @@ def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -
     parameters = sum(bytes_of(p, hints) for p in joint.parameters.values())
     returned = forward.graph.output_node().args[0]
     assert isinstance(returned, (list, tuple))
-    kept = {_storage(n) for n in returned if isinstance(n, fx.Node)}
+    kept = {storage_of(n) for n in returned if isinstance(n, fx.Node)}
     saved = sum(bytes_of(n, hints) for n in kept if n.op != "placeholder" and n.name in of_examples)
     before, length = _lives(forward.graph, hints, of_examples)
     inputs = sum(bytes_of(n, hints) for n in joint.graph.nodes if n.op == "placeholder" and n not in joint.tangent_of)
     peak = max(_timeline([x for x in before.values() if x.start > 0], length, 1), default=0.0)
-    names = {n.name for n in joint.graph.nodes if _is_input(_storage(n)) and _storage(n) not in joint.tangent_of}
+    names = {n.name for n in joint.graph.nodes if _is_input(storage_of(n)) and storage_of(n) not in joint.tangent_of}
     lives = {n: x for n, x in lives.items() if n not in names}
     for i, gradient in enumerate(g for g in joint.gradients.values() if g is not None):
         if gradient.name in lives:
             lives[f"gradient {i}"] = lives.pop(gradient.name)
-    owners = {n.name: _storage(n).name for n in backward.graph.nodes}
+    owners = {n.name: storage_of(n).name for n in backward.graph.nodes}
     for node in joint.graph.nodes:  # a view that the backward makes of something else
         source = node
-        while source.name not in owners and _storage(source) is not source:
+        while source.name not in owners and storage_of(source) is not source:
             source = source.all_input_nodes[0]
         if source.name in owners:
             owners.setdefault(node.name, owners[source.name])
@@ -177,13 +177,13 @@ def _lives(graph: fx.Graph, hints: Mapping[sympy.Symbol, int], of_examples: set[
     last: dict[fx.Node, int] = {}
     for node in nodes:
         for operand in node.all_input_nodes:
-            owner = _storage(operand)
+            owner = storage_of(operand)
             last[owner] = max(last.get(owner, 0), moment[node])
     for value in graph.output_node().all_input_nodes:
-        last[_storage(value)] = number
+        last[storage_of(value)] = number
     lives = {}
     for node in nodes:
-        size = bytes_of(node, hints) if _storage(node) is node and not is_fused(node) and not _several(node) else 0.0
+        size = bytes_of(node, hints) if storage_of(node) is node and not is_fused(node) and not _several(node) else 0.0
         lives[node.name] = _Life(moment[node], last.get(node, moment[node]), size, node.name in of_examples)
     return lives, number
 
@@ -211,7 +211,8 @@ def _reduces(node: fx.Node) -> bool:
     return node.op == "call_function" and operation_name(node.target) in ("sum", "mean", "amax", "var_mean")
 
 
-def _storage(node: fx.Node) -> fx.Node:
+def storage_of(node: fx.Node) -> fx.Node:
+    """The node whose memory a view lies in; any other node itself."""
     while node.op == "call_function" and node.all_input_nodes:
         name = operation_name(node.target)
         if name not in _VIEWS or _several(node.all_input_nodes[0]):

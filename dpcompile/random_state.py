@@ -30,11 +30,15 @@ class RandomState:
         used = {x.device.index or 0 for x in tensors if isinstance(x, Tensor) and x.device.type == "cuda"}
         return cls(torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in sorted(used)})
 
+    def restore(self) -> None:
+        """Go on from here."""
+        torch.set_rng_state(self.cpu)
+        for index, state in self.devices.items():
+            torch.cuda.set_rng_state(state, index)
+
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Draw from here; afterwards the generators stand where they stood before."""
         with torch.random.fork_rng(devices=list(self.devices)):
-            torch.set_rng_state(self.cpu)
-            for index, state in self.devices.items():
-                torch.cuda.set_rng_state(state, index)
+            self.restore()
             yield

@@ -20,9 +20,12 @@ from dpcompile.lowering import Lowering
 from dpcompile.modes import MODES
 from dpcompile.pipeline import Options
 from dpcompile.plan import Plan
+from dpcompile.random_state import RandomState
+from dpcompile.ranks import any_rank
 from dpcompile.region import Scope
 from dpcompile.region_graphs import Frame, RegionGraphs
-from dpcompile.shards import is_distributed
+from dpcompile.region_memory import describe, peaks_of
+from dpcompile.shards import is_distributed, local_part
 from dpcompile.translate import translated
 from dpcompile.units import Unit, find_units, is_sharded, stubs
 
@@ -45,6 +48,7 @@ class RegionEngine(Engine):
 
     Attributes:
         graphs: what was compiled.
+        lowering: in how many passes the backward runs, and why; empty if nobody asked.
     """
 
     def __init__(self, module: nn.Module, options: Options) -> None:
@@ -57,6 +61,7 @@ class RegionEngine(Engine):
             )
         self.graphs = RegionGraphs(options, self.kept, self._run_unit, self.check_live)
         self.graphs.two_pass = MODES[options.norm].second_backward
+        self.lowering = f"two passes: forced by norm={options.norm!r}" if self.graphs.two_pass else ""
         self._root: Unit | None = None
         self._functions: dict[Any, Callable[..., Any]] = {}
         self._clipping_proved = False
@@ -68,7 +73,7 @@ class RegionEngine(Engine):
         self.first_step = self._recorder()
         try:
             with tracing_config(regions=True):
-                return self._run_model(args, kwargs)
+                return self._run_model(args, kwargs) if self._decided() else self._decide(args, kwargs)
         except Exception as error:
             refusal = translated(error, self._example_dims)
             if refusal is None:
@@ -132,6 +137,39 @@ class RegionEngine(Engine):
                 self.first_step.label(tensors, labels)
                 self.first_step.watch(result)
         return result
+
+    # --- the lowering --------------------------------------------------------------------------------------------
+
+    def _decided(self) -> bool:
+        """Whether it is known in how many passes the backward runs."""
+        unasked = self.options.memory_budget is None or bool(self.lowering)
+        return unasked or not (torch.is_grad_enabled() and self.trainable())
+
+    def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The first forward under a memory budget: on every rank it runs again if one of them needs two passes."""
+        budget = self.options.memory_budget
+        assert budget is not None
+        mask, masked, state = self._mask, self._masked, RandomState.now(self._parameters.values())
+        buffers = [(b, b.detach().clone()) for b in self.module.buffers()]
+        self.graphs.memory = []
+        result = self._run_model(args, kwargs)
+        tensors = (*self._parameters.values(), *(t for _, t, _ in self._example_dims()))
+        peaks = peaks_of(self.graphs.memory, sum(local_part(t.detach()).nbytes for t in tensors))
+        allowed = budget * peaks.plain if isinstance(budget, float) else float(budget)
+        over = peaks.deferred > allowed
+        self.graphs.two_pass = any_rank(over) if self.sharded else over
+        self.lowering = describe(peaks, allowed, two_pass=self.graphs.two_pass)
+        if not self.graphs.two_pass:
+            return result
+        del result
+        self.graphs.forget()
+        self._functions.clear()
+        self._mask, self._masked = mask, masked
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        state.restore()
+        return self._run_model(args, kwargs)
 
     # --- units -------------------------------------------------------------------------------------------------------
 

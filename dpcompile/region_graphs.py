@@ -16,10 +16,11 @@ from dpcompile.deferral import Pass, RegionRun, attach
 from dpcompile.enclosed import enclose
 from dpcompile.graph_key import graph_key
 from dpcompile.kept import Kept
-from dpcompile.lowering import DEFERRED, TWO_PASS, Lowering, lowering_of
+from dpcompile.lowering import AT_ONCE, DEFERRED, TWO_PASS, Lowering, lowering_of
 from dpcompile.pipeline import Options, Transformed
 from dpcompile.plan import Plan
 from dpcompile.region import Artifact, Scope, compile_region, concrete
+from dpcompile.region_memory import RegionMemory
 from dpcompile.skeleton import Piece, Skeleton, holds_units
 from dpcompile.units import Unit, as_it_is
 from dpcompile.unowned import guarded
@@ -38,16 +39,22 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class RegionPlans:
-    """The plans of a model's regions, equal regions once; printed one after the other."""
+    """The plans of a model's regions, equal regions once; printed one after the other.
+
+    Attributes:
+        plans: of the regions.
+        lowering: which lowering was chosen for the model, and why; empty without a choice.
+    """
 
     plans: tuple[Plan, ...]
+    lowering: str = ""
 
     def rules(self) -> dict[str, str]:
         """Parameter name -> rule, of the first of equal regions."""
         return {name: rule for plan in self.plans for name, rule in plan.rules().items()}
 
     def __str__(self) -> str:
-        return "\n\n".join(str(plan) for plan in self.plans)
+        return "\n\n".join([*map(str, self.plans), *([self.lowering] if self.lowering else [])])
 
 
 RunUnit: TypeAlias = "Callable[[Unit, Any, Any, list[Label | None], bool], tuple[Any, list[Label]]]"
@@ -72,6 +79,7 @@ class RegionGraphs:
         frames: what is running, innermost last.
         proving: whether the current forward may have a backward.
         whole: of the current forward, if it may have one.
+        memory: of the regions of the current forward, in order: see :func:`dpcompile.region_memory.peaks_of`.
         groups: clip group -> the trainable parameters in it.
         two_pass: whether regions run their backward twice.
     """
@@ -86,6 +94,7 @@ class RegionGraphs:
         self.frames: list[Frame] = []
         self.proving = False
         self.whole: Pass | None = None
+        self.memory: list[tuple[RegionMemory, bool, bool]] = []
         self.groups: Mapping[str, frozenset[str]] = {}
         self.two_pass = False
 
@@ -93,6 +102,10 @@ class RegionGraphs:
     def plans(self) -> tuple[Plan, ...]:
         """Of every graph with trainable parameters, equal ones once."""
         return tuple(self._plans.values())
+
+    def forget(self) -> None:
+        """Compile everything again: another lowering was chosen."""
+        self._artifacts, self._plans, self.memory = {}, {}, []
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What ``torch.compile`` calls with a graph."""
@@ -171,6 +184,8 @@ class RegionGraphs:
                 self._kept.check_input(name, inputs[p])
         positions, whole = artifact.trained, self.whole
         run = self._started(artifact, positions, inputs) if positions else None
+        if artifact.transformed is not None and artifact.transformed.memory is not None:
+            self.memory.append((artifact.transformed.memory, recompute, artifact.lowering.kind == AT_ONCE))
         twice = self.two_pass and whole is not None
         if whole is not None and (twice or recompute) and _differentiable(inputs):
             sharded = frame.unit.sharded

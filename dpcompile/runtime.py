@@ -49,7 +49,7 @@ class PrivateModule:
     def plan(self) -> Any:
         """The rule of every gradient site; print it. Of a model in regions: of each region, equal ones once."""
         transformed, engine = _transformed(self), engine_of(self)
-        return RegionPlans(engine.plans) if isinstance(engine, RegionEngine) else transformed.plan
+        return RegionPlans(engine.plans, engine.lowering) if isinstance(engine, RegionEngine) else transformed.plan
 
     @property
     def graph(self) -> fx.GraphModule:

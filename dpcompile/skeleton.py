@@ -179,8 +179,9 @@ def _assign(gm: fx.GraphModule) -> dict[fx.Node, int]:
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr") or (node.target is not unit_call and _from_unit(node)):
             continue
-        if node.target is operator.getitem and node.args[0] in found:
-            found[node] = found[node.args[0]]
+        source: Any = node.args[0] if node.target is operator.getitem else None
+        if source in found and source.target is not unit_call:
+            found[node] = found[source]
             continue
         if node.target is unit_call:
             found[node] = number + 1
