@@ -53,10 +53,10 @@ MODES: Mapping[str, Mode] = {
     "bk_mixed_ghost": Mode(
         ("outer", "ghost", "redo"), mixed=True, drop=True, source="Bu et al. 2023, arXiv:2210.00038, BK-MixGhostClip"
     ),
-    "two_pass": Mode(("outer", "ghost", "redo", "direct"), drop=True, second_backward=True),
     "bk_mix_opt": Mode(
         ("outer", "ghost", "keep"), mixed=True, source="Bu et al. 2023, arXiv:2210.00038, BK-MixOpt"
     ),
+    "two_pass": Mode(("outer", "ghost", "redo", "direct"), drop=True, second_backward=True),
 }  # fmt: skip
 NORM_MODES = tuple(MODES)
 _NOTHING_KEPT = {"auto": "two_pass", "instantiate": "redo", "per_example": "redo", "bk_mix_opt": "bk_mixed_ghost"}

@@ -378,6 +378,7 @@ def main() -> None:
         "two passes, parameters kept": lambda: gradients(
             "GPT", mesh, {"norm": "two_pass"}, reshard_after_forward=False
         ),
+        "two passes for a budget": lambda: gradients("GPT", mesh, {"memory_budget": 1}),
         "clipped by blocks": lambda: gradients("GPT", mesh, {"clipping": "per_block"}),
         "clipped by layers": lambda: gradients("checkpointed GPT", mesh, {"clipping": "per_layer"}),
         "parameters kept after forward": lambda: gradients("GPT", mesh, reshard_after_forward=False),

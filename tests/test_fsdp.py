@@ -12,7 +12,8 @@ import torch
 HERE = Path(__file__).parent
 CHECKS = {
     "gradients of GPT", "gradients of checkpointed GPT", "gradients of ViT", "gradients of LoRA", "two passes",
-    "two passes, checkpointed", "two passes, parameters kept", "clipped by blocks", "clipped by layers",
+    "two passes, checkpointed", "two passes, parameters kept", "two passes for a budget",
+    "clipped by blocks", "clipped by layers",
     "parameters kept after forward", "padding", "micro-batches", "training with noise", "loading", "checkpoints",
     "mixed precision", "refusals",
 }  # fmt: skip
