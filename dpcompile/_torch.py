@@ -68,6 +68,7 @@ __all__ = [
     "add_one_",
     "compile_cpp",
     "after_backward",
+    "checkpoint_call",
     "compile_joint",
     "copy_graph",
     "current_backward",
@@ -79,6 +80,7 @@ __all__ = [
     "flat_graph",
     "has_gradient_hooks",
     "is_fake",
+    "is_selective",
     "is_stepped_as_made",
     "mark_stepped",
     "partition",
@@ -335,6 +337,16 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     copied._codegen = graph._codegen
     assert nodes
     return copied
+
+
+def checkpoint_call(node: fx.Node) -> bool:
+    """Whether a node of Dynamo's graph is a call of ``torch.utils.checkpoint.checkpoint``; its body is an attribute."""
+    return node.op == "call_function" and node.target is torch.ops.higher_order.tag_activation_checkpoint
+
+
+def is_selective(body: fx.GraphModule) -> bool:
+    """Whether the body of a checkpoint has a policy of what is kept."""
+    return "_checkpoint_context_fn" in body.meta
 
 
 def flat_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int | None]]:

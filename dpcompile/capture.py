@@ -25,10 +25,11 @@ from dpcompile.axis import Examples
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.joint import JointGraph
 from dpcompile.locate import where
+from dpcompile.lowering import Lowering
 from dpcompile.outputs import check_differentiable, separate_outputs
 from dpcompile.sizes import Size, divide, is_one, product, same, shape_of, size
 
-__all__ = ["Roles", "assign_roles", "check_outputs", "extend", "name_joint"]
+__all__ = ["Roles", "assign_roles", "check_outputs", "extend", "name_joint", "written_inputs"]
 
 _HIDDEN = re.compile(r"^L\['(args|kwargs)'\]")
 _INSIDE_MODEL = re.compile(
@@ -51,7 +52,7 @@ class Roles:
         narrow: positions of the trainable parameters of a dtype narrower than float32.
         inputs: how many inputs the captured graph has.
         arguments: positions of the tensors of the call.
-        deferred: the clip weights are an input of the graph.
+        lowering: of a region; None for a model in one graph.
         layouts: position -> how the examples lie, where that is more than a dimension of their own.
     """
 
@@ -64,7 +65,7 @@ class Roles:
     narrow: tuple[int, ...]
     inputs: int
     arguments: frozenset[int]
-    deferred: bool = False
+    lowering: Lowering | None = None
     layouts: Mapping[int, Examples] = field(default_factory=dict)
 
     @property
@@ -183,7 +184,9 @@ def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tenso
 
     The norms leave the compiled backward as the gradient of the second one, ``[B]``. One more float32 input for every
     parameter of a narrower dtype receives its clipped sum: autograd would round the parameter's own gradient. Outputs
-    that overlap in memory are copied. In the deferred lowering norms and clip weights are ``[parameters, B]``.
+    that overlap in memory are copied. In a region
+    norms are ``[parameters, B]``, and so is one input more: the clip weights, or, clipped at once, the bound C of every
+    parameter's group.
     """
     position, dim = roles.batch_from
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -194,7 +197,7 @@ def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tenso
     batch: Any = like.shape[dim] if axis is None else roles.batch
     with fake_mode:
         mask = torch.empty(batch, device=like.device, dtype=torch.float32)
-        if roles.deferred:
+        if roles.lowering is not None:
             wide_enough = deferred_dtype(placeholders[p].meta["example_value"].dtype for p in roles.parameters)
             norms = mask.new_empty((len(roles.parameters), batch), dtype=wide_enough, requires_grad=True)
             weights = {WEIGHTS: torch.empty_like(norms, requires_grad=False)}
@@ -275,11 +278,22 @@ def name_joint(module: fx.GraphModule, roles: Roles) -> JointGraph:
         input_gradients={
             by_position[p]: gradient
             for p, slot in slots.items()
-            if roles.deferred and p in by_position and p < inputs and p not in roles.parameters
+            if roles.lowering is not None and p in by_position and p < inputs and p not in roles.parameters
             if isinstance(gradient := values[slot], fx.Node)
         },
-        weights=by_position[inputs + 2] if roles.deferred else None,
+        weights=by_position[inputs + 2] if roles.lowering is not None else None,
     )
+
+
+def written_inputs(module: fx.GraphModule) -> set[int]:
+    """Positions of the captured graph's inputs that its joint graph writes to."""
+    found = set()
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None and schema.is_mutable:
+            descriptors = [n.meta.get("desc") for n in node.all_input_nodes]
+            found |= {d.idx for d in descriptors if isinstance(d, PlainAOTInput)}
+    return found
 
 
 def check_outputs(module: fx.GraphModule, roles: Roles) -> None:

@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
 
 from dpcompile._torch import trace_like
-from dpcompile.axis import Examples
+from dpcompile.axis import Examples, Shared, Whole
 from dpcompile.errors import PrivacyError
 from dpcompile.joint import JointGraph
+from dpcompile.proof import prove
 from dpcompile.sizes import Size
 
-__all__ = ["Clipping", "ClippingFunction", "clip_weights", "group_of", "validate_clipping"]
+__all__ = [
+    "Clipping",
+    "ClippingFunction",
+    "clip_group",
+    "clip_weights",
+    "group_bound",
+    "group_of",
+    "own_norms",
+    "prove_function",
+    "validate_clipping",
+]
 
 ClippingFunction: TypeAlias = Callable[..., Tensor]
 Clipping: TypeAlias = "str | ClippingFunction"
@@ -61,8 +72,40 @@ def group_of(clipping: Clipping, parameter: str) -> str:
     return ""
 
 
+def group_bound(max_grad_norm: float, groups: int) -> float:
+    """C of each of several groups: their squares add up to that of the whole."""
+    return float(max_grad_norm) / max(groups, 1) ** 0.5
+
+
+def clip_group(
+    squared: Sequence[Tensor], mask: Tensor, *, clipping: Clipping, bound: float | Tensor, mean_of: int | None
+) -> tuple[Tensor, Tensor]:
+    """The squared norm of one clip group and its weights, both ``[B]``.
+
+    Args:
+        squared: ``[B]`` of every parameter of the group.
+        mask: see :func:`clip_weights`, as for the rest.
+        clipping: "
+        bound: "
+        mean_of: where the loss is a mean over the batch, how many times ``mask``'s examples that batch holds: a
+            gradient in the graph is ``1 / (mean_of * B)`` of the example's own. None where it is a sum.
+    """
+    total = sum(squared[1:], start=squared[0]) if squared else torch.zeros_like(mask)
+    return total, clip_weights(total, mask, clipping=clipping, bound=bound, scale=_scale(mask, mean_of))
+
+
+def own_norms(squared: Sequence[Tensor], mask: Tensor, mean_of: int | None) -> Tensor:
+    """The norms that the user sees, float32 ``[B]``: of the examples' own gradients, over all groups."""
+    total = sum(squared[1:], start=squared[0]) if squared else torch.zeros_like(mask)
+    return (total.sqrt() * _scale(mask, mean_of)).to(torch.float32)
+
+
+def _scale(mask: Tensor, mean_of: int | None) -> int:
+    return 1 if mean_of is None else mask.shape[0] * mean_of
+
+
 def clip_weights(
-    squared_norms: Tensor, mask: Tensor, *, clipping: Clipping, bound: float, scale: float | int
+    squared_norms: Tensor, mask: Tensor, *, clipping: Clipping, bound: float | Tensor, scale: float | int
 ) -> Tensor:
     """The weight of every example.
 
@@ -76,7 +119,7 @@ def clip_weights(
             "per_layer" and "per_block" within their group (McMahan et al. 2018, arXiv:1710.06963, section 2.3);
             "automatic" is ``C/(norm + 0.01)`` (Bu et al. 2023, arXiv:2206.07136, AUTO-S). A function gets the norms
             ``[B]`` (and C, if it takes two arguments) and returns weights, which are then cut to ``C/norm``.
-        bound: C, of this group.
+        bound: C, of this group; a tensor of shape ``[B]`` or of one number is one too.
         scale: what a gradient in the graph must be multiplied by to be the example's own (B under a mean loss).
 
     Returns:
@@ -96,7 +139,7 @@ def clip_weights(
     return torch.where(usable, weights * scale, torch.zeros_like(weights))
 
 
-def _apply(function: ClippingFunction, norms: Tensor, bound: float) -> Tensor:
+def _apply(function: ClippingFunction, norms: Tensor, bound: float | Tensor) -> Tensor:
     return function(norms, bound) if _takes_bound(function) else function(norms)
 
 
@@ -133,7 +176,30 @@ def check_function(function: ClippingFunction, norms: Tensor, bound: float) -> t
     return traced, result
 
 
-def as_joint(traced: fx.GraphModule, result: fx.Node, batch: Size) -> JointGraph:
+def prove_function(clipping: Clipping, norms: Tensor, bound: float, batch: Size) -> None:
+    """A user's clipping function must give every example a weight from its own norm alone.
+
+    Args:
+        clipping: any; only a function is looked at.
+        norms: fake, ``[B]``.
+        bound: C.
+        batch: B.
+
+    Raises:
+        PrivacyError: it does not.
+    """
+    if not callable(clipping):
+        return
+    traced, result = check_function(clipping, norms, bound)
+    label = prove(_as_joint(traced, result, batch)).of(result)
+    if not isinstance(label, (Shared, Whole)) and label != Examples(0):
+        raise PrivacyError(
+            f"the clipping function does not give every example its own weight: its result is {label}",
+            remedy="let weight i depend on norm i alone",
+        )
+
+
+def _as_joint(traced: fx.GraphModule, result: fx.Node, batch: Size) -> JointGraph:
     """A traced clipping function in the form that the proof takes: its result is the one output to be per example."""
     norms = next(n for n in traced.graph.nodes if n.op == "placeholder")
     return JointGraph(

@@ -1,24 +1,23 @@
-"""One forward of a model in several regions, and its one backward: norms first, then weights, then clipped sums."""
+"""One forward of a model in several regions, and its backward: norms, weights, clipped sums."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dpcompile._torch import after_backward, current_backward, disable, fake_like
-from dpcompile.axis import Examples, Shared, Whole
-from dpcompile.clipping import as_joint, check_function, clip_weights, group_of
+from dpcompile._torch import after_backward, current_backward, disable
+from dpcompile.clipping import clip_group, group_bound, group_of, own_norms
 from dpcompile.delivery import warn_of_lost_examples
 from dpcompile.errors import PrivacyError
-from dpcompile.lower import Rest, take_rest
+from dpcompile.lower import Rest, take_rest, take_sums
+from dpcompile.lowering import AT_ONCE, TWO_PASS, Lowering
 from dpcompile.pipeline import Options
-from dpcompile.proof import prove
 
-__all__ = ["Outcome", "Pass", "RegionRun", "attach", "prove_clipping"]
+__all__ = ["Outcome", "Pass", "RegionRun", "Sums", "WholeSums", "attach"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +28,47 @@ class Outcome:
         norms: float32 ``[B]``, before clipping.
         mask: ``[B]``.
         graph_task: the identity of the backward.
-        sums: for every region that it reached, in the order in which it reached them, the path of the unit that the
-            region is a part of, and a function that computes ``(parameter name, clipped sum)``, to be called once.
+        sums: ``(parameter name, clipped sum)``; of sharded parameters the local parts of the sums over all ranks.
     """
 
     norms: Tensor
     mask: Tensor
     graph_task: int
-    sums: Sequence[tuple[str, Callable[[], list[tuple[str, Tensor]]]]]
+    sums: Sequence[tuple[str, Tensor]]
+
+
+class Sums(Protocol):
+    """Where clipped sums of regions go, as they arise; ``unit`` is the path of the unit that a region is a part of."""
+
+    def expect(self, unit: str) -> None:
+        """A region of this unit ran forward."""
+        ...
+
+    def add(self, unit: str, sums: Sequence[tuple[str, Tensor]]) -> None:
+        """The clipped sums of a region of this unit; once per region."""
+        ...
+
+    def finish(self) -> list[tuple[str, Tensor]]:
+        """All of them, when the backward is over."""
+        ...
+
+
+class WholeSums:
+    """Of parameters that lie on this rank whole."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, Tensor]] = []
+
+    def expect(self, unit: str) -> None:
+        """See :class:`Sums`."""
+
+    def add(self, unit: str, sums: Sequence[tuple[str, Tensor]]) -> None:
+        """See :class:`Sums`."""
+        self._found += sums
+
+    def finish(self) -> list[tuple[str, Tensor]]:
+        """See :class:`Sums`."""
+        return self._found
 
 
 @dataclass(eq=False, slots=True)
@@ -46,34 +78,44 @@ class RegionRun:
     Attributes:
         names: its parameters, in the order of the rows of norms and weights.
         touched: those whose gradient is not zero for every example.
-        shape: of norms and weights.
-        dtype: of norms and weights.
+        whole: the forward that it is a part of.
+        lowering: of the region.
+        given: ``[parameters, B]``, what the graph takes for clip weights; clipped at once: the bounds.
         unit: the path of the unit that the region is a part of.
         memory: parameters' memory that is freed before the clipped sums are computed.
+        probe: a leaf behind the region in autograd's graph, where its backward may come twice.
+        squared: its squared norms, ``[parameters, B]``, once its backward came.
+        rest: deferred: what its clipped sums are computed from.
     """
 
     names: tuple[str, ...]
     touched: frozenset[str]
     whole: Pass
-    dtype: torch.dtype
+    lowering: Lowering
+    given: Tensor
     unit: str = ""
     memory: frozenset[int] = frozenset()
+    probe: Tensor | None = None
     squared: Tensor | None = None
     rest: Rest | None = None
+
+    def named(self, sums: Sequence[Tensor | None]) -> list[tuple[str, Tensor]]:
+        """Clipped sums with their parameters' names; without those that are zero."""
+        return [(n, s) for n, s in zip(self.names, sums, strict=True) if s is not None]
 
 
 @dataclass(eq=False, slots=True)
 class Pass:
     """Every region of one forward; their backward is one backward.
 
-    **Guarantee.** ``deliver`` is called once, when the whole backward is over, with the weights of every example from
-    its norm over all parameters of its group, in whichever region they are.
+    **Guarantee.** ``deliver`` is called once, when the whole backward is over, with clipped sums for the weights of
+    every example from its norm over all parameters of its group, in whichever region they are.
 
     ==============================================  =================================================
     edge case                                       outcome
     ==============================================  =================================================
     a region whose backward does not come           its gradient is zero for every example
-    an example that is not finite in one region     weight 0 in all regions
+    an example that is not finite in one region     weight 0 in all regions but those that were clipped at once
     a parameter in two regions                      refused: their gradients add before the norm
     a second backward, or one through another part  refused: an example would count twice
     a backward that fails                           nothing is delivered
@@ -82,22 +124,35 @@ class Pass:
     Attributes:
         options: of the model.
         mask: ``[B]``, 1 for an example and 0 for padding.
+        sums: where clipped sums go as they arise.
         deliver: takes the outcome.
         refused: why this forward may have no backward, or None.
+        repeat: in two passes, runs the backward again; it ends in :meth:`receive_sums` of every region in ``received``.
+        weights: clip group -> ``[B]``, once they are known.
     """
 
     options: Options
     mask: Tensor
+    sums: Sums
     deliver: Callable[[Outcome], None]
     refused: PrivacyError | None = None
+    repeat: Callable[[], None] | None = None
+    runs: list[RegionRun] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
     touched: dict[str, None] = field(default_factory=dict)
     received: list[RegionRun] = field(default_factory=list)
+    weights: dict[str, Tensor] | None = None
     task: int | None = None
     done: bool = False
 
     def run(
-        self, names: Sequence[str], touched: Sequence[str], dtype: torch.dtype, unit: str, memory: frozenset[int]
+        self,
+        names: Sequence[str],
+        touched: Sequence[str],
+        dtype: torch.dtype,
+        lowering: Lowering,
+        unit: str,
+        memory: frozenset[int],
     ) -> RegionRun:
         """A region runs forward on these parameters.
 
@@ -114,69 +169,107 @@ class Pass:
             )
         self.names.update(names)
         self.touched.update(dict.fromkeys(n for n in names if n in set(touched)))
-        return RegionRun(tuple(names), frozenset(touched), self, dtype, unit, memory)
+        given = self.mask.new_zeros((len(names), len(self.mask)), dtype=dtype)
+        run = RegionRun(tuple(names), frozenset(touched), self, lowering, given, unit, memory)
+        self.runs.append(run)
+        self.sums.expect(unit)
+        return run
 
-    @disable
-    def receive(self, run: RegionRun, squared: Tensor | None) -> None:
-        """The backward of a region is over: ``squared`` holds its norms ``[parameters, B]``."""
+    def seal(self) -> None:
+        """The forward is over: regions that are clipped at once get the bound of their groups."""
+        for run in self.runs:
+            if run.lowering.kind == AT_ONCE:
+                run.given.data.fill_(self._bound())  # autograd has saved it: its version stays
+        self.runs = []
+
+    def check(self, run: RegionRun | None) -> None:
+        """Raise PrivacyError if no backward may come, through this region or any."""
         if self.refused is not None:
             raise self.refused
-        task = current_backward()
-        if self.done or run.squared is not None or (self.task is not None and task != self.task):
+        again = run is not None and run.squared is not None
+        if self.done or again or (self.task is not None and current_backward() != self.task):
             raise PrivacyError(
                 "a second backward through the same forward: every example would count twice",
                 remedy="run the forward again, or add the losses before one backward",
             )
+
+    @disable
+    def receive(self, run: RegionRun, squared: Tensor | None) -> None:
+        """The backward of a region is over: ``squared`` holds its norms ``[parameters, B]``."""
+        self.check(run)
         if self.task is None:
-            self.task = task
+            self.task = current_backward()
             after_backward(self._finish)
         if squared is None:
             return
-        run.squared, run.rest = squared, take_rest(squared)
-        run.rest.protect(run.memory)
+        run.squared = squared
         self.received.append(run)
+        if run.lowering.kind == AT_ONCE:
+            self.sums.add(run.unit, run.named(take_rest(squared)(None)))
+        elif run.lowering.kind != TWO_PASS:
+            run.rest = take_rest(squared)
+            run.rest.protect(run.memory)
+
+    def receive_sums(self, run: RegionRun, marker: Tensor | None) -> None:
+        """The second backward of a region is over."""
+        if marker is not None:
+            sums = take_sums(marker)
+            self.sums.add(run.unit, run.named(sums) if sums else [])
+
+    def weights_of(self, run: RegionRun) -> Tensor:
+        """``[parameters, B]``, in the second part."""
+        assert self.weights is not None
+        found = [self.weights[group_of(self.options.clipping, n)] for n in run.names]
+        return torch.stack(found).to(run.given.dtype)
+
+    def _finish(self) -> None:
+        self.done = True
+        if self.repeat is None:
+            self._deliver()
+        else:
+            after_backward(self._deliver)  # FSDP's own end of the first backward comes before the second one
 
     @torch.no_grad()
-    def _finish(self) -> None:
+    def _deliver(self) -> None:
         assert self.task is not None
-        self.done = True
-        rows = {n: s for run in self.received for n, s in zip(run.names, run.squared, strict=True)}  # type: ignore[arg-type]
-        weights, total = self._weights(rows)
-        scale = len(self.mask) if self.options.loss_reduction == "mean" else 1
-        norms = (total.sqrt() * scale).to(torch.float32)
-
-        def sums(run: RegionRun) -> Callable[[], list[tuple[str, Tensor]]]:
-            def compute() -> list[tuple[str, Tensor]]:
+        self.weights, squared = self._weights()
+        norms = own_norms([squared], self.mask, self._mean_of())
+        if self.repeat is not None:
+            self.repeat()
+        for run in self.received:
+            if run.rest is not None:
                 rest, run.rest = run.rest, None
-                assert rest is not None
-                given = torch.stack([weights[group_of(self.options.clipping, n)] for n in run.names]).to(run.dtype)
-                found = rest(given)
-                return [(n, s) for n, s in zip(run.names, found, strict=True) if s is not None]
-
-            return compute
-
-        computed = [(run.unit, sums(run)) for run in self.received]
-        self.received = []
-        self.deliver(Outcome(norms, self.mask, self.task, computed))
+                self.sums.add(run.unit, run.named(rest(self.weights_of(run))))
+        self.received, self.weights, self.repeat = [], None, None
+        self.deliver(Outcome(norms, self.mask, self.task, self.sums.finish()))
         warn_of_lost_examples(norms, self.mask)
 
-    def _weights(self, rows: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """The weights of each group's examples, and the squared norm over all groups."""
-        options = self.options
-        groups: dict[str, list[Tensor]] = {group_of(options.clipping, n): [] for n in (*self.touched, *rows)}
-        present = {group_of(options.clipping, n) for n in self.touched}
-        for name, squared in rows.items():
-            groups[group_of(options.clipping, name)].append(squared)
-        bound = float(options.max_grad_norm) / max(len(present), 1) ** 0.5
-        scale = len(self.mask) if options.loss_reduction == "mean" else 1
-        weights, totals = {}, [torch.zeros_like(self.mask)]
-        for group, members in groups.items():
-            total = sum(members[1:], start=members[0]) if members else torch.zeros_like(self.mask)
-            totals.append(total)
-            weights[group] = clip_weights(total, self.mask, clipping=options.clipping, bound=bound, scale=scale)
-        everything = sum(totals[1:], start=totals[0])
+    def _weights(self) -> tuple[dict[str, Tensor], Tensor]:
+        """The weights of each group's examples, and the squared norm over all groups.
+
+        Those of groups that were clipped at once are the same, or 0 where an example is lost; nobody asks for them.
+        """
+        clipping, mask = self.options.clipping, self.mask
+        groups: dict[str, list[Tensor]] = {group_of(clipping, n): [] for n in self.touched}
+        for run in self.received:
+            assert run.squared is not None
+            for name, row in zip(run.names, run.squared, strict=True):
+                groups.setdefault(group_of(clipping, name), []).append(row)
+        found = {
+            group: clip_group(rows, mask, clipping=clipping, bound=self._bound(), mean_of=self._mean_of())
+            for group, rows in groups.items()
+        }
+        totals = [total for total, _ in found.values()]
+        everything = sum(totals[1:], start=totals[0]) if totals else torch.zeros_like(mask)
         lost = ~torch.isfinite(everything)
-        return {g: torch.where(lost, torch.zeros_like(w), w) for g, w in weights.items()}, everything
+        return {g: torch.where(lost, torch.zeros_like(w), w) for g, (_, w) in found.items()}, everything
+
+    def _bound(self) -> float:
+        present = {group_of(self.options.clipping, n) for n in self.touched}
+        return group_bound(self.options.max_grad_norm, len(present))
+
+    def _mean_of(self) -> int | None:
+        return 1 if self.options.loss_reduction == "mean" else None
 
 
 def attach(run: RegionRun, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -193,9 +286,7 @@ class _Receive(torch.autograd.Function):
     def forward(ctx: Any, run: RegionRun, *parameters: Tensor) -> Any:  # noqa: D102
         ctx.run = run
         ctx.set_materialize_grads(False)
-        mask = run.whole.mask
-        norms = mask.new_zeros((len(parameters), len(mask)), dtype=run.dtype)
-        return (norms, *(p.detach() for p in parameters))
+        return (torch.zeros_like(run.given), *(p.detach() for p in parameters))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -203,20 +294,3 @@ class _Receive(torch.autograd.Function):
         assert all(s is None for s in sums), "a gradient of a parameter was handed to autograd"
         ctx.run.whole.receive(ctx.run, squared)
         return (None, *(None for _ in sums))
-
-
-def prove_clipping(options: Options, batch: int) -> None:
-    """A user's clipping function must give every example a weight from its own norm alone.
-
-    Raises:
-        PrivacyError: it does not.
-    """
-    if not callable(options.clipping):
-        return
-    traced, result = check_function(options.clipping, fake_like((batch,)), options.max_grad_norm)
-    label = prove(as_joint(traced, result, batch)).of(result)
-    if not isinstance(label, (Shared, Whole)) and label != Examples(0):
-        raise PrivacyError(
-            f"the clipping function does not give every example its own weight: its result is {label}",
-            remedy="let weight i depend on norm i alone",
-        )

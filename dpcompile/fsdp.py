@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,7 @@ from dpcompile.errors import UnsupportedGraphError
 from dpcompile.shards import Pending, is_distributed, local_start, reduce_sums
 from dpcompile.units import Unit
 
-__all__ = ["check_sharded", "reduce_over_ranks"]
-
-Compute = Callable[[], list[tuple[str, Tensor]]]
+__all__ = ["ShardedSums", "check_sharded"]
 
 
 def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -42,29 +40,49 @@ def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
             )
 
 
-def reduce_over_ranks(
-    root: Unit, parameters: Mapping[str, nn.Parameter], sums: Sequence[tuple[str, Compute]]
-) -> list[tuple[str, Tensor]]:
-    """Compute the clipped sums region by region, and add them up over the ranks unit by unit.
+class ShardedSums:
+    """Clipped sums of sharded parameters: added up over the ranks, unit by unit.
 
-    The reduction of a unit runs while the sums of the next are computed. Every rank reduces every trainable parameter,
-    also one that no backward of its own reached, in the same order.
-
-    Returns:
-        ``(parameter name, local part of the sum over all ranks)``.
+    A unit's reduction starts when all its regions have their sums, and runs while those of the next are computed; two
+    at most are under way. Every rank reduces every trainable parameter, also one that no backward of its own reached,
+    in the same order.
     """
-    left = Counter(unit for unit, _ in sums)
-    gathered: dict[str, dict[str, Tensor]] = {}
-    pending: list[tuple[list[str], Pending]] = []
-    own = {unit.path: _own(unit, parameters) for unit in _all(root)}
-    for unit, compute in sums:
-        gathered.setdefault(unit, {}).update(compute())
-        left[unit] -= 1
-        if not left[unit]:
-            pending += _start(own.pop(unit), parameters, gathered.pop(unit))
-    for names in own.values():
-        pending += _start(names, parameters, {})
-    return [pair for names, reduction in pending for pair in zip(names, reduction.wait(), strict=True)]
+
+    def __init__(self, root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._own = {unit.path: _own(unit, parameters) for unit in _all(root)}
+        self._left: Counter[str] = Counter()
+        self._gathered: dict[str, dict[str, Tensor]] = {}
+        self._pending: list[tuple[list[str], Pending]] = []
+        self._done: list[tuple[str, Tensor]] = []
+
+    def expect(self, unit: str) -> None:
+        """A region of this unit ran forward."""
+        self._left[unit] += 1
+
+    def add(self, unit: str, sums: Sequence[tuple[str, Tensor]]) -> None:
+        """The clipped sums of a region of this unit, of the examples of this rank."""
+        self._gathered.setdefault(unit, {}).update(sums)
+        self._left[unit] -= 1
+        if not self._left[unit]:
+            self._reduce(unit)
+
+    def finish(self) -> list[tuple[str, Tensor]]:
+        """``(parameter name, local part of the sum over all ranks)``."""
+        for unit in list(self._own):
+            self._reduce(unit)
+        self._wait()
+        return self._done
+
+    def _reduce(self, unit: str) -> None:
+        started = _start(self._own.pop(unit), self._parameters, self._gathered.pop(unit, {}))
+        self._wait()
+        self._pending = started
+
+    def _wait(self) -> None:
+        for names, reduction in self._pending:
+            self._done += zip(names, reduction.wait(), strict=True)
+        self._pending = []
 
 
 def _start(

@@ -34,8 +34,8 @@ class JointGraph:
         plain_tangents: cotangent placeholder -> the position, in what the captured graph returns, of the output that it
             belongs to; only of outputs that AOTAutograd returns as they are.
         input_gradients: placeholder that is no parameter -> its gradient, which flows on to whatever made the input.
-        weights: in the deferred lowering the placeholder of the clip weights, ``[parameters, B]``; the squared norms
-            leave in the same shape, in the order of ``parameters``.
+        weights: in a region the placeholder of the clip weights, ``[parameters, B]``, or, clipped at once, of the
+            bounds of the parameters' groups; squared norms leave in the same shape, in the order of ``parameters``.
     """
 
     module: fx.GraphModule

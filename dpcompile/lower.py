@@ -1,13 +1,16 @@
-"""The deferred lowering: a backward cut in two at the clip weights.
+"""The three lowerings of a region's backward.
 
-The first part computes gradients of inputs and every example's squared norms. The second computes the clipped sums; it
-runs once the weights are known, which is when the whole backward of the model is over.
+*Deferred*: it is cut in two at the clip weights. The first part computes gradients of inputs and every example's
+squared norms. The second computes the clipped sums; it runs once the weights are known, which is when the whole
+backward of the model is over. *At once*: the weights arise within the graph, which stays whole. *Two passes*: one graph
+for norms, and one, for a second backward, for clipped sums; nothing is kept from one to the other.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +18,11 @@ import torch
 from torch import Tensor, fx
 
 from dpcompile._torch import Boxed, GraphCompiler, WeakTensorKeyDictionary, memory_of
+from dpcompile.errors import UnsupportedGraphError
+from dpcompile.locate import where
+from dpcompile.lowering import AT_ONCE, TWO_PASS, Lowering
 
-__all__ = ["Cut", "Rest", "cut_backward", "take_rest"]
+__all__ = ["Cut", "Rest", "lower_backward", "second_pass", "take_rest", "take_sums"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +44,21 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """The second part of one backward that has run, with what it needs.
+    """What is left of one backward that has run: the clipped sums, or how to compute them.
 
     Attributes:
         run: from a list of values and the weights to clipped sums.
-        live: the values.
+        live: the values that are kept for it.
     """
 
-    run: Callable[[list[Any], Tensor], list[Tensor | None]]
+    run: Callable[[list[Any], Tensor | None], list[Tensor | None]]
     live: list[Any]
 
-    def __call__(self, weights: Tensor) -> list[Tensor | None]:
-        """Clipped sums of the parameters for weights ``[parameters, B]``; to be called once, it frees the values."""
+    def __call__(self, weights: Tensor | None) -> list[Tensor | None]:
+        """Clipped sums of the parameters for weights ``[parameters, B]``; to be called once, it frees the values.
+
+        Where the sums are there already, the weights are None.
+        """
         return self.run(self.live, weights)
 
     def protect(self, memory: Collection[int]) -> None:
@@ -60,51 +69,162 @@ class Rest:
 
 
 _RESTS: Any = WeakTensorKeyDictionary()
+_SECOND: dict[int, Tensor] = {}
 
 
 def take_rest(norms: Tensor) -> Rest:
-    """The second part of the backward that returned these norms; it is given out once."""
+    """What is left of the backward that returned these norms; it is given out once."""
     return _RESTS.pop(norms)
 
 
-def cut_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler) -> Boxed:
-    """Compile the two parts of a backward graph, and return the first.
+def take_sums(marker: Tensor) -> list[Tensor | None]:
+    """The clipped sums of the second backward that returned this in place of norms; none if no weight was asked for."""
+    rest = _RESTS.pop(marker, None)
+    return [] if rest is None else rest(None)
 
-    Contract: ``gm`` is the backward half of a joint graph that was rewritten with weights as an input. The function
-    returns what ``gm`` would, with None for the clipped sums; :func:`take_rest` has them.
 
-    **Guarantee.** No value that the first part computes depends on the placeholder of the weights: what stands in its
-    place when the backward runs is not read.
+@contextmanager
+def second_pass(stand_in: Tensor, weights: Tensor) -> Iterator[None]:
+    """Within it, the backward that was given ``stand_in`` for clip weights computes clipped sums for ``weights``.
+
+    It returns the weights in place of norms, and :func:`take_rest` has the sums.
+    """
+    _SECOND[memory_of(stand_in)] = weights
+    try:
+        yield
+    finally:
+        del _SECOND[memory_of(stand_in)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Backward:
+    """A backward graph, taken apart.
+
+    Attributes:
+        early: its outputs, with None for clipped sums.
+        sums: the clipped sums, in the order of the parameters.
+        norms: the position of the squared norms in ``early``.
+        weights: the placeholder of the clip weights, or, at once, of the bounds; None if they are not read.
+    """
+
+    gm: fx.GraphModule
+    early: list[Any]
+    sums: list[Any]
+    norms: int
+    weights: fx.Node | None
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return list(self.gm.graph.find_nodes(op="placeholder"))
+
+    def part(self, inputs: Sequence[fx.Node], nodes: set[fx.Node], outputs: Sequence[Any]) -> fx.GraphModule:
+        return _part(self.gm, inputs, nodes, outputs)
+
+
+def lower_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler, lowering: Lowering) -> Boxed:
+    """Compile a region's backward graph.
+
+    Contract: ``gm`` is the backward half of a joint graph that was rewritten with weights, or bounds, as an input. The
+    function returns what ``gm`` would, with None for the clipped sums; :func:`take_rest` has them.
+
+    **Guarantee.** No value that the first part, or the first pass, computes depends on the placeholder of the weights:
+    what stands in its place when the backward runs is not read. Both passes compute the same cotangents: a graph that
+    draws random numbers or writes is not run twice.
+
+    Raises:
+        UnsupportedGraphError: two passes, and the backward draws random numbers or writes.
     """
     values: Sequence[Any] = gm.graph.output_node().args[0]  # type: ignore[assignment]
     shift = cut.outputs - len(values)
-    sums = [None if slot is None else slot - shift for slot in cut.sums]
-    late = {slot for slot in sums if slot is not None}
-    early = [None if i in late else v for i, v in enumerate(values)]
+    slots = [None if slot is None else slot - shift for slot in cut.sums]
+    late = {slot for slot in slots if slot is not None}
     placeholders = gm.graph.find_nodes(op="placeholder")
-    weights = next((n for n in placeholders if n.name == cut.weights), None)
+    backward = _Backward(
+        gm,
+        [None if i in late else v for i, v in enumerate(values)],
+        [None if i is None else values[i] for i in slots],
+        cut.norms - shift,
+        next((n for n in placeholders if n.name == cut.weights), None),
+    )
+    if lowering.kind == AT_ONCE:
+        return _at_once(backward, compile_graph)
+    if lowering.kind == TWO_PASS:
+        return _in_two_passes(backward, compile_graph)
+    return _in_two_parts(backward, compile_graph)
+
+
+def _at_once(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
+    own = backward.placeholders
+    graph = backward.part(
+        own, {n for n in backward.gm.graph.nodes if n.op != "output"}, [*backward.early, *backward.sums]
+    )
+    run_graph = compile_graph(graph, [n.meta.get("val") for n in own])
+
+    def run(arguments: list[Any]) -> list[Any]:
+        results = list(_call(run_graph, arguments))
+        found, sums = results[: len(backward.early)], results[len(backward.early) :]
+        _RESTS[found[backward.norms]] = Rest(lambda live, _: live, sums)
+        return found
+
+    return run
+
+
+def _in_two_passes(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
+    once = next((n for n in backward.gm.graph.nodes if _must_run_once(n)), None)
+    if once is not None:
+        raise UnsupportedGraphError(
+            f"a backward that is to run twice draws random numbers or writes to memory (`{once.name}`): the second "
+            "time it would not come to the same",
+            where=where(once),
+            remedy="use norm='auto' without memory_budget, or compute it in the forward",
+        )
+    own, norms = backward.placeholders, backward.norms
+    first = _ancestors(v for v in backward.early if isinstance(v, fx.Node))
+    assert backward.weights not in first, "the norms depend on the clip weights"
+    rest = [None if i == norms else v for i, v in enumerate(backward.early)]
+    second = _ancestors(v for v in (*rest, *backward.sums) if isinstance(v, fx.Node))
+    fakes = [n.meta.get("val") for n in own]
+    run_first = compile_graph(backward.part(own, first, backward.early), fakes)
+    run_second = compile_graph(backward.part(own, second, [*rest, *backward.sums]), fakes)
+    position = None if backward.weights is None else own.index(backward.weights)
+
+    def run(arguments: list[Any]) -> list[Any]:
+        weights = None if position is None else _SECOND.get(memory_of(arguments[position]))
+        if position is None or weights is None:
+            return list(_call(run_first, arguments))
+        arguments[position] = weights
+        results = list(_call(run_second, arguments))
+        found, sums = results[: len(rest)], results[len(rest) :]
+        found[norms] = marker = weights.clone()
+        _RESTS[marker] = Rest(lambda live, _: live, sums)
+        return found
+
+    return run
+
+
+def _in_two_parts(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
+    gm, early, weights, placeholders = backward.gm, backward.early, backward.weights, backward.placeholders
     first = _ancestors(v for v in early if isinstance(v, fx.Node))
     first |= _ancestors(n for n in gm.graph.nodes if _must_run_once(n))
     # Of an operation with several results each crosses by itself: there is no value that is all of them.
     first |= {n for n in gm.graph.nodes if n.target is operator.getitem and n.args[0] in first}
     assert weights not in first, "the first part of a backward depends on the clip weights"
-    second = _ancestors(values[i] for i in late if isinstance(values[i], fx.Node)) - first
+    late = [n for n in backward.sums if isinstance(n, fx.Node)]
+    second = _ancestors(late) - first
     crossing = {n for node in second for n in node.all_input_nodes if n in first}
     crossing |= {n for n in second if n.op == "placeholder" and n is not weights}
-    crossing |= {values[i] for i in late if values[i] in first}
+    crossing |= {n for n in late if n in first}
     sizes = [n for n in placeholders if not isinstance(n.meta.get("val"), Tensor)]
     inputs = [n for n in placeholders if n in crossing or n in sizes]
     made = [n for n in gm.graph.nodes if n in crossing and n.op != "placeholder"]
-    di = _part(gm, placeholders, first, [*early, *made])
-    wanted = [None if i is None else values[i] for i in sums]
+    di = backward.part(placeholders, first, [*early, *made])
     tail = [weights] if weights is not None else []
-    dw = _part(gm, [*inputs, *made, *tail], second, wanted)
+    dw = backward.part([*inputs, *made, *tail], second, backward.sums)
     run_di = compile_graph(di, [n.meta.get("val") for n in placeholders])
     run_dw = compile_graph(dw, [n.meta.get("val") for n in (*inputs, *made, *tail)])
     kept = [placeholders.index(n) for n in inputs]
-    norms = cut.norms - shift
 
-    def rest(live: list[Any], given: Tensor) -> list[Tensor | None]:
+    def rest(live: list[Any], given: Tensor | None) -> list[Tensor | None]:
         arguments = [*live, given] if tail else list(live)
         live.clear()
         return list(_call(run_dw, arguments))
@@ -112,7 +232,7 @@ def cut_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler) -> 
     def run(arguments: list[Any]) -> list[Any]:
         live = [arguments[i] for i in kept]
         results = list(_call(run_di, arguments))
-        _RESTS[results[norms]] = Rest(rest, [*live, *results[len(early) :]])
+        _RESTS[results[backward.norms]] = Rest(rest, [*live, *results[len(early) :]])
         return results[: len(early)]
 
     return run

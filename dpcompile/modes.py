@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["MODES", "NORM_MODES", "Mode"]
+__all__ = ["MODES", "NORM_MODES", "Mode", "without_keeping"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,5 +56,12 @@ MODES: Mapping[str, Mode] = {
     "bk_mix_opt": Mode(
         ("outer", "ghost", "keep"), mixed=True, source="Bu et al. 2023, arXiv:2210.00038, BK-MixOpt"
     ),
+    "two_pass": Mode(("outer", "ghost", "redo", "direct"), drop=True, second_backward=True),
 }  # fmt: skip
 NORM_MODES = tuple(MODES)
+_NOTHING_KEPT = {"auto": "two_pass", "instantiate": "redo", "per_example": "redo", "bk_mix_opt": "bk_mixed_ghost"}
+
+
+def without_keeping(mode: str) -> str:
+    """The mode that a region in two passes has in place of this one: per-example gradients would not be kept."""
+    return _NOTHING_KEPT.get(mode, mode)

@@ -18,13 +18,16 @@ from dpcompile.clipping import Clipping
 from dpcompile.joint import JointGraph
 from dpcompile.kernels.fused_rates import FusedRates, measure_fused_rates
 from dpcompile.lower import Cut
+from dpcompile.lowering import TWO_PASS
 from dpcompile.matrix_exp import fold_matrix_exp
 from dpcompile.memory import is_fused, replay
+from dpcompile.modes import without_keeping
 from dpcompile.normalise import copy_expanded_bases, save_what_is_overwritten, split_convolution_bias
 from dpcompile.parts import InParts, allowed_parts
 from dpcompile.plan import Plan, make_plan
 from dpcompile.proof import Proof, prove
 from dpcompile.rates import Rates, rates_for
+from dpcompile.region_memory import RegionMemory, region_memory
 from dpcompile.rewrite import ClipOptions, rewrite
 from dpcompile.sites import find_gradients
 from dpcompile.step_cost import plain_seconds
@@ -61,7 +64,8 @@ class Transformed:
         sum_slots: parameter name -> position of its clipped sum in the graph's outputs.
         norm_slot: the position of the norms.
         unowned: positions of outputs that depend on no example, with the user's line.
-        cut: in the deferred lowering, where the backward is cut in two.
+        cut: of a region: what stands where in its backward.
+        memory: of a region, where there is a budget.
     """
 
     graph: fx.GraphModule
@@ -72,6 +76,7 @@ class Transformed:
     norm_slot: int
     unowned: Mapping[int, str | None]
     cut: Cut | None = None
+    memory: RegionMemory | None = None
 
 
 def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int | None = None) -> Transformed:
@@ -103,31 +108,34 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
     certificate = certify(joint, proof, gradients)
     device = joint.mask.meta["val"].device
     rates = rates_for(device)
+    twice = roles.lowering is not None and roles.lowering.kind == TWO_PASS
     plan = make_plan(
         gradients,
         batch=joint.batch,
-        mode=options.norm,
+        mode=without_keeping(options.norm) if twice else options.norm,
         rates=rates,
         hints=roles.hints,
         clipping=options.clipping if isinstance(options.clipping, str) else "a function of the user",
         plain_seconds=plain_seconds(joint.graph, roles.hints, rates),
         reuse=options.memory_budget is None and device.type == "cpu",
         fused=_fused_on(device),
-        limit=_limit(options.memory_budget, joint, proof, roles, rates, parts),
+        limit=None if roles.lowering else _limit(options.memory_budget, joint, proof, roles, rates, parts),
         untouched=certificate.zero,
     )
     if parts is None and plan.parts > 1:
         raise InParts(plan.parts)
+    asked = roles.lowering is not None and options.memory_budget is not None
+    memory = region_memory(joint, proof, plan, roles.hints) if asked else None
     scale = (parts or 1) if options.loss_reduction == "mean" else None
     clip = ClipOptions(options.clipping, float(options.max_grad_norm), scale)
-    rewrite(joint, plan, clip, proof)
+    rewrite(joint, plan, clip, proof, roles.lowering)
     copy_expanded_bases(module.graph)
     save_what_is_overwritten(module.graph)
     module.recompile()
     labels = tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs)
     readable = fx.GraphModule(module, copy_graph(module.graph))
     return Transformed(
-        readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot, unowned, _cut(joint, plan)
+        readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot, unowned, _cut(joint, plan), memory
     )
 
 

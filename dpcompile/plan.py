@@ -18,7 +18,7 @@ from dpcompile.rates import Rates
 from dpcompile.sites import ParameterGradient
 from dpcompile.sizes import Size, is_one, product, shape_of
 
-__all__ = ["Choice", "Plan", "Prediction", "make_plan"]
+__all__ = ["Choice", "Plan", "Prediction", "make_plan", "short"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class Choice:
         why: in words.
         panels: in how many parts Gram matrices are made.
         reuse: whether kept gradients stay mapped from step to step.
+        holding: what it holds until the clip.
         fused: whether rule "direct" or "ghost" is one operator, where there is one (:mod:`dpcompile.kernels.lowering`).
     """
 
@@ -45,6 +46,7 @@ class Choice:
     panels: int = 1
     reuse: bool = False
     fused: bool = False
+    holding: Holding = Holding((), (), 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +120,8 @@ class Plan:
                         "p": str(p),
                         "d": str(d),
                         "rule": choice.rule,
-                        "FLOPs": _short(max(numbers.flops, 0)) if i == 0 else "″",
-                        "bytes": _short(numbers.memory) if i == 0 else "″",
+                        "FLOPs": short(max(numbers.flops, 0)) if i == 0 else "″",
+                        "bytes": short(numbers.memory) if i == 0 else "″",
                         "why": choice.why if i == 0 else f"with site 1 of {choice.gradient.name}",
                     }
                 )
@@ -140,7 +142,7 @@ class Plan:
         )
         if expected.peak is not None and expected.plain_peak is not None:
             lines[-1] += (
-                f"; peak {_short(expected.peak)}B, {expected.peak / expected.plain_peak:.2f} of the plain step's"
+                f"; peak {short(expected.peak)}B, {expected.peak / expected.plain_peak:.2f} of the plain step's"
             )
         if self.parts > 1:
             lines.append(f"memory: the batch runs in {self.parts} parts of {self.batch}")
@@ -226,6 +228,7 @@ def _options(
         choice = Choice(gradient, rule, None if forms is None else tuple(forms), total, why, panels, own, quick)
         seconds = {key: g.at(hints).seconds(rates) for key, g in grams.items()}
         held = _holding(choice, total.at(hints).memory, hints, element, weight)
+        choice = replace(choice, holding=held)
         numbers = cost.at(hints)
         mapping = numbers.fresh / rates.fresh
         return choice, Candidate(rule, numbers.seconds(rates) - mapping, mapping, seconds, held)
@@ -320,7 +323,8 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """A number with three digits and a prefix."""
     for unit in ("", "k", "M", "G", "T"):
         if abs(number) < 1000:
             return f"{number:.3g}{unit}"

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dpcompile.errors import PrivacyError
 
-__all__ = ["digest", "refuse_disagreement", "share_seed", "world_size"]
+__all__ = ["any_rank", "digest", "refuse_disagreement", "share_seed", "world_size"]
 
 
 def world_size() -> int:
@@ -30,6 +30,15 @@ def share_seed(seed: int) -> int:
 def digest(secret: int) -> str:
     """Tells whether two secrets are the same, and not what they are."""
     return hashlib.sha256(f"dpcompile seed {secret}".encode()).hexdigest()
+
+
+def any_rank(value: bool) -> bool:
+    """Whether it is so on one rank or more; every rank must call this."""
+    if world_size() == 1:
+        return value
+    everywhere: list[Any] = [None] * world_size()
+    dist.all_gather_object(everywhere, value)
+    return any(everywhere)
 
 
 def refuse_disagreement(values: Mapping[str, Any]) -> None:

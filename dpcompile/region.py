@@ -13,9 +13,10 @@ from torch import Tensor, fx
 from dpcompile._torch import compile_joint
 from dpcompile.axis import Examples, Label, Mixed, Shared, Summed, Whole
 from dpcompile.cachekey import cache_key
-from dpcompile.capture import Roles, assign_roles, deferred_dtype, extend
+from dpcompile.capture import Roles, assign_roles, deferred_dtype, extend, written_inputs
 from dpcompile.errors import ExampleMixingError, UnsupportedGraphError
-from dpcompile.lower import cut_backward
+from dpcompile.lower import lower_backward
+from dpcompile.lowering import Lowering
 from dpcompile.outputs import separate_outputs
 from dpcompile.passing import label_outputs
 from dpcompile.pipeline import Options, Transformed, privatize
@@ -57,6 +58,7 @@ class Artifact:
         transformed: of a graph with trainable parameters.
         unowned: positions of outputs that depend on no example.
         dtype: of squared norms and weights.
+        written: positions of the inputs that it writes to.
     """
 
     compiled: Callable[..., Any]
@@ -66,6 +68,8 @@ class Artifact:
     unowned: Mapping[int, str | None] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     symbols: Mapping[sympy.Symbol, tuple[int, int]] = field(default_factory=dict)
+    written: frozenset[int] = frozenset()
+    lowering: Lowering = Lowering()
 
     @property
     def trained(self) -> list[int]:
@@ -74,9 +78,9 @@ class Artifact:
 
 
 def compile_region(
-    gm: fx.GraphModule, live: Sequence[Any], examples: Sequence[Any], scope: Scope, options: Options
+    gm: fx.GraphModule, live: Sequence[Any], examples: Sequence[Any], scope: Scope, options: Options, lowering: Lowering
 ) -> Artifact:
-    """Prove a graph, rewrite it for the deferred lowering, and compile it.
+    """Prove a graph, rewrite it, and compile it.
 
     Args:
         gm: of Dynamo, or a part of such a graph.
@@ -84,6 +88,7 @@ def compile_region(
         examples: what to trace with: the same, or fake ones.
         scope: what is known of ``live``.
         options: of the model.
+        lowering: of the region.
 
     Raises:
         ExampleMixingError: examples mix, or an input is a sum over them.
@@ -97,19 +102,25 @@ def compile_region(
     symbols = _symbols(gm)
     if not trained:
         return _label_only(gm, examples, roles, options, symbols)
-    roles = replace(roles, narrow=(), deferred=True)
+    roles = replace(roles, narrow=(), lowering=lowering)
     extended, extra = extend(gm, roles)
     found: list[Transformed] = []
 
     def backward(graph: fx.GraphModule, compile_graph: Any) -> Any:
         assert found[0].cut is not None
-        return cut_backward(found[0].cut, graph, compile_graph)
+        return lower_backward(found[0].cut, graph, compile_graph, lowering)
+
+    written: set[int] = set()
+
+    def transform(joint: fx.GraphModule) -> None:
+        written.update(written_inputs(joint))
+        found.append(privatize(joint, roles, options, 1))
 
     compiled = compile_joint(
         extended,
         [*examples, *extra],
         backend=options.backend,
-        transform=lambda joint: found.append(privatize(joint, roles, options, 1)),
+        transform=transform,
         key=cache_key(options, roles),
         backward=backward,
     )
@@ -122,6 +133,8 @@ def compile_region(
         transformed.unowned,
         deferred_dtype(live[p].dtype for p in roles.parameters),
         symbols,
+        frozenset(written),
+        lowering,
     )
 
 
@@ -129,17 +142,19 @@ def _label_only(
     gm: fx.GraphModule, examples: Sequence[Any], roles: Roles, options: Options, symbols: Mapping[Any, Any]
 ) -> Artifact:
     found: list[Any] = []
+    written: set[int] = set()
     separate_outputs(gm)
     gm.recompile()
+
+    def transform(graph: fx.GraphModule) -> None:
+        written.update(written_inputs(graph))
+        found.append(label_outputs(graph, roles))
+
     compiled = compile_joint(
-        gm,
-        examples,
-        backend=options.backend,
-        transform=lambda graph: found.append(label_outputs(graph, roles)),
-        key=cache_key(options, roles) + "passing",
+        gm, examples, backend=options.backend, transform=transform, key=cache_key(options, roles) + "passing"
     )
     ((labels, unowned),) = found
-    return Artifact(compiled, roles, labels, None, unowned, symbols=symbols)
+    return Artifact(compiled, roles, labels, None, unowned, symbols=symbols, written=frozenset(written))
 
 
 def concrete(label: Label, symbols: Mapping[sympy.Symbol, tuple[int, int]], inputs: Sequence[Any]) -> Label:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from dpcompile._torch import add_inputs, disable, memory_of, pytree, tracing_config
+from dpcompile._torch import disable, fake_like, pytree, tracing_config
 from dpcompile.axis import Examples, Label, Shared
-from dpcompile.deferral import Outcome, Pass, attach, prove_clipping
+from dpcompile.clipping import group_of, prove_function
+from dpcompile.deferral import Outcome, Pass, WholeSums
+from dpcompile.enclosed import end_forward
 from dpcompile.engine import Engine, with_own_code, zeros_for
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
-from dpcompile.fsdp import check_sharded, reduce_over_ranks
-from dpcompile.graph_key import graph_key
-from dpcompile.pipeline import Options, Transformed
+from dpcompile.fsdp import ShardedSums, check_sharded
+from dpcompile.lowering import Lowering
+from dpcompile.modes import MODES
+from dpcompile.pipeline import Options
 from dpcompile.plan import Plan
-from dpcompile.region import Artifact, Scope, compile_region, concrete
-from dpcompile.shards import is_distributed
-from dpcompile.skeleton import Piece, Skeleton, holds_units
+from dpcompile.random_state import RandomState
+from dpcompile.ranks import any_rank
+from dpcompile.region import Scope
+from dpcompile.region_graphs import Frame, RegionGraphs
+from dpcompile.region_memory import describe, peaks_of
+from dpcompile.shards import is_distributed, local_part
 from dpcompile.translate import translated
-from dpcompile.units import Unit, as_it_is, find_units, is_sharded, stubs
-from dpcompile.unowned import guarded
+from dpcompile.units import Unit, find_units, is_sharded, stubs
 
 __all__ = ["RegionEngine"]
 
@@ -36,28 +40,6 @@ def _forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return type(module).forward(module, *args, **kwargs)
 
 
-@dataclass(slots=True)
-class _Frame:
-    """A unit that is running."""
-
-    unit: Unit
-    scope: Scope
-
-
-@dataclass(frozen=True, slots=True)
-class RegionPlans:
-    """The plans of a model's regions, equal regions once; printed one after the other."""
-
-    plans: tuple[Plan, ...]
-
-    def rules(self) -> dict[str, str]:
-        """Parameter name -> rule, of the first of equal regions."""
-        return {name: rule for plan in self.plans for name, rule in plan.rules().items()}
-
-    def __str__(self) -> str:
-        return "\n\n".join(str(plan) for plan in self.plans)
-
-
 class RegionEngine(Engine):
     """Compiles the units of a model one by one; equal ones share what was compiled.
 
@@ -65,26 +47,23 @@ class RegionEngine(Engine):
     the values; norms meet in a :class:`dpcompile.deferral.Pass`.
 
     Attributes:
-        compilations: how many graphs were compiled.
+        graphs: what was compiled.
+        lowering: in how many passes the backward runs, and why; empty if nobody asked.
     """
 
     def __init__(self, module: nn.Module, options: Options) -> None:
         super().__init__(module, options)
-        self.compilations = 0
         self._sharded = any(is_sharded(m) for m in module.modules())
         if self._sharded and options.check:
             raise UnsupportedGraphError(
                 "check=True compares with torch.func.vmap on whole parameters, and FSDP holds them in parts",
                 remedy="check the model on one process before fully_shard",
             )
+        self.graphs = RegionGraphs(options, self.kept, self._run_unit, self.check_live)
+        self.graphs.two_pass = MODES[options.norm].second_backward
+        self.lowering = f"two passes: forced by norm={options.norm!r}" if self.graphs.two_pass else ""
         self._root: Unit | None = None
-        self._frames: list[_Frame] = []
-        self._given: list[Label | None] | None = None
-        self._pass: Pass | None = None
-        self._proving = False
         self._functions: dict[Any, Callable[..., Any]] = {}
-        self._artifacts: dict[Any, Artifact] = {}
-        self._plans: dict[int, Transformed] = {}
         self._clipping_proved = False
 
     @disable
@@ -94,16 +73,16 @@ class RegionEngine(Engine):
         self.first_step = self._recorder()
         try:
             with tracing_config(regions=True):
-                return self._run_model(args, kwargs)
+                return self._run_model(args, kwargs) if self._decided() else self._decide(args, kwargs)
         except Exception as error:
             refusal = translated(error, self._example_dims)
             if refusal is None:
                 raise
             raise refusal.with_traceback(None) from None
         finally:
-            self._current, self.first_step, self._pass = ((), {}), None, None
-            self._frames.clear()
-            self._given = None
+            self._current, self.first_step, self.graphs.whole = ((), {}), None, None
+            self.graphs.frames.clear()
+            self.transformed = self.graphs.transformed
 
     def trace(self, *args: Any, **kwargs: Any) -> None:
         """Compile for these arguments. Regions have to run forward for that; nothing is kept."""
@@ -122,27 +101,36 @@ class RegionEngine(Engine):
         return self._sharded
 
     @property
+    def compilations(self) -> int:
+        """How many graphs were compiled."""
+        return self.graphs.compilations
+
+    @property
     def plans(self) -> tuple[Plan, ...]:
         """Of every graph with trainable parameters, equal ones once."""
-        return tuple(t.plan for t in self._plans.values())
+        return self.graphs.plans
 
     def _run_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._root is None:
             self._root = find_units(self.module)
             if self.sharded:
                 check_sharded(self._root, self._parameters)
-        self._proving = torch.is_grad_enabled() and bool(self.trainable())
+        self.graphs.proving = torch.is_grad_enabled() and bool(self.trainable())
         dims = self._example_dims()
         scope = Scope({id(p): n for n, p in self._parameters.items()})
-        self._given = []
+        given: list[Label | None] = []
         for name, tensor, dim in dims:
-            self._given.append(Shared() if dim is None else Examples(dim % tensor.ndim))
-            scope.note(tensor, name, self._given[-1])  # type: ignore[arg-type]
-        if self._proving:
-            self._pass = self._new_pass(dims)
+            given.append(Shared() if dim is None else Examples(dim % tensor.ndim))
+            scope.note(tensor, name, given[-1])  # type: ignore[arg-type]
+        if self.graphs.proving:
+            self.graphs.groups = self._groups()
+            self.graphs.whole = self._new_pass(dims)
             self.kept.note_arguments(t for _, t, dim in dims if dim is not None)
-        result, labels = self._run_unit(self._root, args, kwargs, self._given)
-        if self._proving:
+        result, labels = self._run_unit(self._root, args, kwargs, given)
+        if self.graphs.whole is not None:
+            self.graphs.whole.seal()
+            if self.graphs.two_pass:
+                result = end_forward(self.graphs.whole, result)
             self.kept.check_buffers(self.module)
             tensors = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
             if self.first_step is not None:
@@ -150,18 +138,53 @@ class RegionEngine(Engine):
                 self.first_step.watch(result)
         return result
 
+    # --- the lowering --------------------------------------------------------------------------------------------
+
+    def _decided(self) -> bool:
+        """Whether it is known in how many passes the backward runs."""
+        unasked = self.options.memory_budget is None or bool(self.lowering)
+        return unasked or not (torch.is_grad_enabled() and self.trainable())
+
+    def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The first forward under a memory budget: on every rank it runs again if one of them needs two passes."""
+        budget = self.options.memory_budget
+        assert budget is not None
+        mask, masked, state = self._mask, self._masked, RandomState.now(self._parameters.values())
+        buffers = [(b, b.detach().clone()) for b in self.module.buffers()]
+        self.graphs.memory = []
+        result = self._run_model(args, kwargs)
+        tensors = (*self._parameters.values(), *(t for _, t, _ in self._example_dims()))
+        peaks = peaks_of(self.graphs.memory, sum(local_part(t.detach()).nbytes for t in tensors))
+        allowed = budget * peaks.plain if isinstance(budget, float) else float(budget)
+        over = peaks.deferred > allowed
+        self.graphs.two_pass = any_rank(over) if self.sharded else over
+        self.lowering = describe(peaks, allowed, two_pass=self.graphs.two_pass)
+        if not self.graphs.two_pass:
+            return result
+        del result
+        self.graphs.forget()
+        self._functions.clear()
+        self._mask, self._masked = mask, masked
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        state.restore()
+        return self._run_model(args, kwargs)
+
     # --- units -------------------------------------------------------------------------------------------------------
 
-    def _run_unit(self, unit: Unit, args: Any, kwargs: Any, given: list[Label | None]) -> tuple[Any, list[Label]]:
+    def _run_unit(
+        self, unit: Unit, args: Any, kwargs: Any, given: list[Label | None], recompute: bool = False
+    ) -> tuple[Any, list[Label]]:
         """Run a unit; the labels are those of the tensors among the arguments, and among the results, in order."""
         if not unit.sharded:
-            return self._run_compiled(unit, _call, args, kwargs, given)
+            return self._run_compiled(unit, _call, args, kwargs, given, recompute)
         found: list[list[Label]] = []
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             del unit.module.__dict__["forward"]
             try:
-                result, labels = self._run_compiled(unit, _forward, args, kwargs, given)
+                result, labels = self._run_compiled(unit, _forward, args, kwargs, given, recompute)
             finally:
                 unit.module.__dict__["forward"] = forward
             found.append(labels)
@@ -176,7 +199,13 @@ class RegionEngine(Engine):
         return result, labels
 
     def _run_compiled(
-        self, unit: Unit, function: Callable[..., Any], args: Any, kwargs: Any, given: list[Label | None]
+        self,
+        unit: Unit,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        given: list[Label | None],
+        recompute: bool,
     ) -> tuple[Any, list[Label]]:
         scope = Scope(self._names(unit))
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -188,12 +217,12 @@ class RegionEngine(Engine):
                 if dim is not None and scope.label(tensor) is not None:
                     scope.note(tensor, name, scope.label(tensor))  # type: ignore[arg-type]
         compiled = self._function(unit, function, given)
-        self._frames.append(_Frame(unit, scope))
+        self.graphs.frames.append(Frame(unit, scope, recompute))
         try:
             with stubs(unit.children):
                 result = compiled(unit.module, args, kwargs)
         finally:
-            self._frames.pop()
+            self.graphs.frames.pop()
         return result, [self._result_label(unit, scope, x) for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
 
     def _names(self, unit: Unit) -> dict[int, str]:
@@ -201,14 +230,14 @@ class RegionEngine(Engine):
         if not unit.sharded:
             return {id(p): n for n, p in self._parameters.items()}
         prefix = f"{unit.path}." if unit.path else ""
-        held = unit.module.named_parameters()
+        held = nn.Module.named_parameters(unit.module)
         return {id(p): prefix + n for n, p in held if prefix + n in self._parameters and not is_distributed(p)}
 
     def _result_label(self, unit: Unit, scope: Scope, value: Tensor) -> Label:
         label = scope.label(value)
         if label is not None:
             return label
-        if id(value) in scope.parameters or not self._proving or not value.requires_grad:
+        if id(value) in scope.parameters or not self.graphs.proving or not value.requires_grad:
             return Shared()
         raise UnsupportedGraphError(
             f"{unit.path or 'the model'} returns a tensor that needs a gradient and that no compiled graph made",
@@ -217,119 +246,26 @@ class RegionEngine(Engine):
 
     def _function(self, unit: Unit, function: Callable[..., Any], given: Sequence[Label | None]) -> Callable[..., Any]:
         """The compiled call for units of this kind, arguments that lie like this, and these trainable parameters."""
-        own = {n: p for n, p in unit.module.named_parameters(remove_duplicate=False)}
+        own = {n: p for n, p in nn.Module.named_parameters(unit.module, remove_duplicate=False)}
         key = (
             type(unit.module),
             unit.handle if unit.children else None,
             function,
-            self._proving,
+            self.graphs.proving,
             tuple(map(str, given)),
             tuple((n, p.requires_grad) for n, p in own.items()),
+            self._lowering(unit),
             tuple(m.training for m in unit.module.modules()),
         )
         if key not in self._functions:
             copied = with_own_code(function, type(unit.module).__name__)
             dynamic = False if unit.children else self.options.dynamic
-            self._functions[key] = torch.compile(copied, backend=self._region_backend, fullgraph=True, dynamic=dynamic)
+            self._functions[key] = torch.compile(copied, backend=self.graphs.backend, fullgraph=True, dynamic=dynamic)
         return self._functions[key]
 
-    # --- graphs ------------------------------------------------------------------------------------------------------
-
-    def _region_backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        if holds_units(gm):
-            skeleton = Skeleton(gm)
-            return lambda *live: self._run_skeleton(skeleton, live)
-        artifact = self._artifact(gm, inputs, lambda: inputs)
-        return lambda *live: self._run_artifact(artifact, live)
-
-    def _artifact(self, gm: fx.GraphModule, live: Sequence[Any], examples: Callable[[], Sequence[Any]]) -> Artifact:
-        """What a graph is compiled to; an equal one is taken from those that were compiled before."""
-        frame = self._frames[-1]
-        key = graph_key(gm, live, frame.scope, self._proving)
-        if key is None or key not in self._artifacts:
-            self.compilations += 1
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self._proving):
-                artifact = compile_region(gm, live, examples(), frame.scope, self.options)
-            if artifact.transformed is not None:
-                self._plans[id(artifact)] = self.transformed = artifact.transformed
-            if key is None:
-                return artifact
-            self._artifacts[key] = artifact
-        return self._artifacts[key]
-
-    def _run_skeleton(self, skeleton: Skeleton, live: Sequence[Any]) -> Sequence[Any]:
-        frame = self._frames[-1]
-        scope = frame.scope
-
-        def piece(part: Piece, values: list[Any], labels: list[Label | None]) -> tuple[Sequence[Any], Sequence[Label]]:
-            inner = Scope(scope.parameters)
-            for value, label, node in zip(values, labels, part.inputs, strict=True):
-                if isinstance(value, Tensor) and label is not None:
-                    inner.note(value, node.name, label)
-            self._frames.append(_Frame(frame.unit, inner))
-            try:
-                copied = add_inputs(part.graph, {})  # what is compiled may be written into
-                artifact = self._artifact(copied, values, lambda: part.fakes(values))
-                outputs = self._run_artifact(artifact, values)
-            finally:
-                self._frames.pop()
-            return outputs, [inner.label(x) or Shared() for x in outputs]
-
-        children = {child.handle: child for child in frame.unit.children}
-
-        def unit(handle: int, args: Any, kwargs: Any, labels: list[Label | None]) -> tuple[Any, list[Label]]:
-            child = children[handle]
-            with as_it_is(child):
-                return self._run_unit(child, args, kwargs, labels)
-
-        known = [scope.label(x) if isinstance(x, Tensor) else None for x in live]
-        outputs, labels = skeleton.run(live, known, piece, unit)
-        for output, label in zip(outputs, labels, strict=True):
-            if isinstance(output, Tensor) and label is not None:
-                scope.note(output, "an output", label)
-        return outputs
-
-    def _run_artifact(self, artifact: Artifact, inputs: Sequence[Any]) -> Sequence[Any]:
-        frame = self._frames[-1]
-        scope, roles = frame.scope, artifact.roles
-        if roles is None:
-            return artifact.compiled(*inputs)
-        for p in roles.examples:
-            label = scope.label(inputs[p])
-            assert label is not None and not isinstance(label, Shared), "examples where a graph expects none, or not"
-        for p, name in roles.others.items():
-            if isinstance(inputs[p], Tensor):
-                self.kept.check_input(name, inputs[p])
-        positions = artifact.trained
-        if positions:
-            outputs = self._run_trained(artifact, positions, inputs)
-        else:
-            outputs = artifact.compiled(*inputs)
-        outputs = guarded(outputs, artifact.unowned)
-        labels = [concrete(label, artifact.symbols, inputs) for label in artifact.labels]
-        self.kept.note(outputs, labels)
-        for output, label in zip(outputs, labels, strict=True):
-            if isinstance(output, Tensor):
-                scope.note(output, f"an output of {frame.unit.path or 'the model'}", label)
-        return outputs
-
-    def _run_trained(self, artifact: Artifact, positions: list[int], inputs: Sequence[Any]) -> Sequence[Any]:
-        frame, whole = self._frames[-1], self._pass
-        assert whole is not None and artifact.transformed is not None and artifact.roles is not None
-        names = [frame.scope.parameters[id(inputs[p])] for p in positions]
-        parameters = [inputs[p] for p in positions]
-        assert len(set(names)) == len(names) and all(p.requires_grad for p in parameters), names
-        self.check_live(names, parameters, frame.unit.sharded)
-        chosen = artifact.transformed.plan.rules()
-        own = [artifact.roles.parameters[p] for p in positions]
-        touched = [name for name, first in zip(names, own, strict=True) if first in chosen]
-        memory = frozenset(memory_of(p) for p in frame.unit.module.parameters()) if frame.unit.sharded else frozenset()
-        run = whole.run(names, touched, artifact.dtype, frame.unit.path, memory)
-        norms, aliases = attach(run, parameters)
-        arguments = list(inputs)
-        for p, alias in zip(positions, aliases, strict=True):
-            arguments[p] = alias
-        return artifact.compiled(*arguments, whole.mask, norms, norms.detach())
+    def _lowering(self, unit: Unit) -> Lowering:
+        prefix = f"{unit.path}." if unit.path else ""
+        return self.graphs.lowering_of([n for n in self.trainable() if n.startswith(prefix)])
 
     # --- the backward ------------------------------------------------------------------------------------------------
 
@@ -342,30 +278,31 @@ class RegionEngine(Engine):
                 "examples",
             )
         if not self._clipping_proved:
-            prove_clipping(self.options, max(batch[0], 2))
+            count = max(batch[0], 2)
+            prove_function(self.options.clipping, fake_like((count,)), self.options.max_grad_norm, count)
             self._clipping_proved = True
         refused = self.refused_backward()
         mask = self.take_mask(*batch)
         recorder = self.first_step
 
         def deliver(outcome: Outcome) -> None:
-            sums = self.reduced(outcome)
-            reached = {name for name, _ in sums}
+            reached = {name for name, _ in outcome.sums}
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
             zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]
-            self.ledger.deliver([*sums, *zeros], graph_task=outcome.graph_task)
+            self.ledger.deliver([*outcome.sums, *zeros], graph_task=outcome.graph_task)
             self.grad_norms = outcome.norms.detach()
             if recorder is not None:
-                recorder.compare(outcome.norms, outcome.mask, sums)
+                recorder.compare(outcome.norms, outcome.mask, outcome.sums)
 
-        return Pass(self.options, mask, deliver, refused)
+        sums = ShardedSums(self._root, self._parameters) if self.sharded and self._root is not None else WholeSums()
+        return Pass(self.options, mask, sums, deliver, refused)
 
-    def reduced(self, outcome: Outcome) -> list[tuple[str, Tensor]]:
-        """The clipped sums by parameter; of sharded ones the local parts of the sums over all ranks."""
-        if self.sharded:
-            assert self._root is not None
-            return reduce_over_ranks(self._root, self._parameters, outcome.sums)
-        return [pair for _, compute in outcome.sums for pair in compute()]
+    def _groups(self) -> dict[str, frozenset[str]]:
+        """Clip group -> the trainable parameters in it."""
+        found: dict[str, set[str]] = {}
+        for name in self.trainable():
+            found.setdefault(group_of(self.options.clipping, name), set()).add(name)
+        return {g: frozenset(names) for g, names in found.items()}
 
     def check_live(self, names: Sequence[str], parameters: Sequence[Tensor], sharded: bool) -> None:
         """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks."""

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dpcompile.axis import Examples, Shared, Whole
-from dpcompile.clipping import Clipping, as_joint, check_function, clip_weights, group_of
+from dpcompile.axis import Examples
+from dpcompile.clipping import Clipping, clip_group, group_bound, group_of, own_norms, prove_function
 from dpcompile.cost import DIRECT_TILES
-from dpcompile.errors import PrivacyError, UnsupportedGraphError
+from dpcompile.errors import UnsupportedGraphError
 from dpcompile.insert import insert, last_of
 from dpcompile.joint import JointGraph
 from dpcompile.kernels.lowering import fused_norm, fusible
 from dpcompile.locate import where
+from dpcompile.lowering import Lowering
 from dpcompile.norms.factors import factored
 from dpcompile.norms.ghost import Sides, direct, ghost, ghost_of_gram, merge, outer
 from dpcompile.norms.instantiate import per_example_site, run_operation, run_tail, tail_inputs, through_tail
@@ -24,7 +25,7 @@ from dpcompile.norms.kept_op import FEW, norms_of_vectors, weighted_sums
 from dpcompile.norms.product_op import product_with_norms, squared_norms
 from dpcompile.norms.slices import accumulation_dtype, scaled
 from dpcompile.plan import Choice, Plan
-from dpcompile.proof import Proof, prove
+from dpcompile.proof import Proof
 from dpcompile.second_backward import repeat_backward
 from dpcompile.sites import ParameterGradient, Site
 from dpcompile.sizes import Size
@@ -39,8 +40,7 @@ class ClipOptions:
     Attributes:
         clipping: see :func:`dpcompile.clipping.clip_weights`.
         max_grad_norm: C of the whole gradient; with several groups each gets ``C / sqrt(groups)``.
-        mean_of: where the loss is a mean over the batch, how many times the graph's examples that batch holds: a
-            gradient in the graph is ``1 / (mean_of * B)`` of the example's own. None where it is a sum.
+        mean_of: see :func:`dpcompile.clipping.clip_group`, of the graph's examples.
     """
 
     clipping: Clipping
@@ -55,7 +55,9 @@ class _Norm:
     kept: fx.Node | None  # [B, *parameter shape]
 
 
-def rewrite(joint: JointGraph, plan: Plan, options: ClipOptions, proof: Proof) -> None:
+def rewrite(
+    joint: JointGraph, plan: Plan, options: ClipOptions, proof: Proof, lowering: Lowering | None = None
+) -> None:
     """Replace every gradient by the clipped sum, and put the norms into the graph's norm slot.
 
     Contract: ``joint`` has been proved, and ``plan`` has a choice for every gradient that is not identically zero. The
@@ -66,8 +68,8 @@ def rewrite(joint: JointGraph, plan: Plan, options: ClipOptions, proof: Proof) -
     gradient of a parameter is returned.
     """
     norms = _norms(joint, plan)
-    if joint.weights is not None:
-        _defer(joint, plan, norms, joint.weights)
+    if lowering is not None:
+        _rewrite_region(joint, norms, options, lowering)
         return
     groups: dict[str, list[_Norm]] = {}
     for norm in norms:
@@ -75,9 +77,9 @@ def rewrite(joint: JointGraph, plan: Plan, options: ClipOptions, proof: Proof) -
     outputs = list(joint.graph.output_node().args[0])  # type: ignore[arg-type]
     for slot in joint.gradient_slots.values():  # whatever follows, no unclipped gradient is returned
         outputs[slot] = None
-    if callable(options.clipping):
-        _prove_function(options, joint, norms)
-    bound = options.max_grad_norm / max(len(groups), 1) ** 0.5
+    if norms:
+        prove_function(options.clipping, norms[0].squared.meta["val"], options.max_grad_norm, joint.batch)
+    bound = group_bound(options.max_grad_norm, len(groups))
     totals = []
     for members in groups.values():
         total, weights = _clip(joint, members, options, bound)
@@ -91,36 +93,55 @@ def rewrite(joint: JointGraph, plan: Plan, options: ClipOptions, proof: Proof) -
     joint.module.recompile()
 
 
-def _defer(joint: JointGraph, plan: Plan, norms: Sequence[_Norm], weights: fx.Node) -> None:
-    """Squared norms ``[parameters, B]`` leave the graph, the weights ``[parameters, B]`` are an input of it."""
-    if plan.second_backward:
-        raise UnsupportedGraphError(
-            "the published algorithms with a second backward need the model in one graph",
-            remedy="set regions=None, or use one backward: norm='book_keeping', 'bk_mixed_ghost'",
-        )
+def _rewrite_region(joint: JointGraph, norms: Sequence[_Norm], options: ClipOptions, lowering: Lowering) -> None:
+    """Squared norms ``[parameters, B]`` leave the graph.
+
+    Its input ``joint.weights`` holds the weights in the same shape, or, where the region is clipped at once, the bound
+    C of every parameter's group; the weights then arise within the graph.
+    """
+    given = joint.weights
+    assert given is not None
     outputs = list(joint.graph.output_node().args[0])  # type: ignore[arg-type]
     for slot in joint.gradient_slots.values():
         outputs[slot] = None
     rows = {name: i for i, name in enumerate(joint.parameters)}
     known = {norm.choice.gradient.name: norm.squared for norm in norms}
 
-    def stack(weights: Tensor, *squared: Tensor) -> Tensor:
-        given = dict(zip(known, squared, strict=True))
-        zero = torch.zeros_like(weights[0])
-        return torch.stack([given[name].to(weights.dtype) if name in given else zero for name in rows])
+    def stack(given: Tensor, *squared: Tensor) -> Tensor:
+        by_name = dict(zip(known, squared, strict=True))
+        zero = torch.zeros_like(given[0])
+        return torch.stack([by_name[name].to(given.dtype) if name in by_name else zero for name in rows])
 
-    nodes = [weights, *known.values()]
+    nodes = [given, *known.values()]
     outputs[joint.norm_slot] = insert(joint.graph, _behind(joint, nodes), stack, nodes)
-
-    def row(norm: _Norm) -> fx.Node:
-        index = rows[norm.choice.gradient.name]
-        return insert(joint.graph, _behind(joint, [weights]), lambda w: w[index], [weights])
-
-    for norm, value in _clipped_sums(joint, norms, [row(norm) for norm in norms], {}):
+    if lowering.groups:
+        weights = _weights_at_once(joint, norms, options, given, [lowering.groups[rows[n]] for n in known])
+    else:
+        weights = [
+            insert(joint.graph, _behind(joint, [given]), lambda w, i=rows[name]: w[i], [given]) for name in known
+        ]
+    for norm, value in _clipped_sums(joint, norms, weights, {}):
         outputs[joint.sum_slots[norm.choice.gradient.name]] = value
     joint.graph.output_node().args = (type(joint.graph.output_node().args[0])(outputs),)  # type: ignore[call-arg]
     _prune(joint.graph)
     joint.module.recompile()
+
+
+def _weights_at_once(
+    joint: JointGraph, norms: Sequence[_Norm], options: ClipOptions, bounds: fx.Node, groups: Sequence[int]
+) -> list[fx.Node]:
+    """``[B]`` for every norm, from the norms of its own group."""
+    by_group: dict[int, fx.Node] = {}
+    for group in dict.fromkeys(groups):
+        members = [n.squared for n, g in zip(norms, groups, strict=True) if g == group]
+
+        def clip(mask: Tensor, bounds: Tensor, *squared: Tensor) -> Tensor:
+            found = clip_group(squared, mask, clipping=options.clipping, bound=bounds[0], mean_of=options.mean_of)
+            return found[1]
+
+        nodes = [joint.mask, bounds, *members]
+        by_group[group] = insert(joint.graph, _behind(joint, nodes), clip, nodes)
+    return [by_group[g] for g in groups]
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -258,36 +279,18 @@ def _clip(joint: JointGraph, members: Sequence[_Norm], options: ClipOptions, bou
     """The group's squared norm and its weights, both ``[B]``."""
 
     def clip(mask: Tensor, *squared: Tensor) -> tuple[Tensor, Tensor]:
-        total = sum(squared[1:], start=squared[0])
-        scale = 1 if options.mean_of is None else mask.shape[0] * options.mean_of
-        return total, clip_weights(total, mask, clipping=options.clipping, bound=bound, scale=scale)
+        return clip_group(squared, mask, clipping=options.clipping, bound=bound, mean_of=options.mean_of)
 
     nodes = [joint.mask, *(n.squared for n in members)]
     return insert(joint.graph, _behind(joint, nodes), clip, nodes)
 
 
 def _reported(joint: JointGraph, totals: Sequence[fx.Node], options: ClipOptions) -> fx.Node:
-    """The norms that the user sees: float32, of the examples' own gradients, over all groups."""
-
     def report(mask: Tensor, *squared: Tensor) -> Tensor:
-        scale = 1 if options.mean_of is None else mask.shape[0] * options.mean_of
-        total = sum(squared[1:], start=squared[0]) if squared else torch.zeros_like(mask)
-        return (total.sqrt() * scale).to(torch.float32)
+        return own_norms(squared, mask, options.mean_of)
 
     nodes = [joint.mask, *totals]
     return insert(joint.graph, _behind(joint, nodes), report, nodes)
-
-
-def _prove_function(options: ClipOptions, joint: JointGraph, norms: Sequence[_Norm]) -> None:
-    """A user's clipping function must give every example a weight from its own norm alone."""
-    assert callable(options.clipping)
-    traced, result = check_function(options.clipping, norms[0].squared.meta["val"], options.max_grad_norm)
-    label = prove(as_joint(traced, result, joint.batch)).of(result)
-    if not isinstance(label, (Shared, Whole)) and label != Examples(0):
-        raise PrivacyError(
-            f"the clipping function does not give every example its own weight: its result is {label}",
-            remedy="let weight i depend on norm i alone",
-        )
 
 
 # --- clipped sums ----------------------------------------------------------------------------------------------------

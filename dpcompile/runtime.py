@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from dpcompile.engine import Engine
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.pipeline import Options, Transformed
-from dpcompile.region_engine import RegionEngine, RegionPlans
+from dpcompile.region_engine import RegionEngine
+from dpcompile.region_graphs import RegionPlans
 from dpcompile.units import is_sharded
 
 __all__ = ["Engine", "PrivateModule", "engine_of", "private_class", "private_view"]
@@ -48,7 +49,7 @@ class PrivateModule:
     def plan(self) -> Any:
         """The rule of every gradient site; print it. Of a model in regions: of each region, equal ones once."""
         transformed, engine = _transformed(self), engine_of(self)
-        return RegionPlans(engine.plans) if isinstance(engine, RegionEngine) else transformed.plan
+        return RegionPlans(engine.plans, engine.lowering) if isinstance(engine, RegionEngine) else transformed.plan
 
     @property
     def graph(self) -> fx.GraphModule:

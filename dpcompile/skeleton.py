@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from dpcompile._torch import detect_fake_mode, pytree
 from dpcompile.axis import Label
+from dpcompile.checkpointed import checkpoint_of
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.locate import where
 from dpcompile.units import unit_call
@@ -27,11 +28,13 @@ class Piece:
         graph: as a module of its own; its placeholders are ``inputs``.
         inputs: nodes of the whole graph.
         outputs: nodes of the whole graph.
+        recompute: it stands under a checkpoint.
     """
 
     graph: fx.GraphModule
     inputs: list[fx.Node]
     outputs: list[fx.Node]
+    recompute: bool = False
 
     def fakes(self, live: Sequence[Any]) -> list[Any]:
         """Fake tensors like the live ones, to trace with."""
@@ -61,15 +64,15 @@ def holds_units(gm: fx.GraphModule) -> bool:
     """Whether a graph calls units.
 
     Raises:
-        UnsupportedGraphError: within a graph inside it (a checkpoint, a loop).
+        UnsupportedGraphError: within a graph inside it (a loop, a branch).
     """
     for module in gm.modules():
         if module is not gm and isinstance(module, fx.GraphModule):
             for node in module.graph.find_nodes(op="call_function", target=unit_call):
                 raise UnsupportedGraphError(
-                    "a block that is compiled by itself is called under a checkpoint, a loop or a branch",
+                    "a block that is compiled by itself is called in a loop or a branch of the captured graph",
                     where=where(node),
-                    remedy="put the checkpoint into the block, or compile the model without regions",
+                    remedy="write the loop in Python, or compile the model without regions",
                 )
     return bool(gm.graph.find_nodes(op="call_function", target=unit_call))
 
@@ -95,9 +98,8 @@ class Skeleton:
             by_piece.setdefault(number, []).append(node)
         ordered: list[tuple[int, Piece | fx.Node]] = []
         for number, nodes in by_piece.items():
-            ordered.append((2 * number, _piece(self.source, nodes, pieces, output)))
-        for number, node in enumerate(self.source.graph.find_nodes(op="call_function", target=unit_call)):
-            ordered.append((2 * number + 1, node))
+            calls = nodes[0].target is unit_call
+            ordered.append((number, nodes[0] if calls else _piece(self.source, nodes, pieces, output)))
         self.steps = [step for _, step in sorted(ordered, key=lambda pair: pair[0])]
 
     def run(
@@ -105,7 +107,7 @@ class Skeleton:
         inputs: Sequence[Any],
         labels: Sequence[Label | None],
         run_piece: Callable[[Piece, list[Any], list[Label | None]], tuple[Sequence[Any], Sequence[Label]]],
-        run_unit: Callable[[int, Any, Any, list[Label | None]], tuple[Any, list[Label]]],
+        run_unit: Callable[[fx.Node, Any, Any, list[Label | None]], tuple[Any, list[Label]]],
     ) -> tuple[list[Any], list[Label | None]]:
         """Run on live values; answers with outputs and their labels (None for what is no tensor)."""
         placeholders = self.source.graph.find_nodes(op="placeholder")
@@ -117,11 +119,11 @@ class Skeleton:
                 values.update(zip(step.outputs, found, strict=True))
                 known.update(zip(step.outputs, names, strict=True))
             else:
-                handle, args, kwargs = step.args
+                _, args, kwargs = step.args
                 live = fx.map_arg((args, kwargs), lambda n: values[n])
                 flat = [n for n in pytree.tree_leaves((args, kwargs)) if isinstance(n, fx.Node)]
                 given = [known[n] for n in flat if isinstance(values[n], Tensor)]
-                result, names = run_unit(handle, *live, given)  # type: ignore[arg-type]
+                result, names = run_unit(step, *live, given)  # type: ignore[arg-type]
                 values[step] = result
                 leaves, structure = pytree.tree_flatten(result)
                 remaining = iter(names)
@@ -169,17 +171,25 @@ def _from_unit(node: fx.Node) -> bool:
 
 
 def _assign(gm: fx.GraphModule) -> dict[fx.Node, int]:
-    """Node -> how many calls of units come before it; only nodes that are computed in pieces."""
-    number, found = 0, {}
+    """Node -> the step that it belongs to: the call of a unit by itself, the rest between two calls together.
+
+    What stands under a checkpoint and what does not are steps of their own.
+    """
+    number, found, inside = 0, {}, None
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target is unit_call:
-            number += 1
-        elif node.op in ("placeholder", "output", "get_attr") or _from_unit(node):
+        if node.op in ("placeholder", "output", "get_attr") or (node.target is not unit_call and _from_unit(node)):
             continue
-        elif node.target is operator.getitem and node.args[0] in found:
-            found[node] = found[node.args[0]]
-        else:
-            found[node] = number
+        source: Any = node.args[0] if node.target is operator.getitem else None
+        if source in found and source.target is not unit_call:
+            found[node] = found[source]
+            continue
+        if node.target is unit_call:
+            found[node] = number + 1
+            number += 2
+            continue
+        if checkpoint_of(node) != inside:
+            number, inside = number + 1, checkpoint_of(node)
+        found[node] = number
     return found
 
 
@@ -210,7 +220,7 @@ def _piece(gm: fx.GraphModule, nodes: list[fx.Node], pieces: dict[fx.Node, int],
             )
     result = graph.output(tuple(copies[n] for n in outputs))
     result.meta = dict(output.meta)
-    return Piece(fx.GraphModule(gm, graph), inputs, outputs)
+    return Piece(fx.GraphModule(gm, graph), inputs, outputs, checkpoint_of(nodes[0]) is not None)
 
 
 def _refuse_modes(gm: fx.GraphModule) -> None:

@@ -171,7 +171,9 @@ def _fake_call(unit: Unit, args: Any, kwargs: Any) -> Any:
 
 
 def _fake_state(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    state = {n: _fake(p, dtype if p.is_floating_point() else None) for n, p in module.named_parameters()}
+    state = {
+        n: _fake(p, dtype if p.is_floating_point() else None) for n, p in nn.Module.named_parameters(module)
+    }  # as they are: wrappers rename theirs
     return state | {n: _fake(b, None) for n, b in module.named_buffers()}
 
 

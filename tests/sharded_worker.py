@@ -9,14 +9,18 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from test_regions import GPT, MLP, D, LoRA, T, V, ViT
+from test_regions import GPT, MLP, Block, D, LoRA, T, V, ViT
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -67,9 +71,11 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float =
         assert error <= tolerance, f"{name} is off by {error:.1e}"
 
 
-def alone(model: nn.Module, x: Tensor, mask: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
+def alone(
+    model: nn.Module, x: Tensor, mask: Tensor | None = None, clipping: str = "flat"
+) -> tuple[dict[str, Tensor], Tensor]:
     """Clipped sums and norms of one process on the whole batch."""
-    private = dp_compile(model, max_grad_norm=C, backend="eager")
+    private = dp_compile(model, max_grad_norm=C, backend="eager", clipping=clipping)
     if mask is not None:
         engine_of(private).set_mask(mask)
     step(private, x)
@@ -80,18 +86,25 @@ def gpt() -> GPT:
     return GPT(3)
 
 
+def checkpointed() -> GPT:
+    model = GPT(3)
+    apply_activation_checkpointing(model, checkpoint_wrapper, check_fn=lambda m: isinstance(m, Block))
+    return model
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "GPT": (gpt, lambda: torch.randint(0, V, (BATCH, T))),
+    "checkpointed GPT": (checkpointed, lambda: torch.randint(0, V, (BATCH, T))),
     "ViT": (ViT, lambda: torch.randn(BATCH, 3, 8, 8)),
     "LoRA": (LoRA, lambda: torch.randint(0, V, (BATCH, T))),
 }
 
 
-def gradients(name: str, mesh: DeviceMesh, **options: Any) -> None:
+def gradients(name: str, mesh: DeviceMesh, private: Mapping[str, Any] = {}, **options: Any) -> None:
     make, example = MODELS[name]
     x = example()
-    wanted, norms = alone(made(make), x)
-    model = dp_compile(shard(made(make), mesh, **options), max_grad_norm=C, backend="eager")
+    wanted, norms = alone(made(make), x, clipping=private.get("clipping", "flat"))
+    model = dp_compile(shard(made(make), mesh, **options), max_grad_norm=C, backend="eager", **private)
     for _ in range(2):
         model.zero_grad()
         step(model, part(x))
@@ -266,7 +279,8 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def communication(name: str, mesh: DeviceMesh) -> None:
+def communication(name: str, mesh: DeviceMesh, **options: Any) -> None:
+    """The collectives of the non-private step; in two passes every unit is gathered once more."""
     make, example = MODELS[name]
     x = part(example())
     plain = shard(made(make), mesh)
@@ -274,7 +288,7 @@ def communication(name: str, mesh: DeviceMesh) -> None:
         if hasattr(module, "set_force_sum_reduction_for_comms"):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-    private = dp_compile(shard(made(make), mesh), max_grad_norm=C, backend="eager")
+    private = dp_compile(shard(made(make), mesh), max_grad_norm=C, backend="eager", **options)
     found = []
     for model in (plain, private):
         step(model, x)
@@ -282,11 +296,19 @@ def communication(name: str, mesh: DeviceMesh) -> None:
         with Collectives() as counter:
             step(model, x)
         found.append(counter.seen)
-    assert found[0] == found[1], found
-    gathers = sum(n for op, n in found[0].items() if "allgather" in op and "bytes" not in op)
-    reductions = sum(n for op, n in found[0].items() if "reduce_scatter" in op and "bytes" not in op)
     units = sum(hasattr(m, "unshard") for m in plain.modules())
-    assert (gathers, reductions) == (2 * units - 1, units), found  # the model's own parameters stay gathered
+    assert _number(found[0], "reduce_scatter") == _number(found[1], "reduce_scatter") == units, found
+    assert _number(found[0], "allgather") == 2 * units - 1, found  # the model's own parameters stay gathered
+    if "norm" not in options:
+        assert found[0] == found[1], found
+        return
+    sent = [{op: n for op, n in seen.items() if "allgather" not in op} for seen in found]
+    assert sent[0] == sent[1], found
+    assert _number(found[1], "allgather") == 3 * units - 1, found
+
+
+def _number(seen: Mapping[str, int], kind: str) -> int:
+    return sum(n for op, n in seen.items() if kind in op and "bytes" not in op)
 
 
 def inductor(mesh: DeviceMesh) -> None:
@@ -351,6 +373,14 @@ def main() -> None:
     mesh = init_device_mesh("cpu", (world,))
     checks: dict[str, Callable[[], None]] = {f"gradients of {n}": lambda n=n: gradients(n, mesh) for n in MODELS}
     checks |= {
+        "two passes": lambda: gradients("GPT", mesh, {"norm": "two_pass"}),
+        "two passes, checkpointed": lambda: gradients("checkpointed GPT", mesh, {"norm": "two_pass"}),
+        "two passes, parameters kept": lambda: gradients(
+            "GPT", mesh, {"norm": "two_pass"}, reshard_after_forward=False
+        ),
+        "two passes for a budget": lambda: gradients("GPT", mesh, {"memory_budget": 1}),
+        "clipped by blocks": lambda: gradients("GPT", mesh, {"clipping": "per_block"}),
+        "clipped by layers": lambda: gradients("checkpointed GPT", mesh, {"clipping": "per_layer"}),
         "parameters kept after forward": lambda: gradients("GPT", mesh, reshard_after_forward=False),
         "padding": lambda: padding_and_lost_examples(mesh),
         "micro-batches": lambda: micro_batches(mesh),
@@ -361,7 +391,14 @@ def main() -> None:
         "refusals": lambda: refused(mesh),
     }
     if world > 1:
-        checks |= {f"communication of {n}": lambda n=n: communication(n, mesh) for n in ("GPT", "ViT")}
+        checks |= {
+            f"communication of {n}": lambda n=n: communication(n, mesh) for n in ("GPT", "checkpointed GPT", "ViT")
+        }
+        checks["communication of two passes"] = lambda: communication("GPT", mesh, norm="two_pass")
+        checks["communication of two checkpointed passes"] = lambda: communication(
+            "checkpointed GPT", mesh, norm="two_pass"
+        )
+        checks["communication by blocks"] = lambda: communication("GPT", mesh, clipping="per_block")
         checks["disagreement"] = lambda: disagreement(mesh)
     if world == 2:
         checks["inductor"] = lambda: inductor(mesh)

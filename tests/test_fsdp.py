@@ -11,8 +11,11 @@ import torch
 
 HERE = Path(__file__).parent
 CHECKS = {
-    "gradients of GPT", "gradients of ViT", "gradients of LoRA", "parameters kept after forward", "padding",
-    "micro-batches", "training with noise", "loading", "checkpoints", "mixed precision", "refusals",
+    "gradients of GPT", "gradients of checkpointed GPT", "gradients of ViT", "gradients of LoRA", "two passes",
+    "two passes, checkpointed", "two passes, parameters kept", "two passes for a budget",
+    "clipped by blocks", "clipped by layers",
+    "parameters kept after forward", "padding", "micro-batches", "training with noise", "loading", "checkpoints",
+    "mixed precision", "refusals",
 }  # fmt: skip
 
 
@@ -39,6 +42,9 @@ def _launch(world: int, directory: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     passed = {line.removeprefix("passed: ") for line in done.stdout.splitlines() if line.startswith("passed: ")}
     more = {"communication of GPT", "communication of ViT", "disagreement"} if world > 1 else set()
+    if world > 1:
+        more |= {"communication of checkpointed GPT", "communication of two passes", "communication by blocks"}
+        more |= {"communication of two checkpointed passes"}
     more |= {"inductor"} if world == 2 else set()
     more |= {"replicas of shards"} if world == 4 else set()
     assert passed == CHECKS | more

@@ -1,0 +1,238 @@
+"""The graphs of a model in regions: compiled once where they are equal, and run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from dpcompile._torch import add_inputs, memory_of
+from dpcompile.axis import Label, Shared
+from dpcompile.checkpointed import checkpoint_of, unwrap_units, unwrap_whole
+from dpcompile.deferral import Pass, RegionRun, attach
+from dpcompile.enclosed import enclose
+from dpcompile.graph_key import graph_key
+from dpcompile.kept import Kept
+from dpcompile.lowering import AT_ONCE, DEFERRED, TWO_PASS, Lowering, lowering_of
+from dpcompile.pipeline import Options, Transformed
+from dpcompile.plan import Plan
+from dpcompile.region import Artifact, Scope, compile_region, concrete
+from dpcompile.region_memory import RegionMemory
+from dpcompile.skeleton import Piece, Skeleton, holds_units
+from dpcompile.units import Unit, as_it_is
+from dpcompile.unowned import guarded
+
+__all__ = ["Frame", "RegionGraphs", "RegionPlans"]
+
+
+@dataclass(slots=True)
+class Frame:
+    """A unit, or a piece of one, that is running; ``recompute`` if it stands under a checkpoint."""
+
+    unit: Unit
+    scope: Scope
+    recompute: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RegionPlans:
+    """The plans of a model's regions, equal regions once; printed one after the other.
+
+    Attributes:
+        plans: of the regions.
+        lowering: which lowering was chosen for the model, and why; empty without a choice.
+    """
+
+    plans: tuple[Plan, ...]
+    lowering: str = ""
+
+    def rules(self) -> dict[str, str]:
+        """Parameter name -> rule, of the first of equal regions."""
+        return {name: rule for plan in self.plans for name, rule in plan.rules().items()}
+
+    def __str__(self) -> str:
+        return "\n\n".join([*map(str, self.plans), *([self.lowering] if self.lowering else [])])
+
+
+RunUnit: TypeAlias = "Callable[[Unit, Any, Any, list[Label | None], bool], tuple[Any, list[Label]]]"
+CheckLive: TypeAlias = Callable[[Sequence[str], Sequence[Tensor], bool], None]
+
+
+class RegionGraphs:
+    """Compiles what Dynamo captures of a model in regions, and runs it.
+
+    A graph around units is cut at their calls. Labels of the proof pass from piece to piece with the values.
+
+    Args:
+        options: of the model.
+        kept: what is known of memory that holds examples.
+        run_unit: runs a unit; takes the labels of the tensors among its arguments, and answers with those of its
+            results.
+        check_live: raises if a parameter is not the object that the optimizer knows.
+
+    Attributes:
+        compilations: how many graphs were compiled.
+        transformed: of the graph that was compiled last.
+        frames: what is running, innermost last.
+        proving: whether the current forward may have a backward.
+        whole: of the current forward, if it may have one.
+        memory: of the regions of the current forward, in order: see :func:`dpcompile.region_memory.peaks_of`.
+        groups: clip group -> the trainable parameters in it.
+        two_pass: whether regions run their backward twice.
+    """
+
+    def __init__(self, options: Options, kept: Kept, run_unit: RunUnit, check_live: CheckLive) -> None:
+        self._options, self._kept = options, kept
+        self._run_unit, self._check_live = run_unit, check_live
+        self._artifacts: dict[Any, Artifact] = {}
+        self._plans: dict[int, Plan] = {}
+        self.compilations = 0
+        self.transformed: Transformed | None = None
+        self.frames: list[Frame] = []
+        self.proving = False
+        self.whole: Pass | None = None
+        self.memory: list[tuple[RegionMemory, bool, bool]] = []
+        self.groups: Mapping[str, frozenset[str]] = {}
+        self.two_pass = False
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Of every graph with trainable parameters, equal ones once."""
+        return tuple(self._plans.values())
+
+    def forget(self) -> None:
+        """Compile everything again: another lowering was chosen."""
+        self._artifacts, self._plans, self.memory = {}, {}, []
+
+    def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """What ``torch.compile`` calls with a graph."""
+        unwrapped = unwrap_units(gm)
+        if holds_units(unwrapped):
+            skeleton = Skeleton(unwrapped)
+            return lambda *live: self._run_skeleton(skeleton, live)
+        inside = unwrap_whole(gm)
+        artifact = self._artifact(gm if inside is None else inside, inputs, lambda: inputs)
+        return lambda *live: self._run_artifact(artifact, live, inside is not None)
+
+    def _artifact(self, gm: fx.GraphModule, live: Sequence[Any], examples: Callable[[], Sequence[Any]]) -> Artifact:
+        """What a graph is compiled to; an equal one is taken from those that were compiled before."""
+        frame, lowering = self.frames[-1], self._lowering(live)
+        key = graph_key(gm, live, frame.scope, self.proving)
+        if key is not None:
+            key = (key, lowering)
+        if key is None or key not in self._artifacts:
+            self.compilations += 1
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.proving):
+                artifact = compile_region(gm, live, examples(), frame.scope, self._options, lowering)
+            if artifact.transformed is not None:
+                self.transformed = artifact.transformed
+                self._plans[id(artifact)] = artifact.transformed.plan
+            if key is None:
+                return artifact
+            self._artifacts[key] = artifact
+        return self._artifacts[key]
+
+    def _run_skeleton(self, skeleton: Skeleton, live: Sequence[Any]) -> Sequence[Any]:
+        frame = self.frames[-1]
+        scope = frame.scope
+
+        def piece(part: Piece, values: list[Any], labels: list[Label | None]) -> tuple[Sequence[Any], Sequence[Label]]:
+            inner = Scope(scope.parameters)
+            for value, label, node in zip(values, labels, part.inputs, strict=True):
+                if isinstance(value, Tensor) and label is not None:
+                    inner.note(value, node.name, label)
+            recompute = frame.recompute or part.recompute
+            self.frames.append(Frame(frame.unit, inner, recompute))
+            try:
+                copied = add_inputs(part.graph, {})  # what is compiled may be written into
+                artifact = self._artifact(copied, values, lambda: part.fakes(values))
+                outputs = self._run_artifact(artifact, values)
+            finally:
+                self.frames.pop()
+            return outputs, [inner.label(x) or Shared() for x in outputs]
+
+        children = {child.handle: child for child in frame.unit.children}
+
+        def unit(node: fx.Node, args: Any, kwargs: Any, labels: list[Label | None]) -> tuple[Any, list[Label]]:
+            handle: Any = node.args[0]
+            recompute = frame.recompute or checkpoint_of(node) is not None
+            child = children[handle]
+            with as_it_is(child):
+                return self._run_unit(child, args, kwargs, labels, recompute)
+
+        known = [scope.label(x) if isinstance(x, Tensor) else None for x in live]
+        outputs, labels = skeleton.run(live, known, piece, unit)
+        for output, label in zip(outputs, labels, strict=True):
+            if isinstance(output, Tensor) and label is not None:
+                scope.note(output, "an output", label)
+        return outputs
+
+    def _run_artifact(self, artifact: Artifact, inputs: Sequence[Any], recompute: bool = False) -> Sequence[Any]:
+        frame = self.frames[-1]
+        recompute |= frame.recompute
+        scope, roles = frame.scope, artifact.roles
+        if roles is None:
+            return artifact.compiled(*inputs)
+        for p in roles.examples:
+            label = scope.label(inputs[p])
+            assert label is not None and not isinstance(label, Shared), "examples where a graph expects none, or not"
+        for p, name in roles.others.items():
+            if isinstance(inputs[p], Tensor):
+                self._kept.check_input(name, inputs[p])
+        positions, whole = artifact.trained, self.whole
+        run = self._started(artifact, positions, inputs) if positions else None
+        if artifact.transformed is not None and artifact.transformed.memory is not None:
+            self.memory.append((artifact.transformed.memory, recompute, artifact.lowering.kind == AT_ONCE))
+        twice = self.two_pass and whole is not None
+        if whole is not None and (twice or recompute) and _differentiable(inputs):
+            sharded = frame.unit.sharded
+            outputs, probe = enclose(artifact, inputs, whole, run, recompute=recompute, sharded=sharded)
+            if run is not None:
+                run.probe = probe
+        elif run is not None:
+            norms, aliases = attach(run, [inputs[p] for p in positions])
+            arguments = list(inputs)
+            for p, alias in zip(positions, aliases, strict=True):
+                arguments[p] = alias
+            outputs = artifact.compiled(*arguments, run.whole.mask, norms, run.given)
+        else:
+            outputs = artifact.compiled(*inputs)
+        outputs = guarded(outputs, artifact.unowned)
+        labels = [concrete(label, artifact.symbols, inputs) for label in artifact.labels]
+        self._kept.note(outputs, labels)
+        for output, label in zip(outputs, labels, strict=True):
+            if isinstance(output, Tensor):
+                scope.note(output, f"an output of {frame.unit.path or 'the model'}", label)
+        return outputs
+
+    def _started(self, artifact: Artifact, positions: list[int], inputs: Sequence[Any]) -> RegionRun:
+        """A region with trainable parameters is about to run on these inputs."""
+        frame, whole = self.frames[-1], self.whole
+        assert whole is not None and artifact.transformed is not None and artifact.roles is not None
+        names = [frame.scope.parameters[id(inputs[p])] for p in positions]
+        parameters = [inputs[p] for p in positions]
+        assert len(set(names)) == len(names) and all(p.requires_grad for p in parameters), names
+        assert self.lowering_of(names) == artifact.lowering, names
+        self._check_live(names, parameters, frame.unit.sharded)
+        chosen = artifact.transformed.plan.rules()
+        own = [artifact.roles.parameters[p] for p in positions]
+        touched = [name for name, first in zip(names, own, strict=True) if first in chosen]
+        memory = frozenset(memory_of(p) for p in frame.unit.module.parameters()) if frame.unit.sharded else frozenset()
+        return whole.run(names, touched, artifact.dtype, artifact.lowering, frame.unit.path, memory)
+
+    def _lowering(self, live: Sequence[Any]) -> Lowering:
+        known = self.frames[-1].scope.parameters
+        trained = (id(x) for x in live if isinstance(x, Tensor) and x.requires_grad)
+        return self.lowering_of([known[i] for i in trained if i in known])
+
+    def lowering_of(self, names: Sequence[str]) -> Lowering:
+        """Of a region with these trainable parameters."""
+        kind = TWO_PASS if self.two_pass else DEFERRED
+        return lowering_of(names, self._options.clipping, self.groups, kind)
+
+
+def _differentiable(inputs: Sequence[Any]) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
