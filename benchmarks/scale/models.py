@@ -42,7 +42,7 @@ class Large:
 
 
 class Classifier(nn.Module):
-    """GPT-2 with a head of two classes on the last token.
+    """GPT-2 with a head of eight classes on the last token.
 
     A language model's head is tied to the embedding of tokens and adds no parameter; its logits are in memory.
     """
@@ -51,11 +51,11 @@ class Classifier(nn.Module):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 2)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 8)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """``[B, T]`` to ``[B, 2]``."""
-        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
+        """``[B, T]`` to ``[B, 8]``."""
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         return self.head(self.norm(self.blocks(x))[:, -1])
 
 
@@ -98,9 +98,7 @@ class LlamaBlock(nn.Module):
 def _rotated(x: Tensor) -> Tensor:
     """Rotary positions on ``[B, heads, T, size]``."""
     length, size = x.shape[-2:]
-    angles = torch.arange(length, device=x.device)[:, None] * 5e5 ** (
-        -torch.arange(0, size, 2, device=x.device) / size
-    )
+    angles = torch.arange(length, device=x.device)[:, None] * 5e5 ** (-torch.arange(0, size, 2, device=x.device) / size)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

@@ -17,10 +17,14 @@ from torch.distributed.fsdp import fully_shard
 from benchmarks.scale.hollow import Hollow, Memory, fake_ranks
 from benchmarks.scale.models import CASES, Large
 from dpcompile import DPOptimizer, dp_compile, native, noise
+from dpcompile._torch import compile_joint
 
-__all__ = ["WAYS", "Way", "size"]
+__all__ = ["WAYS", "Way", "compiler", "size"]
 
-COMPILER = "aot_eager_decomp_partition"  # captures, decomposes and partitions as Inductor does, and runs the graph
+
+def compiler(graph: Any, inputs: Any) -> Any:
+    """A backend that decomposes and partitions as Inductor does, and runs the graphs as they are."""
+    return compile_joint(graph, inputs, backend="eager", transform=lambda joint: None, key="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,7 @@ def _adamw(model: nn.Module) -> torch.optim.AdamW:
 
 def _plain(large: Large, model: Any, mesh: Any) -> Trainer:
     for block in model.blocks:
-        block.compile(backend=COMPILER, fullgraph=True)
+        block.compile(backend=compiler, fullgraph=True)
     if mesh is not None:
         for module in sharded(model, mesh).modules():
             if hasattr(module, "set_force_sum_reduction_for_comms"):
@@ -166,7 +170,9 @@ def _twice(large: Large, model: Any, mesh: Any) -> Trainer:
 def _opacus(large: Large, model: Any, mesh: Any) -> Trainer:
     from benchmarks.scale.opacus import prepare
 
-    return Trainer(*prepare(large, model, mesh, _trained(model)))
+    if mesh is not None:
+        sharded(model, mesh)
+    return Trainer(*prepare(large, _trained(model), sharded=mesh is not None))
 
 
 WAYS = {
@@ -174,10 +180,10 @@ WAYS = {
     "ours": Way("dpcompile, FSDP2, norm='ghost'", True, True, _ours(norm="ghost")),
     "ours_auto": Way("dpcompile, FSDP2, quickest plan", True, True, _ours()),
     "twice": Way("two backwards, FSDP2", True, True, _twice),
-    "opacus": Way("Opacus ghost clipping, FSDP2", True, True, _opacus),
+    "opacus": Way("Opacus' optimizer, FSDP2", True, True, _opacus),
     "plain_whole": Way("not private, replicated", False, False, _plain),
     "ours_whole": Way("dpcompile, replicated, norm='ghost'", False, True, _ours(norm="ghost")),
-    "opacus_whole": Way("Opacus ghost clipping, replicated", False, True, _opacus),
+    "opacus_whole": Way("Opacus' optimizer, replicated", False, True, _opacus),
 }
 
 
