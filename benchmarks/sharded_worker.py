@@ -70,7 +70,9 @@ class Sharded:
     def gradients(self) -> dict[str, Tensor]:
         """Sums over the examples of all ranks."""
         factor = 1 if self.private else self.problem.batch
-        return {n: p.grad.full_tensor() * factor for n, p in self.problem.model.named_parameters() if p.grad is not None}  # type: ignore[union-attr]
+        return {
+            n: p.grad.full_tensor() * factor for n, p in self.problem.model.named_parameters() if p.grad is not None
+        }  # type: ignore[union-attr]
 
 
 class Ours(Sharded):

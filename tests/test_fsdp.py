@@ -12,7 +12,7 @@ import torch
 HERE = Path(__file__).parent
 CHECKS = {
     "gradients of GPT", "gradients of ViT", "gradients of LoRA", "parameters kept after forward", "padding",
-    "micro-batches", "training with noise", "loading", "checkpoints", "mixed precision", "refusals",
+    "micro-batches", "noise", "training with noise", "loading", "checkpoints", "mixed precision", "refusals",
 }  # fmt: skip
 
 
@@ -28,6 +28,11 @@ def test_any_number_of_ranks_comes_to_the_same(tmp_path: Path) -> None:
                 torch.testing.assert_close(found[world][name], value, rtol=1e-5, atol=1e-5, msg=label)
 
 
+    for world in (2, 4):
+        found, alone = (torch.load(tmp_path / f"noise_{w}.pt") for w in (world, 1))
+        assert all(torch.equal(found[i], noise) for i, noise in alone.items()), f"other noise on {world} ranks"
+
+
 def _launch(world: int, directory: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
@@ -40,5 +45,5 @@ def _launch(world: int, directory: Path) -> None:
     passed = {line.removeprefix("passed: ") for line in done.stdout.splitlines() if line.startswith("passed: ")}
     more = {"communication of GPT", "communication of ViT", "disagreement"} if world > 1 else set()
     more |= {"inductor"} if world == 2 else set()
-    more |= {"replicas of shards"} if world == 4 else set()
+    more |= {"replicas of shards", "noise of replicas"} if world == 4 else set()
     assert passed == CHECKS | more

@@ -39,7 +39,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if asked.report_only:
         data: dict[str, Any] = json.loads(stored.read_text())
     else:
-        data = {"torch": torch.__version__, "revision": revision(), "cells": _sizes(asked, output)}
+        key = {"torch": torch.__version__, "revision": revision(), "depth": asked.depth}
+        data = {**key, "cells": _sizes(asked, stored)}
     data["model"] = _throughput(asked, data["cells"])
     stored.write_text(json.dumps(data, indent=1) + "\n")
     text = summary(data)
@@ -52,21 +53,31 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"wrote {target}")
 
 
-def _sizes(asked: argparse.Namespace, output: pathlib.Path) -> list[dict[str, Any]]:
-    """Every cell: a model, a way and a number of ranks."""
-    shop = Workshop(output / "work", 1, asked.timeout, asked.inline)
+def _sizes(asked: argparse.Namespace, stored: pathlib.Path) -> list[dict[str, Any]]:
+    """Every cell: a model, a way and a number of ranks. Those that an interrupted run of this revision left are kept."""
+    shop = Workshop(stored.parent / "work", 1, asked.timeout, asked.inline)
     jobs = []
     for name in asked.models.split(","):
         for ranks in CASES[name].ranks:
             jobs += [(name, way, ranks) for way in (*SHARDED, *WHOLE) if _wanted(way, name, ranks)]
-    cells = []
+    known = json.loads(stored.read_text()) if stored.exists() else {}
+    key = {"torch": torch.__version__, "revision": revision(), "depth": asked.depth}
+    cells = known["cells"] if all(known.get(k) == v for k, v in key.items()) else []
+    done = {(c["model"], c["way"], c["ranks"]) for c in cells if "error" not in c}
+    cells = [c for c in cells if (c["model"], c["way"], c["ranks"]) in done]
     bar = tqdm(jobs, unit="cell", disable=asked.inline)
     for name, way, ranks in bar:
         bar.set_description(f"{name}, {way}, {ranks} ranks")
-        arguments = {"case": name, "way": way, "ranks": ranks, "depth": asked.depth}
-        found = shop.run("benchmarks.scale.steps:size", arguments)
-        cells.append({"model": name, "way": way, "ranks": ranks, **found})
-    return cells
+        if (name, way, ranks) not in done:
+            arguments = {"case": name, "way": way, "ranks": ranks, "depth": asked.depth}
+            found = shop.run("benchmarks.scale.steps:size", arguments)
+            cells.append({"model": name, "way": way, "ranks": ranks, **found})
+            stored.write_text(json.dumps({**key, "cells": cells}, indent=1) + "\n")
+    return sorted((c for c in cells if (c["model"], c["way"], c["ranks"]) in set(jobs)), key=_place(jobs))
+
+
+def _place(jobs: list[tuple[str, str, int]]) -> Any:
+    return lambda cell: jobs.index((cell["model"], cell["way"], cell["ranks"]))
 
 
 def _wanted(way: str, name: str, ranks: int) -> bool:

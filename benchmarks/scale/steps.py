@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from benchmarks.scale.hollow import Hollow, Memory, fake_ranks
+from benchmarks.scale.hollow import Hollow, fake_ranks
 from benchmarks.scale.models import CASES, Large
 from dpcompile import DPOptimizer, dp_compile, native, noise
 from dpcompile._torch import compile_joint

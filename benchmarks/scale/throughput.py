@@ -14,9 +14,10 @@ backward, reductions beside the backward, or beside the clipped sums where these
 last reduction have nothing to run beside: the last term. What privacy adds, ``p - c``, is in the first part of the
 backward (norms). Two backwards are given no time for norms.
 
-A collective of ``S`` bytes takes ``S (n - 1) / (n B) + calls * latency * log2 n`` seconds, ``B`` the bytes per second of
-a rank's link: the one within a node up to that many ranks, else the one between nodes. The optimizer step takes
-``bytes per element * N / n / traffic`` seconds, the noise ``N / n / noise`` more, ``N`` the number of trained elements.
+A collective of ``S`` bytes takes ``S (n - 1) / (n B) + calls * latency * log2 n`` seconds, ``B`` the bytes/s of a
+rank's link: the one within a node up to that many ranks, else the one between nodes. The optimizer step takes
+``bytes per element * N / n / traffic`` seconds, the noise ``N / n / noise`` more, with
+``N`` trained elements.
 """
 
 from __future__ import annotations
