@@ -71,8 +71,8 @@ def table(data: dict[str, Any]) -> str:
     for title in KINDS.values():
         head += [f"{title}, ms: minimum (median)", "not private over it: minima (medians)"]
     lines = [
-        f"`{job['model']}`, {data['ranks']} gloo ranks with {job['threads']} thread each, {job['batch']} examples a rank, "
-        f"{job['backend']}; {data['machine']['cpu']}; {data['revision']}.\n",
+        f"`{job['model']}`, {data['ranks']} gloo ranks with {job['threads']} thread each, {job['batch']} examples a "
+        f"rank, {job['backend']}; {data['machine']['cpu']}; {data['revision']}.\n",
         markdown(head, rows),
     ]
     for other, goal in (("plain", 0.85), ("opacus", 1.7)):

@@ -27,7 +27,6 @@ def test_any_number_of_ranks_comes_to_the_same(tmp_path: Path) -> None:
                 label = f"{run}: {name} on {world} ranks"
                 torch.testing.assert_close(found[world][name], value, rtol=1e-5, atol=1e-5, msg=label)
 
-
     for world in (2, 4):
         found, alone = (torch.load(tmp_path / f"noise_{w}.pt") for w in (world, 1))
         assert all(torch.equal(found[i], noise) for i, noise in alone.items()), f"other noise on {world} ranks"

@@ -54,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _sizes(asked: argparse.Namespace, stored: pathlib.Path) -> list[dict[str, Any]]:
-    """Every cell: a model, a way and a number of ranks. Those that an interrupted run of this revision left are kept."""
+    """Every cell: a model, a way and a number of ranks; those of an interrupted run of this revision are kept."""
     shop = Workshop(stored.parent / "work", 1, asked.timeout, asked.inline)
     jobs = []
     for name in asked.models.split(","):
@@ -83,7 +83,7 @@ def _place(jobs: list[tuple[str, str, int]]) -> Any:
 def _wanted(way: str, name: str, ranks: int) -> bool:
     """Replicated training is the same on any number of ranks; Opacus' optimizer is sized on the published model."""
     first = ranks == CASES[name].ranks[0]
-    return (first or way not in WHOLE) and (CASES[name].learned or not way.startswith("opacus"))
+    return (first or way in ("plain", "ours", "twice")) and (CASES[name].learned or not way.startswith("opacus"))
 
 
 def _throughput(asked: argparse.Namespace, cells: list[dict[str, Any]]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ __all__ = ["Hollow", "Memory", "fake_ranks"]
 
 @contextmanager
 def fake_ranks(world: int) -> Iterator[None]:
-    """This process as rank 0 of ``world`` ranks that do not exist: collectives are counted and move nothing."""
+    """Make of this process rank 0 of ``world`` ranks that do not exist: collectives are counted and move nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
@@ -99,7 +99,7 @@ class Hollow(TorchDispatchMode):
         self.operations: Counter[str] = Counter()
         self._fakes = FakeTensorMode()
         self._known: dict[Any, Any] = {}
-        self._resize: Any = None
+        self._own: Any = None
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -114,11 +114,12 @@ class Hollow(TorchDispatchMode):
             memory.resize(storage)
             return result
 
-        self._resize, torch.UntypedStorage.resize_ = own, resize  # type: ignore[method-assign]
+        self._own, torch.UntypedStorage.resize_ = (own, torch._foreach_copy_), resize  # type: ignore[method-assign]
+        torch._foreach_copy_ = lambda *args, **kwargs: None  # FSDP calls it below any mode
         return super().__enter__()
 
     def __exit__(self, *details: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_, torch._foreach_copy_ = self._own  # type: ignore[method-assign]
         super().__exit__(*details)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
