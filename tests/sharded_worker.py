@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from sharded_noise import noise, replicas
 from test_regions import GPT, MLP, Block, D, LoRA, T, V, ViT
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -388,6 +389,7 @@ def main() -> None:
         "loading": lambda: loading(mesh, Path(sys.argv[1])),
         "checkpoints": lambda: checkpoints(mesh, Path(sys.argv[1])),
         "mixed precision": lambda: mixed_precision(mesh),
+        "noise": lambda: noise(mesh, Path(sys.argv[1])),
         "refusals": lambda: refused(mesh),
     }
     if world > 1:
@@ -405,6 +407,7 @@ def main() -> None:
     if world == 4:
         both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         checks["replicas of shards"] = lambda: gradients("GPT", both)
+        checks["noise of replicas"] = lambda: replicas(both)
     wanted = sys.argv[2:]
     for name, check in checks.items():
         if not wanted or any(w in name for w in wanted):

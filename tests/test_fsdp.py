@@ -14,7 +14,7 @@ CHECKS = {
     "gradients of GPT", "gradients of checkpointed GPT", "gradients of ViT", "gradients of LoRA", "two passes",
     "two passes, checkpointed", "two passes, parameters kept", "two passes for a budget",
     "clipped by blocks", "clipped by layers",
-    "parameters kept after forward", "padding", "micro-batches", "training with noise", "loading", "checkpoints",
+    "parameters kept after forward", "padding", "micro-batches", "noise", "training with noise", "loading", "checkpoints",
     "mixed precision", "refusals",
 }  # fmt: skip
 
@@ -29,6 +29,10 @@ def test_any_number_of_ranks_comes_to_the_same(tmp_path: Path) -> None:
             for name, value in found[1].items():
                 label = f"{run}: {name} on {world} ranks"
                 torch.testing.assert_close(found[world][name], value, rtol=1e-5, atol=1e-5, msg=label)
+
+    for world in (2, 4):
+        found, alone = (torch.load(tmp_path / f"noise_{w}.pt") for w in (world, 1))
+        assert all(torch.equal(found[i], noise) for i, noise in alone.items()), f"other noise on {world} ranks"
 
 
 def _launch(world: int, directory: Path) -> None:
@@ -46,5 +50,5 @@ def _launch(world: int, directory: Path) -> None:
         more |= {"communication of checkpointed GPT", "communication of two passes", "communication by blocks"}
         more |= {"communication of two checkpointed passes"}
     more |= {"inductor"} if world == 2 else set()
-    more |= {"replicas of shards"} if world == 4 else set()
+    more |= {"replicas of shards", "noise of replicas"} if world == 4 else set()
     assert passed == CHECKS | more
