@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
@@ -18,6 +20,7 @@ __all__ = [
     "refuse_other_optimizer",
     "refuse_same_examples",
     "refuse_state",
+    "refuse_uneven_parts",
     "taken_over",
 ]
 
@@ -113,6 +116,17 @@ def refuse_same_examples(loader: int, ranks: int) -> None:
             "the same examples, and each example would count several times",
             remedy="give PoissonLoader rank=torch.distributed.get_rank() and "
             "world_size=torch.distributed.get_world_size()",
+        )
+
+
+def refuse_uneven_parts(ranks: Sequence[int], world_size: int) -> None:
+    """Each part of a logical batch is taken, and as often as the others."""
+    taken = Counter(ranks)
+    if set(taken) != set(range(world_size)) or len(set(taken.values())) != 1:
+        raise PrivacyError(
+            f"the ranks take the parts {', '.join(map(str, ranks))} of {world_size} of each logical batch: some "
+            "examples would count several times, and others not at all",
+            remedy="give PoissonLoader rank=torch.distributed.get_rank(), which differs from rank to rank on all nodes",
         )
 
 

@@ -20,7 +20,7 @@ from dpcompile.errors import PrivacyError
 from dpcompile.mechanism import privatize_
 from dpcompile.noise import check_seed, fresh_seed
 from dpcompile.privacy import PrivacyAccountant
-from dpcompile.ranks import digest, refuse_disagreement, share_seed
+from dpcompile.ranks import digest, from_first, refuse_disagreement
 from dpcompile.runtime import engine_of
 from dpcompile.shards import as_gradient, local_part, local_start
 
@@ -92,9 +92,10 @@ class DPOptimizer(Optimizer):
         checks.refuse_bad_numbers(noise_multiplier, expected_batch_size)
         checks.refuse_other_accountant(noise_multiplier, accountant)
         checks.refuse_closure_only(optimizer)
-        if seed is None:
-            seed = fresh_seed(secure=secure)
-            seed = share_seed(seed) if self.engine.sharded else seed
+        drawn = fresh_seed(secure=secure)
+        if self.engine.sharded:  # also where a seed is given: ranks that wait for one that others do not send hang
+            drawn = from_first(drawn)
+        seed = drawn if seed is None else seed
         check_seed(seed, secure=secure)
         self.optimizer = optimizer
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size

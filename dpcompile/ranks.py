@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dpcompile.errors import PrivacyError
 
-__all__ = ["digest", "refuse_disagreement", "share_seed", "world_size"]
+__all__ = ["digest", "from_first", "gathered", "refuse_disagreement", "world_size"]
 
 
 def world_size() -> int:
@@ -18,13 +18,22 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def share_seed(seed: int) -> int:
-    """The seed of rank 0, on every rank."""
+def from_first(value: Any) -> Any:
+    """The value of rank 0, on every rank; every rank must call this."""
     if world_size() == 1:
-        return seed
-    box = [seed]
+        return value
+    box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all ranks, in their order; every rank must call this."""
+    if world_size() == 1:
+        return [value]
+    everywhere: list[Any] = [None] * world_size()
+    dist.all_gather_object(everywhere, value)
+    return everywhere
 
 
 def digest(secret: int) -> str:
@@ -40,8 +49,7 @@ def refuse_disagreement(values: Mapping[str, Any]) -> None:
     """
     if world_size() == 1:
         return
-    everywhere: list[Any] = [None] * world_size()
-    dist.all_gather_object(everywhere, dict(values))
+    everywhere = gathered(dict(values))
     different = [name for name in values if len({repr(v[name]) for v in everywhere}) > 1]
     if different:
         listed = ", ".join(

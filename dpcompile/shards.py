@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dpcompile.errors import UnsupportedGraphError
 
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.13
+
 __all__ = ["Pending", "as_gradient", "is_distributed", "local_part", "local_start", "reduce_sums", "version_of"]
 
 
@@ -136,5 +138,5 @@ def reduce_sums(parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> Pending
         parts.append(padded.reshape(world, -1))
     sent = torch.cat(parts, 1)
     received = sent.new_empty(sent.shape[1])
-    work = dist.reduce_scatter_tensor(received, sent.view(-1), group=layouts[0].shards, async_op=True)
+    work = _reduce_scatter(received, sent.view(-1), group=layouts[0].shards, async_op=True)
     return Pending(parameters, layouts, received, work, sent)
