@@ -66,6 +66,7 @@ __all__ = [
     "add_inputs",
     "adam_state",
     "add_one_",
+    "active_replica",
     "compile_cpp",
     "after_backward",
     "compile_joint",
@@ -114,6 +115,11 @@ def after_backward(function: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
+def active_replica() -> Any:
+    """The DistributedDataParallel whose forward is running; None outside."""
+    return torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
 def disable(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep Dynamo from tracing into ``function``."""
     return torch._dynamo.disable(function)
@@ -125,14 +131,15 @@ def tracing_config(*, regions: bool = False) -> Iterator[None]:
 
     Recurrent layers are traced step by step, and Python floats are constants. Where ``torch.compile`` would break the
     graph to warn or to write to a log, it does neither; and ``requires_grad = True`` on an intermediate value is passed
-    over. With ``regions``, one function is compiled for many modules: as often as they differ, and with every guard
-    that tells them apart, also under FSDP.
+    over. DistributedDataParallel does not cut the graph into its buckets. With ``regions``, one function is compiled
+    for many modules: as often as they differ, and with every guard that tells them apart, also under FSDP.
     """
     config = torch._dynamo.config
     loggers = {v for k, v in vars(logging.Logger).items() if k.startswith(_LOGS) and callable(v)}
     settings = config.patch(
         allow_rnn=True,
         specialize_float=True,
+        optimize_ddp=False,
         ignore_logging_functions={*config.ignore_logging_functions, *loggers, warnings.warn},
         **_MANY_MODULES if regions else {},
     )

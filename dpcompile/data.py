@@ -209,8 +209,10 @@ class PoissonLoader:
         """
         engine = engine_of(model)
         checks.refuse_other_optimizer(engine, optimizer, self.expected_batch_size, self.sample_rate)
-        if engine.sharded:
+        if engine.distributed:
             checks.refuse_same_examples(self.world_size, world_size())
+        elif self.world_size > 1:
+            checks.refuse_lone_replicas(self.world_size)
         self._attached = (engine, optimizer)
         return self
 

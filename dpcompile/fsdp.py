@@ -14,6 +14,7 @@ from dpcompile.units import Unit
 
 __all__ = ["check_sharded", "reduce_over_ranks"]
 
+_STATES = ("FSDPState", "_ReplicateState")  # of fully_shard, and of replicate
 Compute = Callable[[], list[tuple[str, Tensor]]]
 
 
@@ -29,7 +30,7 @@ def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
             local_start(parameter)
     for unit in _all(root):
         hooks = (*unit.module._forward_pre_hooks.values(), *unit.module._forward_hooks.values())
-        if unit.sharded and not all(type(getattr(h, "__self__", None)).__name__ == "FSDPState" for h in hooks):
+        if unit.sharded and not all(type(getattr(h, "__self__", None)).__name__ in _STATES for h in hooks):
             raise UnsupportedGraphError(
                 f"'{unit.path or 'the model'}' has hooks around its forward besides those of its own fully_shard: what "
                 "they do to the examples is not seen",

@@ -12,14 +12,14 @@ from torch import Tensor, fx, nn
 from dpcompile._torch import add_inputs, disable, memory_of, pytree, tracing_config
 from dpcompile.axis import Examples, Label, Shared
 from dpcompile.deferral import Outcome, Pass, attach, prove_clipping
-from dpcompile.engine import Engine, with_own_code, zeros_for
+from dpcompile.engine import Engine, with_own_code
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.fsdp import check_sharded, reduce_over_ranks
 from dpcompile.graph_key import graph_key
 from dpcompile.pipeline import Options, Transformed
 from dpcompile.plan import Plan
 from dpcompile.region import Artifact, Scope, compile_region, concrete
-from dpcompile.shards import is_distributed
+from dpcompile.shards import is_distributed, zeros_for
 from dpcompile.skeleton import Piece, Skeleton, holds_units
 from dpcompile.translate import translated
 from dpcompile.units import Unit, as_it_is, find_units, is_sharded, stubs
@@ -93,6 +93,7 @@ class RegionEngine(Engine):
         self._current = (args, kwargs)
         self.first_step = self._recorder()
         try:
+            self.replicas.notice(tracing=self._tracing)
             with tracing_config(regions=True):
                 return self._run_model(args, kwargs)
         except Exception as error:
@@ -325,7 +326,7 @@ class RegionEngine(Engine):
         touched = [name for name, first in zip(names, own, strict=True) if first in chosen]
         memory = frozenset(memory_of(p) for p in frame.unit.module.parameters()) if frame.unit.sharded else frozenset()
         run = whole.run(names, touched, artifact.dtype, frame.unit.path, memory)
-        norms, aliases = attach(run, parameters)
+        norms, aliases = attach(run, self.replicas.apart(parameters))
         arguments = list(inputs)
         for p, alias in zip(positions, aliases, strict=True):
             arguments[p] = alias
@@ -346,14 +347,14 @@ class RegionEngine(Engine):
             self._clipping_proved = True
         refused = self.refused_backward()
         mask = self.take_mask(*batch)
-        recorder = self.first_step
+        recorder, reduces = self.first_step, self.replicas.reduces
 
         def deliver(outcome: Outcome) -> None:
             sums = self.reduced(outcome)
             reached = {name for name, _ in sums}
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
             zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]
-            self.ledger.deliver([*sums, *zeros], graph_task=outcome.graph_task)
+            self.replicas.deliver(sums, zeros, graph_task=outcome.graph_task, reduces=reduces)
             self.grad_norms = outcome.norms.detach()
             if recorder is not None:
                 recorder.compare(outcome.norms, outcome.mask, sums)

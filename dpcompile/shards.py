@@ -15,7 +15,16 @@ from dpcompile.errors import UnsupportedGraphError
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.13
 
-__all__ = ["Pending", "as_gradient", "is_distributed", "local_part", "local_start", "reduce_sums", "version_of"]
+__all__ = [
+    "Pending",
+    "as_gradient",
+    "is_distributed",
+    "local_part",
+    "local_start",
+    "reduce_sums",
+    "version_of",
+    "zeros_for",
+]
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -32,6 +41,11 @@ def local_part(tensor: Tensor) -> Tensor:
 def version_of(tensor: Tensor) -> tuple[int, int]:
     """Changes with every in-place operation on the tensor or on its local part."""
     return tensor._version, local_part(tensor)._version
+
+
+def zeros_for(parameter: Tensor) -> Tensor:
+    """A clipped sum of zeros, of what of the parameter lies here."""
+    return torch.zeros_like(local_part(parameter.detach()), dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
 def as_gradient(parameter: Tensor, local: Tensor) -> Tensor:
@@ -63,7 +77,7 @@ def local_start(parameter: Tensor) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How FSDP2 cuts a parameter: equal numbers of rows, the last ranks with fewer or none."""
+    """How FSDP2 cuts a parameter: equal numbers of rows, the last ranks with fewer or none; or not at all."""
 
     world: int
     rank: int
@@ -76,6 +90,9 @@ def _layout(parameter: Any) -> _Layout:
     mesh, placements = parameter.device_mesh, parameter.placements
     cut = [i for i, p in enumerate(placements) if p.is_shard()]
     copied = [i for i, p in enumerate(placements) if p.is_replicate()]
+    replicas = tuple(mesh.get_group(i) for i in copied)
+    if len(copied) == len(placements):
+        return _Layout(1, 0, parameter.shape[0], None, replicas)
     plain = type(placements[cut[0]]).__name__ == "Shard" if cut else False
     if len(cut) != 1 or len(cut) + len(copied) != len(placements) or not plain or placements[cut[0]].dim != 0:
         raise UnsupportedGraphError(
@@ -91,7 +108,7 @@ def _layout(parameter: Any) -> _Layout:
             f"rank {rank} holds {parameter.to_local().shape[0]} rows of a parameter where equal parts give {here}",
             remedy="shard with torch.distributed.fsdp.fully_shard",
         )
-    return _Layout(world, rank, rows, mesh.get_group(cut[0]), tuple(mesh.get_group(i) for i in copied))
+    return _Layout(world, rank, rows, mesh.get_group(cut[0]), replicas)
 
 
 @dataclass(slots=True)
@@ -137,6 +154,8 @@ def reduce_sums(parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> Pending
         padded = torch.cat([total, total.new_zeros((missing, *total.shape[1:]))]) if missing else total
         parts.append(padded.reshape(world, -1))
     sent = torch.cat(parts, 1)
+    if layouts[0].shards is None:
+        return Pending(parameters, layouts, sent.view(-1), None, None)
     received = sent.new_empty(sent.shape[1])
     work = _reduce_scatter(received, sent.view(-1), group=layouts[0].shards, async_op=True)
     return Pending(parameters, layouts, received, work, sent)
