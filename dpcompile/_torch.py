@@ -67,6 +67,7 @@ __all__ = [
     "adam_state",
     "add_one_",
     "active_replica",
+    "clear_interrupted",
     "compile_cpp",
     "after_backward",
     "compile_joint",
@@ -177,6 +178,19 @@ def fake_like(shape: Sequence[int]) -> torch.Tensor:
 def mixed_precision(module: torch.nn.Module) -> Any:
     """The policy of a unit of FSDP2."""
     return cast(Any, module)._get_fsdp_state()._mp_policy
+
+
+def clear_interrupted(module: torch.nn.Module) -> None:
+    """Bring a unit of FSDP2 to rest after a forward or backward that ended in an error.
+
+    Otherwise FSDP takes the next forward for a part of that one, never frees the root's parameters again, and goes on
+    computing with the weights of before the next update.
+    """
+    state = cast(Any, module)._get_fsdp_state()
+    context = state._state_ctx
+    interrupted = context.iter_forward_root is not None or context.post_backward_final_callback_queued
+    if interrupted and current_backward() == -1:
+        state._root_post_backward_final_callback()
 
 
 def memory_of(tensor: torch.Tensor) -> int:

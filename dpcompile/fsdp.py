@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dpcompile._torch import clear_interrupted
 from dpcompile.errors import UnsupportedGraphError
-from dpcompile.shards import Pending, is_distributed, local_start, reduce_sums
+from dpcompile.shards import Pending, computing_device, is_distributed, local_start, reduce_sums
 from dpcompile.units import Unit
 
-__all__ = ["check_sharded", "reduce_over_ranks"]
+__all__ = ["check_sharded", "clear_failed", "reduce_over_ranks"]
 
 _STATES = ("FSDPState", "_ReplicateState")  # of fully_shard, and of replicate
 Compute = Callable[[], list[tuple[str, Tensor]]]
@@ -41,6 +42,13 @@ def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
                 f"the forward of '{unit.path or 'the model'}' was replaced on the object",
                 remedy="override it in a class, or wrap the module in another and shard that",
             )
+
+
+def clear_failed(root: Unit) -> None:
+    """Before a forward: what an earlier one, or its backward, left behind when it failed."""
+    for unit in _all(root):
+        if unit.sharded:
+            clear_interrupted(unit.module)
 
 
 def reduce_over_ranks(
@@ -78,7 +86,7 @@ def _start(
     for dtype, members in groups.items():
         own = [parameters[n] for n in members]
         whole = [
-            sums[n] if n in sums else torch.zeros(p.shape, dtype=dtype, device=p.device)
+            sums[n] if n in sums else torch.zeros(p.shape, dtype=dtype, device=computing_device(p))
             for n, p in zip(members, own, strict=True)
         ]
         started.append((members, reduce_sums(own, whole)))

@@ -14,7 +14,7 @@ from dpcompile.axis import Examples, Label, Shared
 from dpcompile.deferral import Outcome, Pass, attach, prove_clipping
 from dpcompile.engine import Engine, with_own_code
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
-from dpcompile.fsdp import check_sharded, reduce_over_ranks
+from dpcompile.fsdp import check_sharded, clear_failed, reduce_over_ranks
 from dpcompile.graph_key import graph_key
 from dpcompile.pipeline import Options, Transformed
 from dpcompile.plan import Plan
@@ -132,6 +132,8 @@ class RegionEngine(Engine):
             self._root = find_units(self.module)
             if self.sharded:
                 check_sharded(self._root, self._parameters)
+        if self.sharded:
+            clear_failed(self._root)
         self._proving = torch.is_grad_enabled() and bool(self.trainable())
         dims = self._example_dims()
         scope = Scope({id(p): n for n, p in self._parameters.items()})

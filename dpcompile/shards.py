@@ -18,6 +18,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 __all__ = [
     "Pending",
     "as_gradient",
+    "computing_device",
     "is_distributed",
     "local_part",
     "local_start",
@@ -36,6 +37,12 @@ def is_distributed(tensor: Tensor) -> bool:
 def local_part(tensor: Tensor) -> Tensor:
     """What of the tensor lies on this rank: all of it, unless it is a ``DTensor``."""
     return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def computing_device(parameter: Tensor) -> torch.device:
+    """Where a parameter is used; with CPU offload it rests elsewhere."""
+    distributed: Any = parameter
+    return torch.device(distributed.device_mesh.device_type) if is_distributed(parameter) else parameter.device
 
 
 def version_of(tensor: Tensor) -> tuple[int, int]:
@@ -122,7 +129,7 @@ class Pending:
     sent: Tensor | None
 
     def wait(self) -> list[Tensor]:
-        """The local parts of the sums over all ranks, in the order of the parameters."""
+        """The local parts of the sums over all ranks, in the order of the parameters, where these rest."""
         if self.work is not None:
             self.work.wait()
         self.sent = None
@@ -131,8 +138,9 @@ class Pending:
         found, at = [], 0
         for parameter, layout in zip(self.parameters, self.layouts, strict=True):
             width = parameter.numel() // max(parameter.shape[0], 1)
-            shape = local_part(parameter.detach()).shape
-            found.append(self.received[at : at + shape.numel()].clone().view(shape))
+            here = local_part(parameter.detach())
+            part = self.received[at : at + here.numel()].view(here.shape)
+            found.append(part.clone() if part.device == here.device else part.to(here.device))
             at += layout.rows * width
         return found
 

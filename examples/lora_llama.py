@@ -26,6 +26,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
@@ -160,6 +161,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
         print(f"held-out loss {before:.3f} before, {after:.3f} after, nats per byte")
 
 
+@record
 def main() -> None:
     """Read the options, train."""
     parser = argparse.ArgumentParser(description="Fine-tune a small Llama with LoRA under FSDP2, privately.")
@@ -174,11 +176,8 @@ def main() -> None:
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
     parser.add_argument("--seed", type=int, help="to repeat a run; leave it out where the privacy is meant")
     options = parser.parse_args()
-    device = start()
-    try:
-        train(options, device)
-    finally:
-        dist.destroy_process_group()
+    train(options, start())
+    dist.destroy_process_group()  # not after an error: it would wait for the other ranks
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
@@ -178,6 +179,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
         print(f"checkpoints: {options.output_dir} (secret: they hold the seed of the noise)")
 
 
+@record
 def main() -> None:
     """Read the options, train."""
     parser = argparse.ArgumentParser(description="Train a small byte-level GPT under FSDP2, privately.")
@@ -194,11 +196,8 @@ def main() -> None:
     parser.add_argument("--stop-after", type=int, metavar="STEPS", help="stop early; --resume goes on")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     options = parser.parse_args()
-    device = start()
-    try:
-        train(options, device)
-    finally:
-        dist.destroy_process_group()
+    train(options, start())
+    dist.destroy_process_group()  # not after an error: it would wait for the other ranks
 
 
 if __name__ == "__main__":
