@@ -92,14 +92,14 @@ class DPOptimizer(Optimizer):
         checks.refuse_bad_numbers(noise_multiplier, expected_batch_size)
         checks.refuse_other_accountant(noise_multiplier, accountant)
         checks.refuse_closure_only(optimizer)
-        drawn = fresh_seed(secure=secure)
+        drawn: int = fresh_seed(secure=secure)
         if self.engine.distributed:  # also where a seed is given: ranks that wait for one that others do not send hang
             drawn = from_first(drawn)
-        seed = drawn if seed is None else seed
-        check_seed(seed, secure=secure)
+        self.seed = drawn if seed is None else seed
+        check_seed(self.seed, secure=secure)
         self.optimizer = optimizer
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
-        self.seed, self.secure, self.accountant = seed, secure, accountant
+        self.secure, self.accountant = secure, accountant
         self.logical_step = 0
         self.accumulating = False
         self._stepping = False

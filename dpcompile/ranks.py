@@ -10,12 +10,17 @@ import torch.distributed as dist
 
 from dpcompile.errors import PrivacyError
 
-__all__ = ["digest", "from_first", "gathered", "refuse_disagreement", "world_size"]
+__all__ = ["digest", "from_first", "gathered", "rank", "refuse_disagreement", "world_size"]
 
 
 def world_size() -> int:
     """How many ranks there are; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is; 0 without torch.distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def from_first(value: Any) -> Any:

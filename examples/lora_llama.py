@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found]
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -48,7 +48,7 @@ def windows(names: list[str]) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)[: whole * CONTEXT].view(whole, CONTEXT).long()
 
 
-def pretrained(options: argparse.Namespace, public: Tensor, device: torch.device) -> LlamaForCausalLM:
+def pretrained(options: argparse.Namespace, public: Tensor, device: torch.device) -> Any:
     """A small Llama, trained on public text by every rank alike."""
     torch.manual_seed(0)  # the same weights on every rank: they are no secret
     config = LlamaConfig(
@@ -63,7 +63,8 @@ def pretrained(options: argparse.Namespace, public: Tensor, device: torch.device
         eos_token_id=0,
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).to(device)
+    model: Any = LlamaForCausalLM(config)
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(options.public_steps):
         ids = public[torch.randint(len(public), (64,))].to(device)

@@ -129,7 +129,7 @@ def resumed(mesh: DeviceMesh, directory: Path) -> None:
     (directory / "step_9").mkdir(exist_ok=True)  # a checkpoint whose saving was cut short
     dist.barrier()
     path = latest_checkpoint(directory)
-    assert path == directory / "step_3", path
+    assert path is not None and path == directory / "step_3", path
     model, optimizer, loader = make(mesh)
     load_checkpoint(path, model, optimizer, loader)
     train(model, optimizer, loader, lambda done: None)

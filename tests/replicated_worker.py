@@ -37,7 +37,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
-from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError, compile_step
+from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError, compile_step, make_private
 
 
 def replicated(make: Callable[[], nn.Module], **options: Any) -> Any:
@@ -110,6 +110,40 @@ def micro_batches() -> None:
     optimizer.zero_grad()  # drops what was held back
     step(model, part(batches[1]))
     same(own(model), alone(made_like(model), batches[1])[0])
+
+
+def deep() -> nn.Module:
+    inside = (nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64))
+    return nn.Sequential(*inside, nn.LayerNorm(64), nn.Linear(64, 3))
+
+
+def parts() -> None:
+    """A batch in parts, for the memory: one reduction of all of them."""
+    x = torch.randn(16 * dist.get_world_size(), 50, 64)
+    wanted, norms = alone(made(deep), x)
+    model = replicated(deep, memory_budget=1.02)
+    step(model, part(x))
+    model.zero_grad()
+    with Collectives() as counter:
+        step(model, part(x))
+    assert model.module.plan.parts > 1 and counter.seen["c10d.allreduce_.default"] == 1, counter.seen
+    same(own(model), wanted)
+    torch.testing.assert_close(model.module.grad_norms, part(norms), rtol=1e-5, atol=1e-6)
+
+
+def made_private() -> None:
+    """make_private shares the seed and deals the examples out, for replicas and for shards."""
+    data = torch.utils.data.DataLoader(TensorDataset(torch.randint(0, V, (40, T))), batch_size=4)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for model in (replicated(gpt), shard(made(gpt), mesh)):
+        options = {} if isinstance(model, DistributedDataParallel) else {"max_grad_norm": C, "backend": "eager"}
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        private, optimizer, loader = make_private(model, inner, data, noise_multiplier=0.5, **options)
+        for (x,) in loader:
+            step(private, x)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer.logical_step == 10
 
 
 def made_like(model: Any) -> nn.Module:
@@ -280,6 +314,8 @@ def main() -> None:
         "micro-batches": micro_batches,
         "loading": loading,
         "unused parameters": unused_parameters,
+        "make_private": made_private,
+        "parts": parts,
         "refusals": refused,
         "mesh of replicas": lambda: copies(fully=True),
         "replicate": lambda: copies(fully=False),
