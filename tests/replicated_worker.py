@@ -6,8 +6,11 @@ Replicas under DistributedDataParallel, under FSDP2 on a mesh that only replicat
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,10 +37,13 @@ from test_regions import MLP, D, T, V
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError, compile_step, make_private
+from dpcompile.checkpoint import load_checkpoint, save_checkpoint
+from dpcompile.ranks import from_first
 
 
 def replicated(make: Callable[[], nn.Module], **options: Any) -> Any:
@@ -288,6 +294,29 @@ def copies(fully: bool) -> None:
         torch.testing.assert_close(q.full_tensor(), p, rtol=1e-5, atol=1e-5, msg=name)
 
 
+def checkpoints() -> None:
+    """Replicas save, replicas and shards go on; both come to the weights of the run that did not stop."""
+    batches = [torch.randint(0, V, (BATCH, T)) for _ in range(4)]
+    path = Path(from_first(tempfile.mkdtemp())) / "step_2"
+    model = replicated(gpt)
+    optimizer = optimizer_of(model)
+    weights_after(model, optimizer, batches[:2], part)
+    save_checkpoint(path, model, optimizer)
+    weights_after(model, optimizer, batches[2:], part)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shards = dp_compile(shard(made(gpt), mesh), max_grad_norm=C, backend="eager")
+    for other in (replicated(gpt), shards):
+        resumed = optimizer_of(other)
+        load_checkpoint(path, other, resumed)
+        assert resumed.logical_step == 2
+        weights_after(other, resumed, batches[2:], part)
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            found = q.full_tensor() if isinstance(q, DTensor) else q
+            torch.testing.assert_close(found, p, rtol=1e-5, atol=1e-5)
+    if dist.get_rank() == 0:
+        shutil.rmtree(path.parent)
+
+
 def offloaded() -> None:
     batches = [torch.randint(0, V, (BATCH, T)) for _ in range(3)]
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -320,6 +349,7 @@ def main() -> None:
         "mesh of replicas": lambda: copies(fully=True),
         "replicate": lambda: copies(fully=False),
         "offloaded": offloaded,
+        "checkpoints": checkpoints,
     }
     if dist.get_world_size() == 2:
         checks["inductor"] = lambda: gradients("ViT", backend="inductor")

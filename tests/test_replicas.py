@@ -8,7 +8,7 @@ from launching import launch, passed
 CHECKS = {
     "gradients of GPT", "gradients of ViT", "gradients of LoRA", "regions", "unused parameters looked for",
     "gradients in buckets", "training with noise", "micro-batches", "loading", "unused parameters", "refusals",
-    "mesh of replicas", "parts", "make_private", "replicate", "offloaded",
+    "mesh of replicas", "parts", "make_private", "replicate", "offloaded", "checkpoints",
 }  # fmt: skip
 
 
