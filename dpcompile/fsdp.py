@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dpcompile._torch import clear_interrupted
 from dpcompile.errors import UnsupportedGraphError
+from dpcompile.ranks import refuse_some
 from dpcompile.shards import Pending, computing_device, is_distributed, local_start, reduce_sums
 from dpcompile.units import Unit
 
@@ -29,6 +31,9 @@ def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
             )
         if parameter.requires_grad:
             local_start(parameter)
+    meshes = [cast(Any, p).device_mesh.size() for p in parameters.values() if p.requires_grad]
+    if meshes:
+        refuse_some("FSDP shards the model", max(meshes))
     for unit in _all(root):
         hooks = (*unit.module._forward_pre_hooks.values(), *unit.module._forward_hooks.values())
         if unit.sharded and not all(type(getattr(h, "__self__", None)).__name__ in _STATES for h in hooks):

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, UnsupportedGraphError
 
-__all__ = ["digest", "from_first", "gathered", "rank", "refuse_disagreement", "world_size"]
+__all__ = ["digest", "from_first", "gathered", "rank", "refuse_disagreement", "refuse_some", "world_size"]
 
 
 def world_size() -> int:
@@ -44,6 +44,20 @@ def gathered(value: Any) -> list[Any]:
 def digest(secret: int) -> str:
     """Tells whether two secrets are the same, and not what they are."""
     return hashlib.sha256(f"dpcompile seed {secret}".encode()).hexdigest()
+
+
+def refuse_some(what: str, ranks: int) -> None:
+    """Clipped sums are added up over all ranks: over some of them only, the others would train a model of their own.
+
+    Raises:
+        UnsupportedGraphError: ``what`` holds fewer than all.
+    """
+    if ranks != world_size():
+        raise UnsupportedGraphError(
+            f"{what} over {ranks} of {world_size()} ranks: examples are dealt out to all ranks, and their gradients "
+            "would be added up over some",
+            remedy="take a mesh, or a process group, of all ranks; start runs that are meant to be separate separately",
+        )
 
 
 def refuse_disagreement(values: Mapping[str, Any]) -> None:

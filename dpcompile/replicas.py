@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dpcompile._torch import active_replica, after_backward
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.ledger import GradientLedger
+from dpcompile.ranks import refuse_some
 from dpcompile.shards import is_distributed, zeros_for
 
 __all__ = ["Replicas", "inner_module", "refuse_wrapped"]
@@ -82,9 +83,11 @@ class Replicas:
         """The model is inside this DistributedDataParallel.
 
         Raises:
-            UnsupportedGraphError: with options that would be passed over, or around parameters that FSDP shards.
+            UnsupportedGraphError: with options that would be passed over, over some of the ranks, or around parameters
+                that FSDP shards.
         """
         _check_options(ddp)
+        refuse_some("DistributedDataParallel", dist.get_world_size(ddp.process_group))
         if any(map(is_distributed, self._trainable().values())):
             raise UnsupportedGraphError(
                 "DistributedDataParallel around a model that FSDP shards",

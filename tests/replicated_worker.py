@@ -36,7 +36,7 @@ from sharded_worker import (
 from test_regions import MLP, D, T, V
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
@@ -267,6 +267,17 @@ def refused() -> None:
     raises(PrivacyError, "the ranks disagree about seed", told.step)
 
 
+def some_ranks() -> None:
+    """Pairs of ranks that add up among themselves only."""
+    x = torch.randn(BATCH, D)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("apart", "pair"))["pair"]
+    options: dict[str, Any] = {"max_grad_norm": C, "backend": "eager"}
+    half = DistributedDataParallel(dp_compile(made(MLP), **options), process_group=mesh.get_group())
+    raises(UnsupportedGraphError, "DistributedDataParallel over 2 of 4 ranks", lambda: half(x))
+    shards = dp_compile(fully_shard(made(MLP), mesh=mesh), **options)
+    raises(UnsupportedGraphError, "FSDP shards the model over 2 of 4 ranks", lambda: shards(x))
+
+
 def copies(fully: bool) -> None:
     """FSDP2's own replication: a mesh whose shards are whole."""
     world = dist.get_world_size()
@@ -353,6 +364,8 @@ def main() -> None:
     }
     if dist.get_world_size() == 2:
         checks["inductor"] = lambda: gradients("ViT", backend="inductor")
+    if dist.get_world_size() == 4:
+        checks["some ranks"] = some_ranks
     wanted = sys.argv[1:]
     for name, check in checks.items():
         if not wanted or any(w in name for w in wanted):

@@ -15,4 +15,4 @@ CHECKS = {
 @pytest.mark.parametrize("world", [2, 4])
 def test_replicas_come_to_what_one_process_comes_to(world: int) -> None:
     """Gradients, and weights after steps with noise, are those of one process on the ranks' batches together."""
-    assert passed(launch(world, "replicated_worker.py")) == CHECKS | ({"inductor"} if world == 2 else set())
+    assert passed(launch(world, "replicated_worker.py")) == CHECKS | {"inductor" if world == 2 else "some ranks"}
