@@ -23,7 +23,7 @@ from dpcompile._torch import (
 )
 from dpcompile.axis import Examples
 from dpcompile.errors import UnsupportedGraphError
-from dpcompile.joint import JointGraph
+from dpcompile.joint import JointGraph, OverRanks
 from dpcompile.locate import where
 from dpcompile.outputs import check_differentiable, separate_outputs
 from dpcompile.sizes import Size, divide, is_one, product, same, shape_of, size
@@ -53,6 +53,7 @@ class Roles:
         arguments: positions of the tensors of the call.
         deferred: the clip weights are an input of the graph.
         layouts: position -> how the examples lie, where that is more than a dimension of their own.
+        ranks: what the inputs are on the other ranks of tensor parallelism; None without it.
     """
 
     parameters: Mapping[int, str]
@@ -66,6 +67,7 @@ class Roles:
     arguments: frozenset[int]
     deferred: bool = False
     layouts: Mapping[int, Examples] = field(default_factory=dict)
+    ranks: OverRanks | None = None
 
     @property
     def others(self) -> dict[int, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from dpcompile.errors import PrivacyError
 from dpcompile.lower import Rest, take_rest
 from dpcompile.pipeline import Options
 from dpcompile.proof import prove
+from dpcompile.tensor_parallel import NormsOverRanks
 
 __all__ = ["Outcome", "Pass", "RegionRun", "attach", "prove_clipping"]
 
@@ -77,6 +78,7 @@ class Pass:
     a parameter in two regions                      refused: their gradients add before the norm
     a second backward, or one through another part  refused: an example would count twice
     a backward that fails                           nothing is delivered
+    a parameter of which this rank holds a part     its norm is that of all ranks' parts
     ==============================================  =================================================
 
     Attributes:
@@ -84,12 +86,14 @@ class Pass:
         mask: ``[B]``, 1 for an example and 0 for padding.
         deliver: takes the outcome.
         refused: why this forward may have no backward, or None.
+        ranks: of tensor parallelism, over which norms are added up; None without it.
     """
 
     options: Options
     mask: Tensor
     deliver: Callable[[Outcome], None]
     refused: PrivacyError | None = None
+    ranks: NormsOverRanks | None = None
     names: set[str] = field(default_factory=set)
     touched: dict[str, None] = field(default_factory=dict)
     received: list[RegionRun] = field(default_factory=list)
@@ -170,13 +174,30 @@ class Pass:
         bound = float(options.max_grad_norm) / max(len(present), 1) ** 0.5
         scale = len(self.mask) if options.loss_reduction == "mean" else 1
         weights, totals = {}, [torch.zeros_like(self.mask)]
-        for group, members in groups.items():
-            total = sum(members[1:], start=members[0]) if members else torch.zeros_like(self.mask)
+        sums = {group: _sum(members, self.mask) for group, members in groups.items()}
+        if self.ranks is not None:
+            sums = self._over_ranks(self.ranks, rows, groups)
+        for group, total in sums.items():
             totals.append(total)
             weights[group] = clip_weights(total, self.mask, clipping=options.clipping, bound=bound, scale=scale)
         everything = sum(totals[1:], start=totals[0])
         lost = ~torch.isfinite(everything)
         return {g: torch.where(lost, torch.zeros_like(w), w) for g, w in weights.items()}, everything
+
+    def _over_ranks(self, ranks: NormsOverRanks, rows: dict[str, Tensor], groups: Iterable[str]) -> dict[str, Tensor]:
+        """Squared norms of each group's parameters, of which this rank may hold parts."""
+        names, cut = list(groups), ranks.parallel.cut
+
+        def own(group: str, parts: bool) -> Tensor:
+            chosen = (n for n in rows if group_of(self.options.clipping, n) == group and (n in cut) == parts)
+            return _sum([rows[n] for n in chosen], self.mask)
+
+        sums = ranks.add([own(g, True) for g in names], [own(g, False) for g in names])
+        return dict(zip(names, sums, strict=True))
+
+
+def _sum(members: Sequence[Tensor], like: Tensor) -> Tensor:
+    return sum(members[1:], start=members[0]) if members else torch.zeros_like(like)
 
 
 def attach(run: RegionRun, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -92,6 +92,16 @@ class Engine:
         return False
 
     @property
+    def distributed(self) -> bool:
+        """Whether parameters lie on several ranks in parts."""
+        return self.sharded
+
+    @property
+    def data_ranks(self) -> int:
+        """How many ranks, or groups of ranks, have examples of their own."""
+        return 1
+
+    @property
     def max_grad_norm(self) -> float:
         """C, the sensitivity of the clipped sum to one example."""
         return float(self.options.max_grad_norm)
@@ -287,7 +297,7 @@ class Engine:
     def _example_dims(self) -> list[tuple[str, Tensor, int | None]]:
         args, kwargs = self._current
         inspect.signature(self.module.forward).bind(*args, **kwargs)  # the plain TypeError of a plain call
-        check_model(self.module, sharded=self.sharded)
+        check_model(self.module, sharded=self.distributed)
         return example_dims(self.module.forward, args, kwargs, self.options.in_dims)
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpcompile.errors import UnsupportedGraphError
-from dpcompile.shards import Pending, is_distributed, local_start, reduce_sums
+from dpcompile.shards import Pending, check_layout, gathered_shape, is_distributed, reduce_sums
 from dpcompile.units import Unit
 
 __all__ = ["check_sharded", "reduce_over_ranks"]
@@ -26,7 +26,7 @@ def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
                 remedy="call fully_shard on the model itself too, without ignored_params, or freeze the parameter",
             )
         if parameter.requires_grad:
-            local_start(parameter)
+            check_layout(parameter, fsdp=True)
     for unit in _all(root):
         hooks = (*unit.module._forward_pre_hooks.values(), *unit.module._forward_hooks.values())
         if unit.sharded and not all(type(getattr(h, "__self__", None)).__name__ == "FSDPState" for h in hooks):
@@ -77,7 +77,7 @@ def _start(
     for dtype, members in groups.items():
         own = [parameters[n] for n in members]
         whole = [
-            sums[n] if n in sums else torch.zeros(p.shape, dtype=dtype, device=p.device)
+            sums[n] if n in sums else torch.zeros(gathered_shape(p), dtype=dtype, device=p.device)
             for n, p in zip(members, own, strict=True)
         ]
         started.append((members, reduce_sums(own, whole)))

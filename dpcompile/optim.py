@@ -22,7 +22,7 @@ from dpcompile.noise import check_seed, fresh_seed
 from dpcompile.privacy import PrivacyAccountant
 from dpcompile.ranks import digest, refuse_disagreement, share_seed
 from dpcompile.runtime import engine_of
-from dpcompile.shards import as_gradient, local_part, local_start
+from dpcompile.shards import as_gradient, local_part, local_runs
 
 __all__ = ["DPOptimizer"]
 
@@ -94,7 +94,7 @@ class DPOptimizer(Optimizer):
         checks.refuse_closure_only(optimizer)
         if seed is None:
             seed = fresh_seed(secure=secure)
-            seed = share_seed(seed) if self.engine.sharded else seed
+            seed = share_seed(seed) if self.engine.distributed else seed
         check_seed(seed, secure=secure)
         self.optimizer = optimizer
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
@@ -102,7 +102,7 @@ class DPOptimizer(Optimizer):
         self.logical_step = 0
         self.accumulating = False
         self._stepping = False
-        self._agreed = not self.engine.sharded  # whether all ranks are known to mean the same
+        self._agreed = not self.engine.distributed  # whether all ranks are known to mean the same
         self._held = False  # sums of earlier physical batches of an unfinished logical step stand in p.grad
         checks.refuse_foreign(self.engine, (p for group in optimizer.param_groups for p in group["params"]))
         checks.refuse_missing(self.engine, optimizer, self.engine.trainable())
@@ -237,7 +237,7 @@ class DPOptimizer(Optimizer):
         if self.accountant is not None and own["accountant"] is not None:
             self.accountant.load_state_dict(own["accountant"])
         self.seed, self.logical_step = own["seed"], own["logical_step"]
-        self._agreed = not self.engine.sharded
+        self._agreed = not self.engine.distributed
         self.discard()
 
     def fill_state(self) -> None:
@@ -330,11 +330,12 @@ class DPOptimizer(Optimizer):
             "step": step,
         }
         weights = [parameters[name] for name in names]
-        whole = not self.engine.sharded  # the fused step starts every parameter at its element 0
+        whole = not self.engine.distributed  # the fused step starts every parameter at its element 0
         if whole and not self.secure and fused_adam.update_(self.optimizer, weights, totals, **mechanism):
             return
-        starts = [local_start(w) for w in weights]
-        privatize_(totals, **mechanism, starts=starts, secure=self.secure)
+        runs = [local_runs(w) for w in weights]
+        totals = [t if len(r) == 1 else t.contiguous() for t, r in zip(totals, runs, strict=True)]
+        privatize_(totals, **mechanism, runs=runs, secure=self.secure)
         for p, total in zip(weights, totals, strict=True):
             p.grad = as_gradient(p, total.to(p.dtype))
         self.optimizer.step()

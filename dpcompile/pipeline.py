@@ -25,6 +25,7 @@ from dpcompile.parts import InParts, allowed_parts
 from dpcompile.plan import Plan, make_plan
 from dpcompile.proof import Proof, prove
 from dpcompile.rates import Rates, rates_for
+from dpcompile.replication import check_replication
 from dpcompile.rewrite import ClipOptions, rewrite
 from dpcompile.sites import find_gradients
 from dpcompile.step_cost import plain_seconds
@@ -100,6 +101,7 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
     if unowned:
         proof = prove(joint)
     gradients = find_gradients(joint, proof)
+    check_replication(joint, proof, roles.ranks)
     certificate = certify(joint, proof, gradients)
     device = joint.mask.meta["val"].device
     rates = rates_for(device)

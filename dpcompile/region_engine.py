@@ -9,20 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dpcompile._torch import add_inputs, disable, memory_of, pytree, tracing_config
+from dpcompile._torch import add_inputs, disable, inner_tensor, memory_of, pytree, tracing_config
 from dpcompile.axis import Examples, Label, Shared
+from dpcompile.capture import Roles
 from dpcompile.deferral import Outcome, Pass, attach, prove_clipping
 from dpcompile.engine import Engine, with_own_code, zeros_for
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.fsdp import check_sharded, reduce_over_ranks
 from dpcompile.graph_key import graph_key
+from dpcompile.joint import OverRanks
+from dpcompile.localise import StandIns, localise
 from dpcompile.pipeline import Options, Transformed
 from dpcompile.plan import Plan
+from dpcompile.ranks import world_size
 from dpcompile.region import Artifact, Scope, compile_region, concrete
+from dpcompile.replication import digest_of
 from dpcompile.shards import is_distributed
 from dpcompile.skeleton import Piece, Skeleton, holds_units
+from dpcompile.tensor_parallel import NormsOverRanks, check_copies, find_tensor_parallel
 from dpcompile.translate import translated
-from dpcompile.units import Unit, as_it_is, find_units, is_sharded, stubs
+from dpcompile.units import Unit, as_it_is, find_units, is_sharded, one_unit, stubs
 from dpcompile.unowned import guarded
 
 __all__ = ["RegionEngine"]
@@ -86,6 +92,14 @@ class RegionEngine(Engine):
         self._artifacts: dict[Any, Artifact] = {}
         self._plans: dict[int, Transformed] = {}
         self._clipping_proved = False
+        self._parallel = find_tensor_parallel(self._parameters, fsdp=self._sharded)
+        self._stand_ins = StandIns()
+        self._copies_checked = False
+        if self._parallel is not None and options.check:
+            raise UnsupportedGraphError(
+                "check=True compares with torch.func.vmap on whole parameters, and tensor parallelism holds parts",
+                remedy="check the model on one process before parallelize_module",
+            )
 
     @disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,6 +117,7 @@ class RegionEngine(Engine):
         finally:
             self._current, self.first_step, self._pass = ((), {}), None, None
             self._frames.clear()
+            self._stand_ins.originals.clear()
             self._given = None
 
     def trace(self, *args: Any, **kwargs: Any) -> None:
@@ -122,13 +137,24 @@ class RegionEngine(Engine):
         return self._sharded
 
     @property
+    def distributed(self) -> bool:
+        """Whether parameters lie on several ranks in parts."""
+        return self._sharded or self._parallel is not None
+
+    @property
+    def data_ranks(self) -> int:
+        """How many ranks, or groups of ranks, have examples of their own."""
+        return world_size() if self._parallel is None else self._parallel.data_ranks
+
+    @property
     def plans(self) -> tuple[Plan, ...]:
         """Of every graph with trainable parameters, equal ones once."""
         return tuple(t.plan for t in self._plans.values())
 
     def _run_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._root is None:
-            self._root = find_units(self.module)
+            single = self._parallel is not None and not self.sharded and self.options.regions is None
+            self._root = one_unit(self.module) if single else find_units(self.module)
             if self.sharded:
                 check_sharded(self._root, self._parameters)
         self._proving = torch.is_grad_enabled() and bool(self.trainable())
@@ -139,6 +165,9 @@ class RegionEngine(Engine):
             self._given.append(Shared() if dim is None else Examples(dim % tensor.ndim))
             scope.note(tensor, name, self._given[-1])  # type: ignore[arg-type]
         if self._proving:
+            if self._parallel is not None and not self._copies_checked:
+                check_copies(self.module, self._parallel)
+                self._copies_checked = True
             self._pass = self._new_pass(dims)
             self.kept.note_arguments(t for _, t, dim in dims if dim is not None)
         result, labels = self._run_unit(self._root, args, kwargs, self._given)
@@ -202,7 +231,14 @@ class RegionEngine(Engine):
             return {id(p): n for n, p in self._parameters.items()}
         prefix = f"{unit.path}." if unit.path else ""
         held = unit.module.named_parameters()
-        return {id(p): prefix + n for n, p in held if prefix + n in self._parameters and not is_distributed(p)}
+        return {id(p): prefix + n for n, p in held if prefix + n in self._parameters and self._gathered(p)}
+
+    def _gathered(self, parameter: Any) -> bool:
+        """Whether FSDP gathered a parameter: it is plain, or lies on the ranks of tensor parallelism alone."""
+        if not is_distributed(parameter):
+            return True
+        mesh, parallel = parameter.device_mesh, self._parallel
+        return parallel is not None and mesh.ndim == 1 and mesh.get_group(0).group_name == parallel.name
 
     def _result_label(self, unit: Unit, scope: Scope, value: Tensor) -> Label:
         label = scope.label(value)
@@ -236,11 +272,34 @@ class RegionEngine(Engine):
     # --- graphs ------------------------------------------------------------------------------------------------------
 
     def _region_backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        if holds_units(gm):
-            skeleton = Skeleton(gm)
-            return lambda *live: self._run_skeleton(skeleton, live)
-        artifact = self._artifact(gm, inputs, lambda: inputs)
-        return lambda *live: self._run_artifact(artifact, live)
+        local = localise(gm, inputs, self._parallel)
+
+        def plain(live: Sequence[Any]) -> list[Any]:
+            return self._named(local.inputs(live, self._stand_ins))
+
+        if holds_units(local.graph):
+            skeleton = Skeleton(local.graph)
+            return lambda *live: self._run_skeleton(skeleton, plain(live))
+        values = plain(inputs)
+        artifact = self._artifact(local.graph, values, lambda: values)
+        return lambda *live: self._run_artifact(artifact, plain(live))
+
+    def _named(self, values: list[Any]) -> list[Any]:
+        """Let stand-ins have the names of what they stand in for."""
+        scope = self._frames[-1].scope
+        for value in values:
+            name = scope.parameters.get(id(self._stand_ins.original(value)))
+            if name is not None:
+                scope.parameters[id(value)] = name
+        return values
+
+    def _over_ranks(self, live: Sequence[Any], roles: Roles) -> OverRanks | None:
+        """What a graph's inputs are on the other ranks of tensor parallelism."""
+        if self._parallel is None:
+            return None
+        cut = frozenset(p for p, value in enumerate(live) if self._stand_ins.is_cut(value))
+        copied = {p: digest_of(live[p]) for p in roles.others if p not in cut and isinstance(live[p], Tensor)}
+        return OverRanks(self._parallel.group, self._parallel.name, cut, copied)
 
     def _artifact(self, gm: fx.GraphModule, live: Sequence[Any], examples: Callable[[], Sequence[Any]]) -> Artifact:
         """What a graph is compiled to; an equal one is taken from those that were compiled before."""
@@ -249,7 +308,9 @@ class RegionEngine(Engine):
         if key is None or key not in self._artifacts:
             self.compilations += 1
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._proving):
-                artifact = compile_region(gm, live, examples(), frame.scope, self.options)
+                artifact = compile_region(
+                    gm, live, examples(), frame.scope, self.options, lambda roles: self._over_ranks(live, roles)
+                )
             if artifact.transformed is not None:
                 self._plans[id(artifact)] = self.transformed = artifact.transformed
             if key is None:
@@ -319,17 +380,29 @@ class RegionEngine(Engine):
         names = [frame.scope.parameters[id(inputs[p])] for p in positions]
         parameters = [inputs[p] for p in positions]
         assert len(set(names)) == len(names) and all(p.requires_grad for p in parameters), names
-        self.check_live(names, parameters, frame.unit.sharded)
+        self.check_live(names, [self._stand_ins.original(p) for p in parameters], frame.unit.sharded)
+        self._check_cut(artifact, names)
         chosen = artifact.transformed.plan.rules()
         own = [artifact.roles.parameters[p] for p in positions]
         touched = [name for name, first in zip(names, own, strict=True) if first in chosen]
-        memory = frozenset(memory_of(p) for p in frame.unit.module.parameters()) if frame.unit.sharded else frozenset()
+        memory = (
+            frozenset(memory_of(inner_tensor(p) if is_distributed(p) else p) for p in frame.unit.module.parameters())
+            if frame.unit.sharded
+            else frozenset()
+        )
         run = whole.run(names, touched, artifact.dtype, frame.unit.path, memory)
         norms, aliases = attach(run, parameters)
         arguments = list(inputs)
         for p, alias in zip(positions, aliases, strict=True):
             arguments[p] = alias
         return artifact.compiled(*arguments, whole.mask, norms, norms.detach())
+
+    def _check_cut(self, artifact: Artifact, names: Sequence[str]) -> None:
+        """What the proof took for parts of parameters are those that norms are added up for."""
+        assert artifact.roles is not None
+        ranks, parallel = artifact.roles.ranks, self._parallel
+        proved = {n for p, n in zip(artifact.trained, names, strict=True) if ranks is not None and p in ranks.cut}
+        assert proved == (set() if parallel is None else parallel.cut & set(names)), (proved, names)
 
     # --- the backward ------------------------------------------------------------------------------------------------
 
@@ -358,7 +431,10 @@ class RegionEngine(Engine):
             if recorder is not None:
                 recorder.compare(outcome.norms, outcome.mask, sums)
 
-        return Pass(self.options, mask, deliver, refused)
+        ranks = None
+        if self._parallel is not None:
+            ranks = NormsOverRanks.of(self._parallel, [t for _, t, dim in dims if dim is not None] + [mask])
+        return Pass(self.options, mask, deliver, refused, ranks)
 
     def reduced(self, outcome: Outcome) -> list[tuple[str, Tensor]]:
         """The clipped sums by parameter; of sharded ones the local parts of the sums over all ranks."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpcompile._torch import fake_mode_of, mixed_precision, opaque, pytree
 from dpcompile.errors import UnsupportedGraphError
 
-__all__ = ["Unit", "as_it_is", "find_units", "is_sharded", "stubs", "unit_call"]
+__all__ = ["Unit", "as_it_is", "find_units", "is_sharded", "one_unit", "stubs", "unit_call"]
 
 
 @dataclass(eq=False)
@@ -64,6 +64,11 @@ def find_units(model: nn.Module) -> Unit:
     root = _unit(model, "", sharded and is_sharded(model))
     _collect(root, model, "", sharded)
     return root
+
+
+def one_unit(model: nn.Module) -> Unit:
+    """The model as one unit."""
+    return _unit(model, "", False)
 
 
 def _collect(parent: Unit, module: nn.Module, path: str, sharded: bool) -> None:
