@@ -93,7 +93,7 @@ def localise(gm: fx.GraphModule, live: Sequence[Any], parallel: TensorParallel |
         kept.append(position)
         if is_distributed(value):
             _check(node, value, parallel)
-            _wrap(copied.graph, placeholders[-1], node, value)
+            _wrap(copied.graph, node, value)
     copied.recompile()
     return Localised(copied, tuple(kept))
 
@@ -117,14 +117,16 @@ def _check(node: fx.Node, value: Any, parallel: TensorParallel | None) -> None:
         )
 
 
-def _wrap(graph: fx.Graph, last: fx.Node, node: fx.Node, value: Any) -> None:
+def _wrap(graph: fx.Graph, node: fx.Node, value: Any) -> None:
+    """Right before each use: what stands between two calls of units is a graph of its own."""
     fake = node.meta["example_value"]
     local = inner_tensor(fake).detach().requires_grad_(value.requires_grad)
     spec = _wrapper(value.device_mesh, tuple(value.placements), tuple(value.shape), tuple(value.stride()))
-    with graph.inserting_after(last):
-        wrapped = graph.call_function(spec, (node,))
-    node.replace_all_uses_with(wrapped, delete_user_cb=lambda user: user is not wrapped)
-    wrapped.meta = {**node.meta, "example_value": fake}
+    for user in list(node.users):
+        with graph.inserting_before(user):
+            wrapped = graph.call_function(spec, (node,))
+        wrapped.meta = {**node.meta, "example_value": fake}
+        user.replace_input_with(node, wrapped)
     node.meta = {**node.meta, "example_value": local}
 
 

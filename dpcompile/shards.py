@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpcompile._torch import inner_tensor
 from dpcompile.errors import UnsupportedGraphError
 
 __all__ = [
     "Pending",
     "as_gradient",
     "check_layout",
+    "fake_gathered",
     "gathered_shape",
     "is_distributed",
     "local_part",
@@ -81,6 +83,23 @@ def gathered_shape(parameter: Tensor) -> tuple[int, ...]:
     return _layout(parameter).gathered if is_distributed(parameter) else tuple(parameter.shape)
 
 
+def fake_gathered(parameter: Any, dtype: torch.dtype, *, fsdp: bool) -> Tensor:
+    """What a unit computes with, without values; to be called within a fake mode."""
+    mesh, dims = parameter.device_mesh, tensor_parallel_dims(parameter, fsdp=fsdp)
+    shape = gathered_shape(parameter) if fsdp else tuple(inner_tensor(parameter).shape)
+    local = torch.empty(shape, dtype=dtype, device=parameter.device, requires_grad=parameter.requires_grad)
+    if not dims:
+        return local
+    return type(parameter).from_local(
+        local,
+        mesh[mesh.mesh_dim_names[dims[0]]] if fsdp else mesh,
+        [parameter.placements[d] for d in dims],
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
 def tensor_parallel_dims(parameter: Any, *, fsdp: bool) -> list[int]:
     """The dimensions of a ``DTensor``'s mesh that are none of FSDP's: all without FSDP, else those behind its cut."""
     cut = [i for i, p in enumerate(parameter.placements) if _is_cut(p)]
@@ -136,9 +155,9 @@ def _layout(parameter: Any) -> _Layout:
         begin = min(rank * rows, here[dim])
         offset[dim] += begin
         here[dim] = min(rows, here[dim] - begin)
-    if tuple(parameter.to_local().shape) != tuple(here):
+    if tuple(inner_tensor(parameter).shape) != tuple(here):
         raise UnsupportedGraphError(
-            f"this rank holds {list(parameter.to_local().shape)} of a parameter of shape {list(parameter.shape)} where "
+            f"this rank holds {list(inner_tensor(parameter).shape)} of a parameter of shape {list(parameter.shape)} where "
             f"equal parts give {here}",
             remedy="shard with torch.distributed.fsdp.fully_shard, after parallelize_module",
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpcompile._torch import fake_mode_of, mixed_precision, opaque, pytree
 from dpcompile.errors import UnsupportedGraphError
+from dpcompile.shards import fake_gathered, is_distributed
 
 __all__ = ["Unit", "as_it_is", "find_units", "is_sharded", "one_unit", "stubs", "unit_call"]
 
@@ -164,28 +165,30 @@ def _fake_call(unit: Unit, args: Any, kwargs: Any) -> Any:
     try:
         if not unit.sharded:
             with as_it_is(unit):
-                return torch.func.functional_call(module, _fake_state(module, None), args, kwargs)
+                return torch.func.functional_call(module, _fake_state(module, None, fsdp=False), args, kwargs)
         policy = mixed_precision(module)
         if policy.param_dtype is not None and policy.cast_forward_inputs:
             args, kwargs = _cast((args, kwargs), policy.param_dtype)
-        outputs = torch.func.functional_call(module, _fake_state(module, policy.param_dtype), args, kwargs)
+        outputs = torch.func.functional_call(module, _fake_state(module, policy.param_dtype, fsdp=True), args, kwargs)
         return outputs if policy.output_dtype is None else _cast(outputs, policy.output_dtype)
     finally:
         if stand_in is not None:
             module.__dict__["forward"] = stand_in
 
 
-def _fake_state(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    state = {n: _fake(p, dtype if p.is_floating_point() else None) for n, p in module.named_parameters()}
-    return state | {n: _fake(b, None) for n, b in module.named_buffers()}
+def _fake_state(module: nn.Module, dtype: torch.dtype | None, *, fsdp: bool) -> dict[str, Tensor]:
+    state = {n: _fake(p, dtype if p.is_floating_point() else None, fsdp) for n, p in module.named_parameters()}
+    return state | {n: _fake(b, None, fsdp) for n, b in module.named_buffers()}
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, values)
 
 
-def _fake(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _fake(tensor: Tensor, dtype: torch.dtype | None, fsdp: bool) -> Tensor:
     wanted = dtype or tensor.dtype
+    if is_distributed(tensor):
+        return fake_gathered(tensor, wanted, fsdp=fsdp)
     return torch.empty(tensor.shape, dtype=wanted, device=tensor.device, requires_grad=tensor.requires_grad)
 
 
