@@ -21,14 +21,14 @@ class OverRanks:
     Attributes:
         group: of the ranks.
         name: of the group, as graphs have it.
-        cut: positions of the inputs of which every rank holds another part.
-        copied: position -> a digest of the value, of those that are neither parameters nor arguments of the call.
+        cut: positions of the inputs of which every rank holds another part, or another value.
+        copied: positions of the others that are neither parameters nor arguments of the call; they were compared.
     """
 
     group: Any
     name: str
     cut: frozenset[int]
-    copied: Mapping[int, str]
+    copied: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)

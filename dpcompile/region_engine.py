@@ -23,10 +23,9 @@ from dpcompile.pipeline import Options, Transformed
 from dpcompile.plan import Plan
 from dpcompile.ranks import world_size
 from dpcompile.region import Artifact, Scope, compile_region, concrete
-from dpcompile.replication import digest_of
 from dpcompile.shards import is_distributed
 from dpcompile.skeleton import Piece, Skeleton, holds_units
-from dpcompile.tensor_parallel import NormsOverRanks, check_copies, find_tensor_parallel
+from dpcompile.tensor_parallel import Compared, NormsOverRanks, check_copies, find_tensor_parallel
 from dpcompile.translate import translated
 from dpcompile.units import Unit, as_it_is, find_units, is_sharded, one_unit, stubs
 from dpcompile.unowned import guarded
@@ -94,6 +93,7 @@ class RegionEngine(Engine):
         self._clipping_proved = False
         self._parallel = find_tensor_parallel(self._parameters, fsdp=self._sharded)
         self._stand_ins = StandIns()
+        self._compared = None if self._parallel is None else Compared(self._parallel)
         self._copies_checked = False
         if self._parallel is not None and options.check:
             raise UnsupportedGraphError(
@@ -297,9 +297,11 @@ class RegionEngine(Engine):
         """What a graph's inputs are on the other ranks of tensor parallelism."""
         if self._parallel is None:
             return None
-        cut = frozenset(p for p, value in enumerate(live) if self._stand_ins.is_cut(value))
-        copied = {p: digest_of(live[p]) for p in roles.others if p not in cut and isinstance(live[p], Tensor)}
-        return OverRanks(self._parallel.group, self._parallel.name, cut, copied)
+        assert self._compared is not None
+        parts = {p for p, value in enumerate(live) if self._stand_ins.is_cut(value)}
+        compared = {p: self._compared.same(live[p]) for p in roles.others if isinstance(live[p], Tensor)}
+        copied = frozenset(p for p, same in compared.items() if same)
+        return OverRanks(self._parallel.group, self._parallel.name, frozenset(parts | compared.keys() - copied), copied)
 
     def _artifact(self, gm: fx.GraphModule, live: Sequence[Any], examples: Callable[[], Sequence[Any]]) -> Artifact:
         """What a graph is compiled to; an equal one is taken from those that were compiled before."""
@@ -361,6 +363,7 @@ class RegionEngine(Engine):
         for p, name in roles.others.items():
             if isinstance(inputs[p], Tensor):
                 self.kept.check_input(name, inputs[p])
+                self._check_copy(roles, p, name, inputs[p])
         positions = artifact.trained
         if positions:
             outputs = self._run_trained(artifact, positions, inputs)
@@ -396,6 +399,15 @@ class RegionEngine(Engine):
         for p, alias in zip(positions, aliases, strict=True):
             arguments[p] = alias
         return artifact.compiled(*arguments, whole.mask, norms, norms.detach())
+
+    def _check_copy(self, roles: Roles, position: int, name: str, value: Tensor) -> None:
+        """An equal block may read another tensor than the one that the proof took for the same on all ranks."""
+        if self._compared is not None and roles.ranks is not None and position in roles.ranks.copied:
+            if not self._compared.same(value):
+                raise UnsupportedGraphError(
+                    f"the model reads {name}, which is not the same on all ranks of tensor parallelism",
+                    remedy="make it on all of them alike, or a DTensor",
+                )
 
     def _check_cut(self, artifact: Artifact, names: Sequence[str]) -> None:
         """What the proof took for parts of parameters are those that norms are added up for."""

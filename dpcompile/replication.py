@@ -25,7 +25,7 @@ from dpcompile.locate import where
 from dpcompile.operations import operation_name
 from dpcompile.proof import Proof
 
-__all__ = ["check_replication", "digest_of", "refuse_ranks_own"]
+__all__ = ["check_replication", "refuse_ranks_own"]
 
 _TOGETHER = {"all_reduce", "all_gather_into_tensor", "broadcast"}  # give every rank the same
 _APART = {"reduce_scatter_tensor"}
@@ -132,7 +132,7 @@ def _ranks_own(joint: JointGraph, ranks: OverRanks) -> dict[fx.Node, str]:
         name = operation_name(node.target) if node.op == "call_function" else ""
         if node.op == "placeholder":
             if _position(node) in ranks.cut:
-                own[node] = f"each holds a part of {joint.input_name(node)}"
+                own[node] = f"{joint.input_name(node)} is not the same on all"
         elif _is_collective(node) and name.rpartition("::")[2] in _TOGETHER:
             continue
         elif _is_collective(node) and not _is_wait(node):
@@ -194,7 +194,7 @@ def _differences(joint: JointGraph, ranks: OverRanks) -> dict[fx.Node, str]:
     """The nodes that are others in another rank's graph."""
     nodes = list(joint.graph.nodes)
     with real_tensors():
-        own = _lines(joint, nodes, ranks)
+        own = _lines(joint, nodes)
         everywhere: list[Any] = [None] * dist.get_world_size(ranks.group)
         dist.all_gather_object(everywhere, own, group=ranks.group)
     first = everywhere[0]
@@ -206,14 +206,13 @@ def _differences(joint: JointGraph, ranks: OverRanks) -> dict[fx.Node, str]:
             "torch.compile (torch._dynamo.reset()) on all or on none",
         )
     return {
-        node: f"`{operation_name(node.target)}` is not given the same on all" if node.op == "call_function" else
-        f"{joint.input_name(node)} is not the same on all"
+        node: f"`{operation_name(node.target)}` is not given the same on all"
         for i, node in enumerate(nodes)
         if any(lines[i] != first[i] for lines in everywhere)
-    }  # fmt: skip
+    }
 
 
-def _lines(joint: JointGraph, nodes: Sequence[fx.Node], ranks: OverRanks) -> list[tuple[str, str]]:
+def _lines(joint: JointGraph, nodes: Sequence[fx.Node]) -> list[tuple[str, str]]:
     """Of each node what must be equal for graphs that are built alike, and what else it is given."""
     numbers = {node: i for i, node in enumerate(nodes)}
     lines = []
@@ -225,11 +224,9 @@ def _lines(joint: JointGraph, nodes: Sequence[fx.Node], ranks: OverRanks) -> lis
         given: Collection[Any] = ()
         if node.op == "call_function":
             given = (_text(node.args), _text(node.kwargs))
-        elif node.op == "placeholder":
-            given = (ranks.copied.get(_position(node) or 0, ""),) if _position(node) is not None else ()
         elif node.op == "get_attr":
             constant = operator.attrgetter(str(node.target))(joint.module)
-            given = (digest_of(constant) if isinstance(constant, Tensor) else getattr(constant, "code", ""),)
+            given = (_digest(constant) if isinstance(constant, Tensor) else getattr(constant, "code", ""),)
         lines.append((f"{node.op} {target} {inputs} {shape}", hashlib.sha256(repr(given).encode()).hexdigest()[:16]))
     return lines
 
@@ -242,7 +239,7 @@ def _text(values: Any) -> str:
     return repr(fx.map_arg(values, lambda n: "%"))
 
 
-def digest_of(tensor: Tensor) -> str:
+def _digest(tensor: Tensor) -> str:
     """Equal for equal values."""
     value = tensor.detach().cpu().contiguous().reshape(-1)
     if not value.numel():

@@ -157,8 +157,8 @@ def _layout(parameter: Any) -> _Layout:
         here[dim] = min(rows, here[dim] - begin)
     if tuple(inner_tensor(parameter).shape) != tuple(here):
         raise UnsupportedGraphError(
-            f"this rank holds {list(inner_tensor(parameter).shape)} of a parameter of shape {list(parameter.shape)} where "
-            f"equal parts give {here}",
+            f"this rank holds {list(inner_tensor(parameter).shape)} of a parameter of shape {list(parameter.shape)}, "
+            f"where equal parts give {here}",
             remedy="shard with torch.distributed.fsdp.fully_shard, after parallelize_module",
         )
     first = cut[0] if cut else 0

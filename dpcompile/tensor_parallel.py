@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dpcompile._torch import real_tensors
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.ranks import world_size
 from dpcompile.shards import check_layout, is_distributed, local_part, tensor_parallel_dims
 
-__all__ = ["NormsOverRanks", "TensorParallel", "check_copies", "find_tensor_parallel"]
+__all__ = ["Compared", "NormsOverRanks", "TensorParallel", "check_copies", "find_tensor_parallel"]
 
 _PIECES = 4  # of the fingerprint; each is a number small enough to be added up exactly in float32
 _TOLERANCE = 1e-3
@@ -139,7 +142,8 @@ class NormsOverRanks:
         ================================================  =========================================================
         """
         n, rows = self.parallel.size, len(cut)
-        own = torch.stack([*cut, *copied])
+        dtype = reduce(torch.promote_types, (t.dtype for t in (*cut, *copied)))
+        own = torch.stack([t.to(dtype) for t in (*cut, *copied)])
         pieces = _small_numbers(self.inputs, n).to(own.device)
         sent = torch.cat([own.reshape(-1), pieces.to(own.dtype), pieces.square().to(own.dtype)])
         dist.all_reduce(sent, group=self.parallel.group)
@@ -163,6 +167,27 @@ class NormsOverRanks:
                 "same loss on all",
             )
         return list((both[:rows] + mean).unbind())
+
+
+class Compared:
+    """Which tensors are the same on all ranks; each is compared once."""
+
+    def __init__(self, parallel: TensorParallel) -> None:
+        self._parallel = parallel
+        self._known: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
+
+    def same(self, tensor: Tensor) -> bool:
+        """Whether all ranks hold the same; the first time every rank must ask."""
+        known = self._known.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        with real_tensors():
+            own = (str(tensor.dtype), tuple(tensor.shape), int(fingerprint([tensor])))
+            everywhere: list[Any] = [None] * self._parallel.size
+            dist.all_gather_object(everywhere, own, group=self._parallel.group)
+        answer = all(e == own for e in everywhere)
+        self._known[id(tensor)] = (weakref.ref(tensor), answer)
+        return answer
 
 
 def check_copies(module: nn.Module, parallel: TensorParallel) -> None:
@@ -193,7 +218,7 @@ def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
         whole = value.view(_INTEGERS[value.element_size()]).to(torch.int64)
         place = torch.arange(1, whole.numel() + 1, device=whole.device, dtype=torch.int64)
         mixed = _mix(whole + _mix(place)).sum()
-        found = mixed if found is None else _mix(found + mixed)
+        found = mixed if found is None else _mix(_mix(found) + mixed)
     assert found is not None
     return found
 
