@@ -20,7 +20,7 @@ from dpcompile.kernels.fused_rates import FusedRates, measure_fused_rates
 from dpcompile.lower import Cut
 from dpcompile.matrix_exp import fold_matrix_exp
 from dpcompile.memory import is_fused, replay
-from dpcompile.normalise import copy_expanded_bases, save_what_is_overwritten, split_convolution_bias
+from dpcompile.normalise import copy_expanded_bases, save_what_is_overwritten, slices_for_splits, split_convolution_bias
 from dpcompile.parts import InParts, allowed_parts
 from dpcompile.plan import Plan, make_plan
 from dpcompile.proof import Proof, prove
@@ -94,6 +94,8 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
     """
     split_convolution_bias(module.graph)
     fold_matrix_exp(module.graph)
+    if roles.ranks is not None:
+        slices_for_splits(module.graph)
     joint = name_joint(module, roles)
     check_outputs(module, roles)
     proof = prove(joint)
