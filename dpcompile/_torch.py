@@ -80,6 +80,7 @@ __all__ = [
     "Boxed",
     "GraphCompiler",
     "flat_graph",
+    "inner_tensor",
     "has_gradient_hooks",
     "is_fake",
     "is_selective",
@@ -175,6 +176,11 @@ def fake_like(shape: Sequence[int]) -> torch.Tensor:
     """A float32 tensor without values."""
     with FakeTensorMode():
         return torch.empty(tuple(shape))
+
+
+def inner_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a ``DTensor`` lies on this rank, as it is kept: no new tensor, no gradient."""
+    return cast(Any, tensor)._local_tensor
 
 
 def mixed_precision(module: torch.nn.Module) -> Any:

@@ -23,7 +23,7 @@ from dpcompile._torch import (
 )
 from dpcompile.axis import Examples
 from dpcompile.errors import UnsupportedGraphError
-from dpcompile.joint import JointGraph
+from dpcompile.joint import JointGraph, OverRanks
 from dpcompile.locate import where
 from dpcompile.lowering import Lowering
 from dpcompile.outputs import check_differentiable, separate_outputs
@@ -54,6 +54,7 @@ class Roles:
         arguments: positions of the tensors of the call.
         lowering: of a region; None for a model in one graph.
         layouts: position -> how the examples lie, where that is more than a dimension of their own.
+        ranks: what the inputs are on the other ranks of tensor parallelism; None without it.
     """
 
     parameters: Mapping[int, str]
@@ -67,6 +68,7 @@ class Roles:
     arguments: frozenset[int]
     lowering: Lowering | None = None
     layouts: Mapping[int, Examples] = field(default_factory=dict)
+    ranks: OverRanks | None = None
 
     @property
     def others(self) -> dict[int, str]:

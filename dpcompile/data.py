@@ -21,7 +21,7 @@ from dpcompile.errors import PrivacyError
 from dpcompile.noise import Stream, check_seed, fresh_seed, uniform
 from dpcompile.optim import DPOptimizer
 from dpcompile.padding import PaddedDataset, collate_padded
-from dpcompile.ranks import digest, from_first, gathered, refuse_disagreement, world_size
+from dpcompile.ranks import digest, from_first, gathered, refuse_disagreement
 from dpcompile.runtime import Engine, engine_of
 from dpcompile.sampling import PoissonBatches, default_physical_batch_size
 
@@ -210,7 +210,7 @@ class PoissonLoader:
         engine = engine_of(model)
         checks.refuse_other_optimizer(engine, optimizer, self.expected_batch_size, self.sample_rate)
         if engine.distributed:
-            checks.refuse_same_examples(self.world_size, world_size())
+            checks.refuse_same_examples(self.world_size, engine.data_ranks)
         elif self.world_size > 1:
             checks.refuse_lone_replicas(self.world_size)
         self._attached = (engine, optimizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from dpcompile.errors import PrivacyError
 from dpcompile.lower import Rest, take_rest, take_sums
 from dpcompile.lowering import AT_ONCE, TWO_PASS, Lowering
 from dpcompile.pipeline import Options
+from dpcompile.tensor_parallel import NormsOverRanks
 
 __all__ = ["Outcome", "Pass", "RegionRun", "Sums", "WholeSums", "attach"]
 
@@ -119,6 +120,7 @@ class Pass:
     a parameter in two regions                      refused: their gradients add before the norm
     a second backward, or one through another part  refused: an example would count twice
     a backward that fails                           nothing is delivered
+    a parameter of which this rank holds a part     its norm is that of all ranks' parts
     ==============================================  =================================================
 
     Attributes:
@@ -129,6 +131,7 @@ class Pass:
         refused: why this forward may have no backward, or None.
         repeat: in two passes, runs the backward again; it ends in :meth:`receive_sums` of every region in ``received``.
         weights: clip group -> ``[B]``, once they are known.
+        ranks: of tensor parallelism, over which norms are added up; None without it.
     """
 
     options: Options
@@ -136,6 +139,7 @@ class Pass:
     sums: Sums
     deliver: Callable[[Outcome], None]
     refused: PrivacyError | None = None
+    ranks: NormsOverRanks | None = None
     repeat: Callable[[], None] | None = None
     runs: list[RegionRun] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
@@ -250,14 +254,14 @@ class Pass:
         Those of groups that were clipped at once are the same, or 0 where an example is lost; nobody asks for them.
         """
         clipping, mask = self.options.clipping, self.mask
-        groups: dict[str, list[Tensor]] = {group_of(clipping, n): [] for n in self.touched}
+        groups: dict[str, dict[str, Tensor]] = {group_of(clipping, n): {} for n in self.touched}
         for run in self.received:
             assert run.squared is not None
             for name, row in zip(run.names, run.squared, strict=True):
-                groups.setdefault(group_of(clipping, name), []).append(row)
+                groups.setdefault(group_of(clipping, name), {})[name] = row
         found = {
             group: clip_group(rows, mask, clipping=clipping, bound=self._bound(), mean_of=self._mean_of())
-            for group, rows in groups.items()
+            for group, rows in self._over_ranks(groups).items()
         }
         totals = [total for total, _ in found.values()]
         everything = sum(totals[1:], start=totals[0]) if totals else torch.zeros_like(mask)
@@ -270,6 +274,23 @@ class Pass:
 
     def _mean_of(self) -> int | None:
         return 1 if self.options.loss_reduction == "mean" else None
+
+    def _over_ranks(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
+        """Squared norms of each group's parameters, of all ranks' parts where they lie on several."""
+        if self.ranks is None:
+            return {group: list(rows.values()) for group, rows in groups.items()}
+        cut = self.ranks.parallel.cut
+
+        def own(rows: Mapping[str, Tensor], parts: bool) -> Tensor:
+            return _sum([row for name, row in rows.items() if (name in cut) == parts], self.mask)
+
+        every = list(groups.values())
+        sums = self.ranks.add([own(rows, True) for rows in every], [own(rows, False) for rows in every])
+        return {group: [total] for group, total in zip(groups, sums, strict=True)}
+
+
+def _sum(members: Sequence[Tensor], like: Tensor) -> Tensor:
+    return sum(members[1:], start=members[0]) if members else torch.zeros_like(like)
 
 
 def attach(run: RegionRun, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -26,6 +26,7 @@ from dpcompile.kinds import check_model
 from dpcompile.ledger import GradientLedger
 from dpcompile.parts import Turn, asked_parts, joined, split_call
 from dpcompile.pipeline import Options, Transformed, privatize
+from dpcompile.ranks import world_size
 from dpcompile.replicas import Replicas
 from dpcompile.shards import zeros_for
 from dpcompile.translate import translated
@@ -98,6 +99,11 @@ class Engine:
     def distributed(self) -> bool:
         """Whether clipped sums are added up over ranks."""
         return self.sharded or self.replicas.known
+
+    @property
+    def data_ranks(self) -> int:
+        """How many ranks, or groups of ranks, have examples of their own."""
+        return world_size() if self.distributed else 1
 
     @property
     def max_grad_norm(self) -> float:
@@ -296,7 +302,7 @@ class Engine:
     def _example_dims(self) -> list[tuple[str, Tensor, int | None]]:
         args, kwargs = self._current
         inspect.signature(self.module.forward).bind(*args, **kwargs)  # the plain TypeError of a plain call
-        check_model(self.module, sharded=self.sharded)
+        check_model(self.module, sharded=self.distributed)
         return example_dims(self.module.forward, args, kwargs, self.options.in_dims)
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

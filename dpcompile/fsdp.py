@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dpcompile._torch import clear_interrupted
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.ranks import refuse_some
-from dpcompile.shards import Pending, computing_device, is_distributed, local_start, reduce_sums
+from dpcompile.shards import Pending, check_layout, computing_device, gathered_shape, is_distributed, reduce_sums
 from dpcompile.units import Unit
 
 __all__ = ["ShardedSums", "check_sharded", "clear_failed"]
@@ -29,7 +29,7 @@ def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
                 remedy="call fully_shard on the model itself too, without ignored_params, or freeze the parameter",
             )
         if parameter.requires_grad:
-            local_start(parameter)
+            check_layout(parameter, fsdp=True)
     meshes = [cast(Any, p).device_mesh.size() for p in parameters.values() if p.requires_grad]
     if meshes:
         refuse_some("FSDP shards the model", max(meshes))
@@ -110,7 +110,7 @@ def _start(
     for dtype, members in groups.items():
         own = [parameters[n] for n in members]
         whole = [
-            sums[n] if n in sums else torch.zeros(p.shape, dtype=dtype, device=computing_device(p))
+            sums[n] if n in sums else torch.zeros(gathered_shape(p), dtype=dtype, device=computing_device(p))
             for n, p in zip(members, own, strict=True)
         ]
         started.append((members, reduce_sums(own, whole)))

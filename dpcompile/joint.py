@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
 from dpcompile.axis import Examples
 from dpcompile.sizes import Size
 
-__all__ = ["JointGraph"]
+__all__ = ["JointGraph", "OverRanks"]
+
+
+@dataclass(frozen=True, slots=True)
+class OverRanks:
+    """What a graph's inputs are on the other ranks of tensor parallelism.
+
+    Attributes:
+        group: of the ranks.
+        name: of the group, as graphs have it.
+        cut: positions of the inputs of which every rank holds another part, or another value.
+        copied: positions of the others that are neither parameters nor arguments of the call; they were compared.
+    """
+
+    group: Any
+    name: str
+    cut: frozenset[int]
+    copied: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,8 @@ def check_tensor(what: str, tensor: Tensor) -> None:
 def check_model(module: nn.Module, *, sharded: bool = False) -> None:
     """Raise UnsupportedGraphError unless all parameters and buffers are plain tensors.
 
-    Under FSDP2 (``sharded``) parameters are those of ``fully_shard``, which are gathered when they are used.
+    With ``sharded`` parameters are those of ``fully_shard``, which are gathered when they are used, or of
+    ``parallelize_module``.
     """
     for name, parameter in module.named_parameters():
         if sharded and is_distributed(parameter):
@@ -54,8 +55,8 @@ def _oddities(tensor: Tensor) -> Iterator[tuple[str, str]]:
     elif is_distributed(tensor):
         yield (
             "a DTensor that torch.distributed.fsdp.fully_shard did not make, or that it made after dp_compile",
-            "call fully_shard on the blocks and the model first, then dp_compile; pass inputs as plain tensors, each "
-            "rank its own examples",
+            "call parallelize_module first, then fully_shard on the blocks and the model, then dp_compile; pass inputs "
+            "as plain tensors, each rank its own examples",
         )
     elif not (type(tensor) in _PLAIN or _renamed(tensor) or is_fake(tensor)):
         yield (

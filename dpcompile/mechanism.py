@@ -19,7 +19,7 @@ def privatize_(
     totals: Sequence[Tensor],
     *,
     parameters: Sequence[int],
-    starts: Sequence[int] | None = None,
+    runs: Sequence[Sequence[tuple[int, int]]] | None = None,
     std: float,
     expected_batch_size: float,
     seed: int,
@@ -29,9 +29,10 @@ def privatize_(
     """Turn clipped sums into private mean gradients, in place: ``(total + std * noise) / expected_batch_size``.
 
     Args:
-        totals: clipped sums, float32 or wider, each of its parameter's shape, or a run of its elements.
+        totals: clipped sums, float32 or wider, each of its parameter's shape, or a part of it.
         parameters: their indices in the model, no two equal.
-        starts: where each total begins in its parameter, flattened; 0 for whole ones, the default.
+        runs: for parts of parameters: where each total's elements, row by row, lie in its parameter, flattened, as
+            ``(first, how many)``. A total of several runs is contiguous. By default totals are whole.
         std: standard deviation of the noise, sigma * C; 0 draws none.
         expected_batch_size: a constant, never the drawn size.
         seed: of the noise.
@@ -51,7 +52,6 @@ def privatize_(
     not finite total                         stays so: clipping gives such examples weight 0
     =======================================  ==============================================
     """
-    starts = [0] * len(totals) if starts is None else starts
     if not std > 0:
         for total in totals:
             total.div_(expected_batch_size)
@@ -60,13 +60,28 @@ def privatize_(
     for i, total in enumerate(totals):
         groups.setdefault((total.device, total.dtype), []).append(i)
     for members in groups.values():
+        pieces = [
+            (piece, parameters[i], start)
+            for i in members
+            for piece, start in _pieces(totals[i], None if runs is None else runs[i])
+        ]
         add_gaussian_(
-            [totals[i] for i in members],
-            parameters=[parameters[i] for i in members],
-            starts=[starts[i] for i in members],
+            [piece for piece, _, _ in pieces],
+            parameters=[parameter for _, parameter, _ in pieces],
+            starts=[start for _, _, start in pieces],
             std=std,
             seed=seed,
             step=step,
             secure=secure,
             divisor=expected_batch_size,
         )
+
+
+def _pieces(total: Tensor, runs: Sequence[tuple[int, int]] | None) -> list[tuple[Tensor, int]]:
+    """Views of a total, one for each run, and the index of their first element."""
+    if runs is None:
+        return [(total, 0)]
+    lengths = [length for _, length in runs]
+    assert sum(lengths) == total.numel(), "every element has a place in its parameter"
+    parts = [total] if len(runs) == 1 else total.view(-1).split(lengths) if runs else []
+    return [(part, start) for part, (start, _) in zip(parts, runs, strict=True)]

@@ -23,6 +23,7 @@ The seed is a secret: whoever has it can subtract the noise. So is everything th
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -152,7 +153,7 @@ def add_gaussian_(
     Args:
         tensors: float32 or float64, all on one device and of one dtype; element ``i`` in row-major order gets element
             ``i`` of the noise, whatever the strides.
-        parameters: their indices; no two may be equal.
+        parameters: their indices; two may be equal if the elements are different ones.
         std: standard deviation of what is added.
         seed: see :func:`gaussian`.
         step: see :func:`gaussian`.
@@ -162,17 +163,18 @@ def add_gaussian_(
             by default.
 
     Raises:
-        PrivacyError: an argument out of range, or a parameter named twice.
+        PrivacyError: an argument out of range, or elements of a parameter named twice.
 
     **Guarantee.** Every element of every tensor gets exactly one value, and no value is used for two elements.
     """
-    if len(set(parameters)) != len(parameters):
-        raise PrivacyError(
-            f"a parameter index occurs twice among {list(parameters)}: two tensors would get the same noise",
-            remedy="give every tensor an index of its own",
-        )
     starts = [0] * len(tensors) if starts is None else starts
     spans = [Span(p, t.numel(), start) for p, t, start in zip(parameters, tensors, starts, strict=True)]
+    ordered = sorted((s.parameter, s.start, s.numel) for s in spans)
+    if any(p == other and first + n > after for (p, first, n), (other, after, _) in itertools.pairwise(ordered)):
+        raise PrivacyError(
+            f"a parameter index occurs twice among {list(parameters)}: two tensors would get the same noise",
+            remedy="give every tensor an index of its own, or elements of its own",
+        )
     if not tensors:
         return
     dtype, device = tensors[0].dtype, tensors[0].device

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-__all__ = ["copy_expanded_bases", "save_what_is_overwritten", "split_convolution_bias"]
+__all__ = ["copy_expanded_bases", "save_what_is_overwritten", "slices_for_splits", "split_convolution_bias"]
 
 aten = torch.ops.aten
 
@@ -76,3 +76,24 @@ def copy_expanded_bases(graph: fx.Graph) -> None:
                 own.meta = {k: v for k, v in base.meta.items() if k == "partitioner_tag"}
                 own.meta["val"] = value.new_empty(value.shape)
                 node.replace_input_with(base, own)
+
+
+def slices_for_splits(graph: fx.Graph) -> None:
+    """Cut out each piece of a split by itself: what is behind a sum over the examples then has one result each."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.split.Tensor):
+        source, size = node.args[:2]
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        takers = list(node.users)
+        if not isinstance(size, int) or any(u.target is not operator.getitem for u in takers):
+            continue
+        length = source.meta["val"].shape[dim]
+        for taker in takers:
+            begin = taker.args[1] * size
+            with graph.inserting_before(taker):
+                piece = graph.call_function(
+                    torch.ops.aten.slice.Tensor, (source, dim, begin, min(begin + size, length))
+                )
+            piece.meta = dict(taker.meta)
+            taker.replace_all_uses_with(piece)
+            graph.erase_node(taker)
+        graph.erase_node(node)

@@ -22,7 +22,7 @@ from dpcompile.noise import check_seed, fresh_seed
 from dpcompile.privacy import PrivacyAccountant
 from dpcompile.ranks import digest, from_first, refuse_disagreement
 from dpcompile.runtime import engine_of
-from dpcompile.shards import as_gradient, local_part, local_start
+from dpcompile.shards import as_gradient, local_part, local_runs
 
 __all__ = ["DPOptimizer"]
 
@@ -331,11 +331,12 @@ class DPOptimizer(Optimizer):
             "step": step,
         }
         weights = [parameters[name] for name in names]
-        whole = not self.engine.sharded  # the fused step starts every parameter at its element 0
+        whole = not self.engine.distributed  # the fused step starts every parameter at its element 0
         if whole and not self.secure and fused_adam.update_(self.optimizer, weights, totals, **mechanism):
             return
-        starts = [local_start(w) for w in weights]
-        privatize_(totals, **mechanism, starts=starts, secure=self.secure)
+        runs = [local_runs(w) for w in weights]
+        totals = [t if len(r) == 1 else t.contiguous() for t, r in zip(totals, runs, strict=True)]
+        privatize_(totals, **mechanism, runs=runs, secure=self.secure)
         for p, total in zip(weights, totals, strict=True):
             p.grad = as_gradient(p, total.to(p.dtype))
         self.optimizer.step()

@@ -12,6 +12,7 @@ from dpcompile.axis import Examples, Label, Shared
 from dpcompile.capture import Roles, check_outputs
 from dpcompile.joint import JointGraph
 from dpcompile.proof import prove
+from dpcompile.replication import check_replication, refuse_ranks_own
 from dpcompile.unowned import erase_cotangents
 
 __all__ = ["label_outputs"]
@@ -33,6 +34,7 @@ def label_outputs(module: fx.GraphModule, roles: Roles) -> tuple[tuple[Label, ..
     """
     joint = _named(module, roles)
     if joint is None:
+        refuse_ranks_own(module.graph, roles.ranks)
         count = sum(isinstance(d, PlainAOTOutput) for d in _descriptors(module))
         return (Shared(),) * count, {}
     check_outputs(module, roles)
@@ -40,6 +42,7 @@ def label_outputs(module: fx.GraphModule, roles: Roles) -> tuple[tuple[Label, ..
     unowned = erase_cotangents(joint, proof)
     if unowned:
         proof = prove(joint)
+    check_replication(joint, proof, roles.ranks)
     module.recompile()
     return tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs), unowned
 

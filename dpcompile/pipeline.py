@@ -22,12 +22,13 @@ from dpcompile.lowering import TWO_PASS
 from dpcompile.matrix_exp import fold_matrix_exp
 from dpcompile.memory import is_fused, replay
 from dpcompile.modes import without_keeping
-from dpcompile.normalise import copy_expanded_bases, save_what_is_overwritten, split_convolution_bias
+from dpcompile.normalise import copy_expanded_bases, save_what_is_overwritten, slices_for_splits, split_convolution_bias
 from dpcompile.parts import InParts, allowed_parts
 from dpcompile.plan import Plan, make_plan
 from dpcompile.proof import Proof, prove
 from dpcompile.rates import Rates, rates_for
 from dpcompile.region_memory import RegionMemory, region_memory
+from dpcompile.replication import check_replication
 from dpcompile.rewrite import ClipOptions, rewrite
 from dpcompile.sites import find_gradients
 from dpcompile.step_cost import plain_seconds
@@ -98,6 +99,8 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
     """
     split_convolution_bias(module.graph)
     fold_matrix_exp(module.graph)
+    if roles.ranks is not None:
+        slices_for_splits(module.graph)
     joint = name_joint(module, roles)
     check_outputs(module, roles)
     proof = prove(joint)
@@ -105,6 +108,7 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
     if unowned:
         proof = prove(joint)
     gradients = find_gradients(joint, proof)
+    check_replication(joint, proof, roles.ranks)
     certificate = certify(joint, proof, gradients)
     device = joint.mask.meta["val"].device
     rates = rates_for(device)

@@ -15,6 +15,7 @@ from dpcompile.axis import Examples, Label, Mixed, Shared, Summed, Whole
 from dpcompile.cachekey import cache_key
 from dpcompile.capture import Roles, assign_roles, deferred_dtype, extend, written_inputs
 from dpcompile.errors import ExampleMixingError, UnsupportedGraphError
+from dpcompile.joint import OverRanks
 from dpcompile.lower import lower_backward
 from dpcompile.lowering import Lowering
 from dpcompile.outputs import separate_outputs
@@ -34,7 +35,7 @@ class Scope:
         tensors: ``id(tensor)`` -> the tensor, what to call it, its label; arguments, and what earlier pieces returned.
     """
 
-    parameters: Mapping[int, str]
+    parameters: dict[int, str]
     tensors: dict[int, tuple[Tensor, str, Label]] = field(default_factory=dict)
 
     def note(self, tensor: Tensor, name: str, label: Label) -> None:
@@ -78,7 +79,13 @@ class Artifact:
 
 
 def compile_region(
-    gm: fx.GraphModule, live: Sequence[Any], examples: Sequence[Any], scope: Scope, options: Options, lowering: Lowering
+    gm: fx.GraphModule,
+    live: Sequence[Any],
+    examples: Sequence[Any],
+    scope: Scope,
+    options: Options,
+    lowering: Lowering,
+    over_ranks: Callable[[Roles], OverRanks | None],
 ) -> Artifact:
     """Prove a graph, rewrite it, and compile it.
 
@@ -89,6 +96,7 @@ def compile_region(
         scope: what is known of ``live``.
         options: of the model.
         lowering: of the region.
+        over_ranks: what inputs of these roles are on the other ranks of tensor parallelism.
 
     Raises:
         ExampleMixingError: examples mix, or an input is a sum over them.
@@ -99,6 +107,7 @@ def compile_region(
     leaves = _leaves(live, scope)
     trained = _needs_gradient(gm) and any(_is_trainable(x, scope) for x in live)
     roles = assign_roles(gm, live, scope.parameters, leaves, trained=trained)
+    roles = replace(roles, ranks=over_ranks(roles))
     symbols = _symbols(gm)
     if not trained:
         return _label_only(gm, examples, roles, options, symbols)

@@ -21,13 +21,15 @@ from dpcompile.modes import MODES
 from dpcompile.pipeline import Options
 from dpcompile.plan import Plan
 from dpcompile.random_state import RandomState
+from dpcompile.rank_parts import RankParts
 from dpcompile.ranks import any_rank
 from dpcompile.region import Scope
 from dpcompile.region_graphs import Frame, RegionGraphs
 from dpcompile.region_memory import describe, peaks_of
-from dpcompile.shards import is_distributed, local_part, zeros_for
+from dpcompile.shards import local_part, zeros_for
+from dpcompile.tensor_parallel import NormsOverRanks, find_tensor_parallel
 from dpcompile.translate import translated
-from dpcompile.units import Unit, find_units, is_sharded, stubs
+from dpcompile.units import Unit, find_units, is_sharded, one_unit, stubs
 
 __all__ = ["RegionEngine"]
 
@@ -59,9 +61,23 @@ class RegionEngine(Engine):
                 "check=True compares with torch.func.vmap on whole parameters, and FSDP holds them in parts",
                 remedy="check the model on one process before fully_shard",
             )
-        self.graphs = RegionGraphs(options, self.kept, self._run_unit, self.check_live, self.replicas.apart)
-        self.graphs.two_pass = MODES[options.norm].second_backward
-        self.lowering = f"two passes: forced by norm={options.norm!r}" if self.graphs.two_pass else ""
+        parallel = find_tensor_parallel(self._parameters, fsdp=self._sharded)
+        self._parts = RankParts(parallel)
+        two_pass = MODES[options.norm].second_backward
+        if parallel is not None and (options.check or two_pass):
+            raise UnsupportedGraphError(
+                "check=True compares with torch.func.vmap on whole parameters, and tensor parallelism holds parts"
+                if options.check
+                else f"norm={options.norm!r} has two backward passes, and under tensor parallelism there is one",
+                remedy="check the model on one process before parallelize_module"
+                if options.check
+                else "use one backward: norm='auto', 'book_keeping', 'bk_mixed_ghost'",
+            )
+        self.graphs = RegionGraphs(
+            options, self.kept, self._run_unit, self.check_live, self.replicas.apart, self._parts
+        )
+        self.graphs.two_pass = two_pass
+        self.lowering = f"two passes: forced by norm={options.norm!r}" if two_pass else ""
         self._root: Unit | None = None
         self._functions: dict[Any, Callable[..., Any]] = {}
         self._clipping_proved = False
@@ -83,6 +99,7 @@ class RegionEngine(Engine):
         finally:
             self._current, self.first_step, self.graphs.whole = ((), {}), None, None
             self.graphs.frames.clear()
+            self._parts.forget()
             self.transformed = self.graphs.transformed
 
     def trace(self, *args: Any, **kwargs: Any) -> None:
@@ -102,6 +119,16 @@ class RegionEngine(Engine):
         return self._sharded
 
     @property
+    def distributed(self) -> bool:
+        """Whether parameters lie on several ranks in parts, or clipped sums are added up over them."""
+        return super().distributed or self._parts.parallel is not None
+
+    @property
+    def data_ranks(self) -> int:
+        """How many ranks, or groups of ranks, have examples of their own."""
+        return super().data_ranks if self._parts.parallel is None else self._parts.parallel.data_ranks
+
+    @property
     def compilations(self) -> int:
         """How many graphs were compiled."""
         return self.graphs.compilations
@@ -113,7 +140,8 @@ class RegionEngine(Engine):
 
     def _run_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._root is None:
-            self._root = find_units(self.module)
+            single = self._parts.parallel is not None and not self.sharded and self.options.regions is None
+            self._root = one_unit(self.module) if single else find_units(self.module)
             if self.sharded:
                 check_sharded(self._root, self._parameters)
         if self.sharded:
@@ -126,6 +154,7 @@ class RegionEngine(Engine):
             given.append(Shared() if dim is None else Examples(dim % tensor.ndim))
             scope.note(tensor, name, given[-1])  # type: ignore[arg-type]
         if self.graphs.proving:
+            self._parts.check_copies(self.module)
             self.graphs.groups = self._groups()
             self.graphs.whole = self._new_pass(dims)
             self.kept.note_arguments(t for _, t, dim in dims if dim is not None)
@@ -159,7 +188,7 @@ class RegionEngine(Engine):
         tensors = (*self._parameters.values(), *(t for _, t, _ in self._example_dims()))
         peaks = peaks_of(self.graphs.memory, sum(local_part(t.detach()).nbytes for t in tensors))
         allowed = budget * peaks.plain if isinstance(budget, float) else float(budget)
-        over = peaks.deferred > allowed
+        over = peaks.deferred > allowed and self._parts.parallel is None
         self.graphs.two_pass = any_rank(over) if self.sharded else over
         self.lowering = describe(peaks, allowed, two_pass=self.graphs.two_pass)
         if not self.graphs.two_pass:
@@ -234,7 +263,7 @@ class RegionEngine(Engine):
             return {id(p): n for n, p in self._parameters.items()}
         prefix = f"{unit.path}." if unit.path else ""
         held = nn.Module.named_parameters(unit.module)
-        return {id(p): prefix + n for n, p in held if prefix + n in self._parameters and not is_distributed(p)}
+        return {id(p): prefix + n for n, p in held if prefix + n in self._parameters and self._parts.gathered(p)}
 
     def _result_label(self, unit: Unit, scope: Scope, value: Tensor) -> Label:
         label = scope.label(value)
@@ -298,7 +327,10 @@ class RegionEngine(Engine):
                 recorder.compare(outcome.norms, outcome.mask, outcome.sums)
 
         sums = ShardedSums(self._root, self._parameters) if self.sharded and self._root is not None else WholeSums()
-        return Pass(self.options, mask, sums, deliver, refused)
+        ranks = None
+        if self._parts.parallel is not None:
+            ranks = NormsOverRanks.of(self._parts.parallel, [t for _, t, dim in dims if dim is not None] + [mask])
+        return Pass(self.options, mask, sums, deliver, refused, ranks)
 
     def _groups(self) -> dict[str, frozenset[str]]:
         """Clip group -> the trainable parameters in it."""

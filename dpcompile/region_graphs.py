@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from dpcompile.kept import Kept
 from dpcompile.lowering import AT_ONCE, DEFERRED, TWO_PASS, Lowering, lowering_of
 from dpcompile.pipeline import Options, Transformed
 from dpcompile.plan import Plan
+from dpcompile.rank_parts import RankParts, memory_holder
 from dpcompile.region import Artifact, Scope, compile_region, concrete
 from dpcompile.region_memory import RegionMemory
 from dpcompile.skeleton import Piece, Skeleton, holds_units
@@ -73,6 +75,7 @@ class RegionGraphs:
             results.
         check_live: raises if a parameter is not the object that the optimizer knows.
         apart: the parameters as autograd may see them.
+        parts: what lies on other ranks of tensor parallelism.
 
     Attributes:
         compilations: how many graphs were compiled.
@@ -92,9 +95,10 @@ class RegionGraphs:
         run_unit: RunUnit,
         check_live: CheckLive,
         apart: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+        parts: RankParts,
     ) -> None:
         self._options, self._kept = options, kept
-        self._run_unit, self._check_live, self._apart = run_unit, check_live, apart
+        self._run_unit, self._check_live, self._apart, self.parts = run_unit, check_live, apart, parts
         self._artifacts: dict[Any, Artifact] = {}
         self._plans: dict[int, Plan] = {}
         self.compilations = 0
@@ -118,12 +122,19 @@ class RegionGraphs:
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What ``torch.compile`` calls with a graph."""
         unwrapped = unwrap_units(gm)
-        if holds_units(unwrapped):
-            skeleton = Skeleton(unwrapped)
-            return lambda *live: self._run_skeleton(skeleton, live)
-        inside = unwrap_whole(gm)
-        artifact = self._artifact(gm if inside is None else inside, inputs, lambda: inputs)
-        return lambda *live: self._run_artifact(artifact, live, inside is not None)
+        whole = holds_units(unwrapped)
+        inside = None if whole else unwrap_whole(gm)
+        local = self.parts.localise(unwrapped if whole else gm if inside is None else inside, inputs)
+
+        def plain(live: Sequence[Any]) -> list[Any]:
+            return self.parts.inputs(local, live, self.frames[-1].scope)
+
+        if whole:
+            skeleton = Skeleton(local.graph)
+            return lambda *live: self._run_skeleton(skeleton, plain(live))
+        values = plain(inputs)
+        artifact = self._artifact(local.graph, values, lambda: values)
+        return lambda *live: self._run_artifact(artifact, plain(live), inside is not None)
 
     def _artifact(self, gm: fx.GraphModule, live: Sequence[Any], examples: Callable[[], Sequence[Any]]) -> Artifact:
         """What a graph is compiled to; an equal one is taken from those that were compiled before."""
@@ -134,7 +145,8 @@ class RegionGraphs:
         if key is None or key not in self._artifacts:
             self.compilations += 1
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.proving):
-                artifact = compile_region(gm, live, examples(), frame.scope, self._options, lowering)
+                over_ranks = partial(self.parts.over_ranks, live)
+                artifact = compile_region(gm, live, examples(), frame.scope, self._options, lowering, over_ranks)
             if artifact.transformed is not None:
                 self.transformed = artifact.transformed
                 self._plans[id(artifact)] = artifact.transformed.plan
@@ -190,6 +202,7 @@ class RegionGraphs:
         for p, name in roles.others.items():
             if isinstance(inputs[p], Tensor):
                 self._kept.check_input(name, inputs[p])
+                self.parts.check_copy(roles, p, name, inputs[p])
         positions, whole = artifact.trained, self.whole
         run = self._started(artifact, positions, inputs) if positions else None
         if artifact.transformed is not None and artifact.transformed.memory is not None:
@@ -224,11 +237,13 @@ class RegionGraphs:
         parameters = [inputs[p] for p in positions]
         assert len(set(names)) == len(names) and all(p.requires_grad for p in parameters), names
         assert self.lowering_of(names) == artifact.lowering, names
-        self._check_live(names, parameters, frame.unit.sharded)
+        self._check_live(names, self.parts.originals(parameters), frame.unit.sharded)
+        self.parts.check_cut(artifact, names)
         chosen = artifact.transformed.plan.rules()
         own = [artifact.roles.parameters[p] for p in positions]
         touched = [name for name, first in zip(names, own, strict=True) if first in chosen]
-        memory = frozenset(memory_of(p) for p in frame.unit.module.parameters()) if frame.unit.sharded else frozenset()
+        gathered = frame.unit.module.parameters() if frame.unit.sharded else ()
+        memory = frozenset(memory_of(memory_holder(p)) for p in gathered)
         return whole.run(names, touched, artifact.dtype, artifact.lowering, frame.unit.path, memory)
 
     def _lowering(self, live: Sequence[Any]) -> Lowering:
@@ -238,6 +253,8 @@ class RegionGraphs:
 
     def lowering_of(self, names: Sequence[str]) -> Lowering:
         """Of a region with these trainable parameters."""
+        if self.parts.parallel is not None:
+            return Lowering()  # norms are added up over ranks before any weight is known
         kind = TWO_PASS if self.two_pass else DEFERRED
         return lowering_of(names, self._options.clipping, self.groups, kind)
 

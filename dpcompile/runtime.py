@@ -14,6 +14,7 @@ from dpcompile.pipeline import Options, Transformed
 from dpcompile.region_engine import RegionEngine
 from dpcompile.region_graphs import RegionPlans
 from dpcompile.replicas import inner_module
+from dpcompile.shards import is_distributed
 from dpcompile.units import is_sharded
 
 __all__ = ["Engine", "PrivateModule", "engine_of", "private_class", "private_view"]
@@ -104,6 +105,7 @@ def private_class(kind: type[nn.Module], options: Options) -> type:
 
 def _engine(module: nn.Module, options: Options) -> Engine:
     sharded = any(is_sharded(m) for m in module.modules())
+    sharded = sharded or any(is_distributed(p) for p in module.parameters())
     return RegionEngine(module, options) if sharded or options.regions is not None else Engine(module, options)
 
 

@@ -11,24 +11,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpcompile._torch import inner_tensor
 from dpcompile.errors import UnsupportedGraphError
+from dpcompile.ranks import world_size
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.13
 
 __all__ = [
     "Pending",
     "as_gradient",
+    "check_layout",
     "computing_device",
+    "fake_gathered",
+    "gathered_shape",
     "is_distributed",
     "local_part",
-    "local_start",
+    "local_runs",
     "reduce_sums",
+    "tensor_parallel_dims",
     "version_of",
     "zeros_for",
 ]
 
 
-def is_distributed(tensor: Tensor) -> bool:
+def is_distributed(tensor: Any) -> bool:
     """Whether a tensor is a ``DTensor``."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -70,52 +76,158 @@ def as_gradient(parameter: Tensor, local: Tensor) -> Tensor:
     )
 
 
-def local_start(parameter: Tensor) -> int:
-    """The index, in the whole parameter flattened row by row, of the first element that lies here.
+def local_runs(parameter: Tensor) -> list[tuple[int, int]]:
+    """Where the elements on this rank, row by row, lie in the whole parameter, flattened: ``(first, how many)``.
 
-    A parameter cut along dimension 0 lies on every rank as one run of elements.
+    A parameter cut along dimension 0 lies on every rank as one run; cut along another one, in a run for every row.
     """
     if not is_distributed(parameter):
-        return 0
+        return [(0, parameter.numel())]
     layout = _layout(parameter)
-    first = min(layout.rank * layout.rows, parameter.shape[0])
-    return first * (parameter.numel() // max(parameter.shape[0], 1))
+    return _runs(tuple(parameter.shape), layout.offset, layout.here)
+
+
+def check_layout(parameter: Tensor, *, fsdp: bool) -> None:
+    """Raise UnsupportedGraphError if a ``DTensor`` is cut in a way that is not understood here."""
+    layout = _layout(parameter)
+    distributed: Any = parameter
+    on_all = layout.fsdp_dim is None and distributed.device_mesh.size() == world_size()
+    if fsdp and layout.fsdp_dim != 0 and not on_all:
+        raise _not_understood(parameter)
+
+
+def gathered_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape that FSDP gathers: the whole one, or of a tensor-parallel parameter this rank's part."""
+    return _layout(parameter).gathered if is_distributed(parameter) else tuple(parameter.shape)
+
+
+def fake_gathered(parameter: Any, dtype: torch.dtype, *, fsdp: bool) -> Tensor:
+    """What a unit computes with, without values; to be called within a fake mode."""
+    mesh, dims = parameter.device_mesh, tensor_parallel_dims(parameter, fsdp=fsdp)
+    shape = gathered_shape(parameter) if fsdp else tuple(inner_tensor(parameter).shape)
+    device = computing_device(parameter)
+    local = torch.empty(shape, dtype=dtype, device=device, requires_grad=parameter.requires_grad)
+    if not dims:
+        return local
+    return type(parameter).from_local(
+        local,
+        mesh[mesh.mesh_dim_names[dims[0]]] if fsdp else mesh,
+        [parameter.placements[d] for d in dims],
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def tensor_parallel_dims(parameter: Any, *, fsdp: bool) -> list[int]:
+    """The dimensions of a ``DTensor``'s mesh that are none of FSDP's: all without FSDP, else those behind its cut."""
+    cut = [i for i, p in enumerate(parameter.placements) if _is_cut(p)]
+    if fsdp and not cut:  # replicated by FSDP
+        return []
+    return list(range(cut[0] + 1 if fsdp else 0, len(parameter.placements)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How FSDP2 cuts a parameter: equal numbers of rows, the last ranks with fewer or none; or not at all."""
+    """How a parameter is cut, first by tensor parallelism and what is left of it by FSDP2, into rows.
 
+    Attributes:
+        offset: where what lies here begins in the parameter, by dimension.
+        here: its shape.
+        gathered: the shape of what FSDP cuts.
+        world: over how many ranks FSDP cuts it.
+        rows: how many rows each of them has; the last ones fewer or none.
+        shards: FSDP's group; None if the parameter is not cut.
+        replicas: the groups of replicas.
+        fsdp_dim: the dimension that FSDP cuts; None if the parameter is not cut.
+    """
+
+    offset: tuple[int, ...]
+    here: tuple[int, ...]
+    gathered: tuple[int, ...]
     world: int
-    rank: int
     rows: int
     shards: Any
     replicas: tuple[Any, ...]
+    fsdp_dim: int | None
+
+
+def _is_cut(placement: Any) -> bool:
+    return type(placement).__name__ in ("Shard", "_StridedShard")
 
 
 def _layout(parameter: Any) -> _Layout:
     mesh, placements = parameter.device_mesh, parameter.placements
-    cut = [i for i, p in enumerate(placements) if p.is_shard()]
-    copied = [i for i, p in enumerate(placements) if p.is_replicate()]
-    replicas = tuple(mesh.get_group(i) for i in copied)
-    if len(copied) == len(placements):
-        return _Layout(1, 0, parameter.shape[0], None, replicas)
-    plain = type(placements[cut[0]]).__name__ == "Shard" if cut else False
-    if len(cut) != 1 or len(cut) + len(copied) != len(placements) or not plain or placements[cut[0]].dim != 0:
+    cut = [i for i, p in enumerate(placements) if _is_cut(p)]
+    if not _is_understood(placements, [mesh.size(i) for i in range(mesh.ndim)]):
+        raise _not_understood(parameter)
+    offset, here = [0] * parameter.ndim, list(parameter.shape)
+    gathered, rows = list(here), here[0] if here else 1
+    for i in reversed(cut):  # tensor parallelism cuts first, and stands behind
+        dim, ranks, rank = placements[i].dim, mesh.size(i), mesh.get_local_rank(i)
+        gathered, rows = list(here), -(-here[dim] // ranks)
+        if i != cut[0] and here[dim] % ranks:
+            raise UnsupportedGraphError(
+                f"dimension {dim} of a parameter of shape {list(parameter.shape)} does not divide by the {ranks} "
+                "ranks of tensor parallelism",
+                remedy="choose sizes that do",
+            )
+        begin = min(rank * rows, here[dim])
+        offset[dim] += begin
+        here[dim] = min(rows, here[dim] - begin)
+    if tuple(inner_tensor(parameter).shape) != tuple(here):
         raise UnsupportedGraphError(
-            f"a parameter of shape {list(parameter.shape)} has the placements {tuple(placements)} on its mesh",
-            remedy="shard along dimension 0 of the parameters, on a mesh of one dimension, or of two of which the "
-            "first replicates (fully_shard's defaults)",
+            f"this rank holds {list(inner_tensor(parameter).shape)} of a parameter of shape {list(parameter.shape)}, "
+            f"where equal parts give {here}",
+            remedy="shard with torch.distributed.fsdp.fully_shard, after parallelize_module",
         )
-    world, rank = mesh.size(cut[0]), mesh.get_local_rank(cut[0])
-    rows = -(-parameter.shape[0] // world)
-    here = max(min(rows, parameter.shape[0] - rank * rows), 0)
-    if parameter.to_local().shape[0] != here:
-        raise UnsupportedGraphError(
-            f"rank {rank} holds {parameter.to_local().shape[0]} rows of a parameter where equal parts give {here}",
-            remedy="shard with torch.distributed.fsdp.fully_shard",
-        )
-    return _Layout(world, rank, rows, mesh.get_group(cut[0]), replicas)
+    first = cut[0] if cut else mesh.ndim
+    replicas = tuple(mesh.get_group(i) for i in range(first))
+    found = tuple(offset), tuple(here), tuple(gathered)
+    if not cut:
+        return _Layout(*found, 1, rows, None, replicas, None)
+    return _Layout(*found, mesh.size(first), rows, mesh.get_group(first), replicas, placements[first].dim)
+
+
+def _not_understood(parameter: Any) -> UnsupportedGraphError:
+    return UnsupportedGraphError(
+        f"a parameter of shape {list(parameter.shape)} has the placements {tuple(parameter.placements)} on its mesh",
+        remedy="shard along dimension 0 of the parameters, on a mesh of one dimension, or of two of which the "
+        "first replicates (fully_shard's defaults) or the second is that of parallelize_module",
+    )
+
+
+def _is_understood(placements: Sequence[Any], sizes: Sequence[int]) -> bool:
+    """A mesh of one or two dimensions; twice the same dimension only as FSDP2 does it."""
+    cut = [i for i, p in enumerate(placements) if _is_cut(p)]
+    whole = all(_is_cut(p) or type(p).__name__ == "Replicate" for p in placements)
+    if not whole or len(placements) > 2 or (not cut and len(placements) > 1):
+        return False
+    strided = [i for i in cut if type(placements[i]).__name__ == "_StridedShard"]
+    if len(cut) < 2:
+        return not strided
+    first, second = (placements[i] for i in cut)
+    if first.dim != 0:
+        return False
+    if second.dim != 0:
+        return not strided
+    return strided == [cut[0]] and first.split_factor == sizes[cut[1]]
+
+
+def _runs(whole: tuple[int, ...], offset: tuple[int, ...], here: tuple[int, ...]) -> list[tuple[int, int]]:
+    if 0 in here:
+        return []
+    split = max((d for d in range(len(whole)) if here[d] != whole[d]), default=0)
+    strides = [1] * len(whole)
+    for d in reversed(range(len(whole) - 1)):
+        strides[d] = strides[d + 1] * whole[d + 1]
+    length = 1
+    for d in range(split, len(here)):
+        length *= here[d]
+    starts = [offset[split] * strides[split] if whole else 0]
+    for d in reversed(range(split)):
+        starts = [(offset[d] + i) * strides[d] + s for i in range(here[d]) for s in starts]
+    return [(start, length) for start in starts]
 
 
 @dataclass(slots=True)
@@ -137,11 +249,10 @@ class Pending:
             dist.all_reduce(self.received, group=group)
         found, at = [], 0
         for parameter, layout in zip(self.parameters, self.layouts, strict=True):
-            width = parameter.numel() // max(parameter.shape[0], 1)
-            here = local_part(parameter.detach())
-            part = self.received[at : at + here.numel()].view(here.shape)
-            found.append(part.clone() if part.device == here.device else part.to(here.device))
-            at += layout.rows * width
+            size, device = torch.Size(layout.here), inner_tensor(parameter).device
+            part = self.received[at : at + size.numel()].view(size)
+            found.append(part.clone() if part.device == device else part.to(device))
+            at += layout.rows * torch.Size(layout.gathered[1:]).numel()
         return found
 
 
@@ -150,7 +261,7 @@ def reduce_sums(parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> Pending
 
     Args:
         parameters: sharded over the same ranks.
-        sums: of this rank's examples, whole, float32 or wider, all of one dtype.
+        sums: of this rank's examples, of the shapes of :func:`gathered_shape`, float32 or wider, all of one dtype.
 
     The bytes are those of FSDP2's own reduction: every parameter padded to equal rows on all ranks.
     """
@@ -158,6 +269,7 @@ def reduce_sums(parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> Pending
     world = layouts[0].world
     parts = []
     for total, layout in zip(sums, layouts, strict=True):
+        assert tuple(total.shape) == layout.gathered, (total.shape, layout)
         missing = layout.rows * world - total.shape[0]
         padded = torch.cat([total, total.new_zeros((missing, *total.shape[1:]))]) if missing else total
         parts.append(padded.reshape(world, -1))

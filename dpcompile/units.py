@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dpcompile._torch import fake_mode_of, mixed_precision, opaque, pytree
 from dpcompile.errors import UnsupportedGraphError
-from dpcompile.shards import computing_device
+from dpcompile.shards import fake_gathered, is_distributed
 
-__all__ = ["Unit", "as_it_is", "find_units", "is_sharded", "stubs", "unit_call"]
+__all__ = ["Unit", "as_it_is", "find_units", "is_sharded", "one_unit", "stubs", "unit_call"]
 
 
 @dataclass(eq=False)
@@ -65,6 +65,11 @@ def find_units(model: nn.Module) -> Unit:
     root = _unit(model, "", sharded and is_sharded(model))
     _collect(root, model, "", sharded)
     return root
+
+
+def one_unit(model: nn.Module) -> Unit:
+    """The model as one unit."""
+    return _unit(model, "", False)
 
 
 def _collect(parent: Unit, module: nn.Module, path: str, sharded: bool) -> None:
@@ -160,32 +165,32 @@ def _fake_call(unit: Unit, args: Any, kwargs: Any) -> Any:
     try:
         if not unit.sharded:
             with as_it_is(unit):
-                return torch.func.functional_call(module, _fake_state(module, None), args, kwargs)
+                return torch.func.functional_call(module, _fake_state(module, None, fsdp=False), args, kwargs)
         policy = mixed_precision(module)
         if policy.param_dtype is not None and policy.cast_forward_inputs:
             args, kwargs = _cast((args, kwargs), policy.param_dtype)
-        outputs = torch.func.functional_call(module, _fake_state(module, policy.param_dtype), args, kwargs)
+        outputs = torch.func.functional_call(module, _fake_state(module, policy.param_dtype, fsdp=True), args, kwargs)
         return outputs if policy.output_dtype is None else _cast(outputs, policy.output_dtype)
     finally:
         if stand_in is not None:
             module.__dict__["forward"] = stand_in
 
 
-def _fake_state(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    state = {
-        n: _fake(p, dtype if p.is_floating_point() else None) for n, p in nn.Module.named_parameters(module)
-    }  # as they are: wrappers rename theirs
-    return state | {n: _fake(b, None) for n, b in module.named_buffers()}
+def _fake_state(module: nn.Module, dtype: torch.dtype | None, *, fsdp: bool) -> dict[str, Tensor]:
+    held = nn.Module.named_parameters(module)  # as they are: wrappers rename theirs
+    state = {n: _fake(p, dtype if p.is_floating_point() else None, fsdp) for n, p in held}
+    return state | {n: _fake(b, None, fsdp) for n, b in module.named_buffers()}
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, values)
 
 
-def _fake(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _fake(tensor: Tensor, dtype: torch.dtype | None, fsdp: bool) -> Tensor:
     wanted = dtype or tensor.dtype
-    device = computing_device(tensor)
-    return torch.empty(tensor.shape, dtype=wanted, device=device, requires_grad=tensor.requires_grad)
+    if is_distributed(tensor):
+        return fake_gathered(tensor, wanted, fsdp=fsdp)
+    return torch.empty(tensor.shape, dtype=wanted, device=tensor.device, requires_grad=tensor.requires_grad)
 
 
 def _check_outputs(unit: Unit, outputs: Any) -> None:

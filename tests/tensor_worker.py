@@ -1,0 +1,488 @@
+"""What every rank of tests/test_tensor_parallel.py runs: ``torchrun tests/tensor_worker.py DIRECTORY [CHECK ..]``.
+
+On two ranks tensor parallelism alone, on four with FSDP2, two by two. Each check prints its name once it passed, on
+rank 0.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from sharded_worker import Collectives, made, raises
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.nn import functional as F
+
+import dpcompile
+from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError
+from dpcompile.checkpoint import load_checkpoint, save_checkpoint
+from dpcompile.runtime import engine_of
+
+dp_compile: Any = dpcompile.dp_compile
+B, T, D, V, C = 8, 3, 8, 11, 0.5
+
+
+class MLP(nn.Module):
+    """A norm, a column-parallel and a row-parallel layer, on the residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Attention(nn.Module):
+    """Four heads, causal; how many lie here follows from the projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D, bias=i != 1) for i in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        z = self.norm(x)
+        q, k, v = (p(z).unflatten(-1, (-1, 2)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.o(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention, then an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.mlp(self.attention(x))
+
+
+class GPT(nn.Module):
+    """Whole embeddings, two blocks, and a head that is cut along the vocabulary and returns whole logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok, self.pos = nn.Embedding(V, D), nn.Parameter(torch.randn(T, D))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 12, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        h = self.tok(x) + self.pos
+        for block in self.blocks:
+            h = block(h)
+        return self.head(self.norm(h))
+
+
+STYLES: dict[str, Callable[[], Any]] = {
+    "up": ColwiseParallel, "down": RowwiseParallel, "q": ColwiseParallel, "k": ColwiseParallel, "v": ColwiseParallel,
+    "o": RowwiseParallel, "head": lambda: ColwiseParallel(output_layouts=Replicate()),
+}  # fmt: skip
+
+
+def cut(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Every layer that has a style is cut over ``mesh``."""
+    plan = {n: STYLES[last]() for n, _ in model.named_modules() if (last := n.rpartition(".")[2]) in STYLES}
+    return parallelize_module(model, mesh, plan)
+
+
+def placed(make: Callable[[], nn.Module], mesh: DeviceMesh) -> Any:
+    """Cut over the mesh, or over its second dimension and sharded over the first."""
+    if mesh.ndim == 1:
+        return cut(made(make), mesh)
+    model = cut(made(make), mesh["tp"])
+    for block in getattr(model, "blocks", ()):
+        fully_shard(block, mesh=mesh["dp"])
+    return fully_shard(model, mesh=mesh["dp"])
+
+
+def part(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """What this rank's group is given."""
+    return x if mesh.ndim == 1 else x.chunk(mesh.size(0))[mesh.get_local_rank(0)]
+
+
+def step(model: Any, x: Tensor) -> None:
+    model(x).float().square().flatten(1).sum(1).mean().backward()
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    for name, value in wanted.items():
+        error = (found[name] - value).norm() / value.norm().clamp_min(1e-6)
+        assert error <= tolerance, f"{name} is off by {error:.1e}"
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "MLP": (MLP, lambda: torch.randn(B, T, D)),
+    "attention": (Attention, lambda: torch.randn(B, T, D)),
+    "GPT": (GPT, lambda: torch.randint(0, V, (B, T))),
+}
+
+
+def gradients(name: str, mesh: DeviceMesh, backend: str = "eager", **options: Any) -> None:
+    make, example = MODELS[name]
+    x = example()
+    single = made(make)
+    private = dp_compile(single, max_grad_norm=C, backend="eager", **{**options, "regions": None})
+    model = dp_compile(placed(make, mesh), max_grad_norm=C, backend=backend, **options)
+    mask = torch.arange(B) % 4 != 1
+    for masked in (False, True):
+        for m in (single, model):
+            m.zero_grad()
+        if masked:
+            engine_of(private).set_mask(mask)
+            engine_of(model).set_mask(part(mask, mesh))
+        step(private, x)
+        step(model, part(x, mesh))
+        same(gradients_of(model), gradients_of(single))
+        torch.testing.assert_close(model.grad_norms, part(private.grad_norms, mesh), rtol=1e-5, atol=1e-6)
+    for p in model.parameters():
+        assert not isinstance(p, DTensor) or (isinstance(p.grad, DTensor) and p.grad.placements == p.placements)
+
+
+def frozen(mesh: DeviceMesh) -> None:
+    """Some layers frozen, cut ones and whole ones."""
+
+    def freeze(model: Any) -> Any:
+        for name, p in model.named_parameters():
+            p.requires_grad_(not any(part in name for part in ("up.weight", "o.bias", "norm.weight", "tok")))
+        return model
+
+    x = torch.randint(0, V, (B, T))
+    single = freeze(made(GPT))
+    private = dp_compile(single, max_grad_norm=C, backend="eager")
+    model = dp_compile(placed(lambda: freeze(GPT()), mesh), max_grad_norm=C, backend="eager")
+    step(private, x)
+    step(model, part(x, mesh))
+    same(gradients_of(model), gradients_of(single))
+
+
+def one_example(mesh: DeviceMesh) -> None:
+    x = torch.randn(mesh.size(0) if mesh.ndim == 2 else 1, T, D)
+    single = made(MLP)
+    private = dp_compile(single, max_grad_norm=C, backend="eager")
+    model = dp_compile(placed(MLP, mesh), max_grad_norm=C, backend="eager")
+    step(private, x)
+    step(model, part(x, mesh))
+    torch.testing.assert_close(model.grad_norms, part(private.grad_norms, mesh), rtol=1e-5, atol=1e-6)
+    same(gradients_of(model), gradients_of(single))
+
+
+def cut_embedding(mesh: DeviceMesh) -> None:
+    """An embedding of which every rank holds other rows."""
+
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tok, self.mlp = nn.Embedding(12, D), MLP()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mlp(self.tok(x))
+
+    x = torch.randint(0, 12, (B, T))
+    single = made(Lookup)
+    model: Any = made(Lookup)
+    cut(model, mesh)
+    parallelize_module(model, mesh, {"tok": RowwiseParallel(input_layouts=Replicate())})
+    private = dp_compile(single, max_grad_norm=C, backend="eager")
+    model = dp_compile(model, max_grad_norm=C, backend="eager")
+    step(private, x)
+    step(model, x)
+    torch.testing.assert_close(model.grad_norms, private.grad_norms, rtol=1e-5, atol=1e-6)
+    same(gradients_of(model), gradients_of(single))
+
+
+def optimizer_of(model: Any, **options: Any) -> DPOptimizer:
+    inner = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    return DPOptimizer(inner, model, noise_multiplier=0.5, expected_batch_size=B, seed=7, **options)
+
+
+def training(mesh: DeviceMesh, secure: bool) -> None:
+    """Weights after steps with noise are those of one process; copies stay copies."""
+    batches = [torch.randint(0, V, (B, T)) for _ in range(2 if secure else 4)]
+    single = made(GPT)
+    private = dp_compile(single, max_grad_norm=C, backend="eager")
+    model = dp_compile(placed(GPT, mesh), max_grad_norm=C, backend="eager")
+    optimizers = [(private, optimizer_of(private, secure=secure)), (model, optimizer_of(model, secure=secure))]
+    for x in batches:
+        for trained, optimizer in optimizers:
+            step(trained, part(x, mesh) if trained is model else x)
+            optimizer.step()
+            optimizer.zero_grad()
+    same_weights(model, single, 1e-5)
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, {n: whole(p.detach()) for n, p in model.named_parameters()})
+    for found in everywhere:
+        for name, value in found.items():
+            assert torch.equal(value, everywhere[0][name]), name
+
+
+def same_weights(model: Any, single: nn.Module, tolerance: float) -> None:
+    wanted = dict(single.named_parameters())
+    for name, p in model.named_parameters():
+        found = whole(p.detach())
+        torch.testing.assert_close(found, wanted[name].detach(), rtol=tolerance, atol=tolerance, msg=name)
+
+
+def loading(mesh: DeviceMesh) -> None:
+    """The groups of ranks share a logical batch out; the ranks of a group take the same part."""
+    data = torch.utils.data.TensorDataset(torch.randint(0, V, (40, T)))
+    group = (0, 1) if mesh.ndim == 1 else (mesh.get_local_rank(0), mesh.size(0))
+    trained = []
+    for model, rank, groups in ((made(GPT), 0, 1), (placed(GPT, mesh), *group)):
+        private = dp_compile(model, max_grad_norm=C, backend="eager")
+        inner = torch.optim.SGD(private.parameters(), lr=0.1, momentum=0.9)
+        optimizer = DPOptimizer(inner, private, noise_multiplier=0.5, expected_batch_size=3, seed=7)
+        options: dict[str, Any] = {"expected_batch_size": 3, "physical_batch_size": 2, "steps": 3, "seed": 3}
+        loader = PoissonLoader(data, rank=rank, world_size=groups, **options)
+        for (x,) in loader.attach(private, optimizer):
+            step(private, x)
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append((private, optimizer))
+    same_weights(trained[1][0], trained[0][0], 1e-5)
+    all_ranks = PoissonLoader(data, expected_batch_size=3, rank=dist.get_rank(), world_size=dist.get_world_size())
+    raises(PrivacyError, "each example would count several times", lambda: all_ranks.attach(*trained[1]))
+
+
+def checkpoints(mesh: DeviceMesh, directory: Path) -> None:
+    """A run that is saved and resumed comes to the weights of the run that goes on."""
+    batches = [torch.randint(0, V, (B, T)) for _ in range(3)]
+
+    def run(seed: int) -> tuple[Any, DPOptimizer]:
+        model = dp_compile(placed(GPT, mesh), max_grad_norm=C, backend="eager")
+        inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        return model, DPOptimizer(inner, model, noise_multiplier=0.5, expected_batch_size=B, seed=seed)
+
+    def train(model: Any, optimizer: DPOptimizer, chosen: list[Tensor]) -> None:
+        for x in chosen:
+            step(model, part(x, mesh))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    path = directory / f"checkpoint_{dist.get_world_size()}"
+    model, optimizer = run(7)
+    train(model, optimizer, batches[:2])
+    save_checkpoint(path, model, optimizer)
+    train(model, optimizer, batches[2:])
+    resumed, second = run(8)
+    load_checkpoint(path, resumed, second)
+    assert (second.logical_step, second.seed) == (2, 7)
+    train(resumed, second, batches[2:])
+    wanted = {n: whole(p.detach()) for n, p in model.named_parameters()}
+    for name, p in resumed.named_parameters():
+        torch.testing.assert_close(whole(p.detach()), wanted[name], rtol=0, atol=1e-7, msg=name)
+
+
+def communication(mesh: DeviceMesh) -> None:
+    """What the plain step sends, and one all-reduce of squared norms."""
+    x = part(torch.randint(0, V, (B, T)), mesh)
+    plain = placed(GPT, mesh)
+    for module in plain.modules():
+        if hasattr(module, "set_force_sum_reduction_for_comms"):
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+    private = dp_compile(placed(GPT, mesh), max_grad_norm=C, backend="eager")
+    found = []
+    for model in (plain, private):
+        step(model, x)
+        model.zero_grad()
+        with Collectives() as counter:
+            step(model, x)
+        found.append({k: n for k, n in counter.seen.items() if "wait_tensor" not in k and "wrap_tensor" not in k})
+    more = {k: n - found[0].get(k, 0) for k, n in found[1].items() if n != found[0].get(k, 0)}
+    rows = 2 * len(x) + 8  # norms of cut and of whole parameters, and a fingerprint of the batch
+    assert more == {"c10d.allreduce_.default": 1, "c10d.allreduce_.default bytes": 4 * rows}, (more, found)
+    assert found[0].keys() <= found[1].keys(), found
+
+
+def refused(mesh: DeviceMesh) -> None:
+    x = torch.randn(B, T, D)
+
+    def private(model: Any, **options: Any) -> Any:
+        return dp_compile(model, max_grad_norm=C, backend="eager", **options)
+
+    def refuses(model: Any, message: str, given: Tensor = x, kind: Any = UnsupportedGraphError) -> None:
+        raises(kind, message, lambda: step(private(model), given))
+
+    sequence = made(MLP)
+    plan = {
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    parallelize_module(sequence, mesh, plan)
+    even = torch.randn(B, 4, D)
+    raises(
+        UnsupportedGraphError,
+        "over the ranks of tensor parallelism",
+        lambda: step(private(Gathered(sequence, mesh)), even),
+    )
+    logits = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 12))
+    refuses(parallelize_module(logits, mesh, {"1": ColwiseParallel()}), "output 0 of a compiled graph is another one")
+    logits = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 12))
+    distributed = {"1": ColwiseParallel(use_local_output=False)}
+    refuses(parallelize_module(logits, mesh, distributed), "returns what is no plain tensor")
+    refuses(cut(made(Scaled), mesh), "holds parameter 'scale' whole, and its gradient is another one on each")
+    refuses(cut(made(ByRank), mesh), "is not given the same on all")
+    refuses(cut(made(ByBuffer), mesh), "offset is not the same on all")
+    refuses(cut(made(Dropping), mesh), "draws random numbers")
+    uneven = nn.Sequential(nn.Linear(D, 9))
+    parallelize_module(uneven, mesh, {"0": ColwiseParallel(output_layouts=Replicate())})
+    raises(UnsupportedGraphError, "does not divide by the 2 ranks", lambda: private(uneven))
+    raises(UnsupportedGraphError, "tensor parallelism holds parts", lambda: private(cut(made(MLP), mesh), check=True))
+    foreign = cut(made(Summing), mesh)
+    refuses(foreign, "with ranks that are not those of tensor parallelism")
+    refuses(made(Summing), "exchanges values between ranks")
+    pair = made(MLP)
+    both = distribute_tensor(pair.up.weight.detach(), mesh, [Shard(0)])  # type: ignore[union-attr]
+    pair.up.weight = nn.Parameter(both)  # type: ignore[union-attr]
+    raises(UnsupportedGraphError, "mixed torch.Tensor and DTensor", lambda: step(private(pair), x))
+    apart = cut(made(MLP), mesh)
+    refuses(apart, "were given different examples", x + dist.get_rank(), PrivacyError)
+    other = cut(made(MLP), mesh)
+    other.norm.weight.data += dist.get_rank()  # type: ignore[operator,union-attr]
+    refuses(other, "hold other values of parameter 'norm.weight'", kind=PrivacyError)
+    losses = private(cut(made(MLP), mesh))
+    weighted = lambda: (losses(x) * (1 + dist.get_rank())).square().flatten(1).sum(1).mean().backward()  # noqa: E731
+    raises(PrivacyError, "have other gradients on other ranks", weighted)
+    late = private(made(MLP))
+    cut(engine_of(late).module, mesh)
+    raises(UnsupportedGraphError, "made after dp_compile", lambda: late(x))
+
+
+def refused_on_two_dimensions(mesh: DeviceMesh) -> None:
+    alone = cut(made(MLP), mesh["tp"])
+    raises(UnsupportedGraphError, "over 2 of 4 ranks", lambda: dp_compile(alone, backend="eager"))
+    doubled = made(MLP)
+    for name, p in list(doubled.up.named_parameters()):  # type: ignore[union-attr]
+        setattr(doubled.up, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Replicate(), Shard(0)])))
+    raises(UnsupportedGraphError, "a mesh of 2 dimensions", lambda: dp_compile(doubled, backend="eager"))
+
+
+class Gathered(nn.Module):
+    """The sequence cut among the ranks before a model, and whole again behind it."""
+
+    def __init__(self, inner: nn.Module, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.inner, self.mesh = inner, mesh
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        own = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False).redistribute(placements=[Shard(1)])
+        y = self.inner(own.to_local())
+        return DTensor.from_local(y, self.mesh, [Shard(1)], run_check=False).full_tensor()
+
+
+class Scaled(MLP):
+    """A plain parameter on what lies on this rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2 * D))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x + self.down(self.scale * F.gelu(self.up(self.norm(x))))
+
+
+class ByRank(MLP):
+    """Every rank takes another part of whole activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.rank = nn.Parameter(torch.ones(D // 2)), dist.get_rank()
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        y = super().forward(x)
+        return y.repeat(1, 1, 2)[..., self.rank : self.rank + D // 2] * self.scale
+
+
+class ByBuffer(MLP):
+    """A buffer that is another one on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(D))
+        self.register_buffer("offset", torch.full((D,), 1.0 + dist.get_rank()))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return super().forward(x) * self.offset * self.scale
+
+
+class Dropping(MLP):
+    """Dropout on whole activations."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return F.dropout(super().forward(F.dropout(x)))
+
+
+class Summing(MLP):
+    """Adds up activations over a group of ranks of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.group = dist.new_group([0, 1])
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return super().forward(x) + funcol.all_reduce(x, "sum", self.group)
+
+
+def main() -> None:
+    """Run the checks."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    world = dist.get_world_size()
+    alone = world == 2
+    mesh = init_device_mesh("cpu", (2,)) if alone else init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    checks: dict[str, Callable[[], None]] = {f"gradients of {n}": lambda n=n: gradients(n, mesh) for n in MODELS}
+    checks["clipping by layer"] = lambda: gradients("GPT", mesh, clipping="per_layer")
+    checks["inductor"] = lambda: gradients("MLP", mesh, backend="inductor")
+    checks["frozen parameters"] = lambda: frozen(mesh)
+    checks["one example"] = lambda: one_example(mesh)
+    checks["training with noise"] = lambda: training(mesh, False)
+    checks["secure noise"] = lambda: training(mesh, True)
+    checks["loading"] = lambda: loading(mesh)
+    checks["checkpoints"] = lambda: checkpoints(mesh, Path(sys.argv[1]))
+    checks["communication"] = lambda: communication(mesh)
+    if alone:
+        checks["regions"] = lambda: gradients("GPT", mesh, regions="blocks")
+        checks["cut embedding"] = lambda: cut_embedding(mesh)
+        checks["refusals"] = lambda: refused(mesh)
+    else:
+        checks["refusals"] = lambda: refused_on_two_dimensions(mesh)
+    wanted = sys.argv[2:]
+    for name, check in checks.items():
+        if not wanted or any(w in name for w in wanted):
+            torch.manual_seed(2)
+            check()
+            torch._dynamo.reset()
+            if dist.get_rank() == 0:
+                print(f"passed: {name}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

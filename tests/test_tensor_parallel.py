@@ -1,0 +1,143 @@
+"""Tensor parallelism: launches of tests/tensor_worker.py, and the index maps of what is cut twice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpcompile import shards
+from dpcompile.mechanism import privatize_
+from dpcompile.tensor_parallel import fingerprint
+
+HERE = Path(__file__).parent
+CHECKS = {
+    "gradients of MLP", "gradients of attention", "gradients of GPT", "clipping by layer", "inductor",
+    "frozen parameters", "one example", "training with noise", "secure noise", "loading", "checkpoints",
+    "communication", "refusals",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_share_layers_come_to_what_one_process_does(ranks: int, tmp_path: Path) -> None:
+    """Two ranks: tensor parallelism alone. Four: with FSDP2, two by two."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+        str(HERE / "tensor_worker.py"), str(tmp_path),
+    ]  # fmt: skip
+    path = os.pathsep.join(filter(None, [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    passed = {line.removeprefix("passed: ") for line in done.stdout.splitlines() if line.startswith("passed: ")}
+    assert passed == CHECKS | ({"regions", "cut embedding"} if ranks == 2 else set())
+
+
+BOXES = [
+    ((6, 4), (0, 0), (6, 4)), ((6, 4), (2, 0), (3, 4)), ((6, 4), (0, 2), (6, 2)), ((6, 4), (3, 2), (2, 2)),
+    ((4, 3, 6), (1, 0, 2), (2, 3, 2)), ((4, 3, 6), (1, 1, 0), (2, 1, 6)), ((5,), (2,), (3,)), ((), (), ()),
+    ((6, 4), (6, 0), (0, 4)), ((4, 1, 6), (0, 0, 3), (4, 1, 3)),
+]  # fmt: skip
+
+
+def box_of(value: Tensor, offset: tuple[int, ...], here: tuple[int, ...]) -> Tensor:
+    for dim, (start, length) in enumerate(zip(offset, here, strict=True)):
+        value = value.narrow(dim, start, length)
+    return value
+
+
+@pytest.mark.parametrize(("whole", "offset", "here"), BOXES)
+def test_runs_are_the_elements_of_a_part_in_its_own_order(
+    whole: tuple[int, ...], offset: tuple[int, ...], here: tuple[int, ...]
+) -> None:
+    """Against the indices themselves."""
+    index = torch.arange(torch.Size(whole).numel()).reshape(whole)
+    runs = shards._runs(whole, offset, here)
+    found = [i for start, length in runs for i in range(start, start + length)]
+    assert found == box_of(index, offset, here).reshape(-1).tolist()
+
+
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize(("whole", "offset", "here"), BOXES)
+def test_noise_of_a_part_is_the_part_of_the_noise(
+    whole: tuple[int, ...], offset: tuple[int, ...], here: tuple[int, ...], secure: bool
+) -> None:
+    """Whatever the part."""
+    full, own = torch.zeros(whole), torch.zeros(here)
+    options = {"parameters": [3], "std": 2.0, "expected_batch_size": 4.0, "seed": 11, "step": 5, "secure": secure}
+    privatize_([full], **options)  # type: ignore[arg-type]
+    privatize_([own], **options, runs=[shards._runs(whole, offset, here)])  # type: ignore[arg-type]
+    assert torch.equal(own, box_of(full, offset, here))
+
+
+class _Placement:
+    def __init__(self, dim: int | None, factor: int = 0) -> None:
+        self.dim, self.split_factor = dim, factor
+
+
+class Shard(_Placement):
+    """Stands in for torch's, by name."""
+
+
+class _StridedShard(_Placement):
+    pass
+
+
+class Replicate(_Placement):
+    def __init__(self) -> None:
+        super().__init__(None)
+
+
+class Partial(_Placement):
+    def __init__(self) -> None:
+        super().__init__(None)
+
+
+@pytest.mark.parametrize(
+    ("placements", "understood"),
+    [
+        ((Shard(0),), True),
+        ((Shard(1),), True),
+        ((Replicate(),), True),
+        ((Replicate(), Shard(0)), True),
+        ((Shard(0), Replicate()), True),
+        ((Shard(0), Shard(1)), True),
+        ((_StridedShard(0, 2), Shard(0)), True),
+        ((_StridedShard(0, 3), Shard(0)), False),
+        ((Shard(0), Shard(0)), False),
+        ((_StridedShard(0, 2), Shard(1)), False),
+        ((Shard(1), Shard(0)), False),
+        ((_StridedShard(0, 2),), False),
+        ((Partial(),), False),
+        ((Shard(0), Partial()), False),
+        ((Replicate(), Replicate()), False),
+        ((Replicate(), Shard(0), Shard(1)), False),
+    ],
+)
+def test_only_placements_that_are_understood_pass(placements: tuple[_Placement, ...], understood: bool) -> None:
+    """Any other could lie elsewhere in the parameter than its noise."""
+    assert shards._is_understood(placements, [2] * len(placements)) is understood
+
+
+def test_fingerprints_tell_batches_apart() -> None:
+    """One bit, the order, the dtype's size: all count."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 5)
+    changed, swapped = x.clone(), x.clone()
+    changed[3, 2] = torch.nextafter(changed[3, 2], torch.tensor(9.0))
+    swapped[[0, 1]] = x[[1, 0]]
+    seen = {int(fingerprint([v])) for v in (x, changed, swapped, x.double(), x[:32], torch.zeros(4), torch.zeros(5))}
+    assert len(seen) == 7
+    assert int(fingerprint([x, changed])) != int(fingerprint([changed, x]))
+    assert int(fingerprint([x.T.contiguous().T])) == int(fingerprint([x]))
+    for value in (
+        torch.ones(3, dtype=torch.bool),
+        torch.randn(3, dtype=torch.complex64),
+        torch.ones((), dtype=torch.int32),
+    ):
+        assert int(fingerprint([value])) == int(fingerprint([value.clone()]))
