@@ -161,6 +161,8 @@ def test_inductor_clips_at_once() -> None:
 class Noisy(nn.Module):
     """Draws random numbers, and counts its calls in a buffer that it computes with."""
 
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(D, D)
