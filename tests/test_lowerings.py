@@ -309,6 +309,15 @@ def test_what_is_held() -> None:
     assert peak(deep(False), norm="ghost_clipping") < peak(deep(False))
 
 
+@pytest.mark.parametrize("model", [GPT(2), wrapped()], ids=["kept", "recomputed"])
+def test_a_forward_without_a_backward_is_freed(model: nn.Module) -> None:
+    private = dp_compile(model, **TWICE)
+    out = private(ids())
+    memory = StorageWeakRef(out.untyped_storage())
+    del out
+    assert memory.expired()
+
+
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
