@@ -66,6 +66,8 @@ __all__ = [
     "add_inputs",
     "adam_state",
     "add_one_",
+    "active_replica",
+    "clear_interrupted",
     "compile_cpp",
     "after_backward",
     "checkpoint_call",
@@ -116,6 +118,11 @@ def after_backward(function: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
+def active_replica() -> Any:
+    """The DistributedDataParallel whose forward is running; None outside."""
+    return torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
 def disable(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep Dynamo from tracing into ``function``."""
     return torch._dynamo.disable(function)
@@ -127,14 +134,15 @@ def tracing_config(*, regions: bool = False) -> Iterator[None]:
 
     Recurrent layers are traced step by step, and Python floats are constants. Where ``torch.compile`` would break the
     graph to warn or to write to a log, it does neither; and ``requires_grad = True`` on an intermediate value is passed
-    over. With ``regions``, one function is compiled for many modules: as often as they differ, and with every guard
-    that tells them apart, also under FSDP.
+    over. DistributedDataParallel does not cut the graph into its buckets. With ``regions``, one function is compiled
+    for many modules: as often as they differ, and with every guard that tells them apart, also under FSDP.
     """
     config = torch._dynamo.config
     loggers = {v for k, v in vars(logging.Logger).items() if k.startswith(_LOGS) and callable(v)}
     settings = config.patch(
         allow_rnn=True,
         specialize_float=True,
+        optimize_ddp=False,
         ignore_logging_functions={*config.ignore_logging_functions, *loggers, warnings.warn},
         **_MANY_MODULES if regions else {},
     )
@@ -172,6 +180,19 @@ def fake_like(shape: Sequence[int]) -> torch.Tensor:
 def mixed_precision(module: torch.nn.Module) -> Any:
     """The policy of a unit of FSDP2."""
     return cast(Any, module)._get_fsdp_state()._mp_policy
+
+
+def clear_interrupted(module: torch.nn.Module) -> None:
+    """Bring a unit of FSDP2 to rest after a forward or backward that ended in an error.
+
+    Otherwise FSDP takes the next forward for a part of that one, never frees the root's parameters again, and goes on
+    computing with the weights of before the next update.
+    """
+    state = cast(Any, module)._get_fsdp_state()
+    context = state._state_ctx
+    interrupted = context.iter_forward_root is not None or context.post_backward_final_callback_queued
+    if interrupted and current_backward() == -1:
+        state._root_post_backward_final_callback()
 
 
 def memory_of(tensor: torch.Tensor) -> int:
@@ -446,6 +467,9 @@ def _inner_compile(backward: BackwardCompiler) -> Callable[..., Any]:
     def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         if not options.get("is_backward"):
             return compile_fx_inner(gm, inputs, **options)
+        for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+            if isinstance(value, torch.Tensor):  # laid out as the compiled forward saves it, channels last for one
+                node.meta["val"] = value
 
         def part(gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
             output = gm.graph.output_node()

@@ -13,6 +13,7 @@ from dpcompile.clipping import Clipping, validate_clipping
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.modes import NORM_MODES
 from dpcompile.pipeline import Options
+from dpcompile.replicas import refuse_wrapped
 from dpcompile.runtime import PrivateModule, private_class, private_view
 
 __all__ = ["dp_compile"]
@@ -107,6 +108,7 @@ def _private(model: Any, options: Options) -> Any:
     if isinstance(model, type) and issubclass(model, nn.Module):
         return private_class(model, options)
     if isinstance(model, nn.Module):
+        refuse_wrapped(model)
         return private_view(model, options)
     raise DPCompileError(
         f"dp_compile takes an nn.Module or a class of one, got {type(model).__name__}",

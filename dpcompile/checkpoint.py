@@ -16,11 +16,14 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from dpcompile import optim_checks
 from dpcompile.data import PoissonLoader
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.optim import DPOptimizer
+from dpcompile.ranks import from_first
 from dpcompile.runtime import engine_of
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+
+_WHOLE = ".metadata"  # written last, when all ranks have written
 
 
 def save_checkpoint(
@@ -38,7 +41,13 @@ def save_checkpoint(
 
     Raises:
         PrivacyError: within a logical step: the sums so far would be lost.
+        DPCompileError: the directory holds a checkpoint: a run that ends while it is written over has none.
     """
+    if (Path(directory) / _WHOLE).exists():
+        raise DPCompileError(
+            f"{directory} holds a checkpoint already: if the run ended while it is written over, none would be left",
+            remedy="save each checkpoint into a directory of its own, and delete old ones afterwards",
+        )
     if optimizer.accumulating or optimizer.engine.ledger.deliveries:
         raise PrivacyError(
             "a checkpoint within a logical step would lose the clipped sums so far",
@@ -47,6 +56,19 @@ def save_checkpoint(
     state = {"private": _private(optimizer, loader), **_tensors(model, optimizer)}
     with _quiet():
         save(state, checkpoint_id=directory)
+
+
+def latest_checkpoint(directory: str | Path) -> Path | None:
+    """The newest whole checkpoint among the subdirectories of a directory; every rank must call it.
+
+    Args:
+        directory: holds one subdirectory for each checkpoint, with names that sort by age (``step_000100``).
+
+    Returns:
+        The same path on every rank; None if there is none. A checkpoint whose saving was cut short is passed over.
+    """
+    whole = sorted(p.parent for p in Path(directory).glob(f"*/{_WHOLE}"))
+    return from_first(whole[-1] if whole else None)
 
 
 def load_checkpoint(

@@ -11,6 +11,8 @@ __all__ = ["Candidate", "Limit", "Outcome", "choose", "fastest", "seconds_of"]
 
 _MAPPED = 2**25  # bytes from which the C library takes memory straight from the operating system
 _TRIES = 64  # how many single changes of rule are tried to win time back within a budget
+_SPARE = 1.03  # what the compiler may need besides what the replay shows, for it orders the operations anew
+_DEAR = 1e6  # seconds per byte with which only memory counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Candidate:
     seconds: float
     mapping: float = 0.0
     grams: Mapping[Hashable, float] = field(default_factory=dict)
-    holding: Holding = Holding((), (), 0.0, 0.0, 0.0)
+    holding: Holding = Holding({}, (), 0.0, 0.0, 0.0)
 
     def time(self, parts: int) -> float:
         """Seconds for the batch in so many parts."""
@@ -60,6 +62,10 @@ class Limit:
         """Bytes at the private step's peak."""
         return self.replay.peak(holdings, parts, self.seen)
 
+    def allows(self, holdings: Iterable[Holding], parts: int) -> bool:
+        """Whether the private step keeps to the budget, with something to spare."""
+        return self.peak(holdings, parts) * _SPARE <= self.bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -86,7 +92,7 @@ def choose(options: Sequence[Sequence[Candidate]], limit: Limit | None) -> Outco
         peak = limit.peak(_holdings(options, least), parts)
         if smallest is None or peak < smallest[0]:
             smallest = peak, Outcome(least, parts, fits=False)
-        if peak > limit.bytes:
+        if not limit.allows(_holdings(options, least), parts):
             continue
         picks = _within(options, limit, parts)
         found.append((seconds_of(options, picks, parts) + (parts - 1) * limit.overhead, Outcome(picks, parts)))
@@ -98,49 +104,69 @@ def choose(options: Sequence[Sequence[Candidate]], limit: Limit | None) -> Outco
 
 def fastest(options: Sequence[Sequence[Candidate]], price: float = 0.0, parts: int = 1) -> list[int]:
     """The quickest choice, where a byte that is held costs ``price`` seconds."""
-    alone = [min(range(len(o)), key=lambda i, o=o: _alone(o[i], price, parts)) for o in options]
-    shared = [min(range(len(o)), key=lambda i, o=o: o[i].time(parts) + price * _held(o[i])) for o in options]
+    alone = [min(range(len(o)), key=lambda i, o=o: _cost(o[i], price, parts)) for o in options]
+    shared = [min(range(len(o)), key=lambda i, o=o: _own(o[i], price, parts)) for o in options]
     found = [_improved(options, start, price, parts) for start in (alone, shared)]
-    return min(found, key=lambda p: seconds_of(options, p, parts) + price * sum(map(_held, _picked(options, p))))
+    return min(found, key=lambda picks: _total(options, picks, price, parts))
 
 
 def seconds_of(options: Sequence[Sequence[Candidate]], picks: Sequence[int], parts: int = 1) -> float:
     """What a choice adds to the plain step."""
-    grams: dict[Hashable, float] = {}
+    return _total(options, picks, 0.0, parts)
+
+
+def _total(options: Sequence[Sequence[Candidate]], picks: Sequence[int], price: float, parts: int) -> float:
+    together: dict[Hashable, float] = {}
     total = 0.0
     for candidate in _picked(options, picks):
-        total += candidate.time(parts)
-        grams.update(candidate.grams)
-    return total + sum(grams.values())
+        total += _own(candidate, price, parts)
+        together.update(_shared(candidate, price))
+    return total + sum(together.values())
 
 
 def _improved(options: Sequence[Sequence[Candidate]], picks: list[int], price: float, parts: int) -> list[int]:
     picks = list(picks)
     users: dict[Hashable, int] = {}
     for candidate in _picked(options, picks):
-        for key in candidate.grams:
+        for key in _shared(candidate, price):
             users[key] = users.get(key, 0) + 1
     for _ in range(4):
         before = list(picks)
         for i, candidates in enumerate(options):
-            for key in candidates[picks[i]].grams:
+            for key in _shared(candidates[picks[i]], price):
                 users[key] -= 1
 
             def cost(n: int, candidates: Sequence[Candidate] = candidates) -> float:
-                new = sum(s for key, s in candidates[n].grams.items() if not users.get(key))
-                return candidates[n].time(parts) + new + price * _held(candidates[n])
+                new = sum(s for key, s in _shared(candidates[n], price).items() if not users.get(key))
+                return _own(candidates[n], price, parts) + new
 
             picks[i] = min(range(len(candidates)), key=cost)
-            for key in candidates[picks[i]].grams:
+            for key in _shared(candidates[picks[i]], price):
                 users[key] = users.get(key, 0) + 1
         if picks == before:
             break
     return picks
 
 
+def _own(candidate: Candidate, price: float, parts: int) -> float:
+    """What one parameter's rule costs by itself."""
+    return candidate.time(parts) + price * (candidate.holding.kept + candidate.holding.scratch)
+
+
+def _shared(candidate: Candidate, price: float) -> Mapping[Hashable, float]:
+    """What several parameters' rules may need, and pay for once: Gram matrices, and operands held until the clip."""
+    if not price:
+        return candidate.grams
+    return {**candidate.grams, **{("held", n): price * size for n, size in candidate.holding.operands.items()}}
+
+
+def _cost(candidate: Candidate, price: float, parts: int) -> float:
+    return _own(candidate, price, parts) + sum(_shared(candidate, price).values())
+
+
 def _within(options: Sequence[Sequence[Candidate]], limit: Limit, parts: int) -> list[int]:
     def fits(picks: list[int]) -> bool:
-        return limit.peak(_holdings(options, picks), parts) <= limit.bytes
+        return limit.allows(_holdings(options, picks), parts)
 
     quickest = fastest(options, parts=parts)
     if fits(quickest):
@@ -169,15 +195,7 @@ def _within(options: Sequence[Sequence[Candidate]], limit: Limit, parts: int) ->
 
 
 def _smallest(options: Sequence[Sequence[Candidate]]) -> list[int]:
-    return [min(range(len(o)), key=lambda i, o=o: (_held(o[i]), o[i].seconds)) for o in options]
-
-
-def _alone(candidate: Candidate, price: float, parts: int) -> float:
-    return candidate.time(parts) + sum(candidate.grams.values()) + price * _held(candidate)
-
-
-def _held(candidate: Candidate) -> float:
-    return candidate.holding.kept + candidate.holding.scratch + candidate.holding.operand_bytes
+    return fastest(options, price=_DEAR)
 
 
 def _picked(options: Sequence[Sequence[Candidate]], picks: Sequence[int]) -> Iterable[Candidate]:

@@ -21,7 +21,7 @@ from dpcompile.errors import PrivacyError
 from dpcompile.noise import Stream, check_seed, fresh_seed, uniform
 from dpcompile.optim import DPOptimizer
 from dpcompile.padding import PaddedDataset, collate_padded
-from dpcompile.ranks import digest, refuse_disagreement, share_seed, world_size
+from dpcompile.ranks import digest, from_first, gathered, refuse_disagreement, world_size
 from dpcompile.runtime import Engine, engine_of
 from dpcompile.sampling import PoissonBatches, default_physical_batch_size
 
@@ -129,10 +129,10 @@ class PoissonLoader:
         if steps is None:
             steps = math.ceil(size / expected_batch_size)
         checks.check_count("steps", steps)
-        if seed is None:
-            seed = fresh_seed(secure=secure)
-            seed = share_seed(seed) if world_size > 1 else seed
-        self.seed = seed
+        drawn = fresh_seed(secure=secure)
+        if world_size > 1:  # also where a seed is given: ranks that wait for one that others do not send hang
+            drawn = from_first(drawn)
+        self.seed = drawn if seed is None else seed
         self.rank, self.world_size = rank, world_size
         self._agreed = world_size == 1
         check_seed(self.seed, secure=secure)
@@ -209,8 +209,10 @@ class PoissonLoader:
         """
         engine = engine_of(model)
         checks.refuse_other_optimizer(engine, optimizer, self.expected_batch_size, self.sample_rate)
-        if engine.sharded:
+        if engine.distributed:
             checks.refuse_same_examples(self.world_size, world_size())
+        elif self.world_size > 1:
+            checks.refuse_lone_replicas(self.world_size)
         self._attached = (engine, optimizer)
         return self
 
@@ -242,6 +244,7 @@ class PoissonLoader:
                 {"seed": digest(self.seed), **state, "physical_batch_size": self.physical_batch_size}
                 | {"world_size": self.world_size, "steps": len(self)}
             )
+            checks.refuse_uneven_parts(gathered(self.rank), self.world_size)
             self._agreed = True
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,12 +26,13 @@ from dpcompile.kinds import check_model
 from dpcompile.ledger import GradientLedger
 from dpcompile.parts import Turn, asked_parts, joined, split_call
 from dpcompile.pipeline import Options, Transformed, privatize
-from dpcompile.shards import local_part
+from dpcompile.replicas import Replicas
+from dpcompile.shards import zeros_for
 from dpcompile.translate import translated
 from dpcompile.unowned import guarded
 from dpcompile.workspace import keep_freed_memory, kept_gradients
 
-__all__ = ["Engine", "with_own_code", "zeros_for"]
+__all__ = ["Engine", "with_own_code"]
 
 
 class _TraceOnly(Exception):
@@ -63,6 +64,7 @@ class Engine:
         module: the user's module, undecorated.
         options: what the user asked for.
         ledger: the clipped sums in ``p.grad``.
+        replicas: under DistributedDataParallel, the way to the ledger.
         transformed: of the graph that ran last, or was compiled since.
         grad_norms: ``[B]`` float32 norms of the last backward, before clipping.
     """
@@ -71,6 +73,7 @@ class Engine:
         self.module, self.options = module, options
         self._parameters = dict(module.named_parameters())
         self.ledger = GradientLedger(self._parameters)
+        self.replicas = Replicas(self.ledger, lambda: {n: self._parameters[n] for n in self.trainable()})
         self.transformed: Transformed | None = None
         self.grad_norms: Tensor | None = None
         self.kept = Kept()
@@ -90,6 +93,11 @@ class Engine:
     def sharded(self) -> bool:
         """Whether the parameters are FSDP2's."""
         return False
+
+    @property
+    def distributed(self) -> bool:
+        """Whether clipped sums are added up over ranks."""
+        return self.sharded or self.replicas.known
 
     @property
     def max_grad_norm(self) -> float:
@@ -125,6 +133,7 @@ class Engine:
         self._current, self._turn = (args, kwargs), None
         unchecked = self._unchecked
         try:
+            self.replicas.notice(tracing=self._tracing)
             parts = self._parts.get(self._batch_size(), 1) if self._splits() else 1
             return self._run_parts(parts) if parts > 1 else self._run_once()
         except _TraceOnly:
@@ -212,13 +221,13 @@ class Engine:
         if turn.mask is None:
             turn.mask = self.take_mask(batch * turn.parts, like.device)
         rows = slice(turn.index * batch, (turn.index + 1) * batch)
-        recorder = self.first_step
+        recorder, reduces = self.first_step, self.replicas.reduces
 
         def keep(norms: Tensor | None, mask: Tensor, sums: list[tuple[str, Tensor]], graph_task: int) -> None:
             reached = {name for name, _ in sums}
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
             zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]
-            self.ledger.deliver([*sums, *zeros], graph_task=graph_task, call=turn)
+            self.replicas.deliver(sums, zeros, graph_task=graph_task, call=turn, reduces=reduces)
             if norms is not None:
                 self.grad_norms = turn.with_norms(norms.detach(), rows)
                 if recorder is not None:
@@ -327,11 +336,6 @@ class Engine:
         return self._tracing
 
 
-def zeros_for(parameter: nn.Parameter) -> Tensor:
-    """A clipped sum of zeros."""
-    return torch.zeros_like(local_part(parameter.detach()), dtype=torch.promote_types(parameter.dtype, torch.float32))
-
-
 def _nothing(_: fx.GraphModule) -> None:
     """Leave a graph without a private backward as it is."""
 
@@ -362,7 +366,8 @@ class _Region:
         names = [*self.roles.parameters.values(), *(self.roles.parameters[p] for p in self.roles.narrow)]
         delivery = self.engine.delivery(names, inputs[position], dim)
         live, narrow = ([inputs[p] for p in positions] for positions in (self.roles.parameters, self.roles.narrow))
-        norms, aliases, sums = through_delivery(delivery, live, narrow)
+        apart = self.engine.replicas.apart
+        norms, aliases, sums = through_delivery(delivery, apart(live), apart(narrow))
         arguments = list(inputs)
         for p, alias in zip(self.roles.parameters, aliases, strict=True):
             arguments[p] = alias

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from dpcompile._torch import clear_interrupted
 from dpcompile.errors import UnsupportedGraphError
-from dpcompile.shards import Pending, is_distributed, local_start, reduce_sums
+from dpcompile.ranks import refuse_some
+from dpcompile.shards import Pending, computing_device, is_distributed, local_start, reduce_sums
 from dpcompile.units import Unit
 
-__all__ = ["ShardedSums", "check_sharded"]
+__all__ = ["ShardedSums", "check_sharded", "clear_failed"]
+
+_STATES = ("FSDPState", "_ReplicateState")  # of fully_shard, and of replicate
 
 
 def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -25,9 +30,12 @@ def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
             )
         if parameter.requires_grad:
             local_start(parameter)
+    meshes = [cast(Any, p).device_mesh.size() for p in parameters.values() if p.requires_grad]
+    if meshes:
+        refuse_some("FSDP shards the model", max(meshes))
     for unit in _all(root):
         hooks = (*unit.module._forward_pre_hooks.values(), *unit.module._forward_hooks.values())
-        if unit.sharded and not all(type(getattr(h, "__self__", None)).__name__ == "FSDPState" for h in hooks):
+        if unit.sharded and not all(type(getattr(h, "__self__", None)).__name__ in _STATES for h in hooks):
             raise UnsupportedGraphError(
                 f"'{unit.path or 'the model'}' has hooks around its forward besides those of its own fully_shard: what "
                 "they do to the examples is not seen",
@@ -38,6 +46,13 @@ def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
                 f"the forward of '{unit.path or 'the model'}' was replaced on the object",
                 remedy="override it in a class, or wrap the module in another and shard that",
             )
+
+
+def clear_failed(root: Unit) -> None:
+    """Before a forward: what an earlier one, or its backward, left behind when it failed."""
+    for unit in _all(root):
+        if unit.sharded:
+            clear_interrupted(unit.module)
 
 
 class ShardedSums:
@@ -95,7 +110,7 @@ def _start(
     for dtype, members in groups.items():
         own = [parameters[n] for n in members]
         whole = [
-            sums[n] if n in sums else torch.zeros(p.shape, dtype=dtype, device=p.device)
+            sums[n] if n in sums else torch.zeros(p.shape, dtype=dtype, device=computing_device(p))
             for n, p in zip(members, own, strict=True)
         ]
         started.append((members, reduce_sums(own, whole)))

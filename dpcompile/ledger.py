@@ -45,6 +45,7 @@ class GradientLedger:
     a step without a backward since the last one  refused
     gradients of the last step left in place      the next clipped backward is refused
     two model calls in one backward               refused: one example could count twice
+    sums held back that were never handed on      refused
     written through ``p.grad.data``               not seen (torch keeps no version for it)
     ``torch._foreach_*`` on sharded gradients     not seen (it changes no version of a DTensor)
     ============================================  =============================================
@@ -58,6 +59,7 @@ class GradientLedger:
         self._graph_task: int | None = None
         self._call: object = None
         self._fault: PrivacyError | None = None
+        self._held: dict[str, Tensor] = {}
 
     @property
     def deliveries(self) -> int:
@@ -86,6 +88,20 @@ class GradientLedger:
         if not (same_call and graph_task == self._graph_task):
             self._deliveries += 1
         self._graph_task, self._call = graph_task, call
+        self.add(sums)
+
+    def hold(self, sums: Iterable[tuple[str, Tensor]]) -> None:
+        """Keep one backward's sums back, to be added up over replicas: :meth:`take_held` hands them on."""
+        for name, clipped in sums:
+            self._held[name] = self._held[name] + clipped if name in self._held else clipped
+
+    def take_held(self) -> dict[str, Tensor]:
+        """What was held back, by parameter."""
+        held, self._held = self._held, {}
+        return held
+
+    def add(self, sums: Iterable[tuple[str, Tensor]]) -> None:
+        """Add what was held back, now summed over replicas, into ``p.grad``."""
         for name, clipped in sums:
             self._add(name, self._parameters[name], clipped)
 
@@ -93,6 +109,12 @@ class GradientLedger:
         """Raise PrivacyError unless the gradients of ``trainable`` are what :meth:`deliver` left."""
         if self._fault is not None:
             raise self._fault
+        if self._held:
+            raise PrivacyError(
+                "clipped sums of this rank were not added to those of the others: every backward since the last "
+                "reduction ran under no_sync()",
+                remedy="run the last micro-batch before optimizer.step() outside no_sync()",
+            )
         for name in trainable:
             parameter, entry = self._parameters[name], self._entries.get(name)
             if parameter.grad is None or (entry is not None and entry.stands(parameter)):
@@ -127,6 +149,7 @@ class GradientLedger:
         """After ``zero_grad``: forget the sums and any fault."""
         self._entries.clear()
         self._spent.clear()
+        self._held.clear()
         self._deliveries, self._graph_task, self._call, self._fault = 0, None, None, None
 
     def _add(self, name: str, parameter: nn.Parameter, clipped: Tensor) -> None:

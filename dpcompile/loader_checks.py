@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
@@ -15,9 +17,11 @@ __all__ = [
     "check_count",
     "check_rank",
     "checked_size",
+    "refuse_lone_replicas",
     "refuse_other_optimizer",
     "refuse_same_examples",
     "refuse_state",
+    "refuse_uneven_parts",
     "taken_over",
 ]
 
@@ -106,13 +110,34 @@ def check_rank(rank: int, world_size: int) -> None:
 
 
 def refuse_same_examples(loader: int, ranks: int) -> None:
-    """Under FSDP the ranks' gradients add up: an example that all of them draw would count once for each."""
+    """The ranks' gradients add up: an example that all of them draw would count once for each."""
     if loader != ranks:
         raise PrivacyError(
             f"the loader deals each logical batch out to {loader} rank(s), and there are {ranks}: ranks would train on "
             "the same examples, and each example would count several times",
             remedy="give PoissonLoader rank=torch.distributed.get_rank() and "
             "world_size=torch.distributed.get_world_size()",
+        )
+
+
+def refuse_lone_replicas(world_size: int) -> None:
+    """Ranks that share a logical batch must add up its clipped sums; those of an ordinary model are not."""
+    raise PrivacyError(
+        f"the loader deals each logical batch out to {world_size} ranks, and nothing adds up the ranks' gradients: "
+        "every rank would train a model of its own on a part of it",
+        remedy="wrap the model, DistributedDataParallel(dp_compile(model)), and give that to DPOptimizer and attach; "
+        "or call fully_shard before dp_compile; or leave out rank and world_size to train on each rank by itself",
+    )
+
+
+def refuse_uneven_parts(ranks: Sequence[int], world_size: int) -> None:
+    """Each part of a logical batch is taken, and as often as the others."""
+    taken = Counter(ranks)
+    if set(taken) != set(range(world_size)) or len(set(taken.values())) != 1:
+        raise PrivacyError(
+            f"the ranks take the parts {', '.join(map(str, ranks))} of {world_size} of each logical batch: some "
+            "examples would count several times, and others not at all",
+            remedy="give PoissonLoader rank=torch.distributed.get_rank(), which differs from rank to rank on all nodes",
         )
 
 

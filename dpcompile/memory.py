@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import sympy
@@ -26,6 +26,7 @@ _VIEWS = {
 }  # fmt: skip
 
 
+_ABSORBING = ("sum", "mean", "amax", "var_mean", "gather", "index")
 _CONSTANT = ("full", "full_like", "iota", "arange", "scalar_tensor", "empty", "new_full", "zeros", "ones")
 
 
@@ -34,20 +35,18 @@ class Holding:
     """What one parameter's rule keeps until the clip.
 
     Attributes:
-        operands: values of the joint graph, by name, that are needed again after the clip.
+        operands: values of the joint graph, by name, that are needed again after the clip, and their bytes.
         since: names of the operations at which what the rule makes comes to exist.
         kept: bytes of it that stay until the clip.
         scratch: bytes of it that are freed at once.
         result: bytes of the clipped sum.
-        operand_bytes: bytes of the operands, each counted here though others may need it too.
     """
 
-    operands: tuple[str, ...]
+    operands: Mapping[str, float]
     since: tuple[str, ...]
     kept: float
     scratch: float
     result: float
-    operand_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +106,7 @@ class Replay:
             for operand in (self.owners.get(n) for n in holding.operands):
                 if operand is not None and operand in lives:
                     life = lives[operand]
-                    lives[operand] = _Life(life.start, last, life.size, life.of_examples)
+                    lives[operand] = replace(life, end=last)
             begin = max((self.lives[n].start for n in holding.since if n in self.lives), default=last)
             lives[f"kept {i}"] = _Life(begin, last, holding.kept, True)
             lives[f"scratch {i}"] = _Life(begin, begin, holding.scratch, True)
@@ -143,7 +142,13 @@ def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -
     for i, gradient in enumerate(g for g in joint.gradients.values() if g is not None):
         if gradient.name in lives:
             lives[f"gradient {i}"] = lives.pop(gradient.name)
+    first: dict[str, str] = {}  # of several saved views of one memory
+    same = {n.name: first.setdefault(storage_of(n).name, n.name) for n in returned if isinstance(n, fx.Node)}
+    for name, owner in same.items():
+        if name != owner and name in lives and owner in lives:
+            lives[owner] = replace(lives[owner], end=max(lives[owner].end, lives.pop(name).end))
     owners = {n.name: storage_of(n).name for n in backward.graph.nodes}
+    owners = {name: same.get(owner, owner) for name, owner in owners.items()}
     for node in joint.graph.nodes:  # a view that the backward makes of something else
         source = node
         while source.name not in owners and storage_of(source) is not source:
@@ -190,7 +195,7 @@ def _lives(graph: fx.Graph, hints: Mapping[sympy.Symbol, int], of_examples: set[
 
 def is_fused(node: fx.Node) -> bool:
     """Whether no memory is needed, since every reader is computed in the same loop."""
-    return node.op == "call_function" and _pointwise(node) and all(_pointwise(u) or _reduces(u) for u in node.users)
+    return node.op == "call_function" and _pointwise(node) and all(_pointwise(u) or _absorbs(u) for u in node.users)
 
 
 def _is_input(node: fx.Node) -> bool:
@@ -207,12 +212,13 @@ def _pointwise(node: fx.Node) -> bool:
     return name in _CONSTANT
 
 
-def _reduces(node: fx.Node) -> bool:
-    return node.op == "call_function" and operation_name(node.target) in ("sum", "mean", "amax", "var_mean")
+def _absorbs(node: fx.Node) -> bool:
+    """Whether the operation's loop may compute its operands: a reduction, or a look-up."""
+    return node.op == "call_function" and operation_name(node.target) in _ABSORBING
 
 
 def storage_of(node: fx.Node) -> fx.Node:
-    """The node whose memory a view lies in; any other node itself."""
+    """The value whose memory this one is a view of; itself if it is none."""
     while node.op == "call_function" and node.all_input_nodes:
         name = operation_name(node.target)
         if name not in _VIEWS or _several(node.all_input_nodes[0]):

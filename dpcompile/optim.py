@@ -20,7 +20,7 @@ from dpcompile.errors import PrivacyError
 from dpcompile.mechanism import privatize_
 from dpcompile.noise import check_seed, fresh_seed
 from dpcompile.privacy import PrivacyAccountant
-from dpcompile.ranks import digest, refuse_disagreement, share_seed
+from dpcompile.ranks import digest, from_first, refuse_disagreement
 from dpcompile.runtime import engine_of
 from dpcompile.shards import as_gradient, local_part, local_start
 
@@ -39,7 +39,7 @@ class DPOptimizer(Optimizer):
         noise_multiplier: sigma; the noise has standard deviation ``sigma * max_grad_norm`` before the division. 0 is
             allowed: no noise, epsilon infinite.
         expected_batch_size: sample rate times size of the dataset: the constant that divides the sums.
-        seed: of the noise, a secret; None draws one (rank 0 does, for all ranks of a sharded model). See
+        seed: of the noise, a secret; None draws one (rank 0 does, for all ranks of a sharded or replicated model). See
             :func:`dpcompile.noise.fresh_seed`.
         secure: cryptographic noise (ChaCha20).
         accountant: stepped once per logical step.
@@ -92,17 +92,18 @@ class DPOptimizer(Optimizer):
         checks.refuse_bad_numbers(noise_multiplier, expected_batch_size)
         checks.refuse_other_accountant(noise_multiplier, accountant)
         checks.refuse_closure_only(optimizer)
-        if seed is None:
-            seed = fresh_seed(secure=secure)
-            seed = share_seed(seed) if self.engine.sharded else seed
-        check_seed(seed, secure=secure)
+        drawn: int = fresh_seed(secure=secure)
+        if self.engine.distributed:  # also where a seed is given: ranks that wait for one that others do not send hang
+            drawn = from_first(drawn)
+        self.seed = drawn if seed is None else seed
+        check_seed(self.seed, secure=secure)
         self.optimizer = optimizer
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
-        self.seed, self.secure, self.accountant = seed, secure, accountant
+        self.secure, self.accountant = secure, accountant
         self.logical_step = 0
         self.accumulating = False
         self._stepping = False
-        self._agreed = not self.engine.sharded  # whether all ranks are known to mean the same
+        self._agreed = False  # whether all ranks are known to mean the same
         self._held = False  # sums of earlier physical batches of an unfinished logical step stand in p.grad
         checks.refuse_foreign(self.engine, (p for group in optimizer.param_groups for p in group["params"]))
         checks.refuse_missing(self.engine, optimizer, self.engine.trainable())
@@ -159,7 +160,7 @@ class DPOptimizer(Optimizer):
 
     def _agree(self) -> None:
         """Before the first step, and the first after a checkpoint, compare with the other ranks."""
-        if not self._agreed:
+        if self.engine.distributed and not self._agreed:
             own = self.private_state()
             options = self.engine.options
             refuse_disagreement(
@@ -237,7 +238,7 @@ class DPOptimizer(Optimizer):
         if self.accountant is not None and own["accountant"] is not None:
             self.accountant.load_state_dict(own["accountant"])
         self.seed, self.logical_step = own["seed"], own["logical_step"]
-        self._agreed = not self.engine.sharded
+        self._agreed = False
         self.discard()
 
     def fill_state(self) -> None:

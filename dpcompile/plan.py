@@ -11,7 +11,7 @@ import torch
 from dpcompile.choose import Candidate, Limit, choose, fastest, seconds_of
 from dpcompile.cost import Cost, Shape, costs, gram_cost, summed_cost
 from dpcompile.kernels.fused_rates import FusedRates
-from dpcompile.memory import Holding
+from dpcompile.memory import Holding, bytes_of, storage_of
 from dpcompile.modes import MODES, Mode
 from dpcompile.norms.factors import Factored, oriented
 from dpcompile.rates import Rates
@@ -295,11 +295,10 @@ def _holding(choice: Choice, memory: float, hints: Mapping[sympy.Symbol, int], e
     operands: dict[str, float] = {}
     if choice.rule not in ("keep", "whole"):
         for site in choice.gradient.sites:
-            for node in site.operands.values():
-                size = product(shape_of(node.meta["val"]))
-                operands[node.name] = _number(size, hints) * node.meta["val"].element_size()
+            for node in map(storage_of, site.operands.values()):
+                operands[node.name] = bytes_of(node, hints)
     kept = memory if choice.rule == "keep" else 0.0
-    return Holding(tuple(operands), since, kept, memory - kept, result, sum(operands.values()))
+    return Holding(operands, since, kept, memory - kept, result)
 
 
 def _number(size: Size, hints: Mapping[sympy.Symbol, int]) -> float:

@@ -15,6 +15,8 @@ from dpcompile.errors import PrivacyError
 from dpcompile.noise import fresh_seed
 from dpcompile.optim import DPOptimizer
 from dpcompile.privacy import Method, PrivacyAccountant, calibrate_noise
+from dpcompile.ranks import from_first, rank, world_size
+from dpcompile.replicas import inner_module
 from dpcompile.runtime import PrivateModule, engine_of
 
 __all__ = ["make_private"]
@@ -42,9 +44,11 @@ def make_private(
     The loop stays as it is; ``optimizer.accountant.epsilon(delta)`` tells what it has cost so far.
 
     Args:
-        model: an ordinary model, or one that :func:`dpcompile.dp_compile` returned.
+        model: an ordinary model, also one under ``fully_shard``; one that :func:`dpcompile.dp_compile` returned; or
+            such a one inside DistributedDataParallel.
         optimizer: a torch optimizer over its trainable parameters.
-        loader: a DataLoader with torch's own sampler (its batch size becomes the expected one), or a PoissonLoader.
+        loader: a DataLoader with torch's own sampler (its batch size becomes the expected one, of all ranks together),
+            or a PoissonLoader.
         noise_multiplier: sigma. Either this or a target.
         target_epsilon: the epsilon that all ``epochs`` or ``steps`` together may cost.
         target_delta: with ``target_epsilon``; well below 1 / size of the dataset.
@@ -72,8 +76,12 @@ def make_private(
     if isinstance(optimizer, DPOptimizer):
         raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
     private_model = _private_model(model, max_grad_norm, dp_compile_options)
-    seed = fresh_seed(secure=secure) if seed is None else seed
-    private_loader = _private_loader(loader, physical_batch_size, seed, secure)
+    distributed = engine_of(private_model).distributed
+    drawn: int = fresh_seed(secure=secure)
+    if distributed:  # on every rank, whether it is given a seed or not
+        drawn = from_first(drawn)
+    seed = drawn if seed is None else seed
+    private_loader = _private_loader(loader, physical_batch_size, seed, secure, distributed)
     if noise_multiplier is None:
         assert target_epsilon is not None and target_delta is not None
         noise_multiplier = calibrate_noise(
@@ -127,7 +135,7 @@ def _check_target(
 
 
 def _private_model(model: nn.Module, max_grad_norm: float | None, options: dict[str, Any]) -> Any:
-    if not isinstance(model, PrivateModule):
+    if not isinstance(inner_module(model), PrivateModule):
         return dp_compile(model, max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm, **options)
     has = engine_of(model).max_grad_norm
     if max_grad_norm is not None and max_grad_norm != has:
@@ -143,9 +151,13 @@ def _private_model(model: nn.Module, max_grad_norm: float | None, options: dict[
     return model
 
 
-def _private_loader(loader: Any, physical_batch_size: int | None, seed: int, secure: bool) -> PoissonLoader:
+def _private_loader(
+    loader: Any, physical_batch_size: int | None, seed: int, secure: bool, distributed: bool
+) -> PoissonLoader:
     if not isinstance(loader, PoissonLoader):
-        options = {"physical_batch_size": physical_batch_size, "seed": seed, "secure": secure}
+        options: dict[str, Any] = {"physical_batch_size": physical_batch_size, "seed": seed, "secure": secure}
+        if distributed:
+            options |= {"rank": rank(), "world_size": world_size()}
         return PoissonLoader.from_dataloader(loader, **options)
     if physical_batch_size not in (None, loader.physical_batch_size):
         raise PrivacyError(

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, UnsupportedGraphError
 
-__all__ = ["any_rank", "digest", "refuse_disagreement", "share_seed", "world_size"]
+__all__ = ["any_rank", "digest", "from_first", "gathered", "rank", "refuse_disagreement", "refuse_some", "world_size"]
 
 
 def world_size() -> int:
@@ -18,13 +18,27 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def share_seed(seed: int) -> int:
-    """The seed of rank 0, on every rank."""
+def rank() -> int:
+    """Which of them this is; 0 without torch.distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def from_first(value: Any) -> Any:
+    """The value of rank 0, on every rank; every rank must call this."""
     if world_size() == 1:
-        return seed
-    box = [seed]
+        return value
+    box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all ranks, in their order; every rank must call this."""
+    if world_size() == 1:
+        return [value]
+    everywhere: list[Any] = [None] * world_size()
+    dist.all_gather_object(everywhere, value)
+    return everywhere
 
 
 def digest(secret: int) -> str:
@@ -34,11 +48,21 @@ def digest(secret: int) -> str:
 
 def any_rank(value: bool) -> bool:
     """Whether it is so on one rank or more; every rank must call this."""
-    if world_size() == 1:
-        return value
-    everywhere: list[Any] = [None] * world_size()
-    dist.all_gather_object(everywhere, value)
-    return any(everywhere)
+    return any(gathered(value))
+
+
+def refuse_some(what: str, ranks: int) -> None:
+    """Clipped sums are added up over all ranks: over some of them only, the others would train a model of their own.
+
+    Raises:
+        UnsupportedGraphError: ``what`` holds fewer than all.
+    """
+    if ranks != world_size():
+        raise UnsupportedGraphError(
+            f"{what} over {ranks} of {world_size()} ranks: examples are dealt out to all ranks, and their gradients "
+            "would be added up over some",
+            remedy="take a mesh, or a process group, of all ranks; start runs that are meant to be separate separately",
+        )
 
 
 def refuse_disagreement(values: Mapping[str, Any]) -> None:
@@ -49,8 +73,7 @@ def refuse_disagreement(values: Mapping[str, Any]) -> None:
     """
     if world_size() == 1:
         return
-    everywhere: list[Any] = [None] * world_size()
-    dist.all_gather_object(everywhere, dict(values))
+    everywhere = gathered(dict(values))
     different = [name for name in values if len({repr(v[name]) for v in everywhere}) > 1]
     if different:
         listed = ", ".join(

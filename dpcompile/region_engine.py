@@ -13,9 +13,9 @@ from dpcompile.axis import Examples, Label, Shared
 from dpcompile.clipping import prove_function
 from dpcompile.deferral import Outcome, Pass, WholeSums
 from dpcompile.enclosed import end_forward
-from dpcompile.engine import Engine, with_own_code, zeros_for
+from dpcompile.engine import Engine, with_own_code
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
-from dpcompile.fsdp import ShardedSums, check_sharded
+from dpcompile.fsdp import ShardedSums, check_sharded, clear_failed
 from dpcompile.lowering import Lowering, clip_groups
 from dpcompile.modes import MODES
 from dpcompile.pipeline import Options
@@ -23,7 +23,7 @@ from dpcompile.plan import Plan
 from dpcompile.random_state import Snapshot
 from dpcompile.region import Scope
 from dpcompile.region_graphs import Frame, RegionGraphs
-from dpcompile.shards import is_distributed, local_part
+from dpcompile.shards import is_distributed, local_part, zeros_for
 from dpcompile.translate import translated
 from dpcompile.units import Unit, find_units, is_sharded, stubs
 
@@ -57,7 +57,7 @@ class RegionEngine(Engine):
                 "check=True compares with torch.func.vmap on whole parameters, and FSDP holds them in parts",
                 remedy="check the model on one process before fully_shard",
             )
-        self.graphs = RegionGraphs(options, self.kept, self._run_unit, self.check_live)
+        self.graphs = RegionGraphs(options, self.kept, self._run_unit, self.check_live, self.replicas.apart)
         self.graphs.two_pass = MODES[options.norm].second_backward
         self.lowering = f"two passes: forced by norm={options.norm!r}" if self.graphs.two_pass else ""
         self._root: Unit | None = None
@@ -72,6 +72,7 @@ class RegionEngine(Engine):
         self._current = (args, kwargs)
         self.first_step = self._recorder()
         try:
+            self.replicas.notice(tracing=self._tracing)
             with tracing_config(regions=True):
                 return self._run_model(args, kwargs) if self._decided() else self._decide(args, kwargs)
         except Exception as error:
@@ -115,6 +116,8 @@ class RegionEngine(Engine):
             self._root = find_units(self.module)
             if self.sharded:
                 check_sharded(self._root, self._parameters)
+        if self.sharded:
+            clear_failed(self._root)
         trained = tuple(self.trainable())
         if trained != self._trained:
             self._trained, self._lowerings = trained, {}
@@ -280,13 +283,13 @@ class RegionEngine(Engine):
             self._clipping_proved = True
         refused = self.refused_backward()
         mask = self.take_mask(*batch)
-        recorder = self.first_step
+        recorder, reduces = self.first_step, self.replicas.reduces
 
         def deliver(outcome: Outcome) -> None:
             reached = {name for name, _ in outcome.sums}
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
             zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]
-            self.ledger.deliver([*outcome.sums, *zeros], graph_task=outcome.graph_task)
+            self.replicas.deliver(outcome.sums, zeros, graph_task=outcome.graph_task, reduces=reduces)
             self.grad_norms = outcome.norms.detach()
             if recorder is not None:
                 recorder.compare(outcome.norms, outcome.mask, outcome.sums)

@@ -73,6 +73,7 @@ class RegionGraphs:
         run_unit: runs a unit; takes the labels of the tensors among its arguments, and answers with those of its
             results.
         check_live: raises if a parameter is not the object that the optimizer knows.
+        apart: the parameters as autograd may see them.
 
     Attributes:
         compilations: how many graphs were compiled.
@@ -85,9 +86,16 @@ class RegionGraphs:
         two_pass: whether regions run their backward twice.
     """
 
-    def __init__(self, options: Options, kept: Kept, run_unit: RunUnit, check_live: CheckLive) -> None:
+    def __init__(
+        self,
+        options: Options,
+        kept: Kept,
+        run_unit: RunUnit,
+        check_live: CheckLive,
+        apart: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    ) -> None:
         self._options, self._kept = options, kept
-        self._run_unit, self._check_live = run_unit, check_live
+        self._run_unit, self._check_live, self._apart = run_unit, check_live, apart
         self._artifacts: dict[Any, Artifact] = {}
         self._plans: dict[int, Plan] = {}
         self.compilations = 0
@@ -209,7 +217,7 @@ class RegionGraphs:
             if run is not None:
                 run.probe = probe
         elif run is not None:
-            norms, aliases = attach(run, [inputs[p] for p in positions])
+            norms, aliases = attach(run, self._apart([inputs[p] for p in positions]))
             arguments = list(inputs)
             for p, alias in zip(positions, aliases, strict=True):
                 arguments[p] = alias

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from dpcompile.lowering import Lowering
 from dpcompile.norms.factors import factored
 from dpcompile.norms.ghost import Sides, direct, ghost, ghost_of_gram, merge, outer
 from dpcompile.norms.instantiate import per_example_site, run_operation, run_tail, tail_inputs, through_tail
+from dpcompile.norms.kept_op import FEW, norms_of_vectors, weighted_sums
 from dpcompile.norms.product_op import product_with_norms, squared_norms
 from dpcompile.norms.slices import accumulation_dtype, scaled
 from dpcompile.plan import Choice, Plan
@@ -66,7 +67,7 @@ def rewrite(
     :func:`dpcompile.clipping.clip_weights` for the norm over all parameters of its group, in float32 or wider; no other
     gradient of a parameter is returned.
     """
-    norms = [_norm(joint, choice) for choice in plan.choices]
+    norms = _norms(joint, plan)
     if lowering is not None:
         _rewrite_region(joint, norms, options, lowering)
         return
@@ -84,8 +85,8 @@ def rewrite(
         total, weights = _clip(joint, members, options, bound)
         totals.append(total)
         second = _repeated(joint, plan, proof, members, weights)
-        for norm in members:
-            outputs[joint.sum_slots[norm.choice.gradient.name]] = _clipped_sum(joint, norm, weights, second)
+        for norm, value in _clipped_sums(joint, members, [weights] * len(members), second):
+            outputs[joint.sum_slots[norm.choice.gradient.name]] = value
     outputs[joint.norm_slot] = _reported(joint, totals, options)
     joint.graph.output_node().args = (type(joint.graph.output_node().args[0])(outputs),)  # type: ignore[call-arg]
     _prune(joint.graph)
@@ -119,8 +120,8 @@ def _rewrite_region(joint: JointGraph, norms: Sequence[_Norm], options: ClipOpti
         weights = [
             insert(joint.graph, _behind(joint, [given]), lambda w, i=rows[name]: w[i], [given]) for name in known
         ]
-    for norm, own in zip(norms, weights, strict=True):
-        outputs[joint.sum_slots[norm.choice.gradient.name]] = _clipped_sum(joint, norm, own, {})
+    for norm, value in _clipped_sums(joint, norms, weights, {}):
+        outputs[joint.sum_slots[norm.choice.gradient.name]] = value
     joint.graph.output_node().args = (type(joint.graph.output_node().args[0])(outputs),)  # type: ignore[call-arg]
     _prune(joint.graph)
     joint.module.recompile()
@@ -144,6 +145,27 @@ def _weights_at_once(
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
+
+
+def _norms(joint: JointGraph, plan: Plan) -> list[_Norm]:
+    """A norm for every gradient; those of kept vectors come out of one operation."""
+    norms = [_norm(joint, choice) for choice in plan.choices]
+    vectors: dict[torch.dtype, list[int]] = {}
+    for i, norm in enumerate(norms):
+        if norm.kept is not None and _is_vector(norm.kept.meta["val"]):
+            vectors.setdefault(norm.kept.meta["val"].dtype, []).append(i)
+    for places in vectors.values():
+        if len(places) <= FEW:
+            continue
+        kept = [n for i in places if (n := norms[i].kept) is not None]
+        squared = insert(joint.graph, _behind(joint, kept), lambda *each: norms_of_vectors(each).unbind(), kept)
+        for i, node in zip(places, squared, strict=True):
+            norms[i] = replace(norms[i], squared=node)
+    return norms
+
+
+def _is_vector(each: Tensor) -> bool:
+    return each.ndim == 2 and each.device.type == "cpu"
 
 
 def _norm(joint: JointGraph, choice: Choice) -> _Norm:
@@ -283,6 +305,39 @@ def _repeated(
     redone = (m.choice.gradient for m in members if m.kept is None and m.choice.rule != "whole")
     operands = {n for g in redone for s in g.sites for n in s.operation.all_input_nodes}
     return repeat_backward(joint, proof, weights, operands)
+
+
+def _clipped_sums(
+    joint: JointGraph, norms: Sequence[_Norm], weights: Sequence[fx.Node], second: Mapping[fx.Node, fx.Node]
+) -> Iterator[tuple[_Norm, fx.Node]]:
+    """Each norm's clipped sum, for its row of weights; those of kept vectors come out of one operation."""
+    together: dict[torch.dtype, list[tuple[_Norm, fx.Node]]] = {}
+    for norm, row in zip(norms, weights, strict=True):
+        value = None if norm.kept is None else norm.kept.meta["val"]
+        if value is None or value.device.type != "cpu" or value.dtype != row.meta["val"].dtype:
+            yield norm, _clipped_sum(joint, norm, row, second)
+        elif value.ndim == 2:
+            together.setdefault(value.dtype, []).append((norm, row))
+        else:
+            yield from _weighted_sums(joint, [(norm, row)])
+    for members in together.values():
+        if len(members) > FEW:
+            yield from _weighted_sums(joint, members)
+        else:
+            yield from ((norm, _clipped_sum(joint, norm, row, second)) for norm, row in members)
+
+
+def _weighted_sums(joint: JointGraph, members: Sequence[tuple[_Norm, fx.Node]]) -> Iterator[tuple[_Norm, fx.Node]]:
+    rows = list(dict.fromkeys(row for _, row in members))
+    indices = [rows.index(row) for _, row in members]
+
+    def sums(*values: Tensor) -> list[Tensor]:
+        weights = torch.stack(values[: len(rows)]) if len(rows) > 1 else values[0].unsqueeze(0)
+        return weighted_sums(weights, indices, values[len(rows) :])
+
+    nodes = [*rows, *(n for m, _ in members if (n := m.kept) is not None)]
+    values = insert(joint.graph, _behind(joint, nodes), sums, nodes)
+    return zip((m for m, _ in members), values, strict=True)
 
 
 def _clipped_sum(joint: JointGraph, norm: _Norm, weights: fx.Node, second: Mapping[fx.Node, fx.Node]) -> fx.Node:

@@ -13,6 +13,7 @@ from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.pipeline import Options, Transformed
 from dpcompile.region_engine import RegionEngine
 from dpcompile.region_graphs import RegionPlans
+from dpcompile.replicas import inner_module
 from dpcompile.units import is_sharded
 
 __all__ = ["Engine", "PrivateModule", "engine_of", "private_class", "private_view"]
@@ -115,12 +116,13 @@ def _undecorated(model: Any) -> nn.Module:
 
 
 def engine_of(model: Any) -> Engine:
-    """The engine of a private module.
+    """The engine of a private module, or of one inside DistributedDataParallel.
 
     Raises:
         PrivacyError: an ordinary module, whose gradients nobody clips.
     """
     engine: Engine | None = None
+    outer, model = model, inner_module(model)
     if isinstance(model, PrivateModule):
         engine = getattr(model, "_engine", None)
         if engine is None:  # an instance of a decorated class, used for the first time
@@ -131,6 +133,8 @@ def engine_of(model: Any) -> Engine:
             f"{type(model).__name__} is not a private model: nothing clips its gradients",
             remedy="wrap it first: model = dp_compile(model, max_grad_norm=1.0)",
         )
+    if outer is not model:
+        engine.replicas.join(outer)
     return engine
 
 

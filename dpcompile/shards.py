@@ -13,7 +13,19 @@ from torch import Tensor
 
 from dpcompile.errors import UnsupportedGraphError
 
-__all__ = ["Pending", "as_gradient", "is_distributed", "local_part", "local_start", "reduce_sums", "version_of"]
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.13
+
+__all__ = [
+    "Pending",
+    "as_gradient",
+    "computing_device",
+    "is_distributed",
+    "local_part",
+    "local_start",
+    "reduce_sums",
+    "version_of",
+    "zeros_for",
+]
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -27,9 +39,20 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def computing_device(parameter: Tensor) -> torch.device:
+    """Where a parameter is used; with CPU offload it rests elsewhere."""
+    distributed: Any = parameter
+    return torch.device(distributed.device_mesh.device_type) if is_distributed(parameter) else parameter.device
+
+
 def version_of(tensor: Tensor) -> tuple[int, int]:
     """Changes with every in-place operation on the tensor or on its local part."""
     return tensor._version, local_part(tensor)._version
+
+
+def zeros_for(parameter: Tensor) -> Tensor:
+    """A clipped sum of zeros, of what of the parameter lies here."""
+    return torch.zeros_like(local_part(parameter.detach()), dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
 def as_gradient(parameter: Tensor, local: Tensor) -> Tensor:
@@ -61,7 +84,7 @@ def local_start(parameter: Tensor) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How FSDP2 cuts a parameter: equal numbers of rows, the last ranks with fewer or none."""
+    """How FSDP2 cuts a parameter: equal numbers of rows, the last ranks with fewer or none; or not at all."""
 
     world: int
     rank: int
@@ -74,6 +97,9 @@ def _layout(parameter: Any) -> _Layout:
     mesh, placements = parameter.device_mesh, parameter.placements
     cut = [i for i, p in enumerate(placements) if p.is_shard()]
     copied = [i for i, p in enumerate(placements) if p.is_replicate()]
+    replicas = tuple(mesh.get_group(i) for i in copied)
+    if len(copied) == len(placements):
+        return _Layout(1, 0, parameter.shape[0], None, replicas)
     plain = type(placements[cut[0]]).__name__ == "Shard" if cut else False
     if len(cut) != 1 or len(cut) + len(copied) != len(placements) or not plain or placements[cut[0]].dim != 0:
         raise UnsupportedGraphError(
@@ -89,7 +115,7 @@ def _layout(parameter: Any) -> _Layout:
             f"rank {rank} holds {parameter.to_local().shape[0]} rows of a parameter where equal parts give {here}",
             remedy="shard with torch.distributed.fsdp.fully_shard",
         )
-    return _Layout(world, rank, rows, mesh.get_group(cut[0]), tuple(mesh.get_group(i) for i in copied))
+    return _Layout(world, rank, rows, mesh.get_group(cut[0]), replicas)
 
 
 @dataclass(slots=True)
@@ -103,7 +129,7 @@ class Pending:
     sent: Tensor | None
 
     def wait(self) -> list[Tensor]:
-        """The local parts of the sums over all ranks, in the order of the parameters."""
+        """The local parts of the sums over all ranks, in the order of the parameters, where these rest."""
         if self.work is not None:
             self.work.wait()
         self.sent = None
@@ -112,8 +138,9 @@ class Pending:
         found, at = [], 0
         for parameter, layout in zip(self.parameters, self.layouts, strict=True):
             width = parameter.numel() // max(parameter.shape[0], 1)
-            shape = local_part(parameter.detach()).shape
-            found.append(self.received[at : at + shape.numel()].clone().view(shape))
+            here = local_part(parameter.detach())
+            part = self.received[at : at + here.numel()].view(here.shape)
+            found.append(part.clone() if part.device == here.device else part.to(here.device))
             at += layout.rows * width
         return found
 
@@ -135,6 +162,8 @@ def reduce_sums(parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> Pending
         padded = torch.cat([total, total.new_zeros((missing, *total.shape[1:]))]) if missing else total
         parts.append(padded.reshape(world, -1))
     sent = torch.cat(parts, 1)
+    if layouts[0].shards is None:
+        return Pending(parameters, layouts, sent.view(-1), None, None)
     received = sent.new_empty(sent.shape[1])
-    work = dist.reduce_scatter_tensor(received, sent.view(-1), group=layouts[0].shards, async_op=True)
+    work = _reduce_scatter(received, sent.view(-1), group=layouts[0].shards, async_op=True)
     return Pending(parameters, layouts, received, work, sent)

@@ -75,6 +75,11 @@ def compile_step(
             remedy="use the ordinary loop: model(inputs), loss.backward(), optimizer.step(); or compile the model "
             "without regions",
         )
+    if engine.distributed:
+        raise UnsupportedGraphError(
+            "compile_step makes one graph of the whole step, and this model is replicated by DistributedDataParallel",
+            remedy="use the ordinary loop: model(inputs), loss.backward(), optimizer.step()",
+        )
     for group in optimizer.param_groups:
         if isinstance(group["lr"], float):  # a number would be compiled in, and every change of it compiled anew
             group["lr"] = torch.tensor(group["lr"])

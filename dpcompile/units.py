@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpcompile._torch import fake_mode_of, mixed_precision, opaque, pytree
 from dpcompile.errors import UnsupportedGraphError
+from dpcompile.shards import computing_device
 
 __all__ = ["Unit", "as_it_is", "find_units", "is_sharded", "stubs", "unit_call"]
 
@@ -183,7 +184,8 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
 
 def _fake(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     wanted = dtype or tensor.dtype
-    return torch.empty(tensor.shape, dtype=wanted, device=tensor.device, requires_grad=tensor.requires_grad)
+    device = computing_device(tensor)
+    return torch.empty(tensor.shape, dtype=wanted, device=device, requires_grad=tensor.requires_grad)
 
 
 def _check_outputs(unit: Unit, outputs: Any) -> None:

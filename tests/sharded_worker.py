@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from sharded_noise import noise, replicas
 from test_regions import GPT, MLP, Block, D, LoRA, T, V, ViT
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -251,7 +252,18 @@ def disagreement(mesh: DeviceMesh) -> None:
     ranks: dict[str, Any] = {"rank": rank, "world_size": dist.get_world_size()}
     longer = TensorDataset(torch.zeros(40 + rank, 1))
     loader = PoissonLoader(longer, expected_batch_size=2, seed=3, steps=1, **ranks)
-    raises(PrivacyError, "the ranks disagree about", lambda: next(loader.batches()))
+    sizes = ", ".join(str(40 + r) for r in range(dist.get_world_size()))
+    raises(PrivacyError, f"dataset_size ({sizes})", lambda: next(loader.batches()))
+    data = TensorDataset(torch.zeros(40, 1))
+    for name, value in {"expected_batch_size": 2 + rank, "physical_batch_size": 4 + rank, "steps": 1 + rank}.items():
+        other = PoissonLoader(
+            data, **{"expected_batch_size": 2, "physical_batch_size": 4, "steps": 1, name: value}, **ranks
+        )
+        values = ", ".join(str(value - rank + r) for r in range(dist.get_world_size()))
+        raises(PrivacyError, f"{name} ({values})", lambda other=other: next(other.batches()))
+    some = PoissonLoader(data, expected_batch_size=2, seed=3 if rank else None, **ranks)  # no rank waits for another
+    raises(PrivacyError, "the ranks disagree about seed", lambda: next(some.batches()))
+    raises(PrivacyError, "the ranks disagree about seed", lambda: one_step(seed=7 if rank else None))
     model = dp_compile(shard(made(gpt), mesh), max_grad_norm=C, backend="eager")
     optimizer = DPOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), model, noise_multiplier=1.0, expected_batch_size=2
@@ -388,6 +400,7 @@ def main() -> None:
         "loading": lambda: loading(mesh, Path(sys.argv[1])),
         "checkpoints": lambda: checkpoints(mesh, Path(sys.argv[1])),
         "mixed precision": lambda: mixed_precision(mesh),
+        "noise": lambda: noise(mesh, Path(sys.argv[1])),
         "refusals": lambda: refused(mesh),
     }
     if world > 1:
@@ -405,6 +418,7 @@ def main() -> None:
     if world == 4:
         both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         checks["replicas of shards"] = lambda: gradients("GPT", both)
+        checks["noise of replicas"] = lambda: replicas(both)
     wanted = sys.argv[2:]
     for name, check in checks.items():
         if not wanted or any(w in name for w in wanted):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
+from launching import launch
 
 from dpcompile import calibrate_noise
 
@@ -58,6 +60,49 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: pathlib.Path, monkeypa
     for part in ("model", "average"):
         for name, value in expected[part].items():
             assert torch.equal(resumed[part][name], value), name
+
+
+def losses(printed: str) -> tuple[float, float]:
+    """Held-out loss before and after."""
+    found = re.search(r"held-out loss ([\d.]+) before, ([\d.]+) after", printed)
+    assert found, printed
+    return float(found[1]), float(found[2])
+
+
+SMALL = ["--backend", "eager", "--steps", "8", "--layers", "1", "--width", "32", "--seed", "0"]
+
+
+def test_the_sharded_example_learns(tmp_path: pathlib.Path) -> None:
+    done = launch(2, str(EXAMPLES / "train_fsdp.py"), *SMALL, "--output-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks on cpu" in done.stdout
+    assert re.search(r"epsilon (7\.99\d|8\.000) at delta 1e-05, after 8 steps", done.stdout), done.stdout
+    before, after = losses(done.stdout)
+    assert after < before - 0.3
+
+
+@pytest.mark.slow
+def test_the_sharded_example_stops_on_two_ranks_and_goes_on_on_one(tmp_path: pathlib.Path) -> None:
+    script = str(EXAMPLES / "train_fsdp.py")
+    small = [*SMALL, "--checkpoint-every", "4", "--output-dir", str(tmp_path)]
+    first = launch(2, script, *small, "--stop-after", "4")
+    assert first.returncode == 0, first.stderr
+    assert "after 4 steps" in first.stdout
+    before, between = losses(first.stdout)
+    second = launch(1, script, *small, "--resume")
+    assert second.returncode == 0, second.stderr
+    assert f"from {tmp_path / 'step_000004'}" in second.stdout and "after 8 steps" in second.stdout
+    start, after = losses(second.stdout)
+    assert abs(start - between) < 2e-3 and after < between < before
+
+
+def test_the_lora_example_learns() -> None:
+    pytest.importorskip("peft")
+    done = launch(2, str(EXAMPLES / "lora_llama.py"), *SMALL, "--public-steps", "20")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"epsilon (7\.99\d|8\.000) at delta 1e-05, after 8 steps", done.stdout), done.stdout
+    before, after = losses(done.stdout)
+    assert after < before
 
 
 @pytest.mark.slow

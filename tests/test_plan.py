@@ -144,7 +144,7 @@ def problems(draw: st.DrawFn) -> list[list[Candidate]]:
         options.append(
             [
                 Candidate(f"{n}", draw(seconds), 0.0, {k: shared[k] for k in draw(keys)},
-                          Holding((), (), float(draw(st.integers(0, 50))), 0.0, 0.0))
+                          Holding({}, (), float(draw(st.integers(0, 50))), 0.0, 0.0))
                 for n in range(draw(st.integers(1, 3)))
             ]
         )  # fmt: skip
@@ -177,8 +177,8 @@ def test_a_limit_holds_or_the_smallest_is_taken(options: list[list[Candidate]], 
         return limit.peak([o[i].holding for o, i in zip(options, picks, strict=True)], 1)
 
     every = list(itertools.product(*(range(len(o)) for o in options)))
-    assert outcome.fits == any(peak(p) <= budget for p in every)
-    assert peak(outcome.picks) <= budget if outcome.fits else peak(outcome.picks) == min(map(peak, every))
+    assert outcome.fits == any(1.03 * peak(p) <= budget for p in every)
+    assert 1.03 * peak(outcome.picks) <= budget if outcome.fits else peak(outcome.picks) == min(map(peak, every))
 
 
 # --- memory and parts ------------------------------------------------------------------------------------------------

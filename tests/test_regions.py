@@ -171,6 +171,11 @@ def test_inductor_compiles_both_parts_of_the_backward() -> None:
     right(model, dp_compile(model, max_grad_norm=0.5, regions="blocks"), ids())
 
 
+def test_inductor_saves_images_channels_last() -> None:
+    model = ViT()
+    right(model, dp_compile(model, max_grad_norm=0.5, regions="blocks"), torch.randn(B, 3, 16, 16))
+
+
 def test_equal_blocks_are_compiled_once() -> None:
     counts = []
     for depth in (2, 6):

@@ -48,17 +48,21 @@ def squared_norms(each: Tensor) -> Tensor:
     """
     if each.ndim < 3:
         return each.square().reshape(each.shape[0], -1).sum(1)
-    rows = row_norms(each.flatten(2)) if each.device.type == "cpu" else torch.linalg.vector_norm(each.flatten(2), dim=2)
-    return rows.square().sum(1)
+    rows = each.flatten(2)
+    return norms_of_rows(rows) if each.device.type == "cpu" else _norms_of_rows(rows)
 
 
-@torch.library.custom_op("dpcompile::row_norms", mutates_args=())
-def row_norms(rows: Tensor) -> Tensor:
-    """Norms along the last dimension of ``[B, P, D]``, by torch's own kernel: ``[B, P]``."""
-    return torch.linalg.vector_norm(rows, dim=2)
+@torch.library.custom_op("dpcompile::norms_of_rows", mutates_args=())
+def norms_of_rows(rows: Tensor) -> Tensor:
+    """Squared norms of every example's ``[P, D]``, by torch's own kernel: ``[B, P, D]`` to ``[B]``."""
+    return _norms_of_rows(rows)
 
 
-@row_norms.register_fake
+@norms_of_rows.register_fake
 def _(rows: Tensor) -> Tensor:
     """Shapes only."""
-    return rows.new_empty(rows.shape[:2])
+    return rows.new_empty(rows.shape[0])
+
+
+def _norms_of_rows(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=2).square().sum(1)

@@ -35,9 +35,24 @@ def scaled(value: Tensor, axis: Examples, weights: Tensor) -> Tensor:
 
     **Guarantee.** An example of weight 0 leaves no trace, also where its values are NaN or infinite (``0 * nan`` would
     be NaN). The result has at least the dtype of ``weights``.
+
+    The result lies in memory as ``value`` does: a compiler gives a product the order of its axes, and would move every
+    element of a transposed value to another place.
     """
+    order = _order_in_memory(value)
+    if order != sorted(order):
+        back = [order.index(i) for i in range(value.ndim)]
+        return scaled(value.permute(order), axis.at(back[axis.dim]), weights).permute(back)
     apart = _apart(value, axis, weights.shape[0])
     trailing = apart.ndim - axis.dim - 2
     weight = weights.reshape(-1, *([1] * trailing))
     product = torch.where(weight == 0, torch.zeros((), dtype=weights.dtype, device=weights.device), apart * weight)
     return product.flatten(axis.dim, axis.dim + 2)
+
+
+def _order_in_memory(value: Tensor) -> list[int]:
+    """The axes from the longest stride to the shortest; as they are if a stride is a symbol."""
+    strides = value.stride()
+    if not all(isinstance(s, int) for s in strides):
+        return list(range(value.ndim))
+    return sorted(range(value.ndim), key=lambda i: -strides[i])

@@ -1,0 +1,59 @@
+"""Norms and weighted sums of kept gradients as operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_step
+from torch import nn
+
+import dpcompile
+from dpcompile.norms.kept_op import FEW, norms_of_vectors, weighted_sums
+
+dp_compile: Any = dpcompile.dp_compile
+
+
+@pytest.mark.parametrize(
+    "weights", [[0.5, 2.0, 1.0, 3.0], [0.0, 2.0, 0.0, 3.0], [0.0, 2.0, 1.0, 0.0], [1.0, 0.0, 0.0, 2.0], [0.0] * 4]
+)
+def test_weighted_sums_never_read_an_example_of_weight_0(weights: list[float]) -> None:
+    weight = torch.tensor([weights, [1.0, 1.0, 1.0, 1.0]])
+    each = [torch.randn(4, 3), torch.randn(4, 2, 5), torch.randn(5, 4, 2).permute(1, 2, 0)]
+    wanted = [torch.einsum("b,b...->...", w, e) for w, e in zip((weight[0], weight[0], weight[1]), each, strict=True)]
+    for gradients in each[:2]:
+        gradients[weight[0] == 0] = torch.nan
+    found = weighted_sums(weight, [0, 0, 1], each)
+    for got, right in zip(found, wanted, strict=True):
+        assert got.is_contiguous()
+        torch.testing.assert_close(got, right)
+
+
+def test_norms_of_vectors() -> None:
+    each = [torch.randn(4, 3), torch.randn(4, 700), torch.randn(5, 4).T]
+    torch.testing.assert_close(norms_of_vectors(each), torch.stack([e.square().sum(1) for e in each]))
+    each[1][2, 0] = torch.inf
+    assert not norms_of_vectors(each)[1, 2].isfinite()
+
+
+class Many(nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList(nn.Parameter(torch.randn(3)) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for scale in self.scales:
+            x = torch.tanh(x * scale) + x
+        return x
+
+
+@pytest.mark.parametrize("depth", [FEW, FEW + 1])
+def test_many_vectors(depth: int) -> None:
+    torch.manual_seed(0)
+    model, inputs, loss = Many(depth), (torch.randn(4, 3),), PseudoLoss(4)
+    truth = clip(per_example_gradients(model, inputs, {}, loss), 1.0)
+    private = dp_compile(model, max_grad_norm=1.0, backend="eager")
+    train_step(private, inputs, {}, loss)
+    assert ("weighted_sums" in private.graph.code) == (depth > FEW)
+    assert_right(private, truth, 1e-5)
