@@ -5,6 +5,7 @@ Each function takes the norms and answers with weights such that ``weight * norm
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -63,6 +64,11 @@ def group_of(clipping: Clipping, parameter: str) -> str:
 
     A block is an element of the outermost numbered container (``blocks.3``), else the outermost module.
     """
+    return _group(clipping, parameter) if isinstance(clipping, str) else ""
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _group(clipping: str, parameter: str) -> str:
     path = parameter.split(".")[:-1]
     if clipping == "per_layer":
         return ".".join(path)

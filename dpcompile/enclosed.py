@@ -211,37 +211,34 @@ def end_forward(whole: Pass, result: Any) -> Any:
     needed = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     if not needed:
         return result
-    ending = _Ending(needed)
-    outside = iter(_End.apply(ending, *needed))  # type: ignore[misc]
-
-    def repeat() -> None:
-        probes = [run.probe for run in whole.received if run.probe is not None]
-        reached = [(x, c) for x, c in zip(ending.tensors, ending.cotangents, strict=True) if c is not None]
-        ending.tensors, ending.cotangents = [], []
-        torch.autograd.grad([x for x, _ in reached], probes, [c for _, c in reached], allow_unused=True)
-
-    whole.repeat = repeat
+    outside = iter(_End.apply(whole, needed, *needed))  # type: ignore[misc]
     replaced = [next(outside) if isinstance(x, Tensor) and x.requires_grad else x for x in leaves]
     return pytree.tree_unflatten(replaced, structure)
 
 
-@dataclass(eq=False, slots=True)
-class _Ending:
-    tensors: list[Tensor]
-    cotangents: list[Tensor | None] = field(default_factory=list)
-
-
 class _End(torch.autograd.Function):
-    """Notes the cotangents that a backward starts from."""
+    """Notes the cotangents that a backward starts from, and how to start it again.
+
+    Before the backward nothing that the pass holds leads to the graph, which leads to the pass: a forward without a
+    backward is freed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, ending: _Ending, *tensors: Tensor) -> Any:  # noqa: D102
-        ctx.ending = ending
+    def forward(ctx: Any, whole: Pass, needed: list[Tensor], *tensors: Tensor) -> Any:  # noqa: D102
+        ctx.whole, ctx.needed = whole, needed
         ctx.set_materialize_grads(False)
         return tuple(x.detach() for x in tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:  # noqa: D102
-        ctx.ending.cotangents = list(cotangents)
-        return (None, *cotangents)
+        whole: Pass = ctx.whole
+        whole.check(None)
+        reached = [(x, c) for x, c in zip(ctx.needed, cotangents, strict=True) if c is not None]
+
+        def repeat() -> None:
+            probes = [run.probe for run in whole.received if run.probe is not None]
+            torch.autograd.grad([x for x, _ in reached], probes, [c for _, c in reached], allow_unused=True)
+
+        whole.repeat = repeat
+        return (None, None, *cotangents)

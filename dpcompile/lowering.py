@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dpcompile.clipping import Clipping, group_of
 
-__all__ = ["AT_ONCE", "DEFERRED", "TWO_PASS", "Lowering", "lowering_of"]
+__all__ = ["AT_ONCE", "DEFERRED", "TWO_PASS", "Lowering", "clip_groups", "lowering_of"]
 
 DEFERRED, AT_ONCE, TWO_PASS = "deferred", "at once", "two passes"
 
@@ -25,6 +25,14 @@ class Lowering:
 
     kind: str = DEFERRED
     groups: tuple[int, ...] = ()
+
+
+def clip_groups(names: Iterable[str], clipping: Clipping) -> dict[str, frozenset[str]]:
+    """Clip group -> the parameters in it."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        found.setdefault(group_of(clipping, name), set()).add(name)
+    return {group: frozenset(members) for group, members in found.items()}
 
 
 def lowering_of(

@@ -1,4 +1,4 @@
-"""The state of torch's random number generators, to draw the same numbers again."""
+"""The state of torch's random number generators and of buffers, to run something again as if for the first time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["RandomState"]
+__all__ = ["RandomState", "Snapshot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +42,24 @@ class RandomState:
         with torch.random.fork_rng(devices=list(self.devices)):
             self.restore()
             yield
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a forward of a model changes: generators, and buffers that it writes to."""
+
+    random: RandomState
+    buffers: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Snapshot:
+        """The state now."""
+        buffers = tuple((b, b.detach().clone()) for b in module.buffers())
+        return cls(RandomState.now([*module.parameters(), *module.buffers()]), buffers)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go on from here."""
+        self.random.restore()
+        for buffer, before in self.buffers:
+            buffer.copy_(before)

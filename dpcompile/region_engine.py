@@ -10,22 +10,20 @@ from torch import Tensor, nn
 
 from dpcompile._torch import disable, fake_like, pytree, tracing_config
 from dpcompile.axis import Examples, Label, Shared
-from dpcompile.clipping import group_of, prove_function
+from dpcompile.clipping import prove_function
 from dpcompile.deferral import Outcome, Pass, WholeSums
 from dpcompile.enclosed import end_forward
 from dpcompile.engine import Engine, with_own_code
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.fsdp import ShardedSums, check_sharded, clear_failed
-from dpcompile.lowering import Lowering
+from dpcompile.lowering import Lowering, clip_groups
 from dpcompile.modes import MODES
 from dpcompile.pipeline import Options
 from dpcompile.plan import Plan
-from dpcompile.random_state import RandomState
+from dpcompile.random_state import Snapshot
 from dpcompile.rank_parts import RankParts
-from dpcompile.ranks import any_rank
 from dpcompile.region import Scope
 from dpcompile.region_graphs import Frame, RegionGraphs
-from dpcompile.region_memory import describe, peaks_of
 from dpcompile.shards import local_part, zeros_for
 from dpcompile.tensor_parallel import NormsOverRanks, find_tensor_parallel
 from dpcompile.translate import translated
@@ -79,6 +77,8 @@ class RegionEngine(Engine):
         self.graphs.two_pass = two_pass
         self.lowering = f"two passes: forced by norm={options.norm!r}" if two_pass else ""
         self._root: Unit | None = None
+        self._trained: tuple[str, ...] = ()
+        self._lowerings: dict[tuple[str, bool], Lowering] = {}
         self._functions: dict[Any, Callable[..., Any]] = {}
         self._clipping_proved = False
 
@@ -146,7 +146,11 @@ class RegionEngine(Engine):
                 check_sharded(self._root, self._parameters)
         if self.sharded:
             clear_failed(self._root)
-        self.graphs.proving = torch.is_grad_enabled() and bool(self.trainable())
+        trained = tuple(self.trainable())
+        if trained != self._trained:
+            self._trained, self._lowerings = trained, {}
+            self.graphs.groups = clip_groups(trained, self.options.clipping)
+        self.graphs.proving = torch.is_grad_enabled() and bool(trained)
         dims = self._example_dims()
         scope = Scope({id(p): n for n, p in self._parameters.items()})
         given: list[Label | None] = []
@@ -155,7 +159,6 @@ class RegionEngine(Engine):
             scope.note(tensor, name, given[-1])  # type: ignore[arg-type]
         if self.graphs.proving:
             self._parts.check_copies(self.module)
-            self.graphs.groups = self._groups()
             self.graphs.whole = self._new_pass(dims)
             self.kept.note_arguments(t for _, t, dim in dims if dim is not None)
         result, labels = self._run_unit(self._root, args, kwargs, given)
@@ -170,7 +173,7 @@ class RegionEngine(Engine):
                 self.first_step.watch(result)
         return result
 
-    # --- the lowering --------------------------------------------------------------------------------------------
+    # --- the lowering
 
     def _decided(self) -> bool:
         """Whether it is known in how many passes the backward runs."""
@@ -181,26 +184,18 @@ class RegionEngine(Engine):
         """The first forward under a memory budget: on every rank it runs again if one of them needs two passes."""
         budget = self.options.memory_budget
         assert budget is not None
-        mask, masked, state = self._mask, self._masked, RandomState.now(self._parameters.values())
-        buffers = [(b, b.detach().clone()) for b in self.module.buffers()]
+        mask, masked, before = self._mask, self._masked, Snapshot.of(self.module)
         self.graphs.memory = []
         result = self._run_model(args, kwargs)
         tensors = (*self._parameters.values(), *(t for _, t, _ in self._example_dims()))
-        peaks = peaks_of(self.graphs.memory, sum(local_part(t.detach()).nbytes for t in tensors))
-        allowed = budget * peaks.plain if isinstance(budget, float) else float(budget)
-        over = peaks.deferred > allowed and self._parts.parallel is None
-        self.graphs.two_pass = any_rank(over) if self.sharded else over
-        self.lowering = describe(peaks, allowed, two_pass=self.graphs.two_pass)
+        standing = sum(local_part(t.detach()).nbytes for t in tensors)
+        self.lowering = self.graphs.choose(budget, standing, sharded=self.sharded)
         if not self.graphs.two_pass:
             return result
         del result
-        self.graphs.forget()
         self._functions.clear()
         self._mask, self._masked = mask, masked
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        state.restore()
+        before.restore()
         return self._run_model(args, kwargs)
 
     # --- units -------------------------------------------------------------------------------------------------------
@@ -296,8 +291,10 @@ class RegionEngine(Engine):
         return self._functions[key]
 
     def _lowering(self, unit: Unit) -> Lowering:
-        prefix = f"{unit.path}." if unit.path else ""
-        return self.graphs.lowering_of([n for n in self.trainable() if n.startswith(prefix)])
+        key, prefix = (unit.path, self.graphs.two_pass), f"{unit.path}." if unit.path else ""
+        if key not in self._lowerings:
+            self._lowerings[key] = self.graphs.lowering_of([n for n in self._trained if n.startswith(prefix)])
+        return self._lowerings[key]
 
     # --- the backward ------------------------------------------------------------------------------------------------
 
@@ -331,13 +328,6 @@ class RegionEngine(Engine):
         if self._parts.parallel is not None:
             ranks = NormsOverRanks.of(self._parts.parallel, [t for _, t, dim in dims if dim is not None] + [mask])
         return Pass(self.options, mask, sums, deliver, refused, ranks)
-
-    def _groups(self) -> dict[str, frozenset[str]]:
-        """Clip group -> the trainable parameters in it."""
-        found: dict[str, set[str]] = {}
-        for name in self.trainable():
-            found.setdefault(group_of(self.options.clipping, name), set()).add(name)
-        return {g: frozenset(names) for g, names in found.items()}
 
     def check_live(self, names: Sequence[str], parameters: Sequence[Tensor], sharded: bool) -> None:
         """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks."""

@@ -21,8 +21,9 @@ from dpcompile.lowering import AT_ONCE, DEFERRED, TWO_PASS, Lowering, lowering_o
 from dpcompile.pipeline import Options, Transformed
 from dpcompile.plan import Plan
 from dpcompile.rank_parts import RankParts, memory_holder
+from dpcompile.ranks import any_rank
 from dpcompile.region import Artifact, Scope, compile_region, concrete
-from dpcompile.region_memory import RegionMemory
+from dpcompile.region_memory import RegionMemory, describe, peaks_of
 from dpcompile.skeleton import Piece, Skeleton, holds_units
 from dpcompile.units import Unit, as_it_is
 from dpcompile.unowned import guarded
@@ -115,9 +116,24 @@ class RegionGraphs:
         """Of every graph with trainable parameters, equal ones once."""
         return tuple(self._plans.values())
 
-    def forget(self) -> None:
-        """Compile everything again: another lowering was chosen."""
-        self._artifacts, self._plans, self.memory = {}, {}, []
+    def choose(self, budget: float | int, standing: float, *, sharded: bool) -> str:
+        """Choose between one backward and two, after a first forward; with two, everything is compiled again.
+
+        Args:
+            budget: a float is a multiple of the non-private step's peak, an int is bytes.
+            standing: bytes of parameters and inputs.
+            sharded: on every rank there are two if there are on one; every rank must call this.
+
+        Returns:
+            What was chosen, and why.
+        """
+        peaks = peaks_of(self.memory, standing)
+        allowed = budget * peaks.plain if isinstance(budget, float) else float(budget)
+        over = peaks.deferred > allowed and self.parts.parallel is None
+        self.two_pass = any_rank(over) if sharded else over
+        if self.two_pass:
+            self._artifacts, self._plans, self.memory = {}, {}, []
+        return describe(peaks, allowed, two_pass=self.two_pass)
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What ``torch.compile`` calls with a graph."""

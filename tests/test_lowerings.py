@@ -161,6 +161,8 @@ def test_inductor_clips_at_once() -> None:
 class Noisy(nn.Module):
     """Draws random numbers, and counts its calls in a buffer that it computes with."""
 
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(D, D)
@@ -305,6 +307,15 @@ def test_what_is_held() -> None:
     assert twice < 0.6 * deferred, (twice, deferred)
     assert peak(deep(True), clipping="per_block") < 0.6 * deferred
     assert peak(deep(False), norm="ghost_clipping") < peak(deep(False))
+
+
+@pytest.mark.parametrize("model", [GPT(2), wrapped()], ids=["kept", "recomputed"])
+def test_a_forward_without_a_backward_is_freed(model: nn.Module) -> None:
+    private = dp_compile(model, **TWICE)
+    out = private(ids())
+    memory = StorageWeakRef(out.untyped_storage())
+    del out
+    assert memory.expired()
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
