@@ -136,5 +136,6 @@ def reduce_sums(parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> Pending
         parts.append(padded.reshape(world, -1))
     sent = torch.cat(parts, 1)
     received = sent.new_empty(sent.shape[1])
-    work = dist.reduce_scatter_tensor(received, sent.view(-1), group=layouts[0].shards, async_op=True)
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
+    work = reduce_scatter(received, sent.view(-1), group=layouts[0].shards, async_op=True)
     return Pending(parameters, layouts, received, work, sent)
