@@ -76,8 +76,10 @@ def test_a_backward_without_content_keeps_what_a_real_one_keeps() -> None:
             model(torch.zeros(3, 8)).sum().backward()
             assert hollow.memory.live == 2 * weights == 2 * (8 * 6 + 6) * FLOAT
             shard, whole = torch.empty(5), torch.empty(20)
-            torch.ops.c10d._allgather_base_(whole, shard, mesh.get_group(), False)
-            torch.ops.c10d._reduce_scatter_base_(shard, whole, mesh.get_group(), dist.ReduceOp.SUM, False)
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            gather(whole, shard, group=mesh.get_group())
+            scatter(shard, whole, group=mesh.get_group())
             assert dict(hollow.collectives) == {"allgather_base": 1, "reduce_scatter_base": 1}
             assert dict(hollow.traffic) == {"allgather_base": 80, "reduce_scatter_base": 80}
 
@@ -105,7 +107,8 @@ def test_parameters_gradients_and_states_are_what_stays(sizes: dict[str, Any]) -
         unit = whole / 2 if WAYS[way].sharded else whole
         assert abs(cell["init"] - unit) < small, way
         assert abs(cell["backward"] - 4 * unit) < small, way
-    assert sizes["ours"]["backward"] == sizes["plain"]["backward"]
+    norms = FLOAT * CASES["tiny"].batch  # model.grad_norms
+    assert sizes["ours"]["backward"] == sizes["plain"]["backward"] + norms
 
 
 def test_memory_grows_linearly_with_depth() -> None:
