@@ -70,9 +70,8 @@ class Sharded:
     def gradients(self) -> dict[str, Tensor]:
         """Sums over the examples of all ranks."""
         factor = 1 if self.private else self.problem.batch
-        return {
-            n: p.grad.full_tensor() * factor for n, p in self.problem.model.named_parameters() if p.grad is not None
-        }  # type: ignore[union-attr]
+        found: dict[str, Any] = {n: p.grad for n, p in self.problem.model.named_parameters() if p.grad is not None}
+        return {n: grad.full_tensor() * factor for n, grad in found.items()}
 
 
 class Ours(Sharded):
@@ -139,6 +138,7 @@ def _shard(model: Any, mesh: Any) -> Any:
 
 def _plain_sums(model: nn.Module) -> None:
     """Sums over the ranks, not means, and nothing that gloo cannot do."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "set_force_sum_reduction_for_comms"):
             module.set_force_sum_reduction_for_comms(True)

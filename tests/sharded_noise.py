@@ -76,7 +76,7 @@ def standard(values: Tensor) -> None:
 
 
 def noise(mesh: DeviceMesh, directory: Path) -> None:
-    """Between ranks, steps and parameters independent; of variance sigma^2 C^2; the same on any number of ranks."""
+    """Independent between ranks, steps and parameters; of variance sigma^2 C^2 once; the same for any world size."""
     here = steps(*trainer(mesh))
     parts = everywhere(here)
     independent(torch.stack([p for rank in parts for step in rank for p in step]))

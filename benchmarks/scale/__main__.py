@@ -81,9 +81,10 @@ def _place(jobs: list[tuple[str, str, int]]) -> Any:
 
 
 def _wanted(way: str, name: str, ranks: int) -> bool:
-    """Replicated training is the same on any number of ranks; Opacus' optimizer is sized on the published model."""
+    """The first number of ranks has every way; Opacus and the quickest plan are sized on the published model."""
     first = ranks == CASES[name].ranks[0]
-    return (first or way in ("plain", "ours", "twice")) and (CASES[name].learned or not way.startswith("opacus"))
+    special = way == "ours_auto" or way.startswith("opacus")
+    return (first or way in ("plain", "ours")) and (CASES[name].learned or not special)
 
 
 def _throughput(asked: argparse.Namespace, cells: list[dict[str, Any]]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Hollow(TorchDispatchMode):
             return result
 
         self._own, torch.UntypedStorage.resize_ = (own, torch._foreach_copy_), resize  # type: ignore[method-assign]
-        torch._foreach_copy_ = lambda *args, **kwargs: None  # FSDP calls it below any mode
+        setattr(torch, "_foreach_copy_", lambda *args, **kwargs: None)  # noqa: B010 (FSDP calls it below any mode)
         return super().__enter__()
 
     def __exit__(self, *details: Any) -> None:
