@@ -14,7 +14,7 @@ _tasks = itertools.count()
 
 
 class FakeEngine:
-    sharded = False
+    sharded = distributed = False
 
     def __init__(self, model: nn.Module, max_grad_norm: float = 1.0) -> None:
         self.model, self.max_grad_norm = model, max_grad_norm
