@@ -329,7 +329,7 @@ def refused(mesh: DeviceMesh) -> None:
         raises(kind, message, lambda: step(private(model), given))
 
     sequence = made(MLP)
-    plan = {
+    plan: dict[str, Any] = {
         "norm": SequenceParallel(),
         "up": ColwiseParallel(input_layouts=Shard(1)),
         "down": RowwiseParallel(output_layouts=Shard(1)),
@@ -344,7 +344,7 @@ def refused(mesh: DeviceMesh) -> None:
     logits = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 12))
     refuses(parallelize_module(logits, mesh, {"1": ColwiseParallel()}), "output 0 of a compiled graph is another one")
     logits = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 12))
-    distributed = {"1": ColwiseParallel(use_local_output=False)}
+    distributed: dict[str, Any] = {"1": ColwiseParallel(use_local_output=False)}
     refuses(parallelize_module(logits, mesh, distributed), "returns what is no plain tensor")
     refuses(cut(made(Scaled), mesh), "holds parameter 'scale' whole, and its gradient is another one on each")
     refuses(cut(made(ByRank), mesh), "is not given the same on all")
@@ -422,6 +422,8 @@ class ByRank(MLP):
 class ByBuffer(MLP):
     """A buffer that is another one on every rank."""
 
+    offset: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(D))
@@ -443,7 +445,7 @@ class Summing(MLP):
 
     def __init__(self) -> None:
         super().__init__()
-        self.group = dist.new_group([0, 1])
+        self.group: Any = dist.new_group([0, 1])
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return super().forward(x) + funcol.all_reduce(x, "sum", self.group)
