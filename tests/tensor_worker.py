@@ -26,9 +26,10 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import dpcompile
-from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError
+from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError, make_private
 from dpcompile.checkpoint import load_checkpoint, save_checkpoint
 from dpcompile.runtime import engine_of
 
@@ -354,6 +355,19 @@ def refused(mesh: DeviceMesh) -> None:
     parallelize_module(uneven, mesh, {"0": ColwiseParallel(output_layouts=Replicate())})
     raises(UnsupportedGraphError, "does not divide by the 2 ranks", lambda: private(uneven))
     raises(UnsupportedGraphError, "tensor parallelism holds parts", lambda: private(cut(made(MLP), mesh), check=True))
+    raises(
+        UnsupportedGraphError,
+        "has two backward passes, and under tensor parallelism there is one",
+        lambda: private(cut(made(MLP), mesh), norm="two_pass"),
+    )
+    model = cut(made(MLP), mesh)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = DataLoader(TensorDataset(torch.randn(8, T, D)), batch_size=4)
+    raises(
+        PrivacyError,
+        "2 ranks are 1 groups of tensor parallelism",
+        lambda: make_private(model, sgd, data, noise_multiplier=1.0, max_grad_norm=C, backend="eager"),
+    )
     foreign = cut(made(Summing), mesh)
     refuses(foreign, "with ranks that are not those of tensor parallelism")
     refuses(made(Summing), "exchanges values between ranks")
