@@ -139,7 +139,7 @@ def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -
     peak = max(_timeline([x for x in before.values() if x.start > 0], length, 1), default=0.0)
     names = {n.name for n in joint.graph.nodes if _is_input(storage_of(n)) and storage_of(n) not in joint.tangent_of}
     lives = {n: x for n, x in lives.items() if n not in names}
-    for i, gradient in enumerate(g for g in joint.gradients.values() if g is not None):
+    for i, gradient in enumerate(storage_of(g) for g in joint.gradients.values() if g is not None):
         if gradient.name in lives:
             lives[f"gradient {i}"] = lives.pop(gradient.name)
     first: dict[str, str] = {}  # of several saved views of one memory
