@@ -91,6 +91,7 @@ __all__ = [
     "opaque",
     "pytree",
     "real_tensors",
+    "taking_real_tensors",
     "trace_like",
     "tracing_config",
     "user_place",
@@ -159,6 +160,17 @@ def fake_mode_of(values: Sequence[Any]) -> Any:
     if fake is not None:
         return fake.fake_mode
     return None if tensors else detect_fake_mode()
+
+
+@contextlib.contextmanager
+def taking_real_tensors(mode: Any) -> Iterator[None]:
+    """Within a fake mode, operations take real tensors too."""
+    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        with mode:
+            yield
+    finally:
+        mode.allow_non_fake_inputs = before
 
 
 def fake_like(shape: Sequence[int]) -> torch.Tensor:

@@ -53,6 +53,7 @@ class Roles:
         arguments: positions of the tensors of the call.
         deferred: the clip weights are an input of the graph.
         layouts: position -> how the examples lie, where that is more than a dimension of their own.
+        shared: names of the trainable parameters that other regions use too.
     """
 
     parameters: Mapping[int, str]
@@ -66,6 +67,7 @@ class Roles:
     arguments: frozenset[int]
     deferred: bool = False
     layouts: Mapping[int, Examples] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
 
     @property
     def others(self) -> dict[int, str]:

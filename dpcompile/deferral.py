@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from dpcompile.errors import PrivacyError
 from dpcompile.lower import Rest, take_rest
 from dpcompile.pipeline import Options
 from dpcompile.proof import prove
+from dpcompile.shared_uses import HandedOut, Part, Redone, Use, joint_norm
 
 __all__ = ["Outcome", "Pass", "RegionRun", "attach", "prove_clipping"]
 
@@ -50,6 +51,7 @@ class RegionRun:
         dtype: of norms and weights.
         unit: the path of the unit that the region is a part of.
         memory: parameters' memory that is freed before the clipped sums are computed.
+        uses: of parameters that other regions use too, what the region hands out.
     """
 
     names: tuple[str, ...]
@@ -58,6 +60,7 @@ class RegionRun:
     dtype: torch.dtype
     unit: str = ""
     memory: frozenset[int] = frozenset()
+    uses: Mapping[str, Use] = field(default_factory=dict)
     squared: Tensor | None = None
     rest: Rest | None = None
 
@@ -74,7 +77,7 @@ class Pass:
     ==============================================  =================================================
     a region whose backward does not come           its gradient is zero for every example
     an example that is not finite in one region     weight 0 in all regions
-    a parameter in two regions                      refused: their gradients add before the norm
+    a parameter in two regions, or in one twice     the norm is that of the sum, cross terms included
     a second backward, or one through another part  refused: an example would count twice
     a backward that fails                           nothing is delivered
     ==============================================  =================================================
@@ -84,6 +87,7 @@ class Pass:
         mask: ``[B]``, 1 for an example and 0 for padding.
         deliver: takes the outcome.
         refused: why this forward may have no backward, or None.
+        repeated: parameters that turned out to be used in more regions than were told to hand out what norms need.
     """
 
     options: Options
@@ -91,30 +95,26 @@ class Pass:
     deliver: Callable[[Outcome], None]
     refused: PrivacyError | None = None
     names: set[str] = field(default_factory=set)
+    repeated: set[str] = field(default_factory=set)
     touched: dict[str, None] = field(default_factory=dict)
     received: list[RegionRun] = field(default_factory=list)
     task: int | None = None
     done: bool = False
 
     def run(
-        self, names: Sequence[str], touched: Sequence[str], dtype: torch.dtype, unit: str, memory: frozenset[int]
+        self,
+        names: Sequence[str],
+        touched: Sequence[str],
+        dtype: torch.dtype,
+        unit: str,
+        memory: frozenset[int],
+        uses: Mapping[str, Use],
     ) -> RegionRun:
-        """A region runs forward on these parameters.
-
-        Raises:
-            PrivacyError: one of them was in a region of this forward already.
-        """
-        again = [n for n in names if n in self.names]
-        if again:
-            raise PrivacyError(
-                f"parameter '{again[0]}' is used in two regions of one forward: its gradients add before the norm is "
-                "taken, and the regions know nothing of each other",
-                remedy="compile the model without regions, or put both uses into one block (a block that is called "
-                "twice, a weight shared by two blocks, a tied head outside the block of its embedding)",
-            )
+        """A region runs forward on these parameters."""
+        self.repeated.update(n for n in names if n in self.names)
         self.names.update(names)
         self.touched.update(dict.fromkeys(n for n in names if n in set(touched)))
-        return RegionRun(tuple(names), frozenset(touched), self, dtype, unit, memory)
+        return RegionRun(tuple(names), frozenset(touched), self, dtype, unit, memory, uses)
 
     @disable
     def receive(self, run: RegionRun, squared: Tensor | None) -> None:
@@ -140,8 +140,7 @@ class Pass:
     def _finish(self) -> None:
         assert self.task is not None
         self.done = True
-        rows = {n: s for run in self.received for n, s in zip(run.names, run.squared, strict=True)}  # type: ignore[arg-type]
-        weights, total = self._weights(rows)
+        weights, total = self._weights(self._squared_norms())
         scale = len(self.mask) if self.options.loss_reduction == "mean" else 1
         norms = (total.sqrt() * scale).to(torch.float32)
 
@@ -160,6 +159,23 @@ class Pass:
         self.deliver(Outcome(norms, self.mask, self.task, computed))
         warn_of_lost_examples(norms, self.mask)
 
+    def _squared_norms(self) -> dict[str, Tensor]:
+        """Of every parameter that the backward reached, over all its uses: name -> ``[B]``."""
+        found: dict[str, list[tuple[RegionRun, int]]] = {}
+        for run in self.received:
+            for row, name in enumerate(run.names):
+                if name in run.touched:
+                    found.setdefault(name, []).append((run, row))
+        rows = {}
+        for name, places in found.items():
+            run, row = places[0]
+            if len(places) == 1 and name not in run.uses:
+                assert run.squared is not None
+                rows[name] = run.squared[row]
+            else:
+                rows[name] = joint_norm([_part(*place) for place in places], len(self.mask), self.options.norm)
+        return rows
+
     def _weights(self, rows: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """The weights of each group's examples, and the squared norm over all groups."""
         options = self.options
@@ -177,6 +193,23 @@ class Pass:
         everything = sum(totals[1:], start=totals[0])
         lost = ~torch.isfinite(everything)
         return {g: torch.where(lost, torch.zeros_like(w), w) for g, w in weights.items()}, everything
+
+
+def _part(run: RegionRun, row: int) -> Part:
+    """What a use of a parameter gives to its norm over all uses."""
+    rest, name = run.rest, run.names[row]
+    assert rest is not None
+    if name in run.uses:
+        return HandedOut(run.uses[name], rest.handed[row])
+
+    def weighted(weights: Tensor) -> Tensor:
+        alone = weights.new_zeros(len(run.names), len(weights))
+        alone[row] = weights
+        total = rest.preview(alone)[row]
+        assert total is not None
+        return total
+
+    return Redone(weighted, run.whole.mask.to(run.dtype))
 
 
 def attach(run: RegionRun, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from dpcompile.errors import UnsupportedGraphError
 from dpcompile.shards import Pending, is_distributed, local_start, reduce_sums
 from dpcompile.units import Unit
 
-__all__ = ["check_sharded", "reduce_over_ranks"]
+__all__ = ["add_up", "check_sharded", "reduce_over_ranks"]
 
 Compute = Callable[[], list[tuple[str, Tensor]]]
 
@@ -58,13 +58,19 @@ def reduce_over_ranks(
     pending: list[tuple[list[str], Pending]] = []
     own = {unit.path: _own(unit, parameters) for unit in _all(root)}
     for unit, compute in sums:
-        gathered.setdefault(unit, {}).update(compute())
+        add_up(gathered.setdefault(unit, {}), compute())
         left[unit] -= 1
         if not left[unit]:
             pending += _start(own.pop(unit), parameters, gathered.pop(unit))
     for names in own.values():
         pending += _start(names, parameters, {})
     return [pair for names, reduction in pending for pair in zip(names, reduction.wait(), strict=True)]
+
+
+def add_up(totals: dict[str, Tensor], sums: Iterable[tuple[str, Tensor]]) -> None:
+    """Add sums into totals by name: a parameter may have some from several regions."""
+    for name, value in sums:
+        totals[name] = totals[name] + value if name in totals else value
 
 
 def _start(

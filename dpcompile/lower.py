@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,23 +43,46 @@ class Rest:
     Attributes:
         run: from a list of values and the weights to clipped sums.
         live: the values.
+        handed: row of a parameter that other regions use too -> what its norm is taken of, over all regions.
     """
 
     run: Callable[[list[Any], Tensor], list[Tensor | None]]
     live: list[Any]
+    handed: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __call__(self, weights: Tensor) -> list[Tensor | None]:
         """Clipped sums of the parameters for weights ``[parameters, B]``; to be called once, it frees the values."""
+        self.handed.clear()
         return self.run(self.live, weights)
+
+    def preview(self, weights: Tensor) -> list[Tensor | None]:
+        """The same, and the values stay."""
+        return self.run(list(self.live), weights)
 
     def protect(self, memory: Collection[int]) -> None:
         """Copy what lies in memory that will not last: parameters of a shard that are gathered for a while."""
-        for i, value in enumerate(self.live):
-            if isinstance(value, Tensor) and memory_of(value) in memory:
-                self.live[i] = value.clone()
+        for values in (self.live, *self.handed.values()):
+            for i, value in enumerate(values):
+                if isinstance(value, Tensor) and memory_of(value) in memory:
+                    values[i] = value.clone()
 
 
 _RESTS: Any = WeakTensorKeyDictionary()
+
+
+@torch.library.custom_op("dpcompile::hand_out", mutates_args=())
+def hand_out(total: Tensor, values: list[Tensor]) -> Tensor:
+    """Stands in a joint graph for a clipped sum, and keeps alive what the parameter's norm is taken of.
+
+    It never runs: :func:`cut_backward` takes it apart.
+    """
+    raise AssertionError("a backward that hands out what norms are taken of ran whole")
+
+
+@hand_out.register_fake
+def _(total: Tensor, values: list[Tensor]) -> Tensor:
+    """Shapes only."""
+    return torch.empty_like(total)
 
 
 def take_rest(norms: Tensor) -> Rest:
@@ -76,14 +99,19 @@ def cut_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler) -> 
     **Guarantee.** No value that the first part computes depends on the placeholder of the weights: what stands in its
     place when the backward runs is not read.
     """
-    values: Sequence[Any] = gm.graph.output_node().args[0]  # type: ignore[assignment]
+    values: list[Any] = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
     shift = cut.outputs - len(values)
     sums = [None if slot is None else slot - shift for slot in cut.sums]
+    handed: dict[int, list[fx.Node]] = {}
+    for row, slot in enumerate(sums):
+        if slot is not None and getattr(values[slot], "target", None) is torch.ops.dpcompile.hand_out.default:
+            values[slot], handed[row] = values[slot].args
     late = {slot for slot in sums if slot is not None}
     early = [None if i in late else v for i, v in enumerate(values)]
     placeholders = gm.graph.find_nodes(op="placeholder")
     weights = next((n for n in placeholders if n.name == cut.weights), None)
     first = _ancestors(v for v in early if isinstance(v, fx.Node))
+    first |= _ancestors(n for nodes in handed.values() for n in nodes)
     first |= _ancestors(n for n in gm.graph.nodes if _must_run_once(n))
     # Of an operation with several results each crosses by itself: there is no value that is all of them.
     first |= {n for n in gm.graph.nodes if n.target is operator.getitem and n.args[0] in first}
@@ -95,7 +123,8 @@ def cut_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler) -> 
     sizes = [n for n in placeholders if not isinstance(n.meta.get("val"), Tensor)]
     inputs = [n for n in placeholders if n in crossing or n in sizes]
     made = [n for n in gm.graph.nodes if n in crossing and n.op != "placeholder"]
-    di = _part(gm, placeholders, first, [*early, *made])
+    spare = list(dict.fromkeys(n for nodes in handed.values() for n in nodes if n.op != "placeholder"))
+    di = _part(gm, placeholders, first, [*early, *made, *spare])
     wanted = [None if i is None else values[i] for i in sums]
     tail = [weights] if weights is not None else []
     dw = _part(gm, [*inputs, *made, *tail], second, wanted)
@@ -111,8 +140,12 @@ def cut_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler) -> 
 
     def run(arguments: list[Any]) -> list[Any]:
         live = [arguments[i] for i in kept]
+        found = {n: arguments[placeholders.index(n)] for nodes in handed.values() for n in nodes if n not in spare}
         results = list(_call(run_di, arguments))
-        _RESTS[results[norms]] = Rest(rest, [*live, *results[len(early) :]])
+        end = len(early) + len(made)
+        found.update(zip(spare, results[end:], strict=True))
+        given = {row: [found[n] for n in nodes] for row, nodes in handed.items()}
+        _RESTS[results[norms]] = Rest(rest, [*live, *results[len(early) : end]], given)
         return results[: len(early)]
 
     return run

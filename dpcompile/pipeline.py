@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from dpcompile.plan import Plan, make_plan
 from dpcompile.proof import Proof, prove
 from dpcompile.rates import Rates, rates_for
 from dpcompile.rewrite import ClipOptions, rewrite
+from dpcompile.shared_uses import Use, uses_of
 from dpcompile.sites import find_gradients
 from dpcompile.step_cost import plain_seconds
 from dpcompile.unowned import erase_cotangents
@@ -62,6 +63,7 @@ class Transformed:
         norm_slot: the position of the norms.
         unowned: positions of outputs that depend on no example, with the user's line.
         cut: in the deferred lowering, where the backward is cut in two.
+        uses: of parameters that other regions use too, what is handed out.
     """
 
     graph: fx.GraphModule
@@ -72,6 +74,7 @@ class Transformed:
     norm_slot: int
     unowned: Mapping[int, str | None]
     cut: Cut | None = None
+    uses: Mapping[str, Use] = field(default_factory=dict)
 
 
 def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int | None = None) -> Transformed:
@@ -115,6 +118,7 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
         fused=_fused_on(device),
         limit=_limit(options.memory_budget, joint, proof, roles, rates, parts),
         untouched=certificate.zero,
+        shared=roles.shared,
     )
     if parts is None and plan.parts > 1:
         raise InParts(plan.parts)
@@ -127,7 +131,8 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
     labels = tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs)
     readable = fx.GraphModule(module, copy_graph(module.graph))
     return Transformed(
-        readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot, unowned, _cut(joint, plan)
+        readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot, unowned, _cut(joint, plan),
+        uses_of(plan),
     )
 
 

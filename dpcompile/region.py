@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,10 +30,12 @@ class Scope:
 
     Attributes:
         parameters: ``id(parameter)`` -> name, of the whole model.
+        shared: names of the parameters that several regions use.
         tensors: ``id(tensor)`` -> the tensor, what to call it, its label; arguments, and what earlier pieces returned.
     """
 
     parameters: Mapping[int, str]
+    shared: Collection[str] = ()
     tensors: dict[int, tuple[Tensor, str, Label]] = field(default_factory=dict)
 
     def note(self, tensor: Tensor, name: str, label: Label) -> None:
@@ -97,7 +99,8 @@ def compile_region(
     symbols = _symbols(gm)
     if not trained:
         return _label_only(gm, examples, roles, options, symbols)
-    roles = replace(roles, narrow=(), deferred=True)
+    shared = frozenset(n for n in roles.parameters.values() if n in scope.shared)
+    roles = replace(roles, narrow=(), deferred=True, shared=shared)
     extended, extra = extend(gm, roles)
     found: list[Transformed] = []
 

@@ -14,8 +14,9 @@ from dpcompile.axis import Examples, Label, Shared
 from dpcompile.deferral import Outcome, Pass, attach, prove_clipping
 from dpcompile.engine import Engine, with_own_code, zeros_for
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
-from dpcompile.fsdp import check_sharded, reduce_over_ranks
+from dpcompile.fsdp import add_up, check_sharded, reduce_over_ranks
 from dpcompile.graph_key import graph_key
+from dpcompile.owners import Owners
 from dpcompile.pipeline import Options, Transformed
 from dpcompile.plan import Plan
 from dpcompile.region import Artifact, Scope, compile_region, concrete
@@ -86,6 +87,8 @@ class RegionEngine(Engine):
         self._artifacts: dict[Any, Artifact] = {}
         self._plans: dict[int, Transformed] = {}
         self._clipping_proved = False
+        self._owners = Owners(module)
+        self._shared: set[str] = set()  # parameters that several regions use
 
     @disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,6 +132,7 @@ class RegionEngine(Engine):
     def _run_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._root is None:
             self._root = find_units(self.module)
+            self._shared |= self._owners.tied(self._root)
             if self.sharded:
                 check_sharded(self._root, self._parameters)
         self._proving = torch.is_grad_enabled() and bool(self.trainable())
@@ -143,6 +147,8 @@ class RegionEngine(Engine):
             self.kept.note_arguments(t for _, t, dim in dims if dim is not None)
         result, labels = self._run_unit(self._root, args, kwargs, self._given)
         if self._proving:
+            assert self._pass is not None
+            self._shared |= self._pass.repeated  # the next forward is compiled for it
             self.kept.check_buffers(self.module)
             tensors = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
             if self.first_step is not None:
@@ -178,7 +184,7 @@ class RegionEngine(Engine):
     def _run_compiled(
         self, unit: Unit, function: Callable[..., Any], args: Any, kwargs: Any, given: list[Label | None]
     ) -> tuple[Any, list[Label]]:
-        scope = Scope(self._names(unit))
+        scope = Scope(self._names(unit), self._shared)
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         assert len(tensors) == len(given), "arguments changed on the way to a block"
         for i, (tensor, label) in enumerate(zip(tensors, given, strict=True)):
@@ -201,8 +207,13 @@ class RegionEngine(Engine):
         if not unit.sharded:
             return {id(p): n for n, p in self._parameters.items()}
         prefix = f"{unit.path}." if unit.path else ""
-        held = unit.module.named_parameters()
-        return {id(p): prefix + n for n, p in held if prefix + n in self._parameters and not is_distributed(p)}
+        within = tuple(f"{child.path}." for child in unit.children)
+        held = ((prefix + n, p) for n, p in unit.module.named_parameters())
+        return {
+            id(p): n
+            for n, p in held
+            if n in self._parameters and not n.startswith(within) and not is_distributed(p)
+        }
 
     def _result_label(self, unit: Unit, scope: Scope, value: Tensor) -> Label:
         label = scope.label(value)
@@ -226,6 +237,7 @@ class RegionEngine(Engine):
             tuple(map(str, given)),
             tuple((n, p.requires_grad) for n, p in own.items()),
             tuple(m.training for m in unit.module.modules()),
+            tuple(n for n in self._owners.inside(unit) if n in self._shared),
         )
         if key not in self._functions:
             copied = with_own_code(function, type(unit.module).__name__)
@@ -262,7 +274,7 @@ class RegionEngine(Engine):
         scope = frame.scope
 
         def piece(part: Piece, values: list[Any], labels: list[Label | None]) -> tuple[Sequence[Any], Sequence[Label]]:
-            inner = Scope(scope.parameters)
+            inner = Scope(scope.parameters, self._shared)
             for value, label, node in zip(values, labels, part.inputs, strict=True):
                 if isinstance(value, Tensor) and label is not None:
                     inner.note(value, node.name, label)
@@ -282,6 +294,7 @@ class RegionEngine(Engine):
             with as_it_is(child):
                 return self._run_unit(child, args, kwargs, labels)
 
+        self._shared |= self._owners.repeated(frame.unit, skeleton, live, scope.parameters)
         known = [scope.label(x) if isinstance(x, Tensor) else None for x in live]
         outputs, labels = skeleton.run(live, known, piece, unit)
         for output, label in zip(outputs, labels, strict=True):
@@ -324,7 +337,8 @@ class RegionEngine(Engine):
         own = [artifact.roles.parameters[p] for p in positions]
         touched = [name for name, first in zip(names, own, strict=True) if first in chosen]
         memory = frozenset(memory_of(p) for p in frame.unit.module.parameters()) if frame.unit.sharded else frozenset()
-        run = whole.run(names, touched, artifact.dtype, frame.unit.path, memory)
+        uses = {n: artifact.transformed.uses[o] for n, o in zip(names, own, strict=True) if o in artifact.transformed.uses}
+        run = whole.run(names, touched, artifact.dtype, frame.unit.path, memory, uses)
         norms, aliases = attach(run, parameters)
         arguments = list(inputs)
         for p, alias in zip(positions, aliases, strict=True):
@@ -365,7 +379,10 @@ class RegionEngine(Engine):
         if self.sharded:
             assert self._root is not None
             return reduce_over_ranks(self._root, self._parameters, outcome.sums)
-        return [pair for _, compute in outcome.sums for pair in compute()]
+        totals: dict[str, Tensor] = {}
+        for _, compute in outcome.sums:
+            add_up(totals, compute())
+        return list(totals.items())
 
     def check_live(self, names: Sequence[str], parameters: Sequence[Tensor], sharded: bool) -> None:
         """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks."""

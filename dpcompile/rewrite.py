@@ -25,6 +25,7 @@ from dpcompile.norms.slices import accumulation_dtype, scaled
 from dpcompile.plan import Choice, Plan
 from dpcompile.proof import Proof, prove
 from dpcompile.second_backward import repeat_backward
+from dpcompile.shared_uses import factor_operands
 from dpcompile.sites import ParameterGradient, Site
 from dpcompile.sizes import Size
 
@@ -50,7 +51,7 @@ class ClipOptions:
 @dataclass(frozen=True, slots=True)
 class _Norm:
     choice: Choice
-    squared: fx.Node  # [B], of the gradients as they stand in the graph
+    squared: fx.Node | None  # [B], of the gradients as they stand in the graph; None where it is taken elsewhere
     kept: fx.Node | None  # [B, *parameter shape]
 
 
@@ -101,7 +102,7 @@ def _defer(joint: JointGraph, plan: Plan, norms: Sequence[_Norm], weights: fx.No
     for slot in joint.gradient_slots.values():
         outputs[slot] = None
     rows = {name: i for i, name in enumerate(joint.parameters)}
-    known = {norm.choice.gradient.name: norm.squared for norm in norms}
+    known = {n.choice.gradient.name: n.squared for n in norms if n.squared is not None and not n.choice.shared}
 
     def stack(weights: Tensor, *squared: Tensor) -> Tensor:
         given = dict(zip(known, squared, strict=True))
@@ -113,10 +114,24 @@ def _defer(joint: JointGraph, plan: Plan, norms: Sequence[_Norm], weights: fx.No
     for norm in norms:
         name = norm.choice.gradient.name
         row = insert(joint.graph, _behind(joint, [weights]), lambda w, i=rows[name]: w[i], [weights])
-        outputs[joint.sum_slots[name]] = _clipped_sum(joint, norm, row, {})
+        total = _clipped_sum(joint, norm, row, {})
+        outputs[joint.sum_slots[name]] = _handed_out(joint, norm, total) if norm.choice.shared else total
     joint.graph.output_node().args = (type(joint.graph.output_node().args[0])(outputs),)  # type: ignore[call-arg]
     _prune(joint.graph)
     joint.module.recompile()
+
+
+def _handed_out(joint: JointGraph, norm: _Norm, total: fx.Node) -> fx.Node:
+    """A node that holds the clipped sum, and what the norm over several regions is taken of."""
+    gradient, nodes = norm.choice.gradient, factor_operands(norm.choice)
+    if norm.choice.rule == "whole":
+        nodes = [insert(joint.graph, _behind(joint, [gradient.gradient]), lambda g: g.unsqueeze(0), [gradient.gradient])]
+    elif norm.kept is not None:
+        nodes = [norm.kept]
+    with joint.graph.inserting_after(last_of(joint.graph, [total, *nodes])):
+        node = joint.graph.call_function(torch.ops.dpcompile.hand_out.default, (total, nodes))
+    node.meta = {"val": total.meta["val"].clone(), "partitioner_tag": "must_be_in_backward"}
+    return node
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -127,6 +142,8 @@ def _norm(joint: JointGraph, choice: Choice) -> _Norm:
     if rule == "whole":
         squared = insert(joint.graph, _behind(joint, [gradient.gradient]), _whole_norm, [gradient.gradient])
         return _Norm(choice, squared, None)
+    if rule == "later":
+        return _Norm(choice, None, None)
     if rule in ("outer", "ghost", "direct"):
         return _Norm(choice, _factored_norm(joint, choice), None)
     operands, compute = _instantiation(choice, joint.batch)

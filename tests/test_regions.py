@@ -340,10 +340,6 @@ class Around(nn.Module):
         return self.function(self, self.blocks, x)
 
 
-def twice(m: Any, blocks: Any, x: Tensor) -> Tensor:
-    return blocks[1](blocks[0](blocks[0](x)))
-
-
 def mixing(m: Any, blocks: Any, x: Tensor) -> Tensor:
     h = blocks[0](x)
     return blocks[1](h - h.mean(0))
@@ -355,10 +351,6 @@ def summed(m: Any, blocks: Any, x: Tensor) -> Tensor:
 
 def parameters_alone(m: Any, blocks: Any, x: Tensor) -> Tensor:
     return blocks[1](m.free * 2) + blocks[0](x)
-
-
-def in_two_pieces(m: Any, blocks: Any, x: Tensor) -> Tensor:
-    return blocks[1](blocks[0](x * m.free)) * m.free
 
 
 def under_autocast(m: Any, blocks: Any, x: Tensor) -> Tensor:
@@ -399,8 +391,6 @@ def rolled_on_the_way_back(m: Any, blocks: Any, x: Tensor) -> Tensor:
 REFUSED = {
     mixed_on_the_way_back: (ExampleMixingError, "it reaches the gradient of input"),
     rolled_on_the_way_back: (ExampleMixingError, "mixes examples"),
-    twice: (PrivacyError, "is used in two regions of one forward"),
-    in_two_pieces: (PrivacyError, "'free' is used in two regions of one forward"),
     mixing: (ExampleMixingError, "mixes examples"),
     summed: (DPCompileError, "sum"),
     parameters_alone: (UnsupportedGraphError, "comes from parameters alone|holds? no example|no input of the model"),
@@ -416,13 +406,6 @@ def test_refused(function: Any) -> None:
     private = dp_compile(Around(function), backend="eager", regions="blocks")
     with pytest.raises(kind, match=message):
         private(rows())
-
-
-def test_weights_shared_by_two_blocks_are_refused() -> None:
-    model = MLP(2)
-    model.layers[2].weight = model.layers[0].weight  # type: ignore[union-attr]
-    with pytest.raises(PrivacyError, match="is used in two regions of one forward"):
-        dp_compile(model, backend="eager", regions="blocks")(rows())
 
 
 def test_a_second_backward_is_refused() -> None:
