@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from test_regions import GPT, MLP, D, LoRA, T, V, ViT
+from test_regions import GPT, MLP, Around, D, LoRA, T, V, ViT
+from test_shared_parameters import Tied, twice
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -84,6 +85,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "GPT": (gpt, lambda: torch.randint(0, V, (BATCH, T))),
     "ViT": (ViT, lambda: torch.randn(BATCH, 3, 8, 8)),
     "LoRA": (LoRA, lambda: torch.randint(0, V, (BATCH, T))),
+    "GPT, tied head": (Tied, lambda: torch.randint(0, V, (BATCH, T))),
+    "a block twice": (lambda: Around(twice), lambda: torch.randn(BATCH, D)),
 }
 
 
@@ -290,12 +293,13 @@ def communication(name: str, mesh: DeviceMesh) -> None:
 
 
 def inductor(mesh: DeviceMesh) -> None:
-    make, example = MODELS["GPT"]
-    x = example()
-    wanted, _ = alone(made(make), x)
-    model = dp_compile(shard(made(make), mesh), max_grad_norm=C)
-    step(model, part(x))
-    same(full(model), wanted)
+    for name in ("GPT", "GPT, tied head"):
+        make, example = MODELS[name]
+        x = example()
+        wanted, _ = alone(made(make), x)
+        model = dp_compile(shard(made(make), mesh), max_grad_norm=C)
+        step(model, part(x))
+        same(full(model), wanted)
 
 
 def mixed_precision(mesh: DeviceMesh) -> None:
@@ -361,7 +365,7 @@ def main() -> None:
         "refusals": lambda: refused(mesh),
     }
     if world > 1:
-        checks |= {f"communication of {n}": lambda n=n: communication(n, mesh) for n in ("GPT", "ViT")}
+        checks |= {f"communication of {n}": lambda n=n: communication(n, mesh) for n in ("GPT", "ViT", "GPT, tied head")}
         checks["disagreement"] = lambda: disagreement(mesh)
     if world == 2:
         checks["inductor"] = lambda: inductor(mesh)

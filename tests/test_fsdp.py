@@ -11,7 +11,8 @@ import torch
 
 HERE = Path(__file__).parent
 CHECKS = {
-    "gradients of GPT", "gradients of ViT", "gradients of LoRA", "parameters kept after forward", "padding",
+    "gradients of GPT", "gradients of ViT", "gradients of LoRA", "gradients of GPT, tied head",
+    "gradients of a block twice", "parameters kept after forward", "padding",
     "micro-batches", "training with noise", "loading", "checkpoints", "mixed precision", "refusals",
 }  # fmt: skip
 
@@ -38,7 +39,8 @@ def _launch(world: int, directory: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     passed = {line.removeprefix("passed: ") for line in done.stdout.splitlines() if line.startswith("passed: ")}
-    more = {"communication of GPT", "communication of ViT", "disagreement"} if world > 1 else set()
+    communication = {f"communication of {n}" for n in ("GPT", "ViT", "GPT, tied head")}
+    more = {"disagreement", *communication} if world > 1 else set()
     more |= {"inductor"} if world == 2 else set()
     more |= {"replicas of shards"} if world == 4 else set()
     assert passed == CHECKS | more
