@@ -33,6 +33,10 @@ class Owners:
         prefix = f"{unit.path}." if unit.path else ""
         return (name for own, name in self._names.items() if own.startswith(prefix))
 
+    def with_two_names(self) -> set[str]:
+        """Parameters that lie in two modules."""
+        return {name for name, n in Counter(self._names.values()).items() if n > 1}
+
     def tied(self, root: Unit) -> set[str]:
         """Parameters that lie in two units."""
         units = sorted(_all(root), key=lambda u: -len(u.path))

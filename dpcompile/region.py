@@ -42,6 +42,19 @@ class Scope:
         """Remember a tensor as long as this scope lives."""
         self.tensors[id(tensor)] = (tensor, name, label)
 
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter, or was noted."""
+        return id(tensor) in self.parameters or id(tensor) in self.tensors
+
+    def kind(self, value: Any) -> tuple[Any, ...] | None:
+        """What a graph that reads this is compiled for, besides its shape; None for what is no tensor."""
+        if not isinstance(value, Tensor):
+            return None
+        name = self.parameters.get(id(value))
+        if name is not None:
+            return "parameter", value.requires_grad, name in self.shared
+        return "tensor", value.requires_grad, str(self.label(value))
+
     def label(self, tensor: Tensor) -> Label | None:
         """Of a tensor that was noted; None for any other."""
         known = self.tensors.get(id(tensor))
@@ -76,7 +89,12 @@ class Artifact:
 
 
 def compile_region(
-    gm: fx.GraphModule, live: Sequence[Any], examples: Sequence[Any], scope: Scope, options: Options
+    gm: fx.GraphModule,
+    live: Sequence[Any],
+    examples: Sequence[Any],
+    scope: Scope,
+    options: Options,
+    proving: bool,
 ) -> Artifact:
     """Prove a graph, rewrite it for the deferred lowering, and compile it.
 
@@ -86,15 +104,16 @@ def compile_region(
         examples: what to trace with: the same, or fake ones.
         scope: what is known of ``live``.
         options: of the model.
+        proving: a backward of the model will follow.
 
     Raises:
         ExampleMixingError: examples mix, or an input is a sum over them.
         UnsupportedGraphError: what cannot be proved.
     """
-    if not torch.is_grad_enabled():
+    if not proving:
         return Artifact(compile_joint(gm, examples, backend=options.backend, transform=_leave, key=""))
     leaves = _leaves(live, scope)
-    trained = _needs_gradient(gm) and any(_is_trainable(x, scope) for x in live)
+    trained = torch.is_grad_enabled() and _needs_gradient(gm) and any(_is_trainable(x, scope) for x in live)
     roles = assign_roles(gm, live, scope.parameters, leaves, trained=trained)
     symbols = _symbols(gm)
     if not trained:

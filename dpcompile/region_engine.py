@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from dpcompile._torch import add_inputs, disable, memory_of, pytree, tracing_config
 from dpcompile.axis import Examples, Label, Shared
+from dpcompile.between import Between, check_hooks_between, check_inputs_between, compiled_alone, held_tensors
 from dpcompile.deferral import Outcome, Pass, attach, prove_clipping
 from dpcompile.engine import Engine, with_own_code, zeros_for
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
@@ -21,7 +23,7 @@ from dpcompile.pipeline import Options, Transformed
 from dpcompile.plan import Plan
 from dpcompile.region import Artifact, Scope, compile_region, concrete
 from dpcompile.shards import is_distributed
-from dpcompile.skeleton import Piece, Skeleton, holds_units
+from dpcompile.skeleton import Piece, Skeleton, holds_units, whole_piece
 from dpcompile.translate import translated
 from dpcompile.units import Unit, as_it_is, find_units, is_sharded, stubs
 from dpcompile.unowned import guarded
@@ -89,6 +91,9 @@ class RegionEngine(Engine):
         self._clipping_proved = False
         self._owners = Owners(module)
         self._shared: set[str] = set()  # parameters that several regions use
+        self._breaks = options.regions == "breaks"
+        self._between = Between(self._holds_examples, self._parameter_behind)
+        self._held: dict[int, Tensor] = {}
 
     @disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +111,7 @@ class RegionEngine(Engine):
         finally:
             self._current, self.first_step, self._pass = ((), {}), None, None
             self._frames.clear()
-            self._given = None
+            self._given, self._held = None, {}
 
     def trace(self, *args: Any, **kwargs: Any) -> None:
         """Compile for these arguments. Regions have to run forward for that; nothing is kept."""
@@ -131,8 +136,8 @@ class RegionEngine(Engine):
 
     def _run_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._root is None:
-            self._root = find_units(self.module)
-            self._shared |= self._owners.tied(self._root)
+            self._root = find_units(self.module, blocks=not self._breaks)
+            self._shared |= self._owners.with_two_names() if self._breaks else self._owners.tied(self._root)
             if self.sharded:
                 check_sharded(self._root, self._parameters)
         self._proving = torch.is_grad_enabled() and bool(self.trainable())
@@ -144,6 +149,7 @@ class RegionEngine(Engine):
             scope.note(tensor, name, self._given[-1])  # type: ignore[arg-type]
         if self._proving:
             self._pass = self._new_pass(dims)
+            self._held = held_tensors(self.module) if self._breaks else {}
             self.kept.note_arguments(t for _, t, dim in dims if dim is not None)
         result, labels = self._run_unit(self._root, args, kwargs, self._given)
         if self._proving:
@@ -189,6 +195,8 @@ class RegionEngine(Engine):
         assert len(tensors) == len(given), "arguments changed on the way to a block"
         for i, (tensor, label) in enumerate(zip(tensors, given, strict=True)):
             scope.note(tensor, f"argument {i} of {unit.path or 'the model'}", label or Shared())
+            if self._breaks and not (label is None or isinstance(label, Shared)):
+                self.kept.note_arguments([tensor])
         if not unit.path:
             for name, tensor, dim in self._example_dims():
                 if dim is not None and scope.label(tensor) is not None:
@@ -196,11 +204,34 @@ class RegionEngine(Engine):
         compiled = self._function(unit, function, given)
         self._frames.append(_Frame(unit, scope))
         try:
-            with stubs(unit.children):
+            with stubs(unit.children), self._python_between(unit):
                 result = compiled(unit.module, args, kwargs)
+            if self._breaks and self._proving:
+                self._between.check()
+                given_ids = {id(x) for x in tensors}
+                check_hooks_between([t for i, (t, _, _) in scope.tensors.items() if i not in given_ids])
         finally:
             self._frames.pop()
         return result, [self._result_label(unit, scope, x) for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+
+    @contextmanager
+    def _python_between(self, unit: Unit) -> Iterator[None]:
+        """Where graph breaks are allowed, watch what runs between the graphs of a unit."""
+        if not (self._breaks and self._proving):
+            yield
+            return
+        with compiled_alone(unit.module, [c.module for c in unit.children]), self._between.watching():
+            yield
+
+    def _holds_examples(self, tensor: Tensor) -> bool:
+        label = self._frames[-1].scope.label(tensor) if self._frames else None
+        return self.kept.holds(tensor) or not (label is None or isinstance(label, Shared))
+
+    def _parameter_behind(self, tensor: Tensor) -> str | None:
+        names = self._frames[-1].scope.parameters if self._frames else {}
+        base = tensor._base if tensor._base is not None else tensor
+        name = names.get(id(tensor)) or names.get(id(base))
+        return name if name is not None and self._parameters[name].requires_grad else None
 
     def _names(self, unit: Unit) -> dict[int, str]:
         """The parameters as the unit holds them now: under FSDP2 those that were gathered for it, and no others."""
@@ -241,18 +272,45 @@ class RegionEngine(Engine):
         )
         if key not in self._functions:
             copied = with_own_code(function, type(unit.module).__name__)
-            dynamic = False if unit.children else self.options.dynamic
-            self._functions[key] = torch.compile(copied, backend=self._region_backend, fullgraph=True, dynamic=dynamic)
+            dynamic = False if unit.children or self._breaks else self.options.dynamic
+            self._functions[key] = torch.compile(
+                copied, backend=self._region_backend, fullgraph=not self._breaks, dynamic=dynamic
+            )
         return self._functions[key]
 
     # --- graphs ------------------------------------------------------------------------------------------------------
 
     def _region_backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if self._breaks:
+            return self._late(gm)
         if holds_units(gm):
             skeleton = Skeleton(gm)
             return lambda *live: self._run_skeleton(skeleton, live)
         artifact = self._artifact(gm, inputs, lambda: inputs)
         return lambda *live: self._run_artifact(artifact, live)
+
+    def _late(self, gm: fx.GraphModule) -> Callable[..., Any]:
+        """A graph between breaks: compiled when it runs, for how its inputs lie then, of which Dynamo has no guard."""
+        skeleton = Skeleton(gm) if holds_units(gm) else None
+        frame_graph = None if skeleton is not None else whole_piece(gm)
+        known: dict[Any, Artifact] = {}
+
+        def run(*live: Any) -> Sequence[Any]:
+            with self._between.paused():
+                scope = self._frames[-1].scope
+                if self._proving:
+                    self._between.check()
+                    check_inputs_between(gm, live, scope.knows, self._held)
+                if skeleton is not None:
+                    return self._run_skeleton(skeleton, live)
+                assert frame_graph is not None
+                situation = (torch.is_grad_enabled(), self._proving, tuple(scope.kind(x) for x in live))
+                if situation not in known:
+                    copied = add_inputs(frame_graph.graph, {})
+                    known[situation] = self._artifact(copied, live, lambda: frame_graph.fakes(live))
+                return self._run_artifact(known[situation], live)
+
+        return run
 
     def _artifact(self, gm: fx.GraphModule, live: Sequence[Any], examples: Callable[[], Sequence[Any]]) -> Artifact:
         """What a graph is compiled to; an equal one is taken from those that were compiled before."""
@@ -261,7 +319,7 @@ class RegionEngine(Engine):
         if key is None or key not in self._artifacts:
             self.compilations += 1
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._proving):
-                artifact = compile_region(gm, live, examples(), frame.scope, self.options)
+                artifact = compile_region(gm, live, examples(), frame.scope, self.options, self._proving)
             if artifact.transformed is not None:
                 self._plans[id(artifact)] = self.transformed = artifact.transformed
             if key is None:

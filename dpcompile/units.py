@@ -54,15 +54,17 @@ def is_sharded(module: nn.Module) -> bool:
     )
 
 
-def find_units(model: nn.Module) -> Unit:
+def find_units(model: nn.Module, *, blocks: bool = True) -> Unit:
     """The model as a tree of units.
 
     Units of a model under ``fully_shard`` are those of FSDP. Otherwise they are the elements with parameters of
     ``ModuleList`` and ``Sequential`` containers whose class occurs there twice or more; the outermost such containers.
+    Without ``blocks`` there are none but those of FSDP.
     """
     sharded = any(is_sharded(m) for m in model.modules())
     root = _unit(model, "", sharded and is_sharded(model))
-    _collect(root, model, "", sharded)
+    if sharded or blocks:
+        _collect(root, model, "", sharded)
     return root
 
 
