@@ -45,7 +45,7 @@ from torch.fx.graph import CodeGen
 from torch.multiprocessing.reductions import StorageWeakRef as WeakMemory
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dpcompile.decompositions import DECOMPOSITIONS, take_apart
@@ -82,6 +82,7 @@ __all__ = [
     "flat_graph",
     "has_gradient_hooks",
     "is_compiling",
+    "is_entered",
     "is_fake",
     "is_stepped_as_made",
     "mark_stepped",
@@ -152,9 +153,15 @@ def is_compiling() -> bool:
     return CompileContext.try_get() is not None
 
 
+def is_entered(mode: TorchDispatchMode) -> bool:
+    """Whether operations reach this mode: printing a tensor switches all modes off for a while."""
+    return any(entered is mode for entered in _get_current_dispatch_mode_stack())
+
+
 def on_top(mode: TorchDispatchMode) -> bool:
     """Whether no other mode was entered since this one."""
-    return _get_current_dispatch_mode() is mode
+    stack = _get_current_dispatch_mode_stack()
+    return bool(stack) and stack[-1] is mode
 
 
 def running_place() -> str | None:

@@ -1,4 +1,4 @@
-"""What runs between compiled graphs where graph breaks are allowed: plain Python, and nothing that computes with examples.
+"""What runs between compiled graphs where graph breaks are allowed: Python that computes nothing with examples.
 
 Between two graphs the proof sees nothing. So a tensor operation there on values of examples, or on parameters, is
 refused when it runs, and a graph may read only what is known: parameters, arguments, what earlier graphs returned, and
@@ -7,19 +7,23 @@ tensors that the modules held when the call began.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from dpcompile._torch import TorchDispatchMode, is_compiling, on_top, pytree, running_place
+from dpcompile._torch import TorchDispatchMode, disable, is_compiling, is_entered, on_top, pytree, running_place
 from dpcompile.errors import DPCompileError, ExampleMixingError, UnsupportedGraphError
 from dpcompile.operations import operation_name
 
 __all__ = ["Between", "check_hooks_between", "check_inputs_between", "compiled_alone", "held_tensors"]
 
-_MOVE = "move it into a function or module that is compiled (not in the body of a loop that breaks), or remove the break"
+_READS = ("tolist", "numpy", "data_ptr", "__dlpack__")
+_MOVE = (
+    "move it into a function or module that is compiled (not in the body of a loop that breaks), or remove the break"
+)
 
 
 class Between(TorchDispatchMode):
@@ -35,7 +39,8 @@ class Between(TorchDispatchMode):
     ``print(x)``, ``str(x)``                     pass (they bypass the dispatcher): text
     ``x.shape``, ``x.dtype``                     pass
     ``x.item()``, ``if x.sum() > 0:``            refused
-    ``x.numpy()`` on an argument of the call     not seen (docs/sharp_edges.md)
+    ``x.tolist()``, ``x.numpy()``, ``np.sum(x)``   refused
+    memory read past torch (storages, C code)    not seen (docs/sharp_edges.md)
     in-place operations, also through ``.data``  refused
     ===========================================  ==============================================
 
@@ -60,7 +65,7 @@ class Between(TorchDispatchMode):
         """Code of the model runs in here, compiled or not."""
         before, self._watching, self._fault = self._watching, True, None
         try:
-            with self:
+            with self, self._reads_seen():
                 yield
         finally:
             self._watching = before
@@ -81,22 +86,47 @@ class Between(TorchDispatchMode):
                 self.__enter__()
             self._watching = True
 
+    @contextmanager
+    def _reads_seen(self) -> Iterator[None]:
+        """Methods that read a tensor's memory without the dispatcher are seen too."""
+        own = {name: Tensor.__dict__.get(name) for name in _READS}
+        for name in _READS:
+            setattr(Tensor, name, self._seen(name, getattr(Tensor, name)))
+        try:
+            yield
+        finally:
+            for name, value in own.items():
+                if value is None:
+                    delattr(Tensor, name)
+                else:
+                    setattr(Tensor, name, value)
+
+    def _seen(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @disable
+        @functools.wraps(method)
+        def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._watching and is_entered(self) and not is_compiling():
+                self._fault = self._refusal(name, tensor)
+                self.check()
+            return method(tensor, *args, **kwargs)
+
+        return read
+
     def check(self) -> None:
         """Raise what was refused, if the model went on nevertheless."""
         if self._fault is not None:
             raise self._fault
 
+    @disable
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See every operation."""
         if self._watching and not is_compiling():
-            self._fault = self._refusal(func, args, kwargs)
+            self._fault = self._refusal(operation_name(func), (args, kwargs))
             self.check()
         return func(*args, **(kwargs or {}))
 
-    def _refusal(self, func: Any, args: Any, kwargs: Any) -> DPCompileError | None:
-        operands = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        name = operation_name(func)
-        for operand in operands:
+    def _refusal(self, name: str, operands: Any) -> DPCompileError | None:
+        for operand in (x for x in pytree.tree_leaves(operands) if isinstance(x, Tensor)):
             parameter = self._parameter(operand)
             if parameter is not None:
                 return UnsupportedGraphError(
@@ -106,12 +136,12 @@ class Between(TorchDispatchMode):
                     remedy=_MOVE,
                 )
             if operand.requires_grad or self._holds_examples(operand):
-                if name in ("_local_scalar_dense", "is_nonzero", "item"):
+                if name in ("_local_scalar_dense", "is_nonzero", *_READS):
                     return ExampleMixingError(
-                        "the model reads a Python number out of the values of examples, behind a graph break",
+                        "the model reads Python numbers out of the values of examples, behind a graph break",
                         where=running_place(),
-                        remedy="leave it a tensor: no .item(), float() or int(), and torch.where instead of branches "
-                        "on values",
+                        remedy="leave them tensors: no .item(), .tolist(), .numpy() or float(); torch.where instead "
+                        "of branches on values",
                     )
                 return ExampleMixingError(
                     f"`{name}` runs on values of examples outside any compiled graph, behind a graph break: whether "
@@ -140,8 +170,8 @@ def check_inputs_between(
             source = getattr(node, "_dynamo_source", None)
             name = getattr(source, "name", node.name)
             raise UnsupportedGraphError(
-                f"the model reads the tensor {name() if callable(name) else name} of shape {list(value.shape)} behind a "
-                "graph break, and no compiled graph made it: it may hold anything of the examples",
+                f"the model reads the tensor {name() if callable(name) else name} of shape {list(value.shape)} behind "
+                "a graph break, and no compiled graph made it: it may hold anything of the examples",
                 remedy="compute it where it is compiled; register constants as buffers",
             )
 
@@ -152,8 +182,8 @@ def check_hooks_between(tensors: Sequence[Tensor]) -> None:
         hooks = (tensor._backward_hooks or {}).values()
         if not all(type(getattr(h, "__self__", None)).__name__ == "FSDPState" for h in hooks):
             raise UnsupportedGraphError(
-                f"the model puts a hook on the gradient of a value of shape {list(tensor.shape)}, behind a graph break: "
-                "what it does to the examples is not seen",
+                f"the model puts a hook on the gradient of a value of shape {list(tensor.shape)}, behind a graph "
+                "break: what it does to the examples is not seen",
                 remedy="do it in a torch.autograd.Function in forward",
             )
 

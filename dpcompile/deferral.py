@@ -76,7 +76,7 @@ class Pass:
     edge case                                       outcome
     ==============================================  =================================================
     a region whose backward does not come           its gradient is zero for every example
-    an example that is not finite in one region     weight 0 in all regions
+    an example that is not finite in one region     weight 0 in its whole group, in all regions
     a parameter in two regions, or in one twice     the norm is that of the sum, cross terms included
     a second backward, or one through another part  refused: an example would count twice
     a backward that fails                           nothing is delivered
@@ -190,9 +190,7 @@ class Pass:
             total = sum(members[1:], start=members[0]) if members else torch.zeros_like(self.mask)
             totals.append(total)
             weights[group] = clip_weights(total, self.mask, clipping=options.clipping, bound=bound, scale=scale)
-        everything = sum(totals[1:], start=totals[0])
-        lost = ~torch.isfinite(everything)
-        return {g: torch.where(lost, torch.zeros_like(w), w) for g, w in weights.items()}, everything
+        return weights, sum(totals[1:], start=totals[0])
 
 
 def _part(run: RegionRun, row: int) -> Part:

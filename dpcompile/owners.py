@@ -46,10 +46,8 @@ class Owners:
             found.setdefault(name, set()).add(holder)
         return {name for name, holders in found.items() if len(holders) > 1}
 
-    def repeated(
-        self, unit: Unit, skeleton: Skeleton, live: Sequence[Any], parameters: Mapping[int, str]
-    ) -> set[str]:
-        """Parameters that a unit's graph uses in two pieces, in a piece and in a unit inside, or in two calls of one."""
+    def repeated(self, unit: Unit, skeleton: Skeleton, live: Sequence[Any], parameters: Mapping[int, str]) -> set[str]:
+        """Parameters that a unit's graph uses in two pieces, in a piece and in a unit inside, or in two calls."""
         placeholders = skeleton.source.graph.find_nodes(op="placeholder")
         names = {n: parameters.get(id(x)) for n, x in zip(placeholders, live, strict=True) if isinstance(x, Tensor)}
         uses: Counter[str | None] = Counter()

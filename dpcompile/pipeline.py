@@ -131,7 +131,14 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
     labels = tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs)
     readable = fx.GraphModule(module, copy_graph(module.graph))
     return Transformed(
-        readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot, unowned, _cut(joint, plan),
+        readable,
+        plan,
+        certificate,
+        labels,
+        joint.sum_slots,
+        joint.norm_slot,
+        unowned,
+        _cut(joint, plan),
         uses_of(plan),
     )
 

@@ -241,9 +241,7 @@ class RegionEngine(Engine):
         within = tuple(f"{child.path}." for child in unit.children)
         held = ((prefix + n, p) for n, p in unit.module.named_parameters())
         return {
-            id(p): n
-            for n, p in held
-            if n in self._parameters and not n.startswith(within) and not is_distributed(p)
+            id(p): n for n, p in held if n in self._parameters and not n.startswith(within) and not is_distributed(p)
         }
 
     def _result_label(self, unit: Unit, scope: Scope, value: Tensor) -> Label:
@@ -395,7 +393,9 @@ class RegionEngine(Engine):
         own = [artifact.roles.parameters[p] for p in positions]
         touched = [name for name, first in zip(names, own, strict=True) if first in chosen]
         memory = frozenset(memory_of(p) for p in frame.unit.module.parameters()) if frame.unit.sharded else frozenset()
-        uses = {n: artifact.transformed.uses[o] for n, o in zip(names, own, strict=True) if o in artifact.transformed.uses}
+        uses = {
+            n: artifact.transformed.uses[o] for n, o in zip(names, own, strict=True) if o in artifact.transformed.uses
+        }
         run = whole.run(names, touched, artifact.dtype, frame.unit.path, memory, uses)
         norms, aliases = attach(run, parameters)
         arguments = list(inputs)

@@ -125,7 +125,9 @@ def _handed_out(joint: JointGraph, norm: _Norm, total: fx.Node) -> fx.Node:
     """A node that holds the clipped sum, and what the norm over several regions is taken of."""
     gradient, nodes = norm.choice.gradient, factor_operands(norm.choice)
     if norm.choice.rule == "whole":
-        nodes = [insert(joint.graph, _behind(joint, [gradient.gradient]), lambda g: g.unsqueeze(0), [gradient.gradient])]
+        nodes = [
+            insert(joint.graph, _behind(joint, [gradient.gradient]), lambda g: g.unsqueeze(0), [gradient.gradient])
+        ]
     elif norm.kept is not None:
         nodes = [norm.kept]
     with joint.graph.inserting_after(last_of(joint.graph, [total, *nodes])):

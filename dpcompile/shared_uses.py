@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from dpcompile.cost import Shape, costs, gram_cost
 from dpcompile.modes import MODES
 from dpcompile.norms.factors import Factored
-from dpcompile.norms.ghost import Sides, ghost, merge
+from dpcompile.norms.ghost import Sides, ghost
 from dpcompile.norms.product_op import squared_norms
 from dpcompile.norms.slices import accumulation_dtype
 from dpcompile.plan import Choice, Plan, panels_of
@@ -75,9 +75,10 @@ class HandedOut:
 
     def sides(self, batch: int) -> list[Sides]:
         """Rows and columns of every site, in the dtype to compute in."""
-        remaining, found = iter(self.values), []
+        remaining, found = list(self.values), []
         for form in self.use.forms or ():
-            own = [v.to(self.use.dtype) if v.is_floating_point() else v for _, v in zip(form.operands, remaining)]
+            own = [remaining.pop(0) for _ in form.operands]
+            own = [v.to(self.use.dtype) if v.is_floating_point() else v for v in own]
             found.append(Sides(*form.build(*own, batch), one_hot=form.one_hot))
         return found
 
@@ -178,7 +179,9 @@ def _prefers_ghost(shape: Shape, batch: int, mode: str, device: torch.device) ->
     """Whether Gram matrices are what the mode asks for, or quicker than products where it leaves the choice."""
     known = MODES[mode]
     fits = known.wanted(float(shape.t), float(shape.p), float(shape.d))
-    ghosts, products = (any(r in known.rules and fits(r) for r in rs) for rs in (("ghost",), ("keep", "redo", "direct")))
+    ghosts, products = (
+        any(r in known.rules and fits(r) for r in rs) for rs in (("ghost",), ("keep", "redo", "direct"))
+    )
     if ghosts != products:
         return ghosts
     table, rates = costs(shape, batch, reuse=False), rates_for(device)

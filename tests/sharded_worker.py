@@ -365,7 +365,9 @@ def main() -> None:
         "refusals": lambda: refused(mesh),
     }
     if world > 1:
-        checks |= {f"communication of {n}": lambda n=n: communication(n, mesh) for n in ("GPT", "ViT", "GPT, tied head")}
+        checks |= {
+            f"communication of {n}": lambda n=n: communication(n, mesh) for n in ("GPT", "ViT", "GPT, tied head")
+        }
         checks["disagreement"] = lambda: disagreement(mesh)
     if world == 2:
         checks["inductor"] = lambda: inductor(mesh)
