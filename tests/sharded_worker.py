@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from test_regions import GPT, MLP, Around, D, LoRA, T, V, ViT
+from test_regions import GPT, MLP, Around, Block, D, LoRA, T, V, ViT
 from test_shared_parameters import Tied, twice
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -292,6 +292,57 @@ def communication(name: str, mesh: DeviceMesh) -> None:
     assert (gathers, reductions) == (2 * units - 1, units), found  # the model's own parameters stay gathered
 
 
+def graph_breaks(mesh: DeviceMesh) -> None:
+    """Breaks in a block and in the model itself, with a tied head."""
+    x = torch.randint(0, V, (BATCH, T))
+    wanted, norms = alone_without_breaks(made(Broken), x)
+    model = dp_compile(shard(made(Broken), mesh), max_grad_norm=C, backend="eager", regions="breaks")
+    for _ in range(2):
+        model.zero_grad()
+        step(model, part(x))
+        same(full(model), wanted)
+        torch.testing.assert_close(model.grad_norms, part(norms), rtol=1e-5, atol=1e-6)
+    whole = dp_compile(shard(made(Broken), mesh), backend="eager")
+    raises(UnsupportedGraphError, "regions='breaks'", lambda: whole(part(x)))
+
+
+def alone_without_breaks(model: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    model.broken = False  # type: ignore[assignment]
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.broken = False
+    return alone(model, x)
+
+
+class BrokenBlock(Block):
+    """A break behind the block."""
+
+    broken = True
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        x = super().forward(x, causal)
+        if self.broken:
+            torch._dynamo.graph_break()
+        return x * 2
+
+
+class Broken(Tied):
+    """A break behind the embedding, and in every block."""
+
+    broken = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(BrokenBlock() for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.positions[: ids.shape[1]]
+        if self.broken:
+            torch._dynamo.graph_break()
+        for block in self.blocks:
+            x = block(x, causal=True)
+        return self.head(self.norm(x))
+
+
 def inductor(mesh: DeviceMesh) -> None:
     for name in ("GPT", "GPT, tied head"):
         make, example = MODELS[name]
@@ -363,6 +414,7 @@ def main() -> None:
         "checkpoints": lambda: checkpoints(mesh, Path(sys.argv[1])),
         "mixed precision": lambda: mixed_precision(mesh),
         "refusals": lambda: refused(mesh),
+        "graph breaks": lambda: graph_breaks(mesh),
     }
     if world > 1:
         checks |= {

@@ -12,7 +12,7 @@ import torch
 HERE = Path(__file__).parent
 CHECKS = {
     "gradients of GPT", "gradients of ViT", "gradients of LoRA", "gradients of GPT, tied head",
-    "gradients of a block twice", "parameters kept after forward", "padding",
+    "gradients of a block twice", "graph breaks", "parameters kept after forward", "padding",
     "micro-batches", "training with noise", "loading", "checkpoints", "mixed precision", "refusals",
 }  # fmt: skip
 
