@@ -63,7 +63,7 @@ class Between(TorchDispatchMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Code of the model runs in here, compiled or not."""
-        before, self._watching, self._fault = self._watching, True, None
+        before, self._watching = self._watching, True
         try:
             with self, self._reads_seen():
                 yield
@@ -106,7 +106,7 @@ class Between(TorchDispatchMode):
         @functools.wraps(method)
         def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._watching and is_entered(self) and not is_compiling():
-                self._fault = self._refusal(name, tensor)
+                self._fault = self._fault or self._refusal(name, tensor)
                 self.check()
             return method(tensor, *args, **kwargs)
 
@@ -121,7 +121,7 @@ class Between(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See every operation."""
         if self._watching and not is_compiling():
-            self._fault = self._refusal(operation_name(func), (args, kwargs))
+            self._fault = self._fault or self._refusal(operation_name(func), (args, kwargs))
             self.check()
         return func(*args, **(kwargs or {}))
 

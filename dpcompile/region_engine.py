@@ -150,6 +150,7 @@ class RegionEngine(Engine):
         if self._proving:
             self._pass = self._new_pass(dims)
             self._held = held_tensors(self.module) if self._breaks else {}
+            self._between = Between(self._holds_examples, self._parameter_behind)
             self.kept.note_arguments(t for _, t, dim in dims if dim is not None)
         result, labels = self._run_unit(self._root, args, kwargs, self._given)
         if self._proving:

@@ -51,7 +51,7 @@ class ClipOptions:
 @dataclass(frozen=True, slots=True)
 class _Norm:
     choice: Choice
-    squared: fx.Node | None  # [B], of the gradients as they stand in the graph; None where it is taken elsewhere
+    squared: fx.Node  # [B], of the gradients as they stand in the graph; of rule "later" the mask, which nobody reads
     kept: fx.Node | None  # [B, *parameter shape]
 
 
@@ -102,7 +102,7 @@ def _defer(joint: JointGraph, plan: Plan, norms: Sequence[_Norm], weights: fx.No
     for slot in joint.gradient_slots.values():
         outputs[slot] = None
     rows = {name: i for i, name in enumerate(joint.parameters)}
-    known = {n.choice.gradient.name: n.squared for n in norms if n.squared is not None and not n.choice.shared}
+    known = {n.choice.gradient.name: n.squared for n in norms if not n.choice.shared}
 
     def stack(weights: Tensor, *squared: Tensor) -> Tensor:
         given = dict(zip(known, squared, strict=True))
@@ -145,7 +145,7 @@ def _norm(joint: JointGraph, choice: Choice) -> _Norm:
         squared = insert(joint.graph, _behind(joint, [gradient.gradient]), _whole_norm, [gradient.gradient])
         return _Norm(choice, squared, None)
     if rule == "later":
-        return _Norm(choice, None, None)
+        return _Norm(choice, joint.mask, None)
     if rule in ("outer", "ghost", "direct"):
         return _Norm(choice, _factored_norm(joint, choice), None)
     operands, compute = _instantiation(choice, joint.batch)
