@@ -7,6 +7,8 @@ from launching import launch, passed
 
 CHECKS = {
     "gradients of GPT", "gradients of ViT", "gradients of LoRA", "regions", "unused parameters looked for",
+    "gradients of checkpointed GPT", "gradients of GPT, tied head", "gradients of a block twice",
+    "regions with a tied head",
     "gradients in buckets", "training with noise", "micro-batches", "loading", "unused parameters", "refusals",
     "mesh of replicas", "parts", "make_private", "replicate", "offloaded", "checkpoints",
 }  # fmt: skip
