@@ -17,7 +17,7 @@ from dpcompile.optim import DPOptimizer
 from dpcompile.privacy import Method, PrivacyAccountant, calibrate_noise
 from dpcompile.ranks import from_first, rank, world_size
 from dpcompile.replicas import inner_module
-from dpcompile.runtime import PrivateModule, engine_of
+from dpcompile.runtime import Engine, PrivateModule, engine_of
 
 __all__ = ["make_private"]
 
@@ -76,12 +76,12 @@ def make_private(
     if isinstance(optimizer, DPOptimizer):
         raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
     private_model = _private_model(model, max_grad_norm, dp_compile_options)
-    distributed = engine_of(private_model).distributed
+    engine = engine_of(private_model)
     drawn: int = fresh_seed(secure=secure)
-    if distributed:  # on every rank, whether it is given a seed or not
+    if engine.distributed:  # on every rank, whether it is given a seed or not
         drawn = from_first(drawn)
     seed = drawn if seed is None else seed
-    private_loader = _private_loader(loader, physical_batch_size, seed, secure, distributed)
+    private_loader = _private_loader(loader, physical_batch_size, seed, secure, engine)
     if noise_multiplier is None:
         assert target_epsilon is not None and target_delta is not None
         noise_multiplier = calibrate_noise(
@@ -152,11 +152,18 @@ def _private_model(model: nn.Module, max_grad_norm: float | None, options: dict[
 
 
 def _private_loader(
-    loader: Any, physical_batch_size: int | None, seed: int, secure: bool, distributed: bool
+    loader: Any, physical_batch_size: int | None, seed: int, secure: bool, engine: Engine
 ) -> PoissonLoader:
     if not isinstance(loader, PoissonLoader):
         options: dict[str, Any] = {"physical_batch_size": physical_batch_size, "seed": seed, "secure": secure}
-        if distributed:
+        if engine.distributed:
+            if engine.data_ranks != world_size():
+                raise PrivacyError(
+                    f"{world_size()} ranks are {engine.data_ranks} groups of tensor parallelism, and the one that this "
+                    "rank is in is not known",
+                    remedy="make the loader: PoissonLoader(dataset, ..., rank=mesh.get_local_rank('dp'), "
+                    "world_size=mesh['dp'].size())",
+                )
             options |= {"rank": rank(), "world_size": world_size()}
         return PoissonLoader.from_dataloader(loader, **options)
     if physical_batch_size not in (None, loader.physical_batch_size):

@@ -26,9 +26,10 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import dpcompile
-from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError
+from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError, make_private
 from dpcompile.checkpoint import load_checkpoint, save_checkpoint
 from dpcompile.runtime import engine_of
 
@@ -342,7 +343,7 @@ def refused(mesh: DeviceMesh) -> None:
         raises(kind, message, lambda: step(private(model), given))
 
     sequence = made(MLP)
-    plan = {
+    plan: dict[str, Any] = {
         "norm": SequenceParallel(),
         "up": ColwiseParallel(input_layouts=Shard(1)),
         "down": RowwiseParallel(output_layouts=Shard(1)),
@@ -357,7 +358,7 @@ def refused(mesh: DeviceMesh) -> None:
     logits = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 12))
     refuses(parallelize_module(logits, mesh, {"1": ColwiseParallel()}), "output 0 of a compiled graph is another one")
     logits = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 12))
-    distributed = {"1": ColwiseParallel(use_local_output=False)}
+    distributed: dict[str, Any] = {"1": ColwiseParallel(use_local_output=False)}
     refuses(parallelize_module(logits, mesh, distributed), "returns what is no plain tensor")
     refuses(cut(made(Scaled), mesh), "holds parameter 'scale' whole, and its gradient is another one on each")
     refuses(cut(made(ByRank), mesh), "is not given the same on all")
@@ -369,6 +370,19 @@ def refused(mesh: DeviceMesh) -> None:
     raises(UnsupportedGraphError, "tensor parallelism holds parts", lambda: private(cut(made(MLP), mesh), check=True))
     breaks = cut(made(MLP), mesh)
     raises(UnsupportedGraphError, "'breaks' under tensor parallelism", lambda: private(breaks, regions="breaks"))
+    raises(
+        UnsupportedGraphError,
+        "has two backward passes, and under tensor parallelism there is one",
+        lambda: private(cut(made(MLP), mesh), norm="two_pass"),
+    )
+    model = cut(made(MLP), mesh)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = DataLoader(TensorDataset(torch.randn(8, T, D)), batch_size=4)
+    raises(
+        PrivacyError,
+        "2 ranks are 1 groups of tensor parallelism",
+        lambda: make_private(model, sgd, data, noise_multiplier=1.0, max_grad_norm=C, backend="eager"),
+    )
     foreign = cut(made(Summing), mesh)
     refuses(foreign, "with ranks that are not those of tensor parallelism")
     refuses(made(Summing), "exchanges values between ranks")
@@ -437,6 +451,8 @@ class ByRank(MLP):
 class ByBuffer(MLP):
     """A buffer that is another one on every rank."""
 
+    offset: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(D))
@@ -458,7 +474,7 @@ class Summing(MLP):
 
     def __init__(self) -> None:
         super().__init__()
-        self.group = dist.new_group([0, 1])
+        self.group: Any = dist.new_group([0, 1])
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return super().forward(x) + funcol.all_reduce(x, "sum", self.group)

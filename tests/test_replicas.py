@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.distributed as dist
 from launching import launch, passed
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from dpcompile.shards import as_gradient, computing_device, zeros_for
 
 CHECKS = {
     "gradients of GPT", "gradients of ViT", "gradients of LoRA", "regions", "unused parameters looked for",
@@ -18,3 +25,17 @@ CHECKS = {
 def test_replicas_come_to_what_one_process_comes_to(world: int) -> None:
     """Gradients, and weights after steps with noise, are those of one process on the ranks' batches together."""
     assert passed(launch(world, "replicated_worker.py")) == CHECKS | {"inductor" if world == 2 else "some ranks"}
+
+
+def test_what_rests_on_the_cpu_has_its_gradient_there() -> None:
+    """Also where the mesh is of other devices, as with CPU offload from GPUs."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, local = DeviceMesh("meta", torch.tensor([0]), _init_backend=False), torch.randn(3, 2)
+        spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=TensorMeta(local.shape, local.stride(), local.dtype))
+        parameter = torch.nn.Parameter(DTensor(local, spec, requires_grad=False))  # type: ignore[call-arg]
+        assert computing_device(parameter).type == "meta" and zeros_for(parameter).device.type == "cpu"
+        parameter.grad = as_gradient(parameter, torch.ones(3, 2))
+        assert torch.equal(parameter.grad.to_local(), torch.ones(3, 2))  # type: ignore[union-attr]
+    finally:
+        dist.destroy_process_group()

@@ -38,6 +38,7 @@ ENGINES: dict[str, Spec] = {
     BASELINE: Spec("non-private, compiled", "plain:Compiled", compiles=True),
     "ours": Spec("dpcompile", "ours:Ours", compiles=True),
     "ours_budget": Spec("dpcompile, memory budget", "ours:Ours", {"memory_budget": "of the model"}, compiles=True),
+    "ours_blocks": Spec("dpcompile, regions of blocks", "ours:Ours", {"regions": "blocks"}, compiles=True),
     **{
         f"ours_{mode.replace(' ', '_')}": Spec(f"dpcompile, norm={mode!r}", "ours:Ours", {"norm": mode}, compiles=True)
         for mode in NORM_MODES

@@ -12,7 +12,7 @@ TITLE = "Compile time against batch and depth"
 
 def run(bench: Bench) -> dict[str, Any]:
     """Cold compilations of a language model (d = 128, T = 128)."""
-    engines = chosen(bench, ("compiled", "ours", "vmap"))
+    engines = chosen(bench, ("compiled", "ours", "ours_blocks", "vmap"))
     batches, depths = ((2,), (1, 2)) if bench.settings.quick else ((1, 2, 8, 32), (1, 2, 4, 8))
     small = "gpt:width=128,context=128,vocabulary=256"
     points = [f"{small},batch={b}" for b in batches] + [f"{small},depth={d}" for d in depths]

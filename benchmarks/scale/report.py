@@ -60,6 +60,8 @@ the tables show is what the code gathers, reduces, keeps and frees, not formulae
   graphs.
 - **Bytes** of a collective are those of the whole tensor. On the wire a rank receives (n - 1)/n of that for a gather
   or a reduction. Replicated training all-reduces the gradients, which sends twice as much, and is not in the table.
+- FSDP2 cuts parameters into as many runs of rows as there are ranks, and pads what does not divide: an adapter of 16
+  rows is sent as one of 256 on 256 ranks. So bytes grow with the ranks where parameters are small.
 - AdamW is the one for all parameters at once (`foreach`), the default on GPUs; noise is drawn as on a GPU.
 - *Two backwards* is Opacus' published scheme on the non-private step: one forward, a backward whose gradients are
   dropped, another one. Norms and hooks are not in it, so it is a lower bound. *Opacus' optimizer* is its own class on
