@@ -149,6 +149,8 @@ def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -
             lives[owner] = replace(lives[owner], end=max(lives[owner].end, lives.pop(name).end))
     owners = {n.name: storage_of(n).name for n in backward.graph.nodes}
     owners = {name: same.get(owner, owner) for name, owner in owners.items()}
+    for memory, name in first.items():  # saved as a view of a value that the backward does not know
+        owners.setdefault(memory, name)
     for node in joint.graph.nodes:  # a view that the backward makes of something else
         source = node
         while source.name not in owners and storage_of(source) is not source:

@@ -226,6 +226,7 @@ def _index_put(site: Site, batch: Size) -> Factored | None:
     return Factored(site, (index, values), build, (1, positions, rows, table[1]), one_hot="rows")
 
 
+_BLOCK = 16  # channels, in the layouts of oneDNN
 _NARROW = 64  # columns: patches of so few numbers (those of colours) are unfolded sooner than convolved in groups
 
 
@@ -261,7 +262,10 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
     cheaper = whole and pixels**2 <= positions**2 * prod(window.kernel)  # type: ignore[operator]
     sizes = (groups, positions, shape[0] // groups, columns)
     unfolded = product([groups, pixels, pixels] if cheaper else [groups, positions, columns])
-    narrow = groups == 1 and columns <= _NARROW
+    few = groups == 1 and shape[1] < _BLOCK
+    # A grouped convolution pads the channels of every example to a block: patches may take less.
+    patched = few and whole and positions * columns <= pixels * _BLOCK  # type: ignore[operator]
+    narrow = groups == 1 and (columns <= _NARROW or patched)
     return Factored(
         site, (small, large), build, sizes, unfolded=unfolded,
         each=None if narrow else each, gram=gram if cheaper else None,
