@@ -7,6 +7,8 @@ import ctypes
 import logging
 import os
 import platform
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -31,7 +33,7 @@ from torch._functorch._aot_autograd.descriptors import (
 )
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._guards import detect_fake_mode
+from torch._guards import CompileContext, detect_fake_mode
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner, record_original_output_strides
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -43,7 +45,7 @@ from torch.fx.graph import CodeGen
 from torch.multiprocessing.reductions import StorageWeakRef as WeakMemory
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dpcompile.decompositions import DECOMPOSITIONS, take_apart
@@ -59,6 +61,7 @@ __all__ = [
     "PlainAOTInput",
     "PlainAOTOutput",
     "TangentAOTInput",
+    "TorchDispatchMode",
     "TorchDynamoException",
     "WeakMemory",
     "WeakTensorKeyDictionary",
@@ -82,6 +85,8 @@ __all__ = [
     "flat_graph",
     "inner_tensor",
     "has_gradient_hooks",
+    "is_compiling",
+    "is_entered",
     "is_fake",
     "is_selective",
     "is_stepped_as_made",
@@ -93,9 +98,12 @@ __all__ = [
     "fake_mode_of",
     "memory_of",
     "mixed_precision",
+    "on_top",
     "opaque",
     "pytree",
     "real_tensors",
+    "running_place",
+    "taking_real_tensors",
     "trace_like",
     "tracing_config",
     "user_place",
@@ -151,6 +159,29 @@ def tracing_config(*, regions: bool = False) -> Iterator[None]:
         yield
 
 
+def is_compiling() -> bool:
+    """Whether Dynamo is compiling a frame."""
+    return CompileContext.try_get() is not None
+
+
+def is_entered(mode: TorchDispatchMode) -> bool:
+    """Whether operations reach this mode: printing a tensor switches all modes off for a while."""
+    return any(entered is mode for entered in _get_current_dispatch_mode_stack())
+
+
+def on_top(mode: TorchDispatchMode) -> bool:
+    """Whether no other mode was entered since this one."""
+    stack = _get_current_dispatch_mode_stack()
+    return bool(stack) and stack[-1] is mode
+
+
+def running_place() -> str | None:
+    """``file:line, in function: source`` of the user's innermost frame that is running, or None."""
+    frames = (f for f in traceback.walk_stack(sys._getframe()) if not f[0].f_code.co_filename.startswith(_NOT_USERS))
+    found = next(iter(traceback.StackSummary.extract(frames, limit=1)), None)
+    return None if found is None else f"{found.filename}:{found.lineno}, in {found.name}: {(found.line or '').strip()}"
+
+
 def is_gradient_of_input(descriptor: Any) -> int | None:
     """Which input of the captured graph an output of the joint graph is the gradient of; None if of none."""
     if isinstance(descriptor, GradAOTOutput) and isinstance(descriptor.grad_of, PlainAOTInput):
@@ -170,6 +201,17 @@ def fake_mode_of(values: Sequence[Any]) -> Any:
     if fake is not None:
         return fake.fake_mode
     return None if tensors else detect_fake_mode()
+
+
+@contextlib.contextmanager
+def taking_real_tensors(mode: Any) -> Iterator[None]:
+    """Within a fake mode, operations take real tensors too."""
+    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        with mode:
+            yield
+    finally:
+        mode.allow_non_fake_inputs = before
 
 
 def fake_like(shape: Sequence[int]) -> torch.Tensor:

@@ -73,8 +73,9 @@ def dp_compile(  # type: ignore[misc]
             steps (:mod:`dpcompile.workspace`).
         check: compare the first step with ``torch.func.vmap(grad)`` and raise on a difference.
         regions: None compiles the model as one graph; "blocks" compiles each element of repeated containers by itself
-            (``ModuleList``, ``Sequential``), equal ones once, and clips when the whole backward is over. A model under
-            FSDP2's ``fully_shard`` is always compiled in its units.
+            (``ModuleList``, ``Sequential``), equal ones once, and clips when the whole backward is over; "breaks"
+            allows graph breaks, between which Python runs that computes nothing with examples. A model under FSDP2's
+            ``fully_shard`` is always compiled in its units.
 
     Returns:
         A module of the model's own class and signature with, in addition, ``grad_norms``, ``plan``, ``graph``,
@@ -89,7 +90,7 @@ def dp_compile(  # type: ignore[misc]
     _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
     _one_of("backend", backend, ("inductor", "eager"))
     if regions is not None:
-        _one_of("regions", regions, ("blocks",))
+        _one_of("regions", regions, ("blocks", "breaks"))
     _validate_budget(memory_budget)
     options = Options(
         max_grad_norm, clipping, norm, in_dims, loss_reduction, backend, dynamic, memory_budget, check, regions

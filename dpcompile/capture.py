@@ -55,6 +55,7 @@ class Roles:
         lowering: of a region; None for a model in one graph.
         layouts: position -> how the examples lie, where that is more than a dimension of their own.
         ranks: what the inputs are on the other ranks of tensor parallelism; None without it.
+        shared: names of the trainable parameters that other regions use too.
     """
 
     parameters: Mapping[int, str]
@@ -69,6 +70,7 @@ class Roles:
     lowering: Lowering | None = None
     layouts: Mapping[int, Examples] = field(default_factory=dict)
     ranks: OverRanks | None = None
+    shared: frozenset[str] = frozenset()
 
     @property
     def others(self) -> dict[int, str]:

@@ -12,13 +12,15 @@ from torch import Tensor
 from dpcompile._torch import after_backward, current_backward, disable
 from dpcompile.clipping import clip_group, group_bound, group_of, own_norms
 from dpcompile.delivery import warn_of_lost_examples
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, UnsupportedGraphError
+from dpcompile.fsdp import add_up
 from dpcompile.lower import Rest, take_rest, take_sums
 from dpcompile.lowering import AT_ONCE, TWO_PASS, Lowering
 from dpcompile.pipeline import Options
+from dpcompile.shared_uses import HandedOut, Part, Redone, Use, joint_norm
 from dpcompile.tensor_parallel import NormsOverRanks
 
-__all__ = ["Outcome", "Pass", "RegionRun", "Sums", "WholeSums", "attach"]
+__all__ = ["Outcome", "Pass", "RegionRun", "Sums", "WholeSums", "attach", "shared_in_two_passes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Sums(Protocol):
         ...
 
     def add(self, unit: str, sums: Sequence[tuple[str, Tensor]]) -> None:
-        """The clipped sums of a region of this unit; once per region."""
+        """The clipped sums of a region of this unit; once per region. Those of one parameter add up."""
         ...
 
     def finish(self) -> list[tuple[str, Tensor]]:
@@ -58,18 +60,18 @@ class WholeSums:
     """Of parameters that lie on this rank whole."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[str, Tensor]] = []
+        self._found: dict[str, Tensor] = {}
 
     def expect(self, unit: str) -> None:
         """See :class:`Sums`."""
 
     def add(self, unit: str, sums: Sequence[tuple[str, Tensor]]) -> None:
         """See :class:`Sums`."""
-        self._found += sums
+        add_up(self._found, sums)
 
     def finish(self) -> list[tuple[str, Tensor]]:
         """See :class:`Sums`."""
-        return self._found
+        return list(self._found.items())
 
 
 @dataclass(eq=False, slots=True)
@@ -84,6 +86,7 @@ class RegionRun:
         given: ``[parameters, B]``, what the graph takes for clip weights; clipped at once: the bounds.
         unit: the path of the unit that the region is a part of.
         memory: parameters' memory that is freed before the clipped sums are computed.
+        uses: of parameters that other regions use too, what the region hands out.
         probe: a leaf behind the region in autograd's graph, where its backward may come twice.
         squared: its squared norms, ``[parameters, B]``, once its backward came.
         rest: deferred: what its clipped sums are computed from.
@@ -96,6 +99,7 @@ class RegionRun:
     given: Tensor
     unit: str = ""
     memory: frozenset[int] = frozenset()
+    uses: Mapping[str, Use] = field(default_factory=dict)
     probe: Tensor | None = None
     squared: Tensor | None = None
     rest: Rest | None = None
@@ -116,8 +120,9 @@ class Pass:
     edge case                                       outcome
     ==============================================  =================================================
     a region whose backward does not come           its gradient is zero for every example
-    an example that is not finite in one region     weight 0 in all regions but those that were clipped at once
-    a parameter in two regions                      refused: their gradients add before the norm
+    an example that is not finite in one region     weight 0 in its whole group, in all regions
+    a parameter in two regions, or in one twice     the norm is that of the sum, cross terms included
+    the same, in two passes or clipped at once      refused
     a second backward, or one through another part  refused: an example would count twice
     a backward that fails                           nothing is delivered
     a parameter of which this rank holds a part     its norm is that of all ranks' parts
@@ -132,6 +137,7 @@ class Pass:
         repeat: in two passes, runs the backward again; it ends in :meth:`receive_sums` of every region in ``received``.
         weights: clip group -> ``[B]``, once they are known.
         ranks: of tensor parallelism, over which norms are added up; None without it.
+        repeated: parameters that turned out to be used in more regions than were told to hand out what norms need.
     """
 
     options: Options
@@ -143,6 +149,7 @@ class Pass:
     repeat: Callable[[], None] | None = None
     runs: list[RegionRun] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
+    repeated: set[str] = field(default_factory=set)
     touched: dict[str, None] = field(default_factory=dict)
     received: list[RegionRun] = field(default_factory=list)
     weights: dict[str, Tensor] | None = None
@@ -157,24 +164,31 @@ class Pass:
         lowering: Lowering,
         unit: str,
         memory: frozenset[int],
+        uses: Mapping[str, Use],
     ) -> RegionRun:
         """A region runs forward on these parameters.
 
         Raises:
-            PrivacyError: one of them was in a region of this forward already.
+            UnsupportedGraphError: one of them was in a region of this forward already, and one of the two regions was
+                compiled to be clipped at once, or in two passes.
         """
         again = [n for n in names if n in self.names]
-        if again:
-            raise PrivacyError(
-                f"parameter '{again[0]}' is used in two regions of one forward: its gradients add before the norm is "
-                "taken, and the regions know nothing of each other",
-                remedy="compile the model without regions, or put both uses into one block (a block that is called "
-                "twice, a weight shared by two blocks, a tied head outside the block of its embedding)",
-            )
+        self.repeated.update(again)
+        for name in again:
+            kinds = {run.lowering.kind for run in self.runs if name in run.names} | {lowering.kind}
+            if TWO_PASS in kinds:
+                raise shared_in_two_passes(name)
+            if AT_ONCE in kinds:
+                raise UnsupportedGraphError(
+                    f"parameter '{name}' turned out to be used in two regions of one forward, and one of them was "
+                    "compiled to clip it by itself: its gradients add before the norm is taken",
+                    remedy="call the model again: it is compiled anew, with one norm over both uses; or "
+                    "clipping='flat'",
+                )
         self.names.update(names)
         self.touched.update(dict.fromkeys(n for n in names if n in set(touched)))
         given = self.mask.new_zeros((len(names), len(self.mask)), dtype=dtype)
-        run = RegionRun(tuple(names), frozenset(touched), self, lowering, given, unit, memory)
+        run = RegionRun(tuple(names), frozenset(touched), self, lowering, given, unit, memory, uses)
         self.runs.append(run)
         self.sums.expect(unit)
         return run
@@ -236,7 +250,7 @@ class Pass:
     @torch.no_grad()
     def _deliver(self) -> None:
         assert self.task is not None
-        self.weights, squared = self._weights()
+        self.weights, squared = self._weights(self._squared_norms())
         norms = own_norms([squared], self.mask, self._mean_of())
         if self.repeat is not None:
             self.repeat()
@@ -248,25 +262,40 @@ class Pass:
         self.deliver(Outcome(norms, self.mask, self.task, self.sums.finish()))
         warn_of_lost_examples(norms, self.mask)
 
-    def _weights(self) -> tuple[dict[str, Tensor], Tensor]:
+    def _squared_norms(self) -> dict[str, Tensor]:
+        """Of every parameter that the backward reached, over all its uses: name -> ``[B]``."""
+        found: dict[str, list[tuple[RegionRun, int]]] = {}
+        for run in self.received:
+            for row, name in enumerate(run.names):
+                if name in run.touched:
+                    found.setdefault(name, []).append((run, row))
+        rows = {}
+        for name, places in found.items():
+            run, row = places[0]
+            if len(places) == 1 and name not in run.uses:
+                assert run.squared is not None
+                rows[name] = run.squared[row]
+            else:
+                rows[name] = joint_norm([_part(*place) for place in places], len(self.mask), self.options.norm)
+        return rows
+
+    def _weights(self, squared: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """The weights of each group's examples, and the squared norm over all groups.
 
-        Those of groups that were clipped at once are the same, or 0 where an example is lost; nobody asks for them.
+        Those of groups that were clipped at once are the same; nobody asks for them.
         """
         clipping, mask = self.options.clipping, self.mask
-        groups: dict[str, dict[str, Tensor]] = {group_of(clipping, n): {} for n in self.touched}
-        for run in self.received:
-            assert run.squared is not None
-            for name, row in zip(run.names, run.squared, strict=True):
-                groups.setdefault(group_of(clipping, name), {})[name] = row
+        names = [n for run in self.received for n in run.names]
+        groups: dict[str, dict[str, Tensor]] = {group_of(clipping, n): {} for n in (*self.touched, *names)}
+        for name, row in squared.items():
+            groups[group_of(clipping, name)][name] = row
         found = {
             group: clip_group(rows, mask, clipping=clipping, bound=self._bound(), mean_of=self._mean_of())
             for group, rows in self._over_ranks(groups).items()
         }
         totals = [total for total, _ in found.values()]
         everything = sum(totals[1:], start=totals[0]) if totals else torch.zeros_like(mask)
-        lost = ~torch.isfinite(everything)
-        return {g: torch.where(lost, torch.zeros_like(w), w) for g, (_, w) in found.items()}, everything
+        return {g: w for g, (_, w) in found.items()}, everything
 
     def _bound(self) -> float:
         present = {group_of(self.options.clipping, n) for n in self.touched}
@@ -291,6 +320,32 @@ class Pass:
 
 def _sum(members: Sequence[Tensor], like: Tensor) -> Tensor:
     return sum(members[1:], start=members[0]) if members else torch.zeros_like(like)
+
+
+def _part(run: RegionRun, row: int) -> Part:
+    """What a use of a parameter gives to its norm over all uses."""
+    rest, name = run.rest, run.names[row]
+    assert rest is not None
+    if name in run.uses:
+        return HandedOut(run.uses[name], rest.handed[row])
+
+    def weighted(weights: Tensor) -> Tensor:
+        alone = weights.new_zeros(len(run.names), len(weights))
+        alone[row] = weights
+        total = rest.preview(alone)[row]
+        assert total is not None
+        return total
+
+    return Redone(weighted, run.whole.mask.to(run.given.dtype))
+
+
+def shared_in_two_passes(name: str) -> UnsupportedGraphError:
+    """A parameter of several regions, in two passes."""
+    return UnsupportedGraphError(
+        f"parameter '{name}' is used in two regions of one forward, and the backward has two passes: the first keeps "
+        "nothing that the norm over both uses could be taken of",
+        remedy="use one backward (norm='auto'), compile the model without regions, or put both uses into one block",
+    )
 
 
 def attach(run: RegionRun, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

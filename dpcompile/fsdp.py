@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from dpcompile.ranks import refuse_some
 from dpcompile.shards import Pending, check_layout, computing_device, gathered_shape, is_distributed, reduce_sums
 from dpcompile.units import Unit
 
-__all__ = ["ShardedSums", "check_sharded", "clear_failed"]
+__all__ = ["ShardedSums", "add_up", "check_sharded", "clear_failed"]
 
 _STATES = ("FSDPState", "_ReplicateState")  # of fully_shard, and of replicate
 
@@ -76,8 +76,9 @@ class ShardedSums:
         self._left[unit] += 1
 
     def add(self, unit: str, sums: Sequence[tuple[str, Tensor]]) -> None:
-        """The clipped sums of a region of this unit, of the examples of this rank."""
-        self._gathered.setdefault(unit, {}).update(sums)
+        """The clipped sums of a region of this unit, of the examples of this rank; those of one parameter add up."""
+        assert all(name in self._own.get(unit, ()) for name, _ in sums), (unit, [name for name, _ in sums])
+        add_up(self._gathered.setdefault(unit, {}), sums)
         self._left[unit] -= 1
         if not self._left[unit]:
             self._reduce(unit)
@@ -98,6 +99,12 @@ class ShardedSums:
         for names, reduction in self._pending:
             self._done += zip(names, reduction.wait(), strict=True)
         self._pending = []
+
+
+def add_up(totals: dict[str, Tensor], sums: Iterable[tuple[str, Tensor]]) -> None:
+    """Add sums into totals by name: a parameter may have some from several regions."""
+    for name, value in sums:
+        totals[name] = totals[name] + value if name in totals else value
 
 
 def _start(

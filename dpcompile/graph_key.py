@@ -29,6 +29,8 @@ def graph_key(gm: fx.GraphModule, live: Sequence[Any], scope: Scope, proving: bo
             return None
         parameter = id(value) in scope.parameters
         kind = "parameter" if parameter else str(scope.label(value))
+        if parameter and scope.parameters[id(value)] in scope.shared:
+            kind = "shared parameter"
         layout = (tuple(value.shape), value.stride(), value.storage_offset() % 16, value.dtype, value.device)
         inputs.append((layout, value.requires_grad, kind, first.setdefault(id(value), position)))
     fake = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]

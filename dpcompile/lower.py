@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from dpcompile._torch import Boxed, GraphCompiler, WeakTensorKeyDictionary, memory_of
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.locate import where
-from dpcompile.lowering import AT_ONCE, TWO_PASS, Lowering
+from dpcompile.lowering import AT_ONCE, DEFERRED, TWO_PASS, Lowering
 
 __all__ = ["Cut", "Rest", "lower_backward", "second_pass", "take_rest", "take_sums"]
 
@@ -49,27 +49,50 @@ class Rest:
     Attributes:
         run: from a list of values and the weights to clipped sums.
         live: the values that are kept for it.
+        handed: row of a parameter that other regions use too -> what its norm is taken of, over all regions.
     """
 
     run: Callable[[list[Any], Tensor | None], list[Tensor | None]]
     live: list[Any]
+    handed: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __call__(self, weights: Tensor | None) -> list[Tensor | None]:
         """Clipped sums of the parameters for weights ``[parameters, B]``; to be called once, it frees the values.
 
         Where the sums are there already, the weights are None.
         """
+        self.handed.clear()
         return self.run(self.live, weights)
+
+    def preview(self, weights: Tensor) -> list[Tensor | None]:
+        """The same, and the values stay."""
+        return self.run(list(self.live), weights)
 
     def protect(self, memory: Collection[int]) -> None:
         """Copy what lies in memory that will not last: parameters of a shard that are gathered for a while."""
-        for i, value in enumerate(self.live):
-            if isinstance(value, Tensor) and memory_of(value) in memory:
-                self.live[i] = value.clone()
+        for values in (self.live, *self.handed.values()):
+            for i, value in enumerate(values):
+                if isinstance(value, Tensor) and memory_of(value) in memory:
+                    values[i] = value.clone()
 
 
 _RESTS: Any = WeakTensorKeyDictionary()
 _SECOND: dict[int, Tensor] = {}
+
+
+@torch.library.custom_op("dpcompile::hand_out", mutates_args=())
+def hand_out(total: Tensor, values: list[Tensor]) -> Tensor:
+    """Stands in a joint graph for a clipped sum, and keeps alive what the parameter's norm is taken of.
+
+    It never runs: :func:`lower_backward` takes it apart.
+    """
+    raise AssertionError("a backward that hands out what norms are taken of ran whole")
+
+
+@hand_out.register_fake
+def _(total: Tensor, values: list[Tensor]) -> Tensor:
+    """Shapes only."""
+    return torch.empty_like(total)
 
 
 def take_rest(norms: Tensor) -> Rest:
@@ -105,6 +128,7 @@ class _Backward:
         sums: the clipped sums, in the order of the parameters.
         norms: the position of the squared norms in ``early``.
         weights: the placeholder of the clip weights, or, at once, of the bounds; None if they are not read.
+        handed: row of a parameter that other regions use too -> what its norm is taken of.
     """
 
     gm: fx.GraphModule
@@ -112,6 +136,7 @@ class _Backward:
     sums: list[Any]
     norms: int
     weights: fx.Node | None
+    handed: dict[int, list[fx.Node]]
 
     @property
     def placeholders(self) -> list[fx.Node]:
@@ -134,9 +159,13 @@ def lower_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler, l
     Raises:
         UnsupportedGraphError: two passes, and the backward draws random numbers or writes.
     """
-    values: Sequence[Any] = gm.graph.output_node().args[0]  # type: ignore[assignment]
+    values: list[Any] = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
     shift = cut.outputs - len(values)
     slots = [None if slot is None else slot - shift for slot in cut.sums]
+    handed: dict[int, list[fx.Node]] = {}
+    for row, slot in enumerate(slots):
+        if slot is not None and getattr(values[slot], "target", None) is torch.ops.dpcompile.hand_out.default:
+            values[slot], handed[row] = values[slot].args
     late = {slot for slot in slots if slot is not None}
     placeholders = gm.graph.find_nodes(op="placeholder")
     backward = _Backward(
@@ -145,7 +174,9 @@ def lower_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler, l
         [None if i is None else values[i] for i in slots],
         cut.norms - shift,
         next((n for n in placeholders if n.name == cut.weights), None),
+        handed,
     )
+    assert not handed or lowering.kind == DEFERRED, "a parameter that other regions use too is not deferred"
     if lowering.kind == AT_ONCE:
         return _at_once(backward, compile_graph)
     if lowering.kind == TWO_PASS:
@@ -204,7 +235,9 @@ def _in_two_passes(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
 
 def _in_two_parts(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
     gm, early, weights, placeholders = backward.gm, backward.early, backward.weights, backward.placeholders
+    handed = backward.handed
     first = _ancestors(v for v in early if isinstance(v, fx.Node))
+    first |= _ancestors(n for nodes in handed.values() for n in nodes)
     first |= _ancestors(n for n in gm.graph.nodes if _must_run_once(n))
     # Of an operation with several results each crosses by itself: there is no value that is all of them.
     first |= {n for n in gm.graph.nodes if n.target is operator.getitem and n.args[0] in first}
@@ -217,7 +250,8 @@ def _in_two_parts(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
     sizes = [n for n in placeholders if not isinstance(n.meta.get("val"), Tensor)]
     inputs = [n for n in placeholders if n in crossing or n in sizes]
     made = [n for n in gm.graph.nodes if n in crossing and n.op != "placeholder"]
-    di = backward.part(placeholders, first, [*early, *made])
+    spare = list(dict.fromkeys(n for nodes in handed.values() for n in nodes if n.op != "placeholder"))
+    di = backward.part(placeholders, first, [*early, *made, *spare])
     tail = [weights] if weights is not None else []
     dw = backward.part([*inputs, *made, *tail], second, backward.sums)
     run_di = compile_graph(di, [n.meta.get("val") for n in placeholders])
@@ -231,8 +265,12 @@ def _in_two_parts(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
 
     def run(arguments: list[Any]) -> list[Any]:
         live = [arguments[i] for i in kept]
+        found = {n: arguments[placeholders.index(n)] for nodes in handed.values() for n in nodes if n not in spare}
         results = list(_call(run_di, arguments))
-        _RESTS[results[backward.norms]] = Rest(rest, [*live, *results[len(early) :]])
+        end = len(early) + len(made)
+        found.update(zip(spare, results[end:], strict=True))
+        given = {row: [found[n] for n in nodes] for row, nodes in handed.items()}
+        _RESTS[results[backward.norms]] = Rest(rest, [*live, *results[len(early) : end]], given)
         return results[: len(early)]
 
     return run

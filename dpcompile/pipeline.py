@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from dpcompile.rates import Rates, rates_for
 from dpcompile.region_memory import RegionMemory, region_memory
 from dpcompile.replication import check_replication
 from dpcompile.rewrite import ClipOptions, rewrite
+from dpcompile.shared_uses import Use, uses_of
 from dpcompile.sites import find_gradients
 from dpcompile.step_cost import plain_seconds
 from dpcompile.unowned import erase_cotangents
@@ -67,6 +68,7 @@ class Transformed:
         unowned: positions of outputs that depend on no example, with the user's line.
         cut: of a region: what stands where in its backward.
         memory: of a region, where there is a budget.
+        uses: of parameters that other regions use too, what is handed out.
     """
 
     graph: fx.GraphModule
@@ -78,6 +80,7 @@ class Transformed:
     unowned: Mapping[int, str | None]
     cut: Cut | None = None
     memory: RegionMemory | None = None
+    uses: Mapping[str, Use] = field(default_factory=dict)
 
 
 def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int | None = None) -> Transformed:
@@ -125,6 +128,7 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
         fused=_fused_on(device),
         limit=None if roles.lowering else _limit(options.memory_budget, joint, proof, roles, rates, parts),
         untouched=certificate.zero,
+        shared=roles.shared,
     )
     if parts is None and plan.parts > 1:
         raise InParts(plan.parts)
@@ -139,7 +143,16 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
     labels = tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs)
     readable = fx.GraphModule(module, copy_graph(module.graph))
     return Transformed(
-        readable, plan, certificate, labels, joint.sum_slots, joint.norm_slot, unowned, _cut(joint, plan), memory
+        readable,
+        plan,
+        certificate,
+        labels,
+        joint.sum_slots,
+        joint.norm_slot,
+        unowned,
+        _cut(joint, plan),
+        memory,
+        uses_of(plan),
     )
 
 

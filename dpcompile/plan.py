@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -18,7 +18,7 @@ from dpcompile.rates import Rates
 from dpcompile.sites import ParameterGradient
 from dpcompile.sizes import Size, is_one, product, shape_of
 
-__all__ = ["Choice", "Plan", "Prediction", "make_plan", "short"]
+__all__ = ["Choice", "Plan", "Prediction", "make_plan", "panels_of", "short"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,15 @@ class Choice:
     Attributes:
         gradient: the parameter's gradient and its sites.
         rule: "outer", "ghost", "keep" (instantiate and keep), "redo" (instantiate, drop, redo the product), "direct"
-            (the same a tile at a time), "whole" (a batch of one).
+            (the same a tile at a time), "whole" (a batch of one), "later" (the parameter has uses in other regions: the
+            norm is taken of their sum, when the backward is over).
         forms: the sites as outer products, in one orientation; None where they are not.
         cost: of the rule, its own Gram matrices included.
         why: in words.
         panels: in how many parts Gram matrices are made.
         reuse: whether kept gradients stay mapped from step to step.
         holding: what it holds until the clip.
+        shared: other regions use the parameter too.
         fused: whether rule "direct" or "ghost" is one operator, where there is one (:mod:`dpcompile.kernels.lowering`).
     """
 
@@ -47,6 +49,7 @@ class Choice:
     reuse: bool = False
     fused: bool = False
     holding: Holding = Holding((), (), 0.0, 0.0, 0.0)
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,7 @@ def make_plan(
     fused: FusedRates | None = None,
     limit: Limit | None = None,
     untouched: Sequence[str] = (),
+    shared: Collection[str] = (),
 ) -> Plan:
     """Choose a rule for every parameter.
 
@@ -177,8 +181,9 @@ def make_plan(
         fused: where the fused operators of :mod:`dpcompile.kernels` are faster; None: nowhere.
         limit: of memory.
         untouched: trainable parameters whose gradient is identically zero.
+        shared: parameters that other regions use too (:mod:`dpcompile.shared_uses`).
     """
-    options = [_options(g, batch, mode, rates, hints, reuse, fused) for g in gradients]
+    options = [_options(g, batch, mode, rates, hints, reuse, fused, shared) for g in gradients]
     candidates = [[c for _, c in o] for o in options]
     outcome = choose(candidates, limit)
     free = fastest(candidates) if limit is not None else outcome.picks
@@ -210,11 +215,13 @@ def _options(
     hints: Mapping[sympy.Symbol, int],
     reuse: bool,
     fused: FusedRates | None,
+    shared: Collection[str],
 ) -> list[tuple[Choice, Candidate]]:
     mode = MODES[mode_name]
     value = gradient.gradient.meta["val"]
     element = 8 if value.dtype == torch.float64 else 4
     weight = product(shape_of(value))
+    later = gradient.name in shared
     forced = f"forced by norm={mode_name!r}" if mode_name != "auto" else ""
 
     def option(
@@ -225,7 +232,8 @@ def _options(
         total = sum(grams.values(), start=cost)
         known = fused is not None and rule in ("ghost", "direct")
         quick = known and fused.faster(rule, *(_number(n, hints) for n in (shape.t, shape.p, shape.d)), value.dtype)
-        choice = Choice(gradient, rule, None if forms is None else tuple(forms), total, why, panels, own, quick)
+        taken = None if forms is None else tuple(forms)
+        choice = Choice(gradient, rule, taken, total, why, panels, own, quick, shared=later)
         seconds = {key: g.at(hints).seconds(rates) for key, g in grams.items()}
         held = _holding(choice, total.at(hints).memory, hints, element, weight)
         choice = replace(choice, holding=held)
@@ -238,7 +246,7 @@ def _options(
     forms = oriented(gradient, batch)
     if forms is None:
         why = "its sites are sums" if all(s.kind == "sum" for s in gradient.sites) else "through the tail"
-        rule = "redo" if mode_name == "redo" else "keep"
+        rule = "redo" if mode_name == "redo" and not later else "keep"
         return [option(rule, summed_cost(batch, weight, element, fresh=True), f"per-example gradients, {why}")]
     shape = _together(forms, element, hints)
     allowed = {"outer"} if is_one(shape.t) else {"ghost"}
@@ -247,6 +255,10 @@ def _options(
     fits = mode.wanted(t, p, d)
     wanted = [r for r in mode.rules if r in allowed and fits(r)] or [_fallback(mode)]
     table = costs(shape, batch, reuse=reuse)
+    if later:
+        rule = "keep" if mode.rules == ("keep",) else "later"
+        table["later"] = table["outer"]
+        return [option(rule, table[rule], "other regions use it too", forms)]
     grams = _grams(forms, shape, batch)
     return [
         option(r, table[r], forced, forms, grams if r == "ghost" else {}, shape.panels if r == "ghost" else 1)
@@ -266,11 +278,11 @@ def _together(forms: Sequence[Factored], element: int, hints: Mapping[sympy.Symb
         copied=sum((f.unfolded for f in forms), start=0),  # type: ignore[misc]
         one_hot=any(f.one_hot is not None for f in forms),
         convolution=any(f.each is not None for f in forms),
-        panels=_panels(_number(t, hints)),
+        panels=panels_of(_number(t, hints)),
     )  # fmt: skip
 
 
-def _panels(positions: float) -> int:
+def panels_of(positions: float) -> int:
     """Parts of a Gram matrix: as many as leave each part large enough for a product to run at full speed."""
     return 1 if positions < 64 else 2 if positions < 128 else 4 if positions < 1024 else 8
 

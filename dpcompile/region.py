@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,15 +32,30 @@ class Scope:
 
     Attributes:
         parameters: ``id(parameter)`` -> name, of the whole model.
+        shared: names of the parameters that several regions use.
         tensors: ``id(tensor)`` -> the tensor, what to call it, its label; arguments, and what earlier pieces returned.
     """
 
     parameters: dict[int, str]
+    shared: Collection[str] = ()
     tensors: dict[int, tuple[Tensor, str, Label]] = field(default_factory=dict)
 
     def note(self, tensor: Tensor, name: str, label: Label) -> None:
         """Remember a tensor as long as this scope lives."""
         self.tensors[id(tensor)] = (tensor, name, label)
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter, or was noted."""
+        return id(tensor) in self.parameters or id(tensor) in self.tensors
+
+    def kind(self, value: Any) -> tuple[Any, ...] | None:
+        """What a graph that reads this is compiled for, besides its shape; None for what is no tensor."""
+        if not isinstance(value, Tensor):
+            return None
+        name = self.parameters.get(id(value))
+        if name is not None:
+            return "parameter", value.requires_grad, name in self.shared
+        return "tensor", value.requires_grad, str(self.label(value))
 
     def label(self, tensor: Tensor) -> Label | None:
         """Of a tensor that was noted; None for any other."""
@@ -86,6 +101,7 @@ def compile_region(
     options: Options,
     lowering: Lowering,
     over_ranks: Callable[[Roles], OverRanks | None],
+    proving: bool,
 ) -> Artifact:
     """Prove a graph, rewrite it, and compile it.
 
@@ -97,21 +113,23 @@ def compile_region(
         options: of the model.
         lowering: of the region.
         over_ranks: what inputs of these roles are on the other ranks of tensor parallelism.
+        proving: a backward of the model will follow.
 
     Raises:
         ExampleMixingError: examples mix, or an input is a sum over them.
         UnsupportedGraphError: what cannot be proved.
     """
-    if not torch.is_grad_enabled():
+    if not proving:
         return Artifact(compile_joint(gm, examples, backend=options.backend, transform=_leave, key=""))
     leaves = _leaves(live, scope)
-    trained = _needs_gradient(gm) and any(_is_trainable(x, scope) for x in live)
+    trained = torch.is_grad_enabled() and _needs_gradient(gm) and any(_is_trainable(x, scope) for x in live)
     roles = assign_roles(gm, live, scope.parameters, leaves, trained=trained)
     roles = replace(roles, ranks=over_ranks(roles))
     symbols = _symbols(gm)
     if not trained:
         return _label_only(gm, examples, roles, options, symbols)
-    roles = replace(roles, narrow=(), lowering=lowering)
+    shared = frozenset(n for n in roles.parameters.values() if n in scope.shared)
+    roles = replace(roles, narrow=(), lowering=lowering, shared=shared)
     extended, extra = extend(gm, roles)
     found: list[Transformed] = []
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from dpcompile._torch import disable, fake_like, pytree, tracing_config
 from dpcompile.axis import Examples, Label, Shared
+from dpcompile.between import check_hooks_between, compiled_alone, held_tensors
 from dpcompile.clipping import prove_function
 from dpcompile.deferral import Outcome, Pass, WholeSums
 from dpcompile.enclosed import end_forward
@@ -18,6 +20,7 @@ from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.fsdp import ShardedSums, check_sharded, clear_failed
 from dpcompile.lowering import Lowering, clip_groups
 from dpcompile.modes import MODES
+from dpcompile.owners import Owners
 from dpcompile.pipeline import Options
 from dpcompile.plan import Plan
 from dpcompile.random_state import Snapshot
@@ -60,7 +63,7 @@ class RegionEngine(Engine):
                 remedy="check the model on one process before fully_shard",
             )
         parallel = find_tensor_parallel(self._parameters, fsdp=self._sharded)
-        self._parts = RankParts(parallel)
+        self._rank_parts = RankParts(parallel)
         two_pass = MODES[options.norm].second_backward
         if parallel is not None and (options.check or two_pass):
             raise UnsupportedGraphError(
@@ -71,14 +74,21 @@ class RegionEngine(Engine):
                 if options.check
                 else "use one backward: norm='auto', 'book_keeping', 'bk_mixed_ghost'",
             )
+        if parallel is not None and options.regions == "breaks":
+            raise UnsupportedGraphError(
+                "regions='breaks' under tensor parallelism: what Python does between graphs could differ from rank to "
+                "rank, and nothing would tell",
+                remedy="remove the graph breaks, and leave regions out or use regions='blocks'",
+            )
+        self._owners = Owners(module)
         self.graphs = RegionGraphs(
-            options, self.kept, self._run_unit, self.check_live, self.replicas.apart, self._parts
+            options, self.kept, self._run_unit, self.check_live, self.replicas.apart, self._rank_parts, self._owners
         )
         self.graphs.two_pass = two_pass
         self.lowering = f"two passes: forced by norm={options.norm!r}" if two_pass else ""
         self._root: Unit | None = None
         self._trained: tuple[str, ...] = ()
-        self._lowerings: dict[tuple[str, bool], Lowering] = {}
+        self._lowerings: dict[Any, tuple[Lowering, tuple[str, ...]]] = {}
         self._functions: dict[Any, Callable[..., Any]] = {}
         self._clipping_proved = False
 
@@ -97,9 +107,12 @@ class RegionEngine(Engine):
                 raise
             raise refusal.with_traceback(None) from None
         finally:
+            if self.graphs.whole is not None:
+                self.graphs.shared |= self.graphs.whole.repeated  # the next forward is compiled for it
             self._current, self.first_step, self.graphs.whole = ((), {}), None, None
             self.graphs.frames.clear()
-            self._parts.forget()
+            self.graphs.held = {}
+            self._rank_parts.forget()
             self.transformed = self.graphs.transformed
 
     def trace(self, *args: Any, **kwargs: Any) -> None:
@@ -121,12 +134,12 @@ class RegionEngine(Engine):
     @property
     def distributed(self) -> bool:
         """Whether parameters lie on several ranks in parts, or clipped sums are added up over them."""
-        return super().distributed or self._parts.parallel is not None
+        return super().distributed or self._rank_parts.parallel is not None
 
     @property
     def data_ranks(self) -> int:
         """How many ranks, or groups of ranks, have examples of their own."""
-        return super().data_ranks if self._parts.parallel is None else self._parts.parallel.data_ranks
+        return super().data_ranks if self._rank_parts.parallel is None else self._rank_parts.parallel.data_ranks
 
     @property
     def compilations(self) -> int:
@@ -140,8 +153,10 @@ class RegionEngine(Engine):
 
     def _run_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._root is None:
-            single = self._parts.parallel is not None and not self.sharded and self.options.regions is None
-            self._root = one_unit(self.module) if single else find_units(self.module)
+            single = self._rank_parts.parallel is not None and not self.sharded and self.options.regions is None
+            breaks = self.graphs.breaks
+            self._root = one_unit(self.module) if single else find_units(self.module, blocks=not breaks)
+            self.graphs.shared |= self._owners.with_two_names() if breaks else self._owners.tied(self._root)
             if self.sharded:
                 check_sharded(self._root, self._parameters)
         if self.sharded:
@@ -158,12 +173,15 @@ class RegionEngine(Engine):
             given.append(Shared() if dim is None else Examples(dim % tensor.ndim))
             scope.note(tensor, name, given[-1])  # type: ignore[arg-type]
         if self.graphs.proving:
-            self._parts.check_copies(self.module)
+            self._rank_parts.check_copies(self.module)
             self.graphs.whole = self._new_pass(dims)
+            if self.graphs.breaks:
+                self.graphs.watch_anew(held_tensors(self.module))
             self.kept.note_arguments(t for _, t, dim in dims if dim is not None)
         result, labels = self._run_unit(self._root, args, kwargs, given)
         if self.graphs.whole is not None:
             self.graphs.whole.seal()
+            self.graphs.shared |= self.graphs.whole.repeated
             if self.graphs.two_pass:
                 result = end_forward(self.graphs.whole, result)
             self.kept.check_buffers(self.module)
@@ -234,11 +252,13 @@ class RegionEngine(Engine):
         given: list[Label | None],
         recompute: bool,
     ) -> tuple[Any, list[Label]]:
-        scope = Scope(self._names(unit))
+        scope = Scope(self._names(unit), self.graphs.shared)
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         assert len(tensors) == len(given), "arguments changed on the way to a block"
         for i, (tensor, label) in enumerate(zip(tensors, given, strict=True)):
             scope.note(tensor, f"argument {i} of {unit.path or 'the model'}", label or Shared())
+            if self.graphs.breaks and not (label is None or isinstance(label, Shared)):
+                self.kept.note_arguments([tensor])
         if not unit.path:
             for name, tensor, dim in self._example_dims():
                 if dim is not None and scope.label(tensor) is not None:
@@ -246,19 +266,34 @@ class RegionEngine(Engine):
         compiled = self._function(unit, function, given)
         self.graphs.frames.append(Frame(unit, scope, recompute))
         try:
-            with stubs(unit.children):
+            with stubs(unit.children), self._python_between(unit):
                 result = compiled(unit.module, args, kwargs)
+            if self.graphs.breaks and self.graphs.proving:
+                self.graphs.between.check()
+                given_ids = {id(x) for x in tensors}
+                check_hooks_between([t for i, (t, _, _) in scope.tensors.items() if i not in given_ids])
         finally:
             self.graphs.frames.pop()
         return result, [self._result_label(unit, scope, x) for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+
+    @contextmanager
+    def _python_between(self, unit: Unit) -> Iterator[None]:
+        """Where graph breaks are allowed, watch what runs between the graphs of a unit."""
+        if not (self.graphs.breaks and self.graphs.proving):
+            yield
+            return
+        with compiled_alone(unit.module, [c.module for c in unit.children]), self.graphs.between.watching():
+            yield
 
     def _names(self, unit: Unit) -> dict[int, str]:
         """The parameters as the unit holds them now: under FSDP2 those that were gathered for it, and no others."""
         if not unit.sharded:
             return {id(p): n for n, p in self._parameters.items()}
         prefix = f"{unit.path}." if unit.path else ""
-        held = nn.Module.named_parameters(unit.module)
-        return {id(p): prefix + n for n, p in held if prefix + n in self._parameters and self._parts.gathered(p)}
+        within = tuple(f"{child.path}." for child in unit.children)
+        held = ((prefix + n, p) for n, p in nn.Module.named_parameters(unit.module))
+        own = ((n, p) for n, p in held if n in self._parameters and not n.startswith(within))
+        return {id(p): n for n, p in own if self._rank_parts.gathered(p)}
 
     def _result_label(self, unit: Unit, scope: Scope, value: Tensor) -> Label:
         label = scope.label(value)
@@ -286,14 +321,21 @@ class RegionEngine(Engine):
         )
         if key not in self._functions:
             copied = with_own_code(function, type(unit.module).__name__)
-            dynamic = False if unit.children else self.options.dynamic
-            self._functions[key] = torch.compile(copied, backend=self.graphs.backend, fullgraph=True, dynamic=dynamic)
+            breaks = self.graphs.breaks
+            dynamic = False if unit.children or breaks else self.options.dynamic
+            self._functions[key] = torch.compile(
+                copied, backend=self.graphs.backend, fullgraph=not breaks, dynamic=dynamic
+            )
         return self._functions[key]
 
-    def _lowering(self, unit: Unit) -> Lowering:
-        key, prefix = (unit.path, self.graphs.two_pass), f"{unit.path}." if unit.path else ""
+    def _lowering(self, unit: Unit) -> tuple[Lowering, tuple[str, ...]]:
+        """Of a unit, and its parameters that several regions use."""
+        key = (unit.path, self.graphs.two_pass, len(self.graphs.shared))
         if key not in self._lowerings:
-            self._lowerings[key] = self.graphs.lowering_of([n for n in self._trained if n.startswith(prefix)])
+            inside = list(self._owners.inside(unit))
+            shared = tuple(n for n in inside if n in self.graphs.shared)
+            own = set(inside)
+            self._lowerings[key] = self.graphs.lowering_of([n for n in self._trained if n in own]), shared
         return self._lowerings[key]
 
     # --- the backward ------------------------------------------------------------------------------------------------
@@ -325,8 +367,8 @@ class RegionEngine(Engine):
 
         sums = ShardedSums(self._root, self._parameters) if self.sharded and self._root is not None else WholeSums()
         ranks = None
-        if self._parts.parallel is not None:
-            ranks = NormsOverRanks.of(self._parts.parallel, [t for _, t, dim in dims if dim is not None] + [mask])
+        if self._rank_parts.parallel is not None:
+            ranks = NormsOverRanks.of(self._rank_parts.parallel, [t for _, t, dim in dims if dim is not None] + [mask])
         return Pass(self.options, mask, sums, deliver, refused, ranks)
 
     def check_live(self, names: Sequence[str], parameters: Sequence[Tensor], sharded: bool) -> None:

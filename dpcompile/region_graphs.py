@@ -12,19 +12,21 @@ from torch import Tensor, fx
 
 from dpcompile._torch import add_inputs, memory_of
 from dpcompile.axis import Label, Shared
+from dpcompile.between import Between, check_inputs_between
 from dpcompile.checkpointed import checkpoint_of, unwrap_units, unwrap_whole
-from dpcompile.deferral import Pass, RegionRun, attach
+from dpcompile.deferral import Pass, RegionRun, attach, shared_in_two_passes
 from dpcompile.enclosed import enclose
 from dpcompile.graph_key import graph_key
 from dpcompile.kept import Kept
 from dpcompile.lowering import AT_ONCE, DEFERRED, TWO_PASS, Lowering, lowering_of
+from dpcompile.owners import Owners
 from dpcompile.pipeline import Options, Transformed
 from dpcompile.plan import Plan
 from dpcompile.rank_parts import RankParts, memory_holder
 from dpcompile.ranks import any_rank
 from dpcompile.region import Artifact, Scope, compile_region, concrete
 from dpcompile.region_memory import RegionMemory, describe, peaks_of
-from dpcompile.skeleton import Piece, Skeleton, holds_units
+from dpcompile.skeleton import Piece, Skeleton, holds_units, whole_piece
 from dpcompile.units import Unit, as_it_is
 from dpcompile.unowned import guarded
 
@@ -77,6 +79,7 @@ class RegionGraphs:
         check_live: raises if a parameter is not the object that the optimizer knows.
         apart: the parameters as autograd may see them.
         parts: what lies on other ranks of tensor parallelism.
+        owners: which units hold a parameter.
 
     Attributes:
         compilations: how many graphs were compiled.
@@ -87,6 +90,10 @@ class RegionGraphs:
         memory: of the regions of the current forward, in order: see :func:`dpcompile.region_memory.peaks_of`.
         groups: clip group -> the trainable parameters in it.
         two_pass: whether regions run their backward twice.
+        shared: parameters that several regions use.
+        breaks: whether graph breaks are allowed.
+        between: watches what runs between graphs, where graph breaks are allowed.
+        held: tensors that the modules held when the call began, by identity.
     """
 
     def __init__(
@@ -97,9 +104,11 @@ class RegionGraphs:
         check_live: CheckLive,
         apart: Callable[[Sequence[Tensor]], Sequence[Tensor]],
         parts: RankParts,
+        owners: Owners,
     ) -> None:
         self._options, self._kept = options, kept
         self._run_unit, self._check_live, self._apart, self.parts = run_unit, check_live, apart, parts
+        self._owners = owners
         self._artifacts: dict[Any, Artifact] = {}
         self._plans: dict[int, Plan] = {}
         self.compilations = 0
@@ -110,6 +119,10 @@ class RegionGraphs:
         self.memory: list[tuple[RegionMemory, bool, bool]] = []
         self.groups: Mapping[str, frozenset[str]] = {}
         self.two_pass = False
+        self.shared: set[str] = set()
+        self.breaks = options.regions == "breaks"
+        self.between = Between(self._holds_examples, self._parameter_behind)
+        self.held: dict[int, Tensor] = {}
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -129,11 +142,21 @@ class RegionGraphs:
         """
         peaks = peaks_of(self.memory, standing)
         allowed = budget * peaks.plain if isinstance(budget, float) else float(budget)
-        over = peaks.deferred > allowed and self.parts.parallel is None
+        obstacle = self._obstacle()
+        over = peaks.deferred > allowed and not obstacle
         self.two_pass = any_rank(over) if sharded else over
         if self.two_pass:
             self._artifacts, self._plans, self.memory = {}, {}, []
-        return describe(peaks, allowed, two_pass=self.two_pass)
+        return describe(peaks, allowed, two_pass=self.two_pass, obstacle=obstacle)
+
+    def _obstacle(self) -> str:
+        """Why there cannot be two passes; empty if there can."""
+        if self.parts.parallel is not None:
+            return "tensor parallelism"
+        if self.breaks:
+            return "graph breaks"
+        shared = [n for members in self.groups.values() for n in members if n in self.shared]
+        return f"'{min(shared)}' is used in several regions" if shared else ""
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What ``torch.compile`` calls with a graph."""
@@ -145,12 +168,52 @@ class RegionGraphs:
         def plain(live: Sequence[Any]) -> list[Any]:
             return self.parts.inputs(local, live, self.frames[-1].scope)
 
+        if self.breaks:
+            return self._late(gm, local.graph, recompute=inside is not None)
         if whole:
             skeleton = Skeleton(local.graph)
             return lambda *live: self._run_skeleton(skeleton, plain(live))
         values = plain(inputs)
         artifact = self._artifact(local.graph, values, lambda: values)
         return lambda *live: self._run_artifact(artifact, plain(live), inside is not None)
+
+    def _late(self, gm: fx.GraphModule, inside: fx.GraphModule, *, recompute: bool) -> Callable[..., Any]:
+        """A graph between breaks: compiled when it runs, for how its inputs lie then, of which Dynamo has no guard."""
+        skeleton = Skeleton(inside) if holds_units(inside) else None
+        piece = whole_piece(inside)
+        known: dict[Any, Artifact] = {}
+
+        def run(*live: Any) -> Sequence[Any]:
+            with self.between.paused():
+                scope = self.frames[-1].scope
+                if self.proving:
+                    self.between.check()
+                    check_inputs_between(gm, live, scope.knows, self.held)
+                if skeleton is not None:
+                    return self._run_skeleton(skeleton, live)
+                situation = (torch.is_grad_enabled(), self.proving, tuple(scope.kind(x) for x in live))
+                if situation not in known:
+                    copied = add_inputs(piece.graph, {})
+                    known[situation] = self._artifact(copied, live, lambda: piece.fakes(live))
+                return self._run_artifact(known[situation], live, recompute)
+
+        return run
+
+    def _holds_examples(self, tensor: Tensor) -> bool:
+        label = self.frames[-1].scope.label(tensor) if self.frames else None
+        return self._kept.holds(tensor) or not (label is None or isinstance(label, Shared))
+
+    def _parameter_behind(self, tensor: Tensor) -> str | None:
+        names = self.frames[-1].scope.parameters if self.frames else {}
+        base = tensor._base if tensor._base is not None else tensor
+        name = names.get(id(tensor)) or names.get(id(base))
+        trainable = name is not None and any(name in members for members in self.groups.values())
+        return name if trainable else None
+
+    def watch_anew(self, held: dict[int, Tensor]) -> None:
+        """A forward begins, and the modules hold these tensors."""
+        self.held = held
+        self.between = Between(self._holds_examples, self._parameter_behind)
 
     def _artifact(self, gm: fx.GraphModule, live: Sequence[Any], examples: Callable[[], Sequence[Any]]) -> Artifact:
         """What a graph is compiled to; an equal one is taken from those that were compiled before."""
@@ -162,7 +225,9 @@ class RegionGraphs:
             self.compilations += 1
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.proving):
                 over_ranks = partial(self.parts.over_ranks, live)
-                artifact = compile_region(gm, live, examples(), frame.scope, self._options, lowering, over_ranks)
+                artifact = compile_region(
+                    gm, live, examples(), frame.scope, self._options, lowering, over_ranks, self.proving
+                )
             if artifact.transformed is not None:
                 self.transformed = artifact.transformed
                 self._plans[id(artifact)] = artifact.transformed.plan
@@ -176,7 +241,7 @@ class RegionGraphs:
         scope = frame.scope
 
         def piece(part: Piece, values: list[Any], labels: list[Label | None]) -> tuple[Sequence[Any], Sequence[Label]]:
-            inner = Scope(scope.parameters)
+            inner = Scope(scope.parameters, self.shared)
             for value, label, node in zip(values, labels, part.inputs, strict=True):
                 if isinstance(value, Tensor) and label is not None:
                     inner.note(value, node.name, label)
@@ -199,6 +264,7 @@ class RegionGraphs:
             with as_it_is(child):
                 return self._run_unit(child, args, kwargs, labels, recompute)
 
+        self.shared |= self._owners.repeated(frame.unit, skeleton, live, scope.parameters)
         known = [scope.label(x) if isinstance(x, Tensor) else None for x in live]
         outputs, labels = skeleton.run(live, known, piece, unit)
         for output, label in zip(outputs, labels, strict=True):
@@ -224,7 +290,7 @@ class RegionGraphs:
         if artifact.transformed is not None and artifact.transformed.memory is not None:
             self.memory.append((artifact.transformed.memory, recompute, artifact.lowering.kind == AT_ONCE))
         twice = self.two_pass and whole is not None
-        if whole is not None and (twice or recompute) and _differentiable(inputs):
+        if whole is not None and (twice or recompute) and torch.is_grad_enabled() and _differentiable(inputs):
             sharded = frame.unit.sharded
             outputs, probe = enclose(artifact, inputs, whole, run, recompute=recompute, sharded=sharded)
             if run is not None:
@@ -260,7 +326,9 @@ class RegionGraphs:
         touched = [name for name, first in zip(names, own, strict=True) if first in chosen]
         gathered = frame.unit.module.parameters() if frame.unit.sharded else ()
         memory = frozenset(memory_of(memory_holder(p)) for p in gathered)
-        return whole.run(names, touched, artifact.dtype, artifact.lowering, frame.unit.path, memory)
+        uses = artifact.transformed.uses
+        handed = {n: uses[o] for n, o in zip(names, own, strict=True) if o in uses}
+        return whole.run(names, touched, artifact.dtype, artifact.lowering, frame.unit.path, memory, handed)
 
     def _lowering(self, live: Sequence[Any]) -> Lowering:
         known = self.frames[-1].scope.parameters
@@ -268,9 +336,22 @@ class RegionGraphs:
         return self.lowering_of([known[i] for i in trained if i in known])
 
     def lowering_of(self, names: Sequence[str]) -> Lowering:
-        """Of a region with these trainable parameters."""
+        """Of a region with these trainable parameters.
+
+        **Guarantee.** A region with a parameter that is known to be used in another region too is never clipped at
+        once: its clip group is not whole there. Nor is any where graph breaks are allowed, and uses are only found as
+        they run.
+
+        Raises:
+            UnsupportedGraphError: two passes, and another region uses one of the parameters too.
+        """
+        shared = next((n for n in names if n in self.shared), None)
+        if self.two_pass and shared is not None:
+            raise shared_in_two_passes(shared)
         if self.parts.parallel is not None:
             return Lowering()  # norms are added up over ranks before any weight is known
+        if not self.two_pass and (self.breaks or shared is not None):
+            return Lowering()
         kind = TWO_PASS if self.two_pass else DEFERRED
         return lowering_of(names, self._options.clipping, self.groups, kind)
 

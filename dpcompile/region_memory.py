@@ -65,14 +65,15 @@ def region_memory(joint: JointGraph, proof: Proof, plan: Plan, hints: Mapping[sy
     )
 
 
-def describe(peaks: Peaks, allowed: float, *, two_pass: bool) -> str:
-    """What was chosen, for the printed plan."""
+def describe(peaks: Peaks, allowed: float, *, two_pass: bool, obstacle: str = "") -> str:
+    """What was chosen, for the printed plan; ``obstacle`` is why there cannot be two passes."""
     chosen, other = (peaks.twice, peaks.deferred) if two_pass else (peaks.deferred, peaks.twice)
     names = ("two passes", "one backward") if two_pass else ("one backward", "two passes")
     over = "" if chosen <= allowed else ", over the budget"
+    against = f"; no two passes: {obstacle}" if obstacle and over else ""
     return (
         f"lowering: {names[0]}; peak {short(chosen)}B{over}, {names[1]} {short(other)}B, without privacy "
-        f"{short(peaks.plain)}B; the budget is {short(allowed)}B"
+        f"{short(peaks.plain)}B; the budget is {short(allowed)}B{against}"
     )
 
 

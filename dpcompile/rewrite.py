@@ -27,6 +27,7 @@ from dpcompile.norms.slices import accumulation_dtype, scaled
 from dpcompile.plan import Choice, Plan
 from dpcompile.proof import Proof
 from dpcompile.second_backward import repeat_backward
+from dpcompile.shared_uses import factor_operands
 from dpcompile.sites import ParameterGradient, Site
 from dpcompile.sizes import Size
 
@@ -51,7 +52,7 @@ class ClipOptions:
 @dataclass(frozen=True, slots=True)
 class _Norm:
     choice: Choice
-    squared: fx.Node  # [B], of the gradients as they stand in the graph
+    squared: fx.Node  # [B], of the gradients as they stand in the graph; of rule "later" the mask, which nobody reads
     kept: fx.Node | None  # [B, *parameter shape]
 
 
@@ -105,7 +106,7 @@ def _rewrite_region(joint: JointGraph, norms: Sequence[_Norm], options: ClipOpti
     for slot in joint.gradient_slots.values():
         outputs[slot] = None
     rows = {name: i for i, name in enumerate(joint.parameters)}
-    known = {norm.choice.gradient.name: norm.squared for norm in norms}
+    known = {n.choice.gradient.name: n.squared for n in norms if not n.choice.shared}
 
     def stack(given: Tensor, *squared: Tensor) -> Tensor:
         by_name = dict(zip(known, squared, strict=True))
@@ -114,14 +115,17 @@ def _rewrite_region(joint: JointGraph, norms: Sequence[_Norm], options: ClipOpti
 
     nodes = [given, *known.values()]
     outputs[joint.norm_slot] = insert(joint.graph, _behind(joint, nodes), stack, nodes)
+    names = [n.choice.gradient.name for n in norms]
     if lowering.groups:
-        weights = _weights_at_once(joint, norms, options, given, [lowering.groups[rows[n]] for n in known])
+        assert len(known) == len(names), "a parameter that other regions use too is clipped at once"
+        weights = _weights_at_once(joint, norms, options, given, [lowering.groups[rows[n]] for n in names])
     else:
         weights = [
-            insert(joint.graph, _behind(joint, [given]), lambda w, i=rows[name]: w[i], [given]) for name in known
+            insert(joint.graph, _behind(joint, [given]), lambda w, i=rows[name]: w[i], [given]) for name in names
         ]
     for norm, value in _clipped_sums(joint, norms, weights, {}):
-        outputs[joint.sum_slots[norm.choice.gradient.name]] = value
+        total = _handed_out(joint, norm, value) if norm.choice.shared else value
+        outputs[joint.sum_slots[norm.choice.gradient.name]] = total
     joint.graph.output_node().args = (type(joint.graph.output_node().args[0])(outputs),)  # type: ignore[call-arg]
     _prune(joint.graph)
     joint.module.recompile()
@@ -142,6 +146,21 @@ def _weights_at_once(
         nodes = [joint.mask, bounds, *members]
         by_group[group] = insert(joint.graph, _behind(joint, nodes), clip, nodes)
     return [by_group[g] for g in groups]
+
+
+def _handed_out(joint: JointGraph, norm: _Norm, total: fx.Node) -> fx.Node:
+    """A node that holds the clipped sum, and what the norm over several regions is taken of."""
+    gradient, nodes = norm.choice.gradient, factor_operands(norm.choice)
+    if norm.choice.rule == "whole":
+        nodes = [
+            insert(joint.graph, _behind(joint, [gradient.gradient]), lambda g: g.unsqueeze(0), [gradient.gradient])
+        ]
+    elif norm.kept is not None:
+        nodes = [norm.kept]
+    with joint.graph.inserting_after(last_of(joint.graph, [total, *nodes])):
+        node = joint.graph.call_function(torch.ops.dpcompile.hand_out.default, (total, nodes))
+    node.meta = {"val": total.meta["val"].clone(), "partitioner_tag": "must_be_in_backward"}
+    return node
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -173,6 +192,8 @@ def _norm(joint: JointGraph, choice: Choice) -> _Norm:
     if rule == "whole":
         squared = insert(joint.graph, _behind(joint, [gradient.gradient]), _whole_norm, [gradient.gradient])
         return _Norm(choice, squared, None)
+    if rule == "later":
+        return _Norm(choice, joint.mask, None)
     if rule in ("outer", "ghost", "direct"):
         return _Norm(choice, _factored_norm(joint, choice), None)
     operands, compute = _instantiation(choice, joint.batch)
@@ -204,7 +225,7 @@ def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
 
     def compute(mask: Tensor, *values: Tensor) -> Tensor:
         if rule == "ghost" and len(forms) == 1 and forms[0].gram is not None:
-            wide = (_widened(v, dtype) for v in values)
+            wide = (_widened(v, _dtype(choice.gradient)) for v in values)
             width = 2 * int(forms[0].sizes[3])  # products of pixels, and sums over the filter's offsets
             return ghost_of_gram(*forms[0].gram(*wide, mask.shape[0]), width)
         sides = _sides(choice, values, mask.shape[0], dtype)

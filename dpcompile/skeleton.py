@@ -17,7 +17,7 @@ from dpcompile.errors import UnsupportedGraphError
 from dpcompile.locate import where
 from dpcompile.units import unit_call
 
-__all__ = ["Piece", "Skeleton", "holds_units"]
+__all__ = ["Piece", "Skeleton", "holds_units", "whole_piece"]
 
 
 @dataclass(eq=False, slots=True)
@@ -44,6 +44,12 @@ class Piece:
             return list(live)
         with mode:
             return [_like(x, n) if isinstance(x, Tensor) else x for x, n in zip(live, nodes, strict=True)]
+
+
+def whole_piece(gm: fx.GraphModule) -> Piece:
+    """A graph that calls no unit, as one piece."""
+    values: Any = gm.graph.output_node().args[0]
+    return Piece(gm, gm.graph.find_nodes(op="placeholder"), [n for n in values if isinstance(n, fx.Node)])
 
 
 def _like(value: Tensor, node: fx.Node) -> Tensor:

@@ -84,7 +84,7 @@ def _remedy(text: str) -> str:
 
 _SIDE_EFFECTS = (
     "keep Python side effects, prints and branches on tensor values out of forward; move them around the call of the "
-    "model"
+    "model, or allow graph breaks with dp_compile(..., regions='breaks')"
 )
 _REMEDIES = (
     (r"pack_padded_sequence|pad_packed_sequence|pack_sequence|PackedSequence",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpcompile._torch import fake_mode_of, mixed_precision, opaque, pytree
+from dpcompile._torch import fake_mode_of, mixed_precision, opaque, pytree, taking_real_tensors
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.shards import fake_gathered, is_distributed
 
@@ -55,15 +55,17 @@ def is_sharded(module: nn.Module) -> bool:
     )
 
 
-def find_units(model: nn.Module) -> Unit:
+def find_units(model: nn.Module, *, blocks: bool = True) -> Unit:
     """The model as a tree of units.
 
     Units of a model under ``fully_shard`` are those of FSDP. Otherwise they are the elements with parameters of
     ``ModuleList`` and ``Sequential`` containers whose class occurs there twice or more; the outermost such containers.
+    Without ``blocks`` there are none but those of FSDP.
     """
     sharded = any(is_sharded(m) for m in model.modules())
     root = _unit(model, "", sharded and is_sharded(model))
-    _collect(root, model, "", sharded)
+    if sharded or blocks:
+        _collect(root, model, "", sharded)
     return root
 
 
@@ -154,7 +156,7 @@ def unit_call(handle: int, args: Any, kwargs: Any) -> Any:
             "the model ran without being compiled, so nothing would clip its gradients",
             remedy="switch torch.compile on again (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)",
         )
-    with mode:
+    with taking_real_tensors(mode):  # a block may read what belongs to another
         outputs = _fake_call(unit, args, kwargs)
     _check_outputs(unit, outputs)
     return outputs

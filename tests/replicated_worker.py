@@ -348,6 +348,7 @@ def main() -> None:
     checks: dict[str, Callable[[], None]] = {f"gradients of {n}": lambda n=n: gradients(n) for n in MODELS}
     checks |= {
         "regions": lambda: gradients("GPT", regions="blocks"),
+        "regions with a tied head": lambda: gradients("GPT, tied head", regions="blocks"),
         "unused parameters looked for": lambda: gradients("GPT", find_unused_parameters=True),
         "gradients in buckets": lambda: gradients("GPT", gradient_as_bucket_view=True),
         "training with noise": training,

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from sharded_noise import noise, replicas
-from test_regions import GPT, MLP, Block, D, LoRA, T, V, ViT
+from test_regions import GPT, MLP, Around, Block, D, LoRA, T, V, ViT
+from test_shared_parameters import Tied, twice
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -98,6 +99,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "checkpointed GPT": (checkpointed, lambda: torch.randint(0, V, (BATCH, T))),
     "ViT": (ViT, lambda: torch.randn(BATCH, 3, 8, 8)),
     "LoRA": (LoRA, lambda: torch.randint(0, V, (BATCH, T))),
+    "GPT, tied head": (Tied, lambda: torch.randint(0, V, (BATCH, T))),
+    "a block twice": (lambda: Around(twice), lambda: torch.randn(BATCH, D)),
 }
 
 
@@ -323,13 +326,65 @@ def _number(seen: Mapping[str, int], kind: str) -> int:
     return sum(n for op, n in seen.items() if kind in op and "bytes" not in op)
 
 
+def graph_breaks(mesh: DeviceMesh) -> None:
+    """Breaks in a block and in the model itself, with a tied head."""
+    x = torch.randint(0, V, (BATCH, T))
+    wanted, norms = alone_without_breaks(made(Broken), x)
+    model = dp_compile(shard(made(Broken), mesh), max_grad_norm=C, backend="eager", regions="breaks")
+    for _ in range(2):
+        model.zero_grad()
+        step(model, part(x))
+        same(full(model), wanted)
+        torch.testing.assert_close(model.grad_norms, part(norms), rtol=1e-5, atol=1e-6)
+    whole = dp_compile(shard(made(Broken), mesh), backend="eager")
+    raises(UnsupportedGraphError, "regions='breaks'", lambda: whole(part(x)))
+
+
+def alone_without_breaks(model: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    model.broken = False  # type: ignore[assignment]
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.broken = False
+    return alone(model, x)
+
+
+class BrokenBlock(Block):
+    """A break behind the block."""
+
+    broken = True
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        x = super().forward(x, causal)
+        if self.broken:
+            torch._dynamo.graph_break()
+        return x * 2
+
+
+class Broken(Tied):
+    """A break behind the embedding, and in every block."""
+
+    broken = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(BrokenBlock() for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.positions[: ids.shape[1]]
+        if self.broken:
+            torch._dynamo.graph_break()
+        for block in self.blocks:
+            x = block(x, causal=True)
+        return self.head(self.norm(x))
+
+
 def inductor(mesh: DeviceMesh) -> None:
-    make, example = MODELS["GPT"]
-    x = example()
-    wanted, _ = alone(made(make), x)
-    model = dp_compile(shard(made(make), mesh), max_grad_norm=C)
-    step(model, part(x))
-    same(full(model), wanted)
+    for name in ("GPT", "GPT, tied head"):
+        make, example = MODELS[name]
+        x = example()
+        wanted, _ = alone(made(make), x)
+        model = dp_compile(shard(made(make), mesh), max_grad_norm=C)
+        step(model, part(x))
+        same(full(model), wanted)
 
 
 def mixed_precision(mesh: DeviceMesh) -> None:
@@ -392,6 +447,8 @@ def main() -> None:
         ),
         "two passes for a budget": lambda: gradients("GPT", mesh, {"memory_budget": 1}),
         "clipped by blocks": lambda: gradients("GPT", mesh, {"clipping": "per_block"}),
+        "a block twice, by blocks": lambda: gradients("a block twice", mesh, {"clipping": "per_block"}),
+        "a tied head, by layers": lambda: gradients("GPT, tied head", mesh, {"clipping": "per_layer"}),
         "clipped by layers": lambda: gradients("checkpointed GPT", mesh, {"clipping": "per_layer"}),
         "parameters kept after forward": lambda: gradients("GPT", mesh, reshard_after_forward=False),
         "padding": lambda: padding_and_lost_examples(mesh),
@@ -402,10 +459,12 @@ def main() -> None:
         "mixed precision": lambda: mixed_precision(mesh),
         "noise": lambda: noise(mesh, Path(sys.argv[1])),
         "refusals": lambda: refused(mesh),
+        "graph breaks": lambda: graph_breaks(mesh),
     }
     if world > 1:
         checks |= {
-            f"communication of {n}": lambda n=n: communication(n, mesh) for n in ("GPT", "checkpointed GPT", "ViT")
+            f"communication of {n}": lambda n=n: communication(n, mesh)
+            for n in ("GPT", "checkpointed GPT", "ViT", "GPT, tied head")
         }
         checks["communication of two passes"] = lambda: communication("GPT", mesh, norm="two_pass")
         checks["communication of two checkpointed passes"] = lambda: communication(

@@ -90,6 +90,18 @@ class GPT(nn.Module):
         return self.head(self.norm(h))
 
 
+class Repeated(nn.Module):
+    """Two blocks, of which one is called twice: cut parameters and whole ones in two regions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(MLP() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        first, second = self.blocks
+        return second(first(first(x)))
+
+
 STYLES: dict[str, Callable[[], Any]] = {
     "up": ColwiseParallel, "down": RowwiseParallel, "q": ColwiseParallel, "k": ColwiseParallel, "v": ColwiseParallel,
     "o": RowwiseParallel, "head": lambda: ColwiseParallel(output_layouts=Replicate()),
@@ -140,6 +152,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "MLP": (MLP, lambda: torch.randn(B, T, D)),
     "attention": (Attention, lambda: torch.randn(B, T, D)),
     "GPT": (GPT, lambda: torch.randint(0, V, (B, T))),
+    "a block twice": (Repeated, lambda: torch.randn(B, T, D)),
 }
 
 
@@ -355,6 +368,8 @@ def refused(mesh: DeviceMesh) -> None:
     parallelize_module(uneven, mesh, {"0": ColwiseParallel(output_layouts=Replicate())})
     raises(UnsupportedGraphError, "does not divide by the 2 ranks", lambda: private(uneven))
     raises(UnsupportedGraphError, "tensor parallelism holds parts", lambda: private(cut(made(MLP), mesh), check=True))
+    breaks = cut(made(MLP), mesh)
+    raises(UnsupportedGraphError, "'breaks' under tensor parallelism", lambda: private(breaks, regions="breaks"))
     raises(
         UnsupportedGraphError,
         "has two backward passes, and under tensor parallelism there is one",
@@ -472,7 +487,13 @@ def main() -> None:
     world = dist.get_world_size()
     alone = world == 2
     mesh = init_device_mesh("cpu", (2,)) if alone else init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    checks: dict[str, Callable[[], None]] = {f"gradients of {n}": lambda n=n: gradients(n, mesh) for n in MODELS}
+    regions = {"a block twice": {"regions": "blocks"}} if alone else {}  # FSDP2's units are regions anyhow
+    checks: dict[str, Callable[[], None]] = {
+        f"gradients of {n}": lambda n=n: gradients(n, mesh, **regions.get(n, {})) for n in MODELS
+    }
+    checks["a block twice, by layer"] = lambda: gradients(
+        "a block twice", mesh, clipping="per_layer", **regions.get("a block twice", {})
+    )
     checks["clipping by layer"] = lambda: gradients("GPT", mesh, clipping="per_layer")
     checks["inductor"] = lambda: gradients("MLP", mesh, backend="inductor")
     checks["frozen parameters"] = lambda: frozen(mesh)

@@ -9,8 +9,9 @@ from launching import launch, passed
 
 CHECKS = {
     "gradients of GPT", "gradients of checkpointed GPT", "gradients of ViT", "gradients of LoRA", "two passes",
+    "gradients of GPT, tied head", "gradients of a block twice", "graph breaks",
     "two passes, checkpointed", "two passes, parameters kept", "two passes for a budget",
-    "clipped by blocks", "clipped by layers",
+    "clipped by blocks", "clipped by layers", "a block twice, by blocks", "a tied head, by layers",
     "parameters kept after forward", "padding", "micro-batches", "noise", "training with noise", "loading",
     "checkpoints", "mixed precision", "refusals",
 }  # fmt: skip
@@ -34,7 +35,9 @@ def test_any_number_of_ranks_comes_to_the_same(tmp_path: Path) -> None:
 
 def _check(world: int, directory: Path) -> None:
     found = passed(launch(world, "sharded_worker.py", str(directory)))
-    more = {"communication of GPT", "communication of ViT", "disagreement"} if world > 1 else set()
+    more = (
+        {f"communication of {n}" for n in ("GPT", "ViT", "GPT, tied head")} | {"disagreement"} if world > 1 else set()
+    )
     if world > 1:
         more |= {"communication of checkpointed GPT", "communication of two passes", "communication by blocks"}
         more |= {"communication of two checkpointed passes"}

@@ -14,6 +14,8 @@ from dpcompile.shards import as_gradient, computing_device, zeros_for
 
 CHECKS = {
     "gradients of GPT", "gradients of ViT", "gradients of LoRA", "regions", "unused parameters looked for",
+    "gradients of checkpointed GPT", "gradients of GPT, tied head", "gradients of a block twice",
+    "regions with a tied head",
     "gradients in buckets", "training with noise", "micro-batches", "loading", "unused parameters", "refusals",
     "mesh of replicas", "parts", "make_private", "replicate", "offloaded", "checkpoints",
 }  # fmt: skip

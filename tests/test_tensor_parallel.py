@@ -18,6 +18,7 @@ from dpcompile.tensor_parallel import fingerprint
 HERE = Path(__file__).parent
 CHECKS = {
     "gradients of MLP", "gradients of attention", "gradients of GPT", "clipping by layer", "inductor",
+    "gradients of a block twice", "a block twice, by layer",
     "frozen parameters", "one example", "training with noise", "secure noise", "loading", "checkpoints",
     "communication", "refusals",
 }  # fmt: skip

@@ -6,7 +6,7 @@ A one-hot side (an embedding's rows) is kept as its index.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -42,6 +42,8 @@ class Factored:
         gram: from the same to the rows and the Gram matrix ``[B, K, T, T]`` of the columns, where that is cheaper than
             building the columns.
         flipped: rows and columns were exchanged: the first operand is the columns'.
+        chain: what the tail does to the site's value (rows and columns of a flipped site are exchanged already).
+        layout: how rows and columns lie in the parameter; sites of equal layouts add up along T.
     """
 
     site: Site
@@ -54,6 +56,8 @@ class Factored:
     each: Callable[..., Tensor] | None = None
     gram: Callable[..., tuple[Tensor, Tensor]] | None = None
     flipped: bool = False
+    chain: tuple[Any, ...] = ("identity",)
+    layout: Hashable = None
 
     def transposed(self) -> Factored:
         """The same with rows and columns exchanged."""
@@ -99,12 +103,11 @@ def oriented(gradient: ParameterGradient, batch: Size) -> list[Factored] | None:
             return None
         if chain == ("transposed",):
             form, chain = form.transposed(), ("identity",)
-        form = replace(form, aligned=chain == ("identity",))
         layout = (chain, form.sizes[0], form.sizes[2], form.sizes[3], str(site.kind) if form.sizes[0] != 1 else "")
         if reference is not None and layout != reference:
             return None
         reference = layout
-        forms.append(form)
+        forms.append(replace(form, aligned=chain == ("identity",), chain=chain, layout=layout))
     return forms
 
 
