@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from benchmarks.scale.models import CASES
 from benchmarks.scale.report import page
 from benchmarks.scale.steps import WAYS, size
 from benchmarks.scale.throughput import RANKS, Cluster, Load, amdahl, curve, step_seconds
+from dpcompile.errors import UnsupportedGraphError
 
 FLOAT = 4
 
@@ -87,7 +89,7 @@ def test_a_backward_without_content_keeps_what_a_real_one_keeps() -> None:
 @pytest.fixture(scope="module")
 def sizes() -> dict[str, dict[str, Any]]:
     os.environ["DPCOMPILE_RATES"] = "typical"
-    return {way: size("tiny", way, 2) for way in ("plain", "ours", "twice", "plain_whole", "ours_whole")}
+    return {way: size("tiny", way, 2) for way in CASES["tiny"].ways}
 
 
 def test_the_private_step_communicates_what_the_plain_one_does(sizes: dict[str, Any]) -> None:
@@ -96,6 +98,9 @@ def test_the_private_step_communicates_what_the_plain_one_does(sizes: dict[str, 
     plain, twice = sizes["plain"]["calls"], sizes["twice"]["calls"]
     units = CASES["tiny"].depth + 1
     assert plain == {"allgather_base": 2 * units - 1, "reduce_scatter_base": units}
+    for way in ("two_pass", "two_pass_again"):  # gathered twice, reduced once
+        assert sizes[way]["calls"] == {"allgather_base": 3 * units - 1, "reduce_scatter_base": units}
+        assert sizes[way]["bytes"]["reduce_scatter_base"] == sizes["plain"]["bytes"]["reduce_scatter_base"]
     assert twice == {"allgather_base": 3 * units - 1, "reduce_scatter_base": 2 * units}
     assert all(cell["step_bytes"] == 0 for cell in sizes.values())
 
@@ -109,6 +114,23 @@ def test_parameters_gradients_and_states_are_what_stays(sizes: dict[str, Any]) -
         assert abs(cell["backward"] - 4 * unit) < small, way
     norms = FLOAT * CASES["tiny"].batch  # model.grad_norms
     assert sizes["ours"]["backward"] == sizes["plain"]["backward"] + norms
+
+
+def test_two_passes_keep_less(sizes: dict[str, Any]) -> None:
+    """Nothing for the clipped sums; with checkpoints no activations within blocks."""
+    ours, two, again = (sizes[way] for way in ("ours", "two_pass", "two_pass_again"))
+    assert ours["backward_peak"] > two["backward_peak"] > again["backward_peak"]
+    assert again["forward"] < min(ours["forward"], two["forward"])
+
+
+def test_a_tied_head_is_one_parameter_gathered_and_reduced_once() -> None:
+    plain, ours, large = size("tiny-tied", "plain", 2), size("tiny-tied", "ours", 2), CASES["tiny-tied"]
+    for key in ("calls", "bytes"):
+        assert ours[key] == plain[key]
+    assert ours["bytes"]["reduce_scatter_base"] == FLOAT * ours["parameters"]
+    assert ours["parameters"] == sum(p.numel() for p in large.make(large.depth).parameters())
+    with pytest.raises(UnsupportedGraphError, match="'tokens.weight' is used in two regions"):
+        size("tiny-tied", "two_pass", 2)
 
 
 def test_memory_grows_linearly_with_depth() -> None:
@@ -147,8 +169,7 @@ def test_amdahl_gives_back_the_serial_part() -> None:
 
 
 def test_the_command_writes_tables_and_keeps_cells(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "SHARDED", ("plain", "ours"))
-    monkeypatch.setattr(command, "WHOLE", ("ours_whole",))
+    monkeypatch.setitem(CASES, "tiny", replace(CASES["tiny"], ways=("plain", "ours", "ours_whole")))
     words = ["--models", "tiny", "--output", str(tmp_path), "--inline", "--docs", str(tmp_path / "page.md")]
     command.main(words)
     data = json.loads((tmp_path / "scale.json").read_text())

@@ -23,9 +23,7 @@ from benchmarks.scale.throughput import Cluster, amdahl, curve, load_of
 __all__ = ["main"]
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-MODELS = ("gpt2-xl", "llama3-8b-lora")
-SHARDED = ("plain", "ours", "ours_auto", "twice", "opacus")
-WHOLE = ("plain_whole", "ours_whole", "opacus_whole")
+MODELS = ("gpt2-xl", "gpt2-xl-classes", "llama3-8b-lora")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -59,7 +57,7 @@ def _sizes(asked: argparse.Namespace, stored: pathlib.Path) -> list[dict[str, An
     jobs = []
     for name in asked.models.split(","):
         for ranks in CASES[name].ranks:
-            jobs += [(name, way, ranks) for way in (*SHARDED, *WHOLE) if _wanted(way, name, ranks)]
+            jobs += [(name, way, ranks) for way in CASES[name].ways if _wanted(way, name, ranks)]
     known = json.loads(stored.read_text()) if stored.exists() else {}
     key = {"torch": torch.__version__, "revision": revision(), "depth": asked.depth}
     cells = known["cells"] if all(known.get(k) == v for k, v in key.items()) else []
@@ -81,10 +79,8 @@ def _place(jobs: list[tuple[str, str, int]]) -> Any:
 
 
 def _wanted(way: str, name: str, ranks: int) -> bool:
-    """The first number of ranks has every way; Opacus and the quickest plan are sized on the published model."""
-    first = ranks == CASES[name].ranks[0]
-    special = way == "ours_auto" or way.startswith("opacus")
-    return (first or way in ("plain", "ours")) and (CASES[name].learned or not special)
+    """The first number of ranks has every way."""
+    return ranks == CASES[name].ranks[0] or way in CASES[name].further
 
 
 def _throughput(asked: argparse.Namespace, cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -92,7 +88,7 @@ def _throughput(asked: argparse.Namespace, cells: list[dict[str, Any]]) -> dict[
     found: dict[str, Any] = {"cluster": asdict(cluster), "loads": {}, "rates": {}, "amdahl": {}}
     for cell in cells:
         name = cell["model"]
-        if cell["way"] != "plain" or "error" in cell or name in found["loads"]:
+        if cell["way"] != "plain" or "error" in cell or name in found["loads"] or not CASES[name].modelled:
             continue
         context = CASES[name].context
         load = load_of(cell, context=context, seconds=asked.seconds, ratio=asked.ratio, flops=cluster.flops)

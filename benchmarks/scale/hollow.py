@@ -29,8 +29,10 @@ __all__ = ["Hollow", "Memory", "fake_ranks"]
 @contextmanager
 def fake_ranks(world: int) -> Iterator[None]:
     """Make of this process rank 0 of ``world`` ranks that do not exist: collectives are counted and move nothing."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    _clear_sharding_prop_cache()  # it holds meshes, equal to the next ones, of ranks that are no more
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield

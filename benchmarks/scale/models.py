@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 from benchmarks.models import Block, cross_entropy, token_cross_entropy
 
-__all__ = ["CASES", "Classifier", "Llama", "Large", "Lora"]
+__all__ = ["CASES", "Classifier", "LanguageModel", "Llama", "Large", "Lora"]
+
+_TWO_PASSES = ("two_pass", "two_pass_again")
+_ALONE = ("plain", "ours", *_TWO_PASSES, "twice")
+_REPLICATED = ("plain_whole", "ours_whole")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,9 @@ class Large:
         ranks: on how many it is sized.
         data: inputs and targets of a batch.
         loss: one value per example.
-        learned: whether all parameters are trained; otherwise the adapters alone.
+        ways: of training, on the first number of ranks; on further ones those of them that are in ``further``.
+        further: see ``ways``.
+        modelled: whether its throughput is modelled.
     """
 
     title: str
@@ -38,14 +44,13 @@ class Large:
     ranks: tuple[int, ...]
     data: Callable[[int, int], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], Tensor]
-    learned: bool = True
+    ways: tuple[str, ...] = (*_ALONE, *_REPLICATED)
+    further: tuple[str, ...] = ("plain", "ours")
+    modelled: bool = True
 
 
 class Classifier(nn.Module):
-    """GPT-2 with a head of eight classes on the last token.
-
-    A language model's head is tied to the embedding of tokens and adds no parameter; its logits are in memory.
-    """
+    """GPT-2 with a head of eight classes on the last token."""
 
     def __init__(self, width: int, depth: int, heads: int, context: int, vocabulary: int) -> None:
         super().__init__()
@@ -57,6 +62,20 @@ class Classifier(nn.Module):
         """``[B, T]`` to ``[B, 8]``."""
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         return self.head(self.norm(self.blocks(x))[:, -1])
+
+
+class LanguageModel(Classifier):
+    """GPT-2 itself: the head is the embedding of tokens, transposed, on every token."""
+
+    def __init__(self, width: int, depth: int, heads: int, context: int, vocabulary: int) -> None:
+        super().__init__(width, depth, heads, context, vocabulary)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[B, T]`` to ``[B, T, vocabulary]``."""
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+        return self.head(self.norm(self.blocks(x)))
 
 
 class Lora(nn.Module):
@@ -140,19 +159,30 @@ def _tokens(batch: int, context: int) -> tuple[Tensor, Tensor]:
 
 CASES = {
     "gpt2-xl": Large(
-        "GPT-2 XL", lambda depth: Classifier(1600, depth, 25, 1024, 50257), 48, 4, 1024, (8,), _labelled, cross_entropy
+        "GPT-2 XL",
+        lambda depth: LanguageModel(1600, depth, 25, 1024, 50257),
+        48, 4, 1024, (8,), _tokens, token_cross_entropy,
+        ways=("plain", "ours", "ours_auto", "twice", "opacus", *_REPLICATED, "opacus_whole"),
+    ),
+    "gpt2-xl-classes": Large(
+        "GPT-2 XL with a head of eight classes",
+        lambda depth: Classifier(1600, depth, 25, 1024, 50257),
+        48, 4, 1024, (8,), _labelled, cross_entropy, ways=_ALONE, modelled=False,
     ),
     "llama3-8b-lora": Large(
         "Llama-3-8B with LoRA",
         lambda depth: Llama(4096, depth, 32, 8, 14336, 128256),
-        32, 2, 2048, (8, 64, 256), _tokens, token_cross_entropy, learned=False,
+        32, 2, 2048, (8, 64, 256), _tokens, token_cross_entropy,
     ),
     "tiny": Large(
         "a toy GPT", lambda depth: Classifier(16, depth, 2, 8, 24), 2, 4, 8, (2,), _labelled, cross_entropy
     ),
+    "tiny-tied": Large(
+        "a toy GPT, tied", lambda depth: LanguageModel(16, depth, 2, 8, 24), 2, 4, 8, (2,), _tokens, token_cross_entropy
+    ),
     "tiny-lora": Large(
         "a toy Llama",
         lambda depth: Llama(16, depth, 4, 2, 32, 24, rank=2),
-        2, 2, 8, (2,), _tokens, token_cross_entropy, learned=False,
+        2, 2, 8, (2,), _tokens, token_cross_entropy,
     ),
 }  # fmt: skip

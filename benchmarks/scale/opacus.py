@@ -32,7 +32,7 @@ def prepare(large: Large, parameters: list[nn.Parameter], *, sharded: bool) -> t
     optimizer.zero_grad = lambda: type(optimizer).zero_grad(optimizer, set_to_none=True)
 
     def outputs(inputs: Tensor) -> Tensor:
-        return torch.zeros(len(inputs), 8)
+        return torch.zeros(*large.data(len(inputs), large.context)[1].shape, 8)
 
     def backward(losses: Tensor) -> None:
         for p in parameters:

@@ -63,6 +63,9 @@ the tables show is what the code gathers, reduces, keeps and frees, not formulae
 - FSDP2 cuts parameters into as many runs of rows as there are ranks, and pads what does not divide: an adapter of 16
   rows is sent as one of 256 on 256 ranks. So bytes grow with the ranks where parameters are small.
 - AdamW is the one for all parameters at once (`foreach`), the default on GPUs; noise is drawn as on a GPU.
+- `norm='two_pass'` is this library's own lowering with two backwards, norms included. It is refused where two regions
+  use one parameter, as with the head of GPT-2, which is its embedding of tokens: it is sized with a head of eight
+  classes in its place.
 - *Two backwards* is Opacus' published scheme on the non-private step: one forward, a backward whose gradients are
   dropped, another one. Norms and hooks are not in it, so it is a lower bound. *Opacus' optimizer* is its own class on
   gradients that are there; its backward is not sized.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -143,8 +144,10 @@ def _plain(large: Large, model: Any, mesh: Any) -> Trainer:
     return Trainer(model, _adamw(model))
 
 
-def _ours(**options: Any) -> Callable[[Large, nn.Module, Any], Trainer]:
+def _ours(*, recompute: bool = False, **options: Any) -> Callable[[Large, nn.Module, Any], Trainer]:
     def prepare(large: Large, model: Any, mesh: Any) -> Trainer:
+        if recompute:
+            model.blocks = nn.Sequential(*(checkpoint_wrapper(block) for block in model.blocks))
         if mesh is not None:
             sharded(model, mesh)
         private = dp_compile(model, backend="eager", regions=None if mesh is not None else "blocks", **options)
@@ -179,6 +182,10 @@ WAYS = {
     "plain": Way("not private, FSDP2", True, False, _plain),
     "ours": Way("dpcompile, FSDP2, norm='ghost'", True, True, _ours(norm="ghost")),
     "ours_auto": Way("dpcompile, FSDP2, quickest plan", True, True, _ours()),
+    "two_pass": Way("dpcompile, FSDP2, norm='two_pass'", True, True, _ours(norm="two_pass")),
+    "two_pass_again": Way(
+        "dpcompile, FSDP2, norm='two_pass', checkpointed blocks", True, True, _ours(norm="two_pass", recompute=True)
+    ),
     "twice": Way("two backwards, FSDP2", True, True, _twice),
     "opacus": Way("Opacus' optimizer, FSDP2", True, True, _opacus),
     "plain_whole": Way("not private, replicated", False, False, _plain),
