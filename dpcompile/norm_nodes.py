@@ -46,7 +46,7 @@ class Norm:
 def find_norms(joint: JointGraph, plan: Plan) -> list[Norm]:
     """A norm for every gradient; those of kept vectors come out of one operation.
 
-    **Guarantee.** Every norm is that of the sum of all the parameter's uses in the graph, behind their tails, in float32
+    **Guarantee.** Every norm is that of the sum of all the parameter's uses in the graph, behind their tails, float32
     or wider; but for rule "later", whose uses in other regions come first.
     """
     norms = [_norm(joint, choice) for choice in plan.choices]
