@@ -10,7 +10,7 @@ from torch import fx
 
 from dpcompile._torch import trace_like
 
-__all__ = ["insert", "last_of"]
+__all__ = ["behind", "insert", "last_of"]
 
 
 def insert(graph: fx.Graph, after: fx.Node, function: Callable[..., Any], operands: Sequence[fx.Node]) -> Any:
@@ -58,3 +58,11 @@ def _copy_constant(graph: fx.Graph, traced: fx.GraphModule, node: fx.Node) -> fx
         torch.ops.aten.full.default, ([], value.item()), {"dtype": value.dtype, "device": value.device}
     )
     return copied
+
+
+def behind(graph: fx.Graph, nodes: Sequence[fx.Node]) -> fx.Node:
+    """Where nodes that use ``nodes`` may be written: behind the last of them, and behind all placeholders."""
+    last = last_of(graph, nodes)
+    if last.op != "placeholder":
+        return last
+    return last_of(graph, [n for n in graph.nodes if n.op == "placeholder"])

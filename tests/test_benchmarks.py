@@ -235,6 +235,13 @@ STORED: dict[str, Any] = {
         "recompiles": {
             "steps": 200, "graphs_first": 1, "graphs_last": 1, "first_seconds": 2.0, "slowest_later_seconds": 0.01,
         },
+        "ceilings": {
+            "mlp": {
+                "plain": 0.01, "free": {"extra": 0.0025, "parts": 1},
+                "budget": {"extra": 0.01, "parts": 2, "peak": 1.2, "allowed": 1.25},
+            },
+            "cnn": {"error": "no"},
+        },
         "prediction": {
             "mlp": {"plain": 0.01, "private": 0.02, "plain_predicted": 0.0092, "private_predicted": 0.021},
             "cnn": {"error": "no"},
@@ -280,6 +287,7 @@ def test_experiments_say_what_they_found() -> None:
         "curves": "0.50 (2.0 ms), 2 MB | not done", "throughput": "2000/s (0.50)", "max_batch": "| dpcompile | 7 |",
         "compile_curves": "3.0 s", "precision": "error 1e-06", "overhead": "| 2.000 | 1.000 | 1.000 |",
         "layers": "2.00×, 1.00×", "recompiles": "1 in all", "prediction": "-8%",
+        "ceilings": "| 10.0 | 2.5 | 0.80 | 10.0 | 0.50 | 1.20× of 1.25× | 2 |",
     }  # fmt: skip
     for name in EXPERIMENTS:
         if name in wanted:
@@ -287,8 +295,17 @@ def test_experiments_say_what_they_found() -> None:
 
 
 def test_an_experiment_runs(tmp_path: pathlib.Path) -> None:
-    words = ["--models", "tiny", "--parts", "none", "--experiments", "overhead,recompiles,prediction", "--quick"]
+    words = [
+        "--models",
+        "tiny",
+        "--parts",
+        "none",
+        "--experiments",
+        "overhead,recompiles,prediction,ceilings",
+        "--quick",
+    ]
     run.main([*words, "--backend", "eager", "--inline", "--output", str(tmp_path), "--threads", "1", "--repeats", "2"])
     found = json.loads((tmp_path / "results.json").read_text())["experiments"]
     assert found["recompiles"]["graphs_last"] == found["recompiles"]["graphs_first"]
     assert "error" not in found["overhead"]["ours"] and found["prediction"]["tiny"]["private_predicted"]
+    assert found["ceilings"]["tiny"]["budget"]["parts"] >= 1
