@@ -53,40 +53,8 @@ def each_gradient(cotangent: Tensor, source: Tensor, axis: Examples, batch: int,
     Returns:
         ``[B, *shape]``.
     """
-    values = (in_front(cotangent, axis, batch), in_front(source, axis, batch), list(shape), *arguments[4:10])
-    return filter_gradients(*values) if source.device.type == "cpu" else _filter_gradients(*values)
-
-
-# On CPUs one operation: the copies that the grouped convolution needs are then no kernels to be compiled, two or three
-# for every layer.
-@torch.library.custom_op("dpcompile::filter_gradients", mutates_args=(), tags=(torch.Tag.flexible_layout,))
-def filter_gradients(
-    cotangent: Tensor,
-    source: Tensor,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """``[B, F, C', *spatial]`` and ``[B, F, C, *spatial]``, any strides, to ``[B, *shape]``."""
-    return _filter_gradients(
-        cotangent, source, shape, stride, padding, dilation, transposed, output_padding, groups
-    ).contiguous()
-
-
-@filter_gradients.register_fake
-def _(cotangent: Tensor, source: Tensor, shape: Sequence[int], *_: Any) -> Tensor:
-    """Shapes only."""
-    return source.new_empty((source.shape[0], *shape))
-
-
-def _filter_gradients(cotangent: Tensor, source: Tensor, shape: Sequence[int], *arguments: Any) -> Tensor:
-    stride, padding, dilation, transposed, output_padding, groups = arguments
-    batch = source.shape[0]
-    images, cotangents = (_examples_as_channels(x) for x in (source, cotangent))
+    stride, padding, dilation, transposed, output_padding, groups = arguments[4:10]
+    images, cotangents = (_examples_as_channels(x, axis, batch) for x in (source, cotangent))
     filters = source.new_empty((batch * shape[0], *shape[1:]))  # only its shape is read
     _, result, _ = torch.ops.aten.convolution_backward.default(
         cotangents, images, filters, None, stride, padding, dilation, transposed, output_padding, groups * batch,
@@ -95,9 +63,9 @@ def _filter_gradients(cotangent: Tensor, source: Tensor, shape: Sequence[int], *
     return result.reshape(batch, *shape)
 
 
-def _examples_as_channels(images: Tensor) -> Tensor:
-    """``[B, F, C, *spatial]`` to ``[F, B * C, *spatial]``."""
-    return images.movedim(0, 1).flatten(1, 2)
+def _examples_as_channels(images: Tensor, axis: Examples, batch: int) -> Tensor:
+    """``[N, C, *spatial]`` to ``[F, B * C, *spatial]``."""
+    return in_front(images, axis, batch).movedim(0, 1).flatten(1, 2)
 
 
 def patch_columns(large: Tensor, window: Window, axis: Examples, batch: int, spatial: Sequence[int]) -> Tensor:
