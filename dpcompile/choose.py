@@ -11,7 +11,7 @@ __all__ = ["Candidate", "Limit", "Outcome", "choose", "fastest", "seconds_of"]
 
 _MAPPED = 2**25  # bytes from which the C library takes memory straight from the operating system
 _TRIES = 64  # how many single changes of rule are tried to win time back within a budget
-_SPARE = 1.03  # what the compiler may need besides what the replay shows, for it orders the operations anew
+_SPARE = 1.01  # what the compiler may need besides what the replay shows, for it orders the operations anew
 _DEAR = 1e6  # seconds per byte with which only memory counts
 
 

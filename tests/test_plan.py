@@ -177,8 +177,8 @@ def test_a_limit_holds_or_the_smallest_is_taken(options: list[list[Candidate]], 
         return limit.peak([o[i].holding for o, i in zip(options, picks, strict=True)], 1)
 
     every = list(itertools.product(*(range(len(o)) for o in options)))
-    assert outcome.fits == any(1.03 * peak(p) <= budget for p in every)
-    assert 1.03 * peak(outcome.picks) <= budget if outcome.fits else peak(outcome.picks) == min(map(peak, every))
+    assert outcome.fits == any(1.01 * peak(p) <= budget for p in every)
+    assert 1.01 * peak(outcome.picks) <= budget if outcome.fits else peak(outcome.picks) == min(map(peak, every))
 
 
 # --- memory and parts ------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_check_compares_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the first try asked for parts and did not run."""
     compared: list[int] = []
     monkeypatch.setattr(FirstStep, "compare", lambda self, norms, mask, sums: compared.append(len(mask)))
-    private: Any = dp_compile(deep(), backend="eager", memory_budget=1.02, check=True)
+    private: Any = dp_compile(deep(), backend="eager", memory_budget=1.0, check=True)
     for _ in range(2):
         private(torch.randn(32, 50, 64)).square().mean().backward()
         private.zero_grad()
@@ -205,7 +205,7 @@ def test_parts_give_what_the_whole_batch_gives(reduction: str) -> None:
     model, x = deep(), torch.randn(32, 50, 64)
     options: dict[str, Any] = dict(backend="eager", max_grad_norm=0.05, loss_reduction=reduction)
     whole: Any = dp_compile(copy.deepcopy(model), **options)
-    parted: Any = dp_compile(copy.deepcopy(model), memory_budget=1.02, check=True, **options)
+    parted: Any = dp_compile(copy.deepcopy(model), memory_budget=1.0, check=True, **options)
     mask = torch.ones(32, dtype=torch.bool)
     mask[[3, 31]] = False
     for private in (whole, parted):
@@ -219,7 +219,7 @@ def test_parts_give_what_the_whole_batch_gives(reduction: str) -> None:
 
 
 def test_two_calls_in_parts_before_one_backward_are_refused() -> None:
-    private: Any = dp_compile(deep(), backend="eager", memory_budget=1.02)
+    private: Any = dp_compile(deep(), backend="eager", memory_budget=1.0)
     x = torch.randn(32, 50, 64)
     outputs = private(x), private(x)
     assert private.plan.parts > 1
@@ -228,7 +228,7 @@ def test_two_calls_in_parts_before_one_backward_are_refused() -> None:
 
 
 def test_a_second_backward_through_parts_is_refused() -> None:
-    private: Any = dp_compile(deep(), backend="eager", memory_budget=1.02)
+    private: Any = dp_compile(deep(), backend="eager", memory_budget=1.0)
     loss = private(torch.randn(32, 50, 64)).square().mean()
     loss.backward(retain_graph=True)
     with pytest.raises(PrivacyError, match="second backward through the same forward"):
@@ -244,7 +244,7 @@ def test_results_that_cannot_be_joined_are_refused() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, int]:
             return self.inner(x), len(x)
 
-    private: Any = dp_compile(Counts(), backend="eager", memory_budget=1.02)
+    private: Any = dp_compile(Counts(), backend="eager", memory_budget=1.0)
     with pytest.raises(UnsupportedGraphError, match=r"returns int that cannot be put together[^$]*memory_budget=None"):
         private(torch.randn(32, 50, 64))
 
