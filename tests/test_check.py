@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpcompile import DPCompileError, PrivacyError, dp_compile
-from dpcompile import rewrite as rewriting
+from dpcompile import DPCompileError, PrivacyError, dp_compile, norm_nodes, sum_nodes
 
 B = 5
 
@@ -47,13 +46,13 @@ def test_only_the_first_step_is_compared() -> None:
 
 
 def test_a_norm_that_is_too_small_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewriting, "outer", lambda sides: sides.cols.square().sum(-1).flatten(1).sum(1))
+    monkeypatch.setattr(norm_nodes, "outer", lambda sides: sides.cols.square().sum(-1).flatten(1).sum(1))
     with pytest.raises(PrivacyError, match=r"check=True: the gradient norms differ from torch.func.vmap\(grad\)"):
         run(nn.Linear(4, 3), torch.randn(B, 4), norm="ghost")
 
 
 def test_a_sum_that_is_not_clipped_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewriting, "_weighted_site", lambda site, known, w, dtype: rewriting.run_operation(
+    monkeypatch.setattr(sum_nodes, "_weighted_site", lambda site, known, w, dtype: sum_nodes.run_operation(
         site.operation, known, dtype))  # fmt: skip
     with pytest.raises(PrivacyError, match="the clipped gradient of parameter 'weight' differ"):
         run(nn.Linear(4, 3), 10 * torch.randn(B, 4), norm="ghost")

@@ -819,10 +819,10 @@ def test_check_passes_on_a_right_model() -> None:
 
 
 def test_check_notices_a_wrong_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    import dpcompile.rewrite as rewrite
+    from dpcompile import norm_nodes
 
-    right = rewrite.outer
-    monkeypatch.setattr(rewrite, "outer", lambda *args, **kwargs: right(*args, **kwargs) * 0.8)
+    right = norm_nodes.outer
+    monkeypatch.setattr(norm_nodes, "outer", lambda *args, **kwargs: right(*args, **kwargs) * 0.8)
     private = private_net(check=True)
     with pytest.raises(PrivacyError, match="norm"):
         step(private, batch())
