@@ -35,7 +35,7 @@ class Parameters(nn.Module):
         return x * torch.stack([v.sum() for v in self.values]).sum()
 
 
-def private(model: nn.Module, sigma: float) -> tuple[DPOptimizer, Callable[[], None]]:
+def private(model: nn.Module, sigma: float) -> tuple[DPOptimizer, Callable[..., None]]:
     """The optimizer, and what puts the last gradients back as if a clipped backward had just delivered them."""
     wrapped = dp_compile(model, backend="eager")
     optimizer = DPOptimizer(

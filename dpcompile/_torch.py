@@ -19,6 +19,7 @@ import torch._decomp.decompositions
 import torch._dynamo
 import torch._functorch.config as functorch_config
 from torch import fx
+from torch._dispatch.python import no_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError, TorchDynamoException, Unsupported
 from torch._dynamo.source import LocalSource
@@ -88,6 +89,7 @@ __all__ = [
     "is_compiling",
     "is_entered",
     "is_fake",
+    "is_fsdp_hook",
     "is_selective",
     "is_stepped_as_made",
     "mark_stepped",
@@ -230,6 +232,11 @@ def mixed_precision(module: torch.nn.Module) -> Any:
     return cast(Any, module)._get_fsdp_state()._mp_policy
 
 
+def is_fsdp_hook(hook: Any) -> bool:
+    """Whether a hook on a module or a tensor is that of ``fully_shard`` or ``replicate``."""
+    return type(getattr(hook, "__self__", None)).__name__ in ("FSDPState", "_ReplicateState")
+
+
 def clear_interrupted(module: torch.nn.Module) -> None:
     """Bring a unit of FSDP2 to rest after a forward or backward that ended in an error.
 
@@ -260,8 +267,12 @@ def partition(joint: fx.GraphModule, forward_outputs: int) -> tuple[fx.GraphModu
 
 @contextlib.contextmanager
 def real_tensors() -> Iterator[None]:
-    """Run operations for real, also in the middle of tracing."""
-    with _disable_current_modes(), torch.no_grad():
+    """Run operations for real, also in the middle of tracing.
+
+    Without torch's dispatcher in Python, which holds the interpreter's lock where collectives count on it to be free: a
+    thread of gloo that waits for it while it holds the queue's would never go on.
+    """
+    with _disable_current_modes(), no_python_dispatcher(), torch.no_grad():
         yield
 
 
@@ -330,7 +341,7 @@ def adam_state(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple
 
 def add_one_(tensors: list[torch.Tensor]) -> None:
     """Add 1 to each tensor in place, in one call."""
-    torch._foreach_add_(tensors, 1)
+    torch._foreach_add_(tensors, 1)  # type: ignore[reportPrivateImportUsage]
 
 
 _MANY_MODULES: dict[str, Any] = {

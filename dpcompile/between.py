@@ -14,7 +14,16 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from dpcompile._torch import TorchDispatchMode, disable, is_compiling, is_entered, on_top, pytree, running_place
+from dpcompile._torch import (
+    TorchDispatchMode,
+    disable,
+    is_compiling,
+    is_entered,
+    is_fsdp_hook,
+    on_top,
+    pytree,
+    running_place,
+)
 from dpcompile.errors import DPCompileError, ExampleMixingError, UnsupportedGraphError
 from dpcompile.operations import operation_name
 
@@ -179,8 +188,7 @@ def check_inputs_between(
 def check_hooks_between(tensors: Sequence[Tensor]) -> None:
     """Raise UnsupportedGraphError if the model put a hook on the gradient of a value inside it."""
     for tensor in tensors:
-        hooks = (tensor._backward_hooks or {}).values()
-        if not all(type(getattr(h, "__self__", None)).__name__ == "FSDPState" for h in hooks):
+        if not all(map(is_fsdp_hook, (tensor._backward_hooks or {}).values())):
             raise UnsupportedGraphError(
                 f"the model puts a hook on the gradient of a value of shape {list(tensor.shape)}, behind a graph "
                 "break: what it does to the examples is not seen",

@@ -20,14 +20,14 @@ def cache_key(options: Options, roles: Roles, parts: int = 1) -> str:
     it gets a key that never repeats.
     """
     clipping = options.clipping if isinstance(options.clipping, str) else uuid.uuid4().hex
-    parts = [
+    described = [
         _source_digest(), repr(float(options.max_grad_norm)), clipping, options.norm, options.loss_reduction,
         repr(options.memory_budget), repr(parts), repr(sorted(roles.parameters.items())),
         repr(sorted(roles.examples.items())),
         repr(roles.lowering), repr(sorted(roles.shared)),
         repr(sorted((p, str(x)) for p, x in roles.layouts.items())),
     ]  # fmt: skip
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return hashlib.sha256("\0".join(described).encode()).hexdigest()
 
 
 @lru_cache(maxsize=1)

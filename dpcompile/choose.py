@@ -62,9 +62,9 @@ class Limit:
         """Bytes at the private step's peak."""
         return self.replay.peak(holdings, parts, self.seen)
 
-    def allows(self, holdings: Iterable[Holding], parts: int) -> bool:
-        """Whether the private step keeps to the budget, with something to spare."""
-        return self.peak(holdings, parts) * _SPARE <= self.bytes
+    def allows(self, peak: float) -> bool:
+        """Whether a step with this peak keeps to the budget, with something to spare."""
+        return peak * _SPARE <= self.bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def choose(options: Sequence[Sequence[Candidate]], limit: Limit | None) -> Outco
         peak = limit.peak(_holdings(options, least), parts)
         if smallest is None or peak < smallest[0]:
             smallest = peak, Outcome(least, parts, fits=False)
-        if not limit.allows(_holdings(options, least), parts):
+        if not limit.allows(peak):
             continue
         picks = _within(options, limit, parts)
         found.append((seconds_of(options, picks, parts) + (parts - 1) * limit.overhead, Outcome(picks, parts)))
@@ -166,7 +166,7 @@ def _cost(candidate: Candidate, price: float, parts: int) -> float:
 
 def _within(options: Sequence[Sequence[Candidate]], limit: Limit, parts: int) -> list[int]:
     def fits(picks: list[int]) -> bool:
-        return limit.allows(_holdings(options, picks), parts)
+        return limit.allows(limit.peak(_holdings(options, picks), parts))
 
     quickest = fastest(options, parts=parts)
     if fits(quickest):

@@ -121,7 +121,7 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     exchanged = 0 if shape.convolution else flops  # a grouped convolution runs at the rate of the one it replaces
     fresh = weights * e * ((0 if reuse else 1) + (2 if shape.convolution else 0))
     grams = product([batch, k, t, t]) * e
-    tile = weights * e * sympy.Rational(1, DIRECT_TILES)  # the compiler may make all before it takes their norms
+    tile = weights * e * sympy.Rational(1, DIRECT_TILES)
     scaled = _cost(traffic=2 * small, calls=1)
     return {
         "outer": scaled + _cost(traffic=sides, calls=2),
@@ -130,6 +130,7 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
             large=-exchanged, batched=exchanged, traffic=3 * weights * e, fresh=fresh, calls=3, memory=weights * e
         ),
         "redo": scaled + _cost(batched=flops, traffic=2 * weights * e, fresh=fresh, calls=3, memory=weights * e),
+        # Its memory is that of all tiles: the compiler may make them all before it takes their norms.
         "direct": scaled
         + _cost(batched=flops, traffic=2 * weights * e + sides, fresh=tile, calls=3 * DIRECT_TILES, memory=weights * e),
     }

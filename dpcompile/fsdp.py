@@ -9,15 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dpcompile._torch import clear_interrupted
+from dpcompile._torch import clear_interrupted, is_fsdp_hook
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.ranks import refuse_some
 from dpcompile.shards import Pending, check_layout, computing_device, gathered_shape, is_distributed, reduce_sums
 from dpcompile.units import Unit
 
 __all__ = ["ShardedSums", "add_up", "check_sharded", "clear_failed"]
-
-_STATES = ("FSDPState", "_ReplicateState")  # of fully_shard, and of replicate
 
 
 def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -35,7 +33,7 @@ def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
         refuse_some("FSDP shards the model", max(meshes))
     for unit in _all(root):
         hooks = (*unit.module._forward_pre_hooks.values(), *unit.module._forward_hooks.values())
-        if unit.sharded and not all(type(getattr(h, "__self__", None)).__name__ in _STATES for h in hooks):
+        if unit.sharded and not all(map(is_fsdp_hook, hooks)):
             raise UnsupportedGraphError(
                 f"'{unit.path or 'the model'}' has hooks around its forward besides those of its own fully_shard: what "
                 "they do to the examples is not seen",

@@ -16,7 +16,7 @@ from dpcompile.axis import Examples, Whole
 from dpcompile.joint import JointGraph
 from dpcompile.operations import operation_name
 from dpcompile.proof import Proof
-from dpcompile.sizes import shape_of
+from dpcompile.sizes import hinted
 
 __all__ = ["Holding", "Replay", "bytes_of", "is_fused", "replay", "storage_of"]
 
@@ -137,7 +137,8 @@ def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -
     before, length = _lives(forward.graph, hints, of_examples)
     inputs = sum(bytes_of(n, hints) for n in joint.graph.nodes if n.op == "placeholder" and n not in joint.tangent_of)
     peak = max(_timeline([x for x in before.values() if x.start > 0], length, 1), default=0.0)
-    names = {n.name for n in joint.graph.nodes if _is_input(storage_of(n)) and storage_of(n) not in joint.tangent_of}
+    memory = {n: storage_of(n) for n in joint.graph.nodes}
+    names = {n.name for n, own in memory.items() if own.op == "placeholder" and own not in joint.tangent_of}
     lives = {n: x for n, x in lives.items() if n not in names}
     for i, gradient in enumerate(storage_of(g) for g in joint.gradients.values() if g is not None):
         if gradient.name in lives:
@@ -177,7 +178,8 @@ def _of_examples(label: object) -> bool:
 
 def _lives(graph: fx.Graph, hints: Mapping[sympy.Symbol, int], of_examples: set[str]) -> tuple[dict[str, _Life], int]:
     nodes = [n for n in graph.nodes if n.op != "output"]
-    moment, number = {}, 0
+    moment: dict[fx.Node, int] = {}
+    number = 0
     for node in nodes:
         number += node.op != "placeholder"
         moment[node] = 0 if node.op == "placeholder" else number
@@ -188,7 +190,7 @@ def _lives(graph: fx.Graph, hints: Mapping[sympy.Symbol, int], of_examples: set[
             last[owner] = max(last.get(owner, 0), moment[node])
     for value in graph.output_node().all_input_nodes:
         last[storage_of(value)] = number
-    lives = {}
+    lives: dict[str, _Life] = {}
     for node in nodes:
         size = bytes_of(node, hints) if storage_of(node) is node and not is_fused(node) and not _several(node) else 0.0
         lives[node.name] = _Life(moment[node], last.get(node, moment[node]), size, node.name in of_examples)
@@ -198,10 +200,6 @@ def _lives(graph: fx.Graph, hints: Mapping[sympy.Symbol, int], of_examples: set[
 def is_fused(node: fx.Node) -> bool:
     """Whether no memory is needed, since every reader is computed in the same loop."""
     return node.op == "call_function" and _pointwise(node) and all(_pointwise(u) or _absorbs(u) for u in node.users)
-
-
-def _is_input(node: fx.Node) -> bool:
-    return node.op == "placeholder"
 
 
 def _pointwise(node: fx.Node) -> bool:
@@ -241,5 +239,5 @@ def bytes_of(node: fx.Node, hints: Mapping[sympy.Symbol, int]) -> float:
     total = 0.0
     for v in values:
         if isinstance(v, torch.Tensor):
-            total += prod(int(sympy.sympify(n).subs(dict(hints))) for n in shape_of(v)) * v.element_size()
+            total += prod(hinted(n, hints) for n in v.shape) * v.element_size()
     return total

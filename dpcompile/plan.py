@@ -16,7 +16,7 @@ from dpcompile.modes import MODES, Mode
 from dpcompile.norms.factors import Factored, oriented
 from dpcompile.rates import Rates
 from dpcompile.sites import ParameterGradient
-from dpcompile.sizes import Size, is_one, product, shape_of
+from dpcompile.sizes import Size, hinted, is_one, product, shape_of
 
 __all__ = ["Choice", "Plan", "Prediction", "make_plan", "panels_of", "short"]
 
@@ -48,7 +48,7 @@ class Choice:
     panels: int = 1
     reuse: bool = False
     fused: bool = False
-    holding: Holding = Holding((), (), 0.0, 0.0, 0.0)
+    holding: Holding = Holding({}, (), 0.0, 0.0, 0.0)
     shared: bool = False
 
 
@@ -230,8 +230,11 @@ def _options(
     ) -> tuple[Choice, Candidate]:  # fmt: skip
         own = reuse and rule == "keep"
         total = sum(grams.values(), start=cost)
-        known = fused is not None and rule in ("ghost", "direct")
-        quick = known and fused.faster(rule, *(_number(n, hints) for n in (shape.t, shape.p, shape.d)), value.dtype)
+        quick = (
+            fused is not None
+            and rule in ("ghost", "direct")
+            and fused.faster(rule, hinted(shape.t, hints), hinted(shape.p, hints), hinted(shape.d, hints), value.dtype)
+        )
         taken = None if forms is None else tuple(forms)
         choice = Choice(gradient, rule, taken, total, why, panels, own, quick, shared=later)
         seconds = {key: g.at(hints).seconds(rates) for key, g in grams.items()}
@@ -251,7 +254,7 @@ def _options(
     shape = _together(forms, element, hints)
     allowed = {"outer"} if is_one(shape.t) else {"ghost"}
     allowed |= {"keep", "redo"} | ({"direct"} if all(f.one_hot is None for f in forms) else set())
-    _, t, p, d = (_number(n, hints) for n in (1, shape.t, shape.p, shape.d))
+    _, t, p, d = (hinted(n, hints) for n in (1, shape.t, shape.p, shape.d))
     fits = mode.wanted(t, p, d)
     wanted = [r for r in mode.rules if r in allowed and fits(r)] or [_fallback(mode)]
     table = costs(shape, batch, reuse=reuse)
@@ -278,7 +281,7 @@ def _together(forms: Sequence[Factored], element: int, hints: Mapping[sympy.Symb
         copied=sum((f.unfolded for f in forms), start=0),  # type: ignore[misc]
         one_hot=any(f.one_hot is not None for f in forms),
         convolution=any(f.each is not None for f in forms),
-        panels=panels_of(_number(t, hints)),
+        panels=panels_of(hinted(t, hints)),
     )  # fmt: skip
 
 
@@ -302,7 +305,7 @@ def _grams(forms: Sequence[Factored], shape: Shape, batch: Size) -> dict[Hashabl
 
 
 def _holding(choice: Choice, memory: float, hints: Mapping[sympy.Symbol, int], element: int, weight: Size) -> Holding:
-    result = _number(weight, hints) * element
+    result = hinted(weight, hints) * element
     since = tuple(s.operation.name for s in choice.gradient.sites)
     operands: dict[str, float] = {}
     if choice.rule not in ("keep", "whole"):
@@ -311,10 +314,6 @@ def _holding(choice: Choice, memory: float, hints: Mapping[sympy.Symbol, int], e
                 operands[node.name] = bytes_of(node, hints)
     kept = memory if choice.rule == "keep" else 0.0
     return Holding(operands, since, kept, memory - kept, result)
-
-
-def _number(size: Size, hints: Mapping[sympy.Symbol, int]) -> float:
-    return float(sympy.sympify(size).subs(dict(hints)))
 
 
 def _reason(candidates: Sequence[Candidate], pick: int, quickest: int) -> str:

@@ -65,14 +65,15 @@ class RegionEngine(Engine):
         parallel = find_tensor_parallel(self._parameters, fsdp=self._sharded)
         self._rank_parts = RankParts(parallel)
         two_pass = MODES[options.norm].second_backward
-        if parallel is not None and (options.check or two_pass):
+        if parallel is not None and options.check:
             raise UnsupportedGraphError(
-                "check=True compares with torch.func.vmap on whole parameters, and tensor parallelism holds parts"
-                if options.check
-                else f"norm={options.norm!r} has two backward passes, and under tensor parallelism there is one",
-                remedy="check the model on one process before parallelize_module"
-                if options.check
-                else "use one backward: norm='auto', 'book_keeping', 'bk_mixed_ghost'",
+                "check=True compares with torch.func.vmap on whole parameters, and tensor parallelism holds parts",
+                remedy="check the model on one process before parallelize_module",
+            )
+        if parallel is not None and two_pass:
+            raise UnsupportedGraphError(
+                f"norm={options.norm!r} has two backward passes, and under tensor parallelism there is one",
+                remedy="use one backward: norm='auto', 'book_keeping', 'bk_mixed_ghost'",
             )
         if parallel is not None and options.regions == "breaks":
             raise UnsupportedGraphError(

@@ -51,7 +51,7 @@ def region_memory(joint: JointGraph, proof: Proof, plan: Plan, hints: Mapping[sy
     """Of the region with this graph, before it is rewritten."""
     played = replay(joint, proof, hints)
     holdings = [c.holding for c in plan.choices]
-    light = [replace(h, operands=(), kept=0.0, scratch=h.kept + h.scratch) for h in holdings]
+    light = [replace(h, operands={}, kept=0.0, scratch=h.kept + h.scratch) for h in holdings]
     nodes = {n.name: n for n in joint.graph.nodes}
     owners = {storage_of(nodes[o]) for h in holdings for o in h.operands}
     return RegionMemory(

@@ -202,8 +202,8 @@ def _differences(joint: JointGraph, ranks: OverRanks) -> dict[fx.Node, str]:
     if any(s != shapes[0] for s in shapes):
         raise UnsupportedGraphError(
             "the ranks of tensor parallelism do not compile the same graph",
-            remedy="run the same code on all of them, with sizes that divide by the number of ranks; reset "
-            "torch.compile (torch._dynamo.reset()) on all or on none",
+            remedy="run the same code on all of them, with sizes that divide by the number of ranks; call "
+            "torch.compiler.reset() on all or on none",
         )
     return {
         node: f"`{operation_name(node.target)}` is not given the same on all"

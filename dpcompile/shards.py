@@ -67,7 +67,7 @@ def as_gradient(parameter: Tensor, local: Tensor) -> Tensor:
         return local
     distributed: Any = parameter
     if local.device.type != distributed.device_mesh.device_type:  # offloaded: from_local would move it to the mesh
-        gradient = torch.empty_like(distributed.detach())
+        gradient: Any = torch.empty_like(distributed.detach())
         gradient.to_local().copy_(local)
         return gradient
     return type(distributed).from_local(

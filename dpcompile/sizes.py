@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
 import sympy
 import torch
 
-__all__ = ["Size", "divide", "is_one", "product", "same", "shape_of", "size"]
+__all__ = ["Size", "divide", "hinted", "is_one", "product", "same", "shape_of", "size"]
 
 Size: TypeAlias = "int | sympy.Expr"
 
@@ -44,6 +44,11 @@ def product(sizes: Iterable[Size]) -> Size:
     for n in sizes:
         result = result * n  # type: ignore[operator]
     return result
+
+
+def hinted(value: int | torch.SymInt | sympy.Expr, hints: Mapping[sympy.Symbol, int]) -> int:
+    """The size at given values of its symbols."""
+    return int(sympy.sympify(size(value)).subs(list(hints.items())))
 
 
 def same(a: Size, b: Size) -> bool:

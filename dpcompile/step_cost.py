@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 from dpcompile.memory import bytes_of, is_fused
 from dpcompile.operations import operation_name
 from dpcompile.rates import Rates
-from dpcompile.sizes import size
+from dpcompile.sizes import hinted
 
 __all__ = ["plain_seconds"]
 
@@ -56,10 +56,10 @@ def _attention(node: fx.Node, hints: Mapping[sympy.Symbol, int]) -> float:
 def _sized(value: Any, hints: Mapping[sympy.Symbol, int]) -> Any:
     """The value with numbers for its symbols, and without data."""
     if isinstance(value, Tensor):
-        shape = [int(sympy.sympify(size(n)).subs(dict(hints))) for n in value.shape]
+        shape = [hinted(n, hints) for n in value.shape]
         return torch.empty(shape, dtype=value.dtype, device="meta")
     if isinstance(value, (tuple, list)):
         return type(value)(_sized(v, hints) for v in value)
     if isinstance(value, torch.SymInt):
-        return int(sympy.sympify(size(value)).subs(dict(hints)))
+        return hinted(value, hints)
     return value

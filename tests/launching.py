@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 HERE = Path(__file__).parent
+_HANGS = 300  # seconds after which a check is taken to hang
 
 
 def launch(
@@ -30,3 +35,25 @@ def passed(done: subprocess.CompletedProcess[str]) -> set[str]:
     """The checks that a worker reports; raises if it failed."""
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return {line.removeprefix("passed: ") for line in done.stdout.splitlines() if line.startswith("passed: ")}
+
+
+def run_checks(checks: Mapping[str, Callable[[], None]], wanted: Sequence[str] = ()) -> None:
+    """Run on every rank what a worker checks; rank 0 prints the name of what passed.
+
+    A check that hangs ends the process, and says where it is.
+
+    Args:
+        checks: by name.
+        wanted: parts of the names of those to run; none: all.
+    """
+    for name, check in checks.items():
+        if not wanted or any(w in name for w in wanted):
+            faulthandler.dump_traceback_later(_HANGS, exit=True)
+            torch.manual_seed(2)
+            check()
+            torch.compiler.reset()
+            if dist.get_rank() == 0:
+                print(f"passed: {name}", flush=True)
+    dist.barrier()
+    faulthandler.cancel_dump_traceback_later()
+    dist.destroy_process_group()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from launching import run_checks
 from sharded_worker import (
     BATCH,
     MODELS,
@@ -367,15 +368,7 @@ def main() -> None:
         checks["inductor"] = lambda: gradients("ViT", backend="inductor")
     if dist.get_world_size() == 4:
         checks["some ranks"] = some_ranks
-    wanted = sys.argv[1:]
-    for name, check in checks.items():
-        if not wanted or any(w in name for w in wanted):
-            torch.manual_seed(2)
-            check()
-            torch._dynamo.reset()
-            if dist.get_rank() == 0:
-                print(f"passed: {name}", flush=True)
-    dist.destroy_process_group()
+    run_checks(checks, sys.argv[1:])
 
 
 if __name__ == "__main__":

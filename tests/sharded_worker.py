@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from launching import run_checks
 from sharded_noise import noise, replicas
 from test_regions import GPT, MLP, Around, Block, D, LoRA, T, V, ViT
 from test_shared_parameters import Tied, twice
@@ -478,15 +479,7 @@ def main() -> None:
         both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         checks["replicas of shards"] = lambda: gradients("GPT", both)
         checks["noise of replicas"] = lambda: replicas(both)
-    wanted = sys.argv[2:]
-    for name, check in checks.items():
-        if not wanted or any(w in name for w in wanted):
-            torch.manual_seed(2)
-            check()
-            torch._dynamo.reset()
-            if dist.get_rank() == 0:
-                print(f"passed: {name}", flush=True)
-    dist.destroy_process_group()
+    run_checks(checks, sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+from launching import run_checks
 from sharded_worker import Collectives, made, raises
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -509,16 +510,7 @@ def main() -> None:
         checks["refusals"] = lambda: refused(mesh)
     else:
         checks["refusals"] = lambda: refused_on_two_dimensions(mesh)
-    wanted = sys.argv[2:]
-    for name, check in checks.items():
-        if not wanted or any(w in name for w in wanted):
-            torch.manual_seed(2)
-            check()
-            torch._dynamo.reset()
-            if dist.get_rank() == 0:
-                print(f"passed: {name}", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    run_checks(checks, sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def test_without_gradients_everything_may_run() -> None:
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
-hidden = torch._dynamo.disable
+hidden: Any = torch._dynamo.disable
 
 
 @hidden

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -181,7 +181,7 @@ def trained(
     monkeypatch.setattr(optim, "engine_of", engine_of)
     generator = torch.Generator().manual_seed(3)
     sizes = (33, 700, 1)
-    model = PrivateModel(**{f"p{n}": torch.randn(n, generator=generator, dtype=dtype) for n in sizes})
+    model = PrivateModel(**cast(Any, {f"p{n}": torch.randn(n, generator=generator, dtype=dtype) for n in sizes}))
     private = DPOptimizer(inner(model), model, noise_multiplier=sigma, expected_batch_size=3.0, seed=0)
     with monkeypatch.context() as patch:
         called = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,7 +31,7 @@ def test_replicas_come_to_what_one_process_comes_to(world: int) -> None:
 
 def test_what_rests_on_the_cpu_has_its_gradient_there() -> None:
     """Also where the mesh is of other devices, as with CPU offload from GPUs."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=cast(Any, dist).HashStore(), rank=0, world_size=1)
     try:
         mesh, local = DeviceMesh("meta", torch.tensor([0]), _init_backend=False), torch.randn(3, 2)
         spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=TensorMeta(local.shape, local.stride(), local.dtype))

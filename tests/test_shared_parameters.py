@@ -92,7 +92,7 @@ class Convolutions(nn.Module):
                 nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.GroupNorm(2, 4), nn.Tanh(), nn.ConvTranspose2d(4, 4, 2)
             )
 
-        self.blocks = nn.ModuleList([block(), block()])
+        self.blocks: Any = nn.ModuleList([block(), block()])
         for i in (0, 1, 3):
             self.blocks[1][i] = self.blocks[0][i]
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch, passed
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 
 from dpcompile import shards
+from dpcompile._torch import real_tensors
 from dpcompile.mechanism import privatize_
 from dpcompile.tensor_parallel import fingerprint
 
-HERE = Path(__file__).parent
 CHECKS = {
     "gradients of MLP", "gradients of attention", "gradients of GPT", "clipping by layer", "inductor",
     "gradients of a block twice", "a block twice, by layer",
@@ -27,16 +26,8 @@ CHECKS = {
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_that_share_layers_come_to_what_one_process_does(ranks: int, tmp_path: Path) -> None:
     """Two ranks: tensor parallelism alone. Four: with FSDP2, two by two."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-        str(HERE / "tensor_worker.py"), str(tmp_path),
-    ]  # fmt: skip
-    path = os.pathsep.join(filter(None, [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    passed = {line.removeprefix("passed: ") for line in done.stdout.splitlines() if line.startswith("passed: ")}
-    assert passed == CHECKS | ({"regions", "cut embedding"} if ranks == 2 else set())
+    found = passed(launch(ranks, "tensor_worker.py", str(tmp_path)))
+    assert found == CHECKS | ({"regions", "cut embedding"} if ranks == 2 else set())
 
 
 BOXES = [
@@ -142,3 +133,13 @@ def test_fingerprints_tell_batches_apart() -> None:
         torch.ones((), dtype=torch.int32),
     ):
         assert int(fingerprint([value])) == int(fingerprint([value.clone()]))
+
+
+def test_collectives_while_tracing_leave_the_interpreter_free() -> None:
+    """Else gloo hangs now and then: its thread waits for the interpreter, and holds what the collective needs."""
+    included = torch._C._dispatch_tls_is_dispatch_key_included
+    with enable_python_dispatcher():
+        assert included("PythonDispatcher")
+        with real_tensors():
+            assert not included("PythonDispatcher")
+        assert included("PythonDispatcher")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks.bench import Bench
 from benchmarks.engines import BASELINE, budget_for, make_engine
 from benchmarks.engines.base import WithLoss
+from benchmarks.experiments.common import each_model
 from benchmarks.markdown import markdown
 from benchmarks.measure import seconds_of
 from benchmarks.problem import build
@@ -20,11 +20,7 @@ TITLE = "What the rules allow"
 
 def run(bench: Bench) -> dict[str, Any]:
     """A process per model."""
-    found = {}
-    for model in tqdm(bench.settings.models, desc="ceilings", unit="model", disable=bench.shop.inline):
-        arguments = {"repeats": bench.settings.repeats} | bench.settings.options(model)
-        found[model] = bench.shop.run("benchmarks.experiments.ceilings:bound", arguments)
-    return found
+    return each_model(bench, "benchmarks.experiments.ceilings:bound", "ceilings")
 
 
 def bound(*, repeats: int, **options: Any) -> dict[str, Any]:

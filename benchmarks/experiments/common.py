@@ -11,7 +11,7 @@ from benchmarks.bench import Bench
 from benchmarks.engines import BASELINE, ENGINES
 from benchmarks.markdown import markdown
 
-__all__ = ["chosen", "cells", "grid", "ratio", "title"]
+__all__ = ["chosen", "cells", "each_model", "grid", "ratio", "title"]
 
 
 def chosen(bench: Bench, default: Sequence[str]) -> list[str]:
@@ -38,6 +38,23 @@ def cells(
     found: dict[str, dict[str, Any]] = {}
     for point, engine in tqdm(wanted, desc=what, unit="cell", disable=bench.shop.inline):
         found.setdefault(point, {})[engine] = bench.cell(point, engine, parts)
+    return found
+
+
+def each_model(bench: Bench, function: str, what: str) -> dict[str, Any]:
+    """Run a function in a process of its own for every model.
+
+    Args:
+        bench: the run.
+        function: ``module:name``; it is given ``repeats`` and the settings' options for the model.
+        what: for the progress bar.
+
+    Returns:
+        Model -> what the function returns.
+    """
+    found = {}
+    for model in tqdm(bench.settings.models, desc=what, unit="model", disable=bench.shop.inline):
+        found[model] = bench.shop.run(function, {"repeats": bench.settings.repeats} | bench.settings.options(model))
     return found
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tqdm import tqdm
-
 from benchmarks.bench import Bench
 from benchmarks.engines import BASELINE, make_engine
+from benchmarks.experiments.common import each_model
 from benchmarks.markdown import markdown
 from benchmarks.measure import interleaved
 from benchmarks.problem import build
@@ -17,11 +16,7 @@ TITLE = "Prediction against measurement"
 
 def run(bench: Bench) -> dict[str, Any]:
     """A process per model."""
-    found = {}
-    for model in tqdm(bench.settings.models, desc="prediction", unit="model", disable=bench.shop.inline):
-        arguments = {"repeats": bench.settings.repeats} | bench.settings.options(model)
-        found[model] = bench.shop.run("benchmarks.experiments.prediction:compare", arguments)
-    return found
+    return each_model(bench, "benchmarks.experiments.prediction:compare", "prediction")
 
 
 def compare(*, repeats: int, **options: Any) -> dict[str, Any]:

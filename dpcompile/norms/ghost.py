@@ -157,7 +157,7 @@ def _inner(a: Tensor, a_one_hot: bool, b: Tensor, b_one_hot: bool) -> tuple[Tens
 
 
 def _rounding(values: Tensor, width: int | torch.SymInt) -> float:
-    return gram_unit(width, values.dtype, products_on(values.device))
+    return gram_unit(int(width), values.dtype, products_on(values.device))
 
 
 def _pick(dense: Tensor, index: Tensor) -> Tensor:

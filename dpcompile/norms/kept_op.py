@@ -1,7 +1,7 @@
 """Norms and weighted sums of per-example gradients that were kept, as operations, for CPUs.
 
-A model has two of these loops for every bias and norm layer, and one for every matrix. As Inductor's code they are what
-most of the private backward's compile time goes to; here they are compiled already.
+A model has two of these loops for every bias and norm layer, and one for every matrix. As Inductor's code each is
+compiled anew for every model; here they are compiled already.
 """
 
 from __future__ import annotations
