@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import pathlib
 import platform
 import sys
 import traceback
@@ -93,6 +94,7 @@ __all__ = [
     "is_selective",
     "is_stepped_as_made",
     "mark_stepped",
+    "onednn_matmul",
     "partition",
     "is_gradient_of_input",
     "make_boxed",
@@ -106,6 +108,7 @@ __all__ = [
     "real_tensors",
     "running_place",
     "taking_real_tensors",
+    "tensor_address",
     "trace_like",
     "tracing_config",
     "user_place",
@@ -230,6 +233,22 @@ def inner_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def mixed_precision(module: torch.nn.Module) -> Any:
     """The policy of a unit of FSDP2."""
     return cast(Any, module)._get_fsdp_state()._mp_policy
+
+
+def onednn_matmul() -> int | None:
+    """The address of ``at::native::mkldnn_matmul``, ``result = beta result + alpha a b``, if this torch has it."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        library = ctypes.CDLL(str(pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(library._ZN2at6native13mkldnn_matmulERKNS_6TensorES3_S3_ff, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+def tensor_address(tensor: torch.Tensor) -> int:
+    """The pointer that an ``at::Tensor`` holds."""
+    return tensor._cdata
 
 
 def is_fsdp_hook(hook: Any) -> bool:

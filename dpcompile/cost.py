@@ -27,6 +27,7 @@ class Cost:
     Attributes:
         large: floating point operations in large matrix products (negative: the plain step's, which the rule replaces).
         batched: the same in products of one example each.
+        summed: the same in the products of clipped sums.
         traffic: bytes read and written.
         fresh: bytes written to memory that the system has just given.
         calls: kernels.
@@ -35,6 +36,7 @@ class Cost:
 
     large: sympy.Expr = sympy.S.Zero
     batched: sympy.Expr = sympy.S.Zero
+    summed: sympy.Expr = sympy.S.Zero
     traffic: sympy.Expr = sympy.S.Zero
     fresh: sympy.Expr = sympy.S.Zero
     calls: sympy.Expr = sympy.S.Zero
@@ -55,6 +57,7 @@ class Numbers:
 
     large: float
     batched: float
+    summed: float
     traffic: float
     fresh: float
     calls: float
@@ -63,13 +66,14 @@ class Numbers:
     @property
     def flops(self) -> float:
         """Operations that the plain step does not have."""
-        return self.large + self.batched
+        return self.large + self.batched + self.summed
 
     def seconds(self, rates: Rates) -> float:
         """On a machine."""
         return (
             self.large / rates.large
             + self.batched / rates.batched
+            + self.summed / rates.summed
             + self.traffic / rates.traffic
             + self.fresh / rates.fresh
             + self.calls * rates.call
@@ -90,6 +94,7 @@ class Shape:
         one_hot: the rows are an index.
         convolution: per-example gradients are made by a grouped convolution.
         panels: parts of a Gram matrix.
+        products: the clipped sum is a matrix product, and so ours where the plain step's was torch's.
     """
 
     k: Size
@@ -101,6 +106,7 @@ class Shape:
     one_hot: bool = False
     convolution: bool = False
     panels: int = 1
+    products: bool = False
 
 
 def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
@@ -122,7 +128,8 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     fresh = weights * e * ((0 if reuse else 1) + (2 if shape.convolution else 0))
     grams = product([batch, k, t, t]) * e
     tile = weights * e * sympy.Rational(1, DIRECT_TILES)
-    scaled = _cost(traffic=2 * small, calls=1)
+    redone = flops if shape.products else 0
+    scaled = _cost(traffic=2 * small, calls=1, large=-redone, summed=redone)
     return {
         "outer": scaled + _cost(traffic=sides, calls=2),
         "ghost": scaled + _cost(traffic=4 * grams, calls=3 * shape.panels, memory=grams),

@@ -20,6 +20,7 @@ from dpcompile.norms.ghost import Sides, direct, ghost, ghost_of_gram, merge, ou
 from dpcompile.norms.instantiate import per_example_site, tail_inputs, through_tail
 from dpcompile.norms.kept_op import FEW, norms_of_vectors
 from dpcompile.norms.product_op import product_with_norms, squared_norms
+from dpcompile.norms.products import product
 from dpcompile.norms.slices import accumulation_dtype
 from dpcompile.plan import Choice, Plan
 from dpcompile.sites import ParameterGradient
@@ -146,11 +147,11 @@ def _instantiation(
         def merged_product(batch: int, values: Sequence[Any]) -> tuple[Tensor, Tensor]:
             (merged,) = merge(_sides(choice, values, batch, dtype))
             if merged.rows.device.type == "cpu":
-                product, squared = product_with_norms(merged.rows, merged.cols, choice.reuse)
+                each, squared = product_with_norms(merged.rows, merged.cols, choice.reuse)
             else:
-                product = torch.matmul(merged.rows.mT, merged.cols)
-                squared = squared_norms(product)
-            return squared, product.reshape(batch, *gradient.gradient.meta["val"].shape)
+                each = torch.matmul(merged.rows.mT, merged.cols)
+                squared = squared_norms(each)
+            return squared, each.reshape(batch, *gradient.gradient.meta["val"].shape)
 
         return [n for f in forms for n in f.operands], merged_product
     needed = dict.fromkeys(n for s in gradient.sites for n in s.operation.all_input_nodes)
@@ -167,7 +168,7 @@ def _instantiation(
                 sites.append(form.each(*(known[n] for n in form.operands), batch))
             else:
                 rows, cols = form.build(*(known[n] for n in form.operands), batch)
-                sites.append(torch.matmul(rows.mT, cols).reshape(batch, *site.value.meta["val"].shape))
+                sites.append(product(rows.mT, cols).reshape(batch, *site.value.meta["val"].shape))
         each = through_tail(gradient, sites, known, dtype)
         return squared_norms(each), each
 

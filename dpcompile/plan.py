@@ -251,7 +251,7 @@ def _options(
         why = "its sites are sums" if all(s.kind == "sum" for s in gradient.sites) else "through the tail"
         rule = "redo" if mode_name == "redo" and not later else "keep"
         return [option(rule, summed_cost(batch, weight, element, fresh=True), f"per-example gradients, {why}")]
-    shape = _together(forms, element, hints)
+    shape = _together(forms, element, hints, rates)
     allowed = {"outer"} if is_one(shape.t) else {"ghost"}
     allowed |= {"keep", "redo"} | ({"direct"} if all(f.one_hot is None for f in forms) else set())
     _, t, p, d = (hinted(n, hints) for n in (1, shape.t, shape.p, shape.d))
@@ -273,7 +273,7 @@ def _fallback(mode: Mode) -> str:
     return "redo" if mode.drop else "keep"
 
 
-def _together(forms: Sequence[Factored], element: int, hints: Mapping[sympy.Symbol, int]) -> Shape:
+def _together(forms: Sequence[Factored], element: int, hints: Mapping[sympy.Symbol, int], rates: Rates) -> Shape:
     k, _, p, d = forms[0].sizes
     t = sum((f.sizes[1] for f in forms), start=0)  # type: ignore[misc]
     return Shape(
@@ -281,12 +281,18 @@ def _together(forms: Sequence[Factored], element: int, hints: Mapping[sympy.Symb
         copied=sum((f.unfolded for f in forms), start=0),  # type: ignore[misc]
         one_hot=any(f.one_hot is not None for f in forms),
         convolution=any(f.each is not None for f in forms),
-        panels=panels_of(hinted(t, hints)),
+        panels=panels_of(hinted(t, hints), rates),
+        products=element == 4 and all(f.site.kind in ("mm", "bmm") and f.one_hot is None for f in forms),
     )  # fmt: skip
 
 
-def panels_of(positions: float) -> int:
-    """Parts of a Gram matrix: as many as leave each part large enough for a product to run at full speed."""
+def panels_of(positions: float, rates: Rates) -> int:
+    """Parts of a Gram matrix: as many as leave each part large enough for a product to run at full speed.
+
+    oneDNN makes a whole matrix in the time of half of one, unless it is large (``python -m benchmarks.products``).
+    """
+    if rates.own_products:
+        return 1 if positions < 1024 else 2
     return 1 if positions < 64 else 2 if positions < 128 else 4 if positions < 1024 else 8
 
 

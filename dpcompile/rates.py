@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 
 from dpcompile._torch import real_tensors
+from dpcompile.onednn import has_onednn, multiply_
 
 __all__ = ["Rates", "VARIABLE", "measure", "rates_for"]
 
 VARIABLE = "DPCOMPILE_RATES"
+_QUICKER = 1.1  # how much quicker a library must be to be taken instead of torch's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,8 @@ class Rates:
 
     Attributes:
         large: FLOP/s of a large matrix product.
-        batched: FLOP/s of many products of one example each.
+        batched: FLOP/s of many products of one example each, by the library that is quicker.
+        summed: FLOP/s of a product over all examples, by the library that is quicker.
         convolution: FLOP/s of a convolution.
         traffic: bytes/s read or written by pointwise kernels.
         fresh: extra bytes/s for the first write to memory that the system has just given.
@@ -38,15 +41,21 @@ class Rates:
 
     large: float
     batched: float
+    summed: float
     convolution: float
     traffic: float
     fresh: float
     call: float
 
+    @property
+    def own_products(self) -> bool:
+        """Whether another library than torch's own was quicker."""
+        return self.summed > self.large
+
 
 _TYPICAL = {
-    "cpu": Rates(large=2e11, batched=1.8e11, convolution=2e11, traffic=5e10, fresh=1e10, call=1e-5),
-    "cuda": Rates(large=4e13, batched=3e13, convolution=3e13, traffic=2e12, fresh=1e15, call=5e-6),
+    "cpu": Rates(large=2e11, batched=1.8e11, summed=2e11, convolution=2e11, traffic=5e10, fresh=1e10, call=1e-5),
+    "cuda": Rates(large=4e13, batched=3e13, summed=4e13, convolution=3e13, traffic=2e12, fresh=1e15, call=5e-6),
 }
 
 
@@ -92,6 +101,13 @@ def measure(device: torch.device) -> Rates:
     large = 2 * size**3 / _seconds(lambda: torch.mm(a, b), device)
     flops = 2 * rows.numel() * cols.shape[2]
     batched = flops / _seconds(lambda: torch.bmm(rows.mT, cols, out=products), device)
+    summed = large
+    if device.type == "cpu" and has_onednn():
+        product = torch.empty_like(a)
+        own = 2 * size**3 / _seconds(lambda: multiply_(a, b, product), device)
+        each = flops / _seconds(lambda: multiply_(rows.mT, cols, products), device)
+        if own > _QUICKER * large and each > _QUICKER * batched:
+            batched, summed = each, own
     images, filters = draw(16, 64, 32, 32), draw(64, 64, 3, 3)
     convolved = 2 * images.numel() * filters[0].numel()
     convolution = convolved / _seconds(lambda: torch.conv2d(images, filters, padding=1), device)
@@ -101,7 +117,9 @@ def measure(device: torch.device) -> Rates:
     few = draw(8)
     call = _seconds(lambda: few.add_(1.0), device)
     fresh = source.numel() * 4 / max(newly - filled, 1e-3 * filled)
-    return Rates(large=large, batched=batched, convolution=convolution, traffic=moved, fresh=fresh, call=call)
+    return Rates(
+        large=large, batched=batched, summed=summed, convolution=convolution, traffic=moved, fresh=fresh, call=call
+    )  # fmt: skip
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -20,6 +20,7 @@ from dpcompile.modes import MODES
 from dpcompile.norms.factors import Factored
 from dpcompile.norms.ghost import Sides, ghost
 from dpcompile.norms.product_op import squared_norms
+from dpcompile.norms.products import product
 from dpcompile.norms.slices import accumulation_dtype
 from dpcompile.plan import Choice, Plan, panels_of
 from dpcompile.rates import rates_for
@@ -142,7 +143,7 @@ def joint_norm(parts: Sequence[Part], batch: int, mode: str) -> Tensor:
         if _prefers_ghost(shape, batch, mode, sides[0].cols.device):
             per_example = int(shape.k) * int(shape.t) ** 2 * shape.element
             chunks = _chunks(batch, 3 * per_example, prod(handed[0].use.shape) * shape.element)
-            found = [ghost(_some(sides, start, end), panels_of(int(shape.t))) for start, end in chunks]
+            found = [ghost(_some(sides, start, end), shape.panels) for start, end in chunks]
             return torch.cat(found)
     functions = [p.gradients(batch) for p in parts]
     size = max((prod(p.use.shape) * p.use.dtype.itemsize for p in handed), default=0)
@@ -172,7 +173,15 @@ def _shape(sides: Sequence[Sides], use: Use) -> Shape:
     k, _, p, d = use.forms[0].sizes
     positions = sum((s.cols if s.one_hot == "rows" else s.rows).shape[2] for s in sides)
     hot = any(s.one_hot is not None for s in sides)
-    return Shape(k, positions, p, d, use.dtype.itemsize, one_hot=hot, panels=panels_of(positions))
+    return Shape(
+        k,
+        positions,
+        p,
+        d,
+        use.dtype.itemsize,
+        one_hot=hot,
+        panels=panels_of(positions, rates_for(sides[0].cols.device)),
+    )
 
 
 def _prefers_ghost(shape: Shape, batch: int, mode: str, device: torch.device) -> bool:
@@ -193,7 +202,7 @@ def _prefers_ghost(shape: Shape, batch: int, mode: str, device: torch.device) ->
 def _products(sides: Sides, form: Factored) -> Tensor:
     """``sum_t rows_t^T cols_t`` of every example: ``[n, K, P, D]``."""
     if sides.one_hot is None:
-        return torch.matmul(sides.rows.mT, sides.cols)
+        return product(sides.rows.mT, sides.cols)
     index, dense = (sides.rows, sides.cols) if sides.one_hot == "rows" else (sides.cols, sides.rows)
     size = int(form.sizes[2 if sides.one_hot == "rows" else 3])
     dense = dense.squeeze(1)

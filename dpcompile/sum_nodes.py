@@ -14,6 +14,7 @@ from dpcompile.joint import JointGraph
 from dpcompile.norm_nodes import Norm, sum_dtype, widened
 from dpcompile.norms.instantiate import run_operation, run_tail, tail_inputs
 from dpcompile.norms.kept_op import FEW, weighted_sums
+from dpcompile.norms.products import product
 from dpcompile.norms.slices import scaled
 from dpcompile.plan import Plan
 from dpcompile.proof import Proof
@@ -133,5 +134,7 @@ def _weighted_site(site: Site, known: Mapping[fx.Node, Any], weights: Tensor, dt
             values[node] = scaled(known[node], axis, weights)
         elif name in site.linear_operands:
             values[node] = scaled(known[node], axis, present)
+    if site.kind in ("mm", "bmm"):
+        return product(values[site.operands["self"]], values[site.operands["mat2"]])
     result = run_operation(site.operation, values, dtype)
     return result if site.value is site.operation else result[site.value.args[1]]  # type: ignore[index]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from dpcompile.kernels.rounding import gram_unit, products_on
+from dpcompile.norms.gram_op import gram_norms
+from dpcompile.norms.products import product, quicker
 
 __all__ = ["Sides", "direct", "ghost", "ghost_of_gram", "merge", "outer"]
 
@@ -26,6 +28,29 @@ class Sides:
     rows: Tensor
     cols: Tensor
     one_hot: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gram:
+    """All inner products ``<a_t, b_t'>`` of a side, and how far each may be off.
+
+    Attributes:
+        values: ``[B, K, T, T']``.
+        left: ``[B, K, T]``, lengths times the unit of rounding; None where the products are exact.
+        right: ``[B, K, T']``: a product is off by at most ``left_t right_t'``.
+    """
+
+    values: Tensor
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def times(self, weight: Tensor) -> Gram:
+        """With the columns weighed, ``[T']``."""
+        return Gram(self.values * weight, self.left, None if self.right is None else self.right * weight)
+
+    def slack(self) -> Tensor | None:
+        """``[B, K, T, T']``."""
+        return None if self.left is None or self.right is None else self.left.unsqueeze(-1) * self.right.unsqueeze(-2)
 
 
 def outer(sides: Sides) -> Tensor:
@@ -65,7 +90,7 @@ def ghost(all_sides: Sequence[Sides], panels: int = 1) -> Tensor:
     total: Tensor | None = None
     for i, a in enumerate(parts):
         for j in range(i, len(parts)):
-            term = _symmetric(a, panels) if i == j else 2 * _sum(*_products(a, parts[j]))
+            term = _symmetric(a, panels) if i == j else 2 * _sum(*_grams(a, parts[j]))
             total = term if total is None else total + term
     assert total is not None
     return total.clamp_min(0)
@@ -82,8 +107,8 @@ def ghost_of_gram(rows: Tensor, gram: Tensor, width: int | torch.SymInt) -> Tens
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     unit = _rounding(gram, width)
     # The lengths are those of the matrix as it was rounded: the true ones may be longer by this much.
-    slack = unit / (1 - unit) * lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
-    return _sum(*_inner(rows, False, rows, False), gram, slack).clamp_min(0)
+    columns = Gram(gram, unit / (1 - unit) * lengths, lengths)
+    return _sum(_inner(rows, False, rows, False), columns).clamp_min(0)
 
 
 def _symmetric(sides: Sides, panels: int) -> Tensor:
@@ -99,32 +124,35 @@ def _symmetric(sides: Sides, panels: int) -> Tensor:
             return Sides(rows, sides.cols.narrow(axes["cols"], first, last - first), sides.one_hot)
 
         own, before = part(start, end), part(0, end)
-        rows, rows_slack, cols, cols_slack = _products(own, before)
+        rows, cols = _grams(own, before)
         if n:
-            weight = torch.ones(end, dtype=torch.float32, device=rows.device)
-            weight = torch.where(torch.arange(end, device=rows.device) < start, 2 * weight, weight)
-            rows, rows_slack = rows * weight, None if rows_slack is None else rows_slack * weight
-        term = _sum(rows, rows_slack, cols, cols_slack)
+            weight = torch.ones(end, dtype=torch.float32, device=rows.values.device)
+            weight = torch.where(torch.arange(end, device=weight.device) < start, 2 * weight, weight)
+            rows = rows.times(weight)
+        term = _sum(rows, cols)
         total = term if total is None else total + term
     assert total is not None
     return total
 
 
-def _products(a: Sides, b: Sides) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def _grams(a: Sides, b: Sides) -> tuple[Gram, Gram]:
     rows = _inner(a.rows, a.one_hot == "rows", b.rows, b.one_hot == "rows")
-    return *rows, *_inner(a.cols, a.one_hot == "cols", b.cols, b.one_hot == "cols")
+    return rows, _inner(a.cols, a.one_hot == "cols", b.cols, b.one_hot == "cols")
 
 
-def _sum(rows: Tensor, rows_slack: Tensor | None, cols: Tensor, cols_slack: Tensor | None) -> Tensor:
+def _sum(rows: Gram, cols: Gram) -> Tensor:
     """The sum of all products, plus how far it may be off: ``[B]``."""
-    product = rows * cols
-    slack = torch.finfo(product.dtype).eps * product.abs()
+    if quicker(rows.values) and quicker(cols.values):
+        return gram_norms(rows.values, rows.left, rows.right, cols.values, cols.left, cols.right)
+    both = rows.values * cols.values
+    slack = torch.finfo(both.dtype).eps * both.abs()
+    rows_slack, cols_slack = rows.slack(), cols.slack()
     if cols_slack is not None:
-        slack = slack + rows.abs() * cols_slack
+        slack = slack + rows.values.abs() * cols_slack
     if rows_slack is not None:
-        slack = slack + rows_slack * cols.abs()
+        slack = slack + rows_slack * cols.values.abs()
     # Two sums: the first may be negative, and it must not take the slack of the others with it.
-    return product.flatten(1).sum(1) + slack.flatten(1).sum(1)
+    return both.flatten(1).sum(1) + slack.flatten(1).sum(1)
 
 
 def direct(sides: Sides, tiles: int) -> Tensor:
@@ -132,28 +160,26 @@ def direct(sides: Sides, tiles: int) -> Tensor:
     size = -(-sides.rows.shape[-1] // tiles)
     total: Tensor | None = None
     for part in sides.rows.split(size, dim=-1):
-        term = torch.matmul(part.mT, sides.cols).square().flatten(1).sum(1)
+        term = product(part.mT, sides.cols).square().flatten(1).sum(1)
         total = term if total is None else total + term
     assert total is not None
     return total
 
 
-def _inner(a: Tensor, a_one_hot: bool, b: Tensor, b_one_hot: bool) -> tuple[Tensor, Tensor | None]:
-    """All inner products ``<a_t, b_t'>`` as ``[B, K, T, T']``, and how far each may be off; None where they are exact.
+def _inner(a: Tensor, a_one_hot: bool, b: Tensor, b_one_hot: bool) -> Gram:
+    """All inner products ``<a_t, b_t'>``.
 
     A product of ``n`` terms that rounds each sum by ``u = eps / 2`` is off by ``sqrt(n) u |a_t| |b_t'|`` but for
     improbable alignments of the rounding (Higham and Mary 2019, doi:10.1137/18M1226312, theorem 2.4).
     """
     if a_one_hot and b_one_hot:
-        return (a.unsqueeze(2) == b.unsqueeze(1)).unsqueeze(1).to(torch.float32), None
+        return Gram((a.unsqueeze(2) == b.unsqueeze(1)).unsqueeze(1).to(torch.float32))
     if a_one_hot:
-        return _pick(b, a).mT, None
+        return Gram(_pick(b, a).mT)
     if b_one_hot:
-        return _pick(a, b), None
-    lengths = (
-        _rounding(a, a.shape[-1]) * a.square().sum(-1).sqrt().unsqueeze(-1) * b.square().sum(-1).sqrt().unsqueeze(-2)
-    )
-    return torch.matmul(a, b.mT), lengths
+        return Gram(_pick(a, b))
+    left = _rounding(a, a.shape[-1]) * a.square().sum(-1).sqrt()
+    return Gram(product(a, b.mT), left, b.square().sum(-1).sqrt())
 
 
 def _rounding(values: Tensor, width: int | torch.SymInt) -> float:

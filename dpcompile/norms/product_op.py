@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpcompile.norms.products import quicker
+from dpcompile.onednn import multiply_
 from dpcompile.workspace import kept_gradients
 
 __all__ = ["product_with_norms", "squared_norms"]
@@ -29,7 +31,8 @@ def product_with_norms(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor,
     batch, blocks, _, p = rows.shape
     shape = (batch * blocks, p, cols.shape[-1])
     products = kept_gradients.take(shape, rows) if reuse else rows.new_empty(shape)
-    torch.bmm(rows.flatten(0, 1).mT, cols.flatten(0, 1), out=products)
+    multiply = multiply_ if quicker(rows) else torch.bmm
+    multiply(rows.flatten(0, 1).mT, cols.flatten(0, 1), out=products)
     result = products.view(batch, blocks, *shape[1:])
     return result, squared_norms(products.view(batch, blocks * p, -1))
 

@@ -1,0 +1,91 @@
+"""The C++ kernels of `kernels/product.cpp`: products of float32 matrices by oneDNN, and sums over Gram matrices.
+
+Torch has oneDNN in it, and multiplies matrices by it in narrower dtypes only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import pathlib
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from dpcompile._torch import compile_cpp, onednn_matmul, tensor_address
+
+__all__ = ["has_onednn", "multiply_", "sum_of_products"]
+
+_SOURCE = pathlib.Path(__file__).parent / "kernels" / "product.cpp"
+
+
+def has_onednn() -> bool:
+    """Whether :func:`multiply_` is oneDNN's: torch has it, it can be called, and what it gave was right."""
+    return _kernel() is not None
+
+
+def multiply_(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write ``a @ b`` to ``out``: by oneDNN, or by torch where that cannot be.
+
+    Args:
+        a: ``[M, K]`` or ``[B, M, K]``, float32, on the CPU; row by row or column by column, else it is copied.
+        b: ``[K, N]`` or ``[B, K, N]``, the same.
+        out: ``[M, N]`` or ``[B, M, N]``, contiguous; memory of its own.
+    """
+    kernel = _kernel() if a.numel() and b.numel() else None
+    if kernel is None or not kernel(a, b, out):
+        torch.matmul(a, b, out=out)
+
+
+def sum_of_products(matrices: Sequence[Tensor], lengths: Sequence[Tensor], out: Tensor) -> None:
+    """Write to ``out`` what :func:`dpcompile.norms.gram_op.gram_norms` returns.
+
+    Contract: :func:`has_onednn`.
+
+    Args:
+        matrices: rows and columns, ``[B, K, T, T']``, float32, contiguous.
+        lengths: left and right of the rows, ``[B, K, T]`` and ``[B, K, T']``, then of the columns.
+        out: ``[B]``.
+    """
+    memory = [ctypes.c_void_p(x.data_ptr()) for x in (*matrices, *lengths)]
+    sizes = [ctypes.c_int64(n) for n in matrices[0].shape]
+    threads = ctypes.c_int(torch.get_num_threads())
+    _library().dp_gram_norms(*memory, *sizes, ctypes.c_void_p(out.data_ptr()), threads)
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    return compile_cpp(_SOURCE.read_text())
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> Callable[[Tensor, Tensor, Tensor], bool] | None:
+    """What multiplies, and says whether it did."""
+    address = onednn_matmul()
+    if address is None:
+        return None
+    try:
+        function = _library().dp_multiply
+    except Exception:  # no compiler: torch's own products are right too
+        return None
+    function.argtypes, function.restype = [ctypes.c_void_p] * 4, ctypes.c_int
+
+    def kernel(a: Tensor, b: Tensor, out: Tensor) -> bool:
+        return function(address, tensor_address(a), tensor_address(b), tensor_address(out)) == 0
+
+    return kernel if _is_right(kernel) else None
+
+
+def _is_right(kernel: Callable[[Tensor, Tensor, Tensor], bool]) -> bool:
+    """Whether products of small integers, which are exact, come out."""
+    left, right = torch.arange(24.0).reshape(2, 3, 4), torch.arange(40.0).reshape(2, 4, 5)
+    for a in (left, left.mT.contiguous().mT):
+        for b in (right, right.mT.contiguous().mT):
+            both, one = torch.full((2, 3, 5), torch.nan), torch.full((3, 5), torch.nan)
+            if not (kernel(a, b, both) and kernel(a[0], b[0], one)):
+                return False
+            wanted = (a.unsqueeze(-1) * b.unsqueeze(1)).sum(2)
+            if not (torch.equal(both, wanted) and torch.equal(one, wanted[0])):
+                return False
+    return True

@@ -1,0 +1,202 @@
+"""Products of privacy's own by oneDNN: the operation, and models whose norms and sums are made by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_step
+from torch import Tensor, nn
+
+import dpcompile
+from dpcompile import onednn, rates
+from dpcompile.norms import products
+from dpcompile.norms.gram_op import gram_norms
+from dpcompile.norms.products import own_product, product
+from dpcompile.onednn import has_onednn, multiply_
+
+dp_compile: Any = dpcompile.dp_compile
+B, T, D = 4, 5, 6
+
+pytestmark = pytest.mark.skipif(not has_onednn(), reason="torch was built without oneDNN")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine on which oneDNN is quicker."""
+    typical = rates.rates_for(torch.device("cpu"))
+    monkeypatch.setattr(products, "rates_for", lambda device: replace(typical, summed=2 * typical.large))
+    yield
+
+
+def laid_out(value: Tensor, how: str) -> Tensor:
+    """The same values, otherwise in memory."""
+    if how == "transposed":
+        return value.mT.contiguous().mT
+    if how == "gaps":
+        return torch.cat([value, value], -1)[..., : value.shape[-1]]
+    return value
+
+
+SHAPES = [((7, 4), (4, 5)), ((2, 7, 4), (2, 4, 5)), ((2, 3, 7, 4), (2, 3, 4, 5)), ((1, 1), (1, 1)), ((0, 4), (4, 5))]
+SHAPES += [((7, 0), (0, 5)), ((7, 4), (4, 0)), ((0, 7, 4), (0, 4, 5)), ((2, 0, 7, 4), (2, 0, 4, 5))]
+
+
+@pytest.mark.parametrize("how", ["rows", "transposed", "gaps"])
+@pytest.mark.parametrize("other", ["rows", "transposed", "gaps"])
+@pytest.mark.parametrize(("left", "right"), SHAPES)
+@pytest.mark.usefixtures("quick")
+def test_products_of_any_layout(left: tuple[int, ...], right: tuple[int, ...], how: str, other: str) -> None:
+    a, b = laid_out(torch.randn(left), how), laid_out(torch.randn(right), other)
+    found = own_product(a, b)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, (a.double() @ b.double()).float(), rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(own_product, (a, b))
+
+
+@pytest.fixture
+def fresh_kernel() -> Iterator[None]:
+    """Found anew, here and behind."""
+    onednn._kernel.cache_clear()
+    onednn._library.cache_clear()
+    yield
+    onednn._kernel.cache_clear()
+    onednn._library.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_kernel")
+def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that fails, or that this torch does not have: products are torch's then."""
+    a, b, out = torch.randn(3, 4), torch.randn(4, 5), torch.empty(3, 5)
+
+    def library(result: int) -> Any:
+        def dp_multiply(*arguments: int) -> int:
+            return result
+
+        return SimpleNamespace(dp_multiply=dp_multiply)
+
+    for made in (lambda: library(0), lambda: library(1), lambda: 1 / 0):
+        onednn._kernel.cache_clear()
+        onednn._library.cache_clear()
+        monkeypatch.setattr(onednn, "compile_cpp", lambda source, made=made: made())
+        assert not has_onednn()
+        multiply_(a, b, out)
+        torch.testing.assert_close(out, a @ b)
+    onednn._kernel.cache_clear()
+    monkeypatch.setattr(onednn, "onednn_matmul", lambda: None)
+    assert not has_onednn()
+
+
+@pytest.mark.usefixtures("fresh_kernel")
+def test_an_exception_of_torch_stays_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product is torch's then, and its error is one in Python."""
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied|must match|Expected size"):
+        multiply_(torch.randn(3, 4), torch.randn(5, 6), torch.empty(3, 6))
+
+
+@pytest.mark.usefixtures("quick")
+def test_other_dtypes_are_torchs() -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        a = torch.randn(3, 4, dtype=dtype)
+        assert torch.equal(product(a, a.mT), a @ a.mT)
+
+
+@pytest.mark.parametrize("exact", [(), ("rows",), ("cols",), ("rows", "cols")])
+def test_sums_over_gram_matrices(exact: tuple[str, ...]) -> None:
+    """Against the formula; values that are not finite stay so, and only in their own example."""
+
+    def gram(*lengths: Tensor | None) -> list[Any]:
+        return [torch.randn(3, 2, 5, 7), *lengths]
+
+    grams = {
+        side: gram(None, None) if side in exact else gram(torch.rand(3, 2, 5), torch.rand(3, 2, 7))
+        for side in ("rows", "cols")
+    }
+    (r, r_left, r_right), (c, c_left, c_right) = grams["rows"], grams["cols"]
+
+    def wanted() -> Tensor:
+        total = r * c + torch.finfo(r.dtype).eps * (r * c).abs()
+        if c_left is not None:
+            total = total + r.abs() * c_left.unsqueeze(-1) * c_right.unsqueeze(-2)
+        if r_left is not None:
+            total = total + r_left.unsqueeze(-1) * r_right.unsqueeze(-2) * c.abs()
+        return total.flatten(1).sum(1)
+
+    torch.testing.assert_close(gram_norms(*grams["rows"], *grams["cols"]), wanted())
+    torch.library.opcheck(gram_norms, (*grams["rows"], *grams["cols"]))
+    grams["rows"][0] = r = r.transpose(2, 3).contiguous().transpose(2, 3)
+    for bad in (torch.nan, torch.inf):
+        r[1, 1, 2, 6] = bad
+        found = gram_norms(*grams["rows"], *grams["cols"])
+        assert found.isfinite().tolist() == [True, False, True]
+        torch.testing.assert_close(found[[0, 2]], wanted()[[0, 2]])
+
+
+class Net(nn.Module):
+    """Matrices, a batch of matrices, a convolution, and one of patches that are unfolded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(D, D), nn.Linear(D, 3, bias=False)
+        self.heads = nn.Parameter(torch.randn(2, D // 2, D // 2))
+        self.conv, self.patches = nn.Conv1d(D, D, 3, padding=1), nn.Conv1d(1, D, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        h = h + self.conv(h.mT).mT + self.patches(x.flatten(1).unsqueeze(1)).mean(2).unsqueeze(1)
+        split = h.unflatten(-1, (2, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+        mixed = torch.bmm(split, self.heads).unflatten(1, (x.shape[0], -1)).permute(1, 2, 0, 3).flatten(2)
+        return self.b(mixed)
+
+
+@pytest.mark.parametrize("norm", ["auto", "per_example", "ghost", "book_keeping", "direct", "bk_mix_opt"])
+@pytest.mark.usefixtures("quick")
+def test_models(norm: str) -> None:
+    """Right, and an example that is not finite leaves no trace."""
+    model, x, loss = Net(), torch.randn(B, T, D), PseudoLoss(B)
+    truth = clip(per_example_gradients(model, (x,), {}, loss), 0.5)
+    private = dp_compile(model, max_grad_norm=0.5, backend="eager", norm=norm)
+    train_step(private, (x,), {}, loss)
+    assert "dpcompile.product" in private.graph.code
+    assert_right(private, truth, 1e-5)
+    truth = clip(per_example_gradients(model, (x,), {}, PseudoLoss(B + 1)), 0.5)
+    private.zero_grad()
+    with pytest.warns(RuntimeWarning, match="1 of 5 examples"):
+        train_step(private, (torch.cat([x, x[:1] * torch.nan]),), {}, PseudoLoss(B + 1))
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad.double(), truth.sums[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_position() -> None:
+    model, x, loss = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 2)), torch.randn(B, D), PseudoLoss(B)
+    truth = clip(per_example_gradients(model, (x,), {}, loss), 0.5)
+    private = dp_compile(model, max_grad_norm=0.5, backend="eager")
+    train_step(private, (x,), {}, loss)
+    assert "dpcompile.product" in private.graph.code
+    assert_right(private, truth, 1e-5)
+
+
+def test_the_library_is_chosen_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OneDNN has to win both with one large product and with many small ones."""
+    seconds = {"large": 1.0, "batched": 1.0, "onednn": 0.5, "each": 0.5}
+
+    def timed(each: float) -> rates.Rates:
+        order = iter([seconds["large"], seconds["batched"], seconds["onednn"], each, *[1.0] * 9])
+        monkeypatch.setattr(rates, "_seconds", lambda run, device: next(order))
+        return rates.measure(torch.device("cpu"))
+
+    quicker, slower = timed(0.5), timed(0.95)
+    assert quicker.summed == 2 * quicker.large and slower.summed == slower.large
+    assert quicker.batched == 2 * slower.batched
+
+
+def test_a_machine_without_it_has_torchs_products() -> None:
+    private = dp_compile(nn.Linear(D, D), backend="eager", norm="ghost")
+    private(torch.randn(B, T, D)).square().flatten(1).sum(1).mean().backward()
+    assert "dpcompile.product" not in private.graph.code
