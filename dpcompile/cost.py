@@ -28,6 +28,8 @@ class Cost:
         large: floating point operations in large matrix products (negative: the plain step's, which the rule replaces).
         batched: the same in products of one example each.
         summed: the same in the products of clipped sums.
+        convolved: the same in convolutions.
+        filtered: the same in convolutions that make every example's filter gradients.
         traffic: bytes read and written.
         fresh: bytes written to memory that the system has just given.
         calls: kernels.
@@ -37,6 +39,8 @@ class Cost:
     large: sympy.Expr = sympy.S.Zero
     batched: sympy.Expr = sympy.S.Zero
     summed: sympy.Expr = sympy.S.Zero
+    convolved: sympy.Expr = sympy.S.Zero
+    filtered: sympy.Expr = sympy.S.Zero
     traffic: sympy.Expr = sympy.S.Zero
     fresh: sympy.Expr = sympy.S.Zero
     calls: sympy.Expr = sympy.S.Zero
@@ -58,6 +62,8 @@ class Numbers:
     large: float
     batched: float
     summed: float
+    convolved: float
+    filtered: float
     traffic: float
     fresh: float
     calls: float
@@ -66,7 +72,7 @@ class Numbers:
     @property
     def flops(self) -> float:
         """Operations that the plain step does not have."""
-        return self.large + self.batched + self.summed
+        return self.large + self.batched + self.summed + self.convolved + self.filtered
 
     def seconds(self, rates: Rates) -> float:
         """On a machine."""
@@ -74,6 +80,8 @@ class Numbers:
             self.large / rates.large
             + self.batched / rates.batched
             + self.summed / rates.summed
+            + self.convolved / rates.convolution
+            + self.filtered / rates.filters
             + self.traffic / rates.traffic
             + self.fresh / rates.fresh
             + self.calls * rates.call
@@ -92,7 +100,8 @@ class Shape:
         element: bytes.
         copied: elements per example of the copy that a ghost norm makes.
         one_hot: the rows are an index.
-        convolution: per-example gradients are made by a grouped convolution.
+        convolution: the plain gradients are made by a convolution.
+        grouped: per-example gradients are too, with the examples among its groups.
         panels: parts of a Gram matrix.
         products: the clipped sum is a matrix product, and so ours where the plain step's was torch's.
     """
@@ -105,6 +114,7 @@ class Shape:
     copied: Size = 0
     one_hot: bool = False
     convolution: bool = False
+    grouped: bool = False
     panels: int = 1
     products: bool = False
 
@@ -124,8 +134,9 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     sides = product([batch, k, t, d if shape.one_hot else p + d]) * e
     weights = product([batch, k, p, d])  # one gradient per example
     flops = 0 if shape.one_hot else 2 * weights * t
-    exchanged = 0 if shape.convolution else flops  # a grouped convolution runs at the rate of the one it replaces
-    fresh = weights * e * ((0 if reuse else 1) + (2 if shape.convolution else 0))
+    each = _cost(filtered=flops) if shape.grouped else _cost(batched=flops)
+    saved = _cost(convolved=-flops) if shape.convolution else _cost(large=-flops)  # the plain step's
+    fresh = 0 if reuse else weights * e
     grams = product([batch, k, t, t]) * e
     tile = weights * e * sympy.Rational(1, DIRECT_TILES)
     redone = flops if shape.products else 0
@@ -133,10 +144,8 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     return {
         "outer": scaled + _cost(traffic=sides, calls=2),
         "ghost": scaled + _cost(traffic=4 * grams, calls=3 * shape.panels, memory=grams),
-        "keep": _cost(
-            large=-exchanged, batched=exchanged, traffic=3 * weights * e, fresh=fresh, calls=3, memory=weights * e
-        ),
-        "redo": scaled + _cost(batched=flops, traffic=2 * weights * e, fresh=fresh, calls=3, memory=weights * e),
+        "keep": each + saved + _cost(traffic=3 * weights * e, fresh=fresh, calls=3, memory=weights * e),
+        "redo": scaled + each + _cost(traffic=2 * weights * e, fresh=fresh, calls=3, memory=weights * e),
         # Its memory is that of all tiles: the compiler may make them all before it takes their norms.
         "direct": scaled
         + _cost(batched=flops, traffic=2 * weights * e + sides, fresh=tile, calls=3 * DIRECT_TILES, memory=weights * e),

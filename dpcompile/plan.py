@@ -139,10 +139,9 @@ class Plan:
         lines += [f"{name}: its gradient is zero for every example" for name in self.untouched]
         lines.append(f"clipping: {self.clipping}; FLOPs and bytes are what privacy adds to the plain backward")
         expected = self.prediction
-        lines.append(
-            f"expected: {_milliseconds(expected.seconds)} a step, {_milliseconds(expected.extra_seconds)} of them for "
-            "privacy"
-        )
+        extra = _milliseconds(abs(expected.extra_seconds))
+        more = "of them for privacy" if expected.extra_seconds >= 0 else "less than without privacy (by its products)"
+        lines.append(f"expected: {_milliseconds(expected.seconds)} a step, {extra} {more}")
         if expected.peak is not None and expected.plain_peak is not None:
             lines[-1] += (
                 f"; peak {short(expected.peak)}B, {expected.peak / expected.plain_peak:.2f} of the plain step's"
@@ -280,7 +279,8 @@ def _together(forms: Sequence[Factored], element: int, hints: Mapping[sympy.Symb
         k, t, p, d, element,
         copied=sum((f.unfolded for f in forms), start=0),  # type: ignore[misc]
         one_hot=any(f.one_hot is not None for f in forms),
-        convolution=any(f.each is not None for f in forms),
+        convolution=any(f.site.kind == "convolution_backward" for f in forms),
+        grouped=any(f.each is not None for f in forms),
         panels=panels_of(hinted(t, hints), rates),
         products=element == 4 and all(f.site.kind in ("mm", "bmm") and f.one_hot is None for f in forms),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from dpcompile._torch import real_tensors
+from dpcompile.norms.filter_op import filter_gradients, grouped_convolution
 from dpcompile.onednn import has_onednn, multiply_
 
 __all__ = ["Rates", "VARIABLE", "measure", "rates_for"]
@@ -34,6 +35,7 @@ class Rates:
         batched: FLOP/s of many products of one example each, by the library that is quicker.
         summed: FLOP/s of a product over all examples, by the library that is quicker.
         convolution: FLOP/s of a convolution.
+        filters: FLOP/s of a convolution that makes every example's filter gradients.
         traffic: bytes/s read or written by pointwise kernels.
         fresh: extra bytes/s for the first write to memory that the system has just given.
         call: seconds that starting a kernel takes.
@@ -43,6 +45,7 @@ class Rates:
     batched: float
     summed: float
     convolution: float
+    filters: float
     traffic: float
     fresh: float
     call: float
@@ -54,8 +57,12 @@ class Rates:
 
 
 _TYPICAL = {
-    "cpu": Rates(large=2e11, batched=1.8e11, summed=2e11, convolution=2e11, traffic=5e10, fresh=1e10, call=1e-5),
-    "cuda": Rates(large=4e13, batched=3e13, summed=4e13, convolution=3e13, traffic=2e12, fresh=1e15, call=5e-6),
+    "cpu": Rates(
+        large=2e11, batched=1.8e11, summed=2e11, convolution=2e11, filters=2e11, traffic=5e10, fresh=1e10, call=1e-5
+    ),
+    "cuda": Rates(
+        large=4e13, batched=3e13, summed=4e13, convolution=3e13, filters=3e13, traffic=2e12, fresh=1e15, call=5e-6
+    ),
 }
 
 
@@ -111,6 +118,9 @@ def measure(device: torch.device) -> Rates:
     images, filters = draw(16, 64, 32, 32), draw(64, 64, 3, 3)
     convolved = 2 * images.numel() * filters[0].numel()
     convolution = convolved / _seconds(lambda: torch.conv2d(images, filters, padding=1), device)
+    seen = (images.unsqueeze(1), images.unsqueeze(1), list(filters.shape))
+    function = filter_gradients if device.type == "cpu" else grouped_convolution
+    filtered = convolved / _seconds(lambda: function(*seen, [1, 1], [1, 1], [1, 1], False, [0, 0], 1), device)
     filled = _seconds(lambda: target.fill_(1.0), device)
     moved = 2 * source.numel() * 4 / _seconds(lambda: torch.mul(source, 2.0, out=target), device)
     newly = _seconds(lambda: torch.empty_like(source).fill_(1.0), device)
@@ -118,7 +128,8 @@ def measure(device: torch.device) -> Rates:
     call = _seconds(lambda: few.add_(1.0), device)
     fresh = source.numel() * 4 / max(newly - filled, 1e-3 * filled)
     return Rates(
-        large=large, batched=batched, summed=summed, convolution=convolution, traffic=moved, fresh=fresh, call=call
+        large=large, batched=batched, summed=summed, convolution=convolution, filters=filtered, traffic=moved,
+        fresh=fresh, call=call,
     )  # fmt: skip
 
 

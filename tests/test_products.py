@@ -13,8 +13,8 @@ from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_
 from torch import Tensor, nn
 
 import dpcompile
-from dpcompile import onednn, rates
-from dpcompile.norms import products
+from dpcompile import onednn, pipeline, rates
+from dpcompile.norms import filter_op, products
 from dpcompile.norms.gram_op import gram_norms
 from dpcompile.norms.products import own_product, product
 from dpcompile.onednn import has_onednn, multiply_
@@ -136,6 +136,26 @@ def test_sums_over_gram_matrices(exact: tuple[str, ...]) -> None:
         torch.testing.assert_close(found[[0, 2]], wanted()[[0, 2]])
 
 
+@pytest.mark.parametrize("at_once", [1, 2**30])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_filter_gradients(at_once: int, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Example by example, in one go or each by itself."""
+    monkeypatch.setattr(filter_op, "_AT_ONCE", at_once)
+    x, groups = torch.randn(3, 2, 4, 6, 5), 2
+    conv = torch.conv_transpose2d if transposed else torch.conv2d
+    filters = torch.randn(*((4, 3) if transposed else (6, 2)), 3, 2, requires_grad=True)
+    options: dict[str, Any] = {"stride": (2, 1), "padding": (1, 0), "groups": groups}
+    outputs = [conv(images, filters, None, **options) for images in x]
+    g = torch.stack([torch.randn_like(o) for o in outputs])
+    wanted = torch.stack([torch.autograd.grad(o, filters, c)[0] for o, c in zip(outputs, g, strict=True)])
+    arguments = (g, x, list(filters.shape), [2, 1], [1, 0], [1, 1], transposed, [0, 0], groups)
+    for function in (filter_op.filter_gradients, filter_op.grouped_convolution):
+        torch.testing.assert_close(function(*arguments), wanted)
+    torch.library.opcheck(filter_op.filter_gradients, arguments)
+    none = filter_op.filter_gradients(g[:0], x[:0], *arguments[2:])
+    assert none.shape == (0, *filters.shape)
+
+
 class Net(nn.Module):
     """Matrices, a batch of matrices, a convolution, and one of patches that are unfolded."""
 
@@ -194,6 +214,17 @@ def test_the_library_is_chosen_by_what_was_measured(monkeypatch: pytest.MonkeyPa
     quicker, slower = timed(0.5), timed(0.95)
     assert quicker.summed == 2 * quicker.large and slower.summed == slower.large
     assert quicker.batched == 2 * slower.batched
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_plan_may_expect_less_time_than_without_privacy(monkeypatch: pytest.MonkeyPatch) -> None:
+    typical = rates.rates_for(torch.device("cpu"))
+    quick = replace(typical, summed=1e13, batched=1e13, traffic=1e15, call=1e-12, fresh=1e15)
+    monkeypatch.setattr(pipeline, "rates_for", lambda device: quick)
+    private = dp_compile(nn.Linear(64, 64), backend="eager", norm="ghost")
+    private.trace(torch.randn(B, T, 64))
+    assert private.plan.prediction.extra_seconds < 0
+    assert "less than without privacy (by its products)" in str(private.plan)
 
 
 def test_a_machine_without_it_has_torchs_products() -> None:

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpcompile.axis import Examples
+from dpcompile.norms.filter_op import filter_gradients, grouped_convolution
 from dpcompile.norms.patches import patches
+from dpcompile.norms.products import product
 from dpcompile.norms.slices import in_front
 
 __all__ = ["Window", "each_gradient", "patch_columns", "patch_gram"]
@@ -53,19 +55,9 @@ def each_gradient(cotangent: Tensor, source: Tensor, axis: Examples, batch: int,
     Returns:
         ``[B, *shape]``.
     """
-    stride, padding, dilation, transposed, output_padding, groups = arguments[4:10]
-    images, cotangents = (_examples_as_channels(x, axis, batch) for x in (source, cotangent))
-    filters = source.new_empty((batch * shape[0], *shape[1:]))  # only its shape is read
-    _, result, _ = torch.ops.aten.convolution_backward.default(
-        cotangents, images, filters, None, stride, padding, dilation, transposed, output_padding, groups * batch,
-        [False, True, False],
-    )  # fmt: skip
-    return result.reshape(batch, *shape)
-
-
-def _examples_as_channels(images: Tensor, axis: Examples, batch: int) -> Tensor:
-    """``[N, C, *spatial]`` to ``[F, B * C, *spatial]``."""
-    return in_front(images, axis, batch).movedim(0, 1).flatten(1, 2)
+    function = filter_gradients if source.device.type == "cpu" else grouped_convolution
+    front = in_front(cotangent, axis, batch)
+    return function(front, in_front(source, axis, batch), list(shape), *arguments[4:10])
 
 
 def patch_columns(large: Tensor, window: Window, axis: Examples, batch: int, spatial: Sequence[int]) -> Tensor:
@@ -90,7 +82,7 @@ def patch_gram(large: Tensor, window: Window, axis: Examples, batch: int, spatia
     images = in_front(F.pad(large, amounts) if any(amounts) else large, axis, batch)  # [B, F, C, *padded]
     frames, padded = images.shape[1], images.shape[3:]
     pixels = images.unflatten(2, (window.groups, -1)).flatten(4).permute(0, 2, 1, 4, 3).flatten(2, 3)
-    gram = torch.matmul(pixels, pixels.mT).unflatten(3, (frames, *padded)).unflatten(2, (frames, *padded))
+    gram = product(pixels, pixels.mT).unflatten(3, (frames, *padded)).unflatten(2, (frames, *padded))
     count = len(window.kernel)
     total: Tensor | None = None
     for offset in itertools.product(*(range(k) for k in window.kernel)):

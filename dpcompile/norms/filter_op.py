@@ -1,0 +1,92 @@
+"""Every example's gradient of a convolution's filters: as one convolution with the examples among the groups.
+
+(Rochette, Manoel and Tramel 2019, arXiv:1912.06015.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["filter_gradients", "grouped_convolution"]
+
+_AT_ONCE = 2**20  # elements of images, cotangents and filters that are worked on at once: they stay in the cache
+
+
+def grouped_convolution(
+    cotangent: Tensor,
+    source: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Every example's gradient of the filters.
+
+    Args:
+        cotangent: ``[B, F, C', *spatial]``.
+        source: ``[B, F, C, *spatial]``.
+        shape: of the filters.
+        stride: of the convolution, as what follows.
+        padding: see there.
+        dilation: see there.
+        transposed: see there.
+        output_padding: see there.
+        groups: see there.
+
+    Returns:
+        ``[B, *shape]``.
+    """
+    batch = source.shape[0]
+    images, cotangents = (x.movedim(0, 1).flatten(1, 2) for x in (source, cotangent))  # [F, B * C, *spatial]
+    filters = source.new_empty((batch * shape[0], *shape[1:]))  # only its shape is read
+    _, result, _ = torch.ops.aten.convolution_backward.default(
+        cotangents, images, filters, None, stride, padding, dilation, transposed, output_padding, groups * batch,
+        [False, True, False],
+    )  # fmt: skip
+    return result.reshape(batch, *shape)
+
+
+@torch.library.custom_op("dpcompile::filter_gradients", mutates_args=())
+def filter_gradients(
+    cotangent: Tensor,
+    source: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """:func:`grouped_convolution` of some examples at a time, for CPUs: contiguous."""
+    batch = source.shape[0]
+    result = source.new_empty(batch, *shape)
+    each = (source.numel() + cotangent.numel() + 2 * result.numel()) // max(batch, 1)
+    size = max(1, _AT_ONCE // max(each, 1))
+    for start in range(0, batch, size):
+        part = slice(start, start + size)
+        options = (stride, padding, dilation, transposed, output_padding, groups)
+        result[part] = grouped_convolution(cotangent[part], source[part], shape, *options)
+    return result
+
+
+@filter_gradients.register_fake
+def _(
+    cotangent: Tensor,
+    source: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Shapes only."""
+    return source.new_empty(source.shape[0], *shape)
