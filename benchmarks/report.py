@@ -72,7 +72,9 @@ twice what a change of all weights by 3e-7 does to the sums. The non-private eng
 
 **Time.** Every engine runs in a process of its own, in turns with the compiled non-private step (A B A B). The ratio is
 minimum of the non-private step over minimum of the engine's: 1 is as fast as not being private. The ratio of medians
-stands beside it.
+stands beside it. Ours may be above 1 on CPUs: the products that privacy adds or makes anew, clipped sums among them, go
+through the oneDNN inside of torch where it is faster than the library behind `torch.mm`, which makes all products of
+the non-private step (`python -m benchmarks.products` prints both).
 
 **Memory** is the peak of one step above the level before it (weights, inputs and compiled code are not in it), as
 PyTorch's allocator counts it: on CPU from the profiler's record of allocations, the same to the byte in every run; on

@@ -28,7 +28,7 @@ from dpcompile.plan import Plan, make_plan
 from dpcompile.proof import Proof, prove
 from dpcompile.rates import Rates, rates_for
 from dpcompile.region_memory import RegionMemory, region_memory
-from dpcompile.replication import check_replication
+from dpcompile.replication import agree_on_rates, check_replication
 from dpcompile.rewrite import ClipOptions, rewrite
 from dpcompile.shared_uses import Use, uses_of
 from dpcompile.sites import find_gradients
@@ -114,6 +114,7 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
     check_replication(joint, proof, roles.ranks)
     certificate = certify(joint, proof, gradients)
     device = joint.mask.meta["val"].device
+    agree_on_rates(device, roles.ranks)
     rates = rates_for(device)
     twice = roles.lowering is not None and roles.lowering.kind == TWO_PASS
     plan = make_plan(

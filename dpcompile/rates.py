@@ -20,7 +20,7 @@ from dpcompile._torch import real_tensors
 from dpcompile.norms.filter_op import filter_gradients, grouped_convolution
 from dpcompile.onednn import has_onednn, multiply_
 
-__all__ = ["Rates", "VARIABLE", "measure", "rates_for"]
+__all__ = ["Rates", "VARIABLE", "adopt", "measure", "rates_for"]
 
 VARIABLE = "DPCOMPILE_RATES"
 _QUICKER = 1.1  # how much quicker a library must be to be taken instead of torch's own
@@ -66,13 +66,21 @@ _TYPICAL = {
 }
 
 
+_ADOPTED: dict[str, Rates] = {}
+
+
 def rates_for(device: torch.device) -> Rates:
     """The rates of a device: from disk, else measured (a second) and written there.
 
     With the environment variable ``DPCOMPILE_RATES=typical`` round figures for a machine of its kind are taken instead,
     so that plans do not depend on the machine; with a path, the rates are read from and written to that file.
     """
-    return _rates(device.type, os.environ.get(VARIABLE, ""))
+    return _ADOPTED.get(device.type) or _rates(device.type, os.environ.get(VARIABLE, ""))
+
+
+def adopt(device: torch.device, rates: Rates) -> None:
+    """Take these for the device from now on: those of another rank, where all have to compute alike."""
+    _ADOPTED[device.type] = rates
 
 
 @lru_cache(maxsize=8)

@@ -24,8 +24,9 @@ from dpcompile.joint import JointGraph, OverRanks
 from dpcompile.locate import where
 from dpcompile.operations import operation_name
 from dpcompile.proof import Proof
+from dpcompile.rates import adopt, rates_for
 
-__all__ = ["check_replication", "refuse_ranks_own"]
+__all__ = ["agree_on_rates", "check_replication", "refuse_ranks_own"]
 
 _TOGETHER = {"all_reduce", "all_gather_into_tensor", "broadcast"}  # give every rank the same
 _APART = {"reduce_scatter_tensor"}
@@ -120,6 +121,19 @@ def check_replication(joint: JointGraph, proof: Proof, ranks: OverRanks | None) 
                 where=where(source),
                 remedy="write to no buffer in forward",
             )
+
+
+def agree_on_rates(device: torch.device, ranks: OverRanks | None) -> None:
+    """Let all ranks of tensor parallelism plan by what the first of them measured; they call this together.
+
+    **Guarantee.** They choose the same rules and the same kernels, so that the sums of a parameter that every rank
+    holds, and updates for itself, do not drift apart by rounding.
+    """
+    if ranks is not None:
+        everywhere: list[Any] = [None] * dist.get_world_size(ranks.group)
+        with real_tensors():
+            dist.all_gather_object(everywhere, rates_for(device), group=ranks.group)
+        adopt(device, everywhere[0])
 
 
 def _ranks_own(joint: JointGraph, ranks: OverRanks) -> dict[fx.Node, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpcompile
-from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError, make_private
+from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError, make_private, rates
 from dpcompile.checkpoint import load_checkpoint, save_checkpoint
 from dpcompile.runtime import engine_of
 
@@ -253,6 +254,21 @@ def training(mesh: DeviceMesh, secure: bool) -> None:
     for found in everywhere:
         for name, value in found.items():
             assert torch.equal(value, everywhere[0][name]), name
+
+
+def other_rates(mesh: DeviceMesh) -> None:
+    """Ranks that measured other speeds plan and compute alike nevertheless: copies of a parameter stay copies."""
+    typical = rates.rates_for(torch.device("cpu"))
+    slower = replace(typical, large=typical.large / (2 - dist.get_rank() % 2), batched=typical.batched / 10)
+    here = slower if dist.get_rank() % 2 else replace(slower, batched=1e15, traffic=1e8)
+    own, rates._rates = rates._rates, lambda kind, setting: here  # type: ignore[assignment]
+    rates._ADOPTED.clear()
+    try:
+        training(mesh, False)
+        assert rates.rates_for(torch.device("cpu")) != slower
+    finally:
+        rates._rates = own
+        rates._ADOPTED.clear()
 
 
 def same_weights(model: Any, single: nn.Module, tolerance: float) -> None:
@@ -500,6 +516,7 @@ def main() -> None:
     checks["frozen parameters"] = lambda: frozen(mesh)
     checks["one example"] = lambda: one_example(mesh)
     checks["training with noise"] = lambda: training(mesh, False)
+    checks["other rates"] = lambda: other_rates(mesh)
     checks["secure noise"] = lambda: training(mesh, True)
     checks["loading"] = lambda: loading(mesh)
     checks["checkpoints"] = lambda: checkpoints(mesh, Path(sys.argv[1]))

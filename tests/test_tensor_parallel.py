@@ -19,7 +19,7 @@ CHECKS = {
     "gradients of MLP", "gradients of attention", "gradients of GPT", "clipping by layer", "inductor",
     "gradients of a block twice", "a block twice, by layer",
     "frozen parameters", "one example", "training with noise", "secure noise", "loading", "checkpoints",
-    "communication", "refusals",
+    "communication", "refusals", "other rates",
 }  # fmt: skip
 
 
