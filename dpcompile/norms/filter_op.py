@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,29 +16,14 @@ __all__ = ["filter_gradients", "grouped_convolution"]
 _AT_ONCE = 2**20  # elements of images, cotangents and filters that are worked on at once: they stay in the cache
 
 
-def grouped_convolution(
-    cotangent: Tensor,
-    source: Tensor,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
+def grouped_convolution(cotangent: Tensor, source: Tensor, shape: Sequence[int], *options: Any) -> Tensor:
     """Every example's gradient of the filters.
 
     Args:
         cotangent: ``[B, F, C', *spatial]``.
         source: ``[B, F, C, *spatial]``.
         shape: of the filters.
-        stride: of the convolution, as what follows.
-        padding: see there.
-        dilation: see there.
-        transposed: see there.
-        output_padding: see there.
-        groups: see there.
+        options: stride, padding, dilation, whether it is transposed, output padding and groups of the convolution.
 
     Returns:
         ``[B, *shape]``.
@@ -45,10 +31,10 @@ def grouped_convolution(
     batch = source.shape[0]
     images, cotangents = (x.movedim(0, 1).flatten(1, 2) for x in (source, cotangent))  # [F, B * C, *spatial]
     filters = source.new_empty((batch * shape[0], *shape[1:]))  # only its shape is read
+    *others, groups = options
     _, result, _ = torch.ops.aten.convolution_backward.default(
-        cotangents, images, filters, None, stride, padding, dilation, transposed, output_padding, groups * batch,
-        [False, True, False],
-    )  # fmt: skip
+        cotangents, images, filters, None, *others, groups * batch, [False, True, False]
+    )
     return result.reshape(batch, *shape)
 
 
@@ -69,24 +55,14 @@ def filter_gradients(
     result = source.new_empty(batch, *shape)
     each = (source.numel() + cotangent.numel() + 2 * result.numel()) // max(batch, 1)
     size = max(1, _AT_ONCE // max(each, 1))
+    options = (stride, padding, dilation, transposed, output_padding, groups)
     for start in range(0, batch, size):
         part = slice(start, start + size)
-        options = (stride, padding, dilation, transposed, output_padding, groups)
         result[part] = grouped_convolution(cotangent[part], source[part], shape, *options)
     return result
 
 
 @filter_gradients.register_fake
-def _(
-    cotangent: Tensor,
-    source: Tensor,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
+def _(cotangent: Tensor, source: Tensor, shape: Sequence[int], *options: Any) -> Tensor:
     """Shapes only."""
     return source.new_empty(source.shape[0], *shape)

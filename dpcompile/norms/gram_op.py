@@ -50,13 +50,6 @@ def gram_norms(
 
 
 @gram_norms.register_fake
-def _(
-    rows: Tensor,
-    rows_left: Tensor | None,
-    rows_right: Tensor | None,
-    cols: Tensor,
-    cols_left: Tensor | None,
-    cols_right: Tensor | None,
-) -> Tensor:
+def _(rows: Tensor, *others: Tensor | None) -> Tensor:
     """Shapes only."""
     return rows.new_empty(rows.shape[0])
