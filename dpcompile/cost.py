@@ -137,6 +137,7 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     each = _cost(filtered=flops) if shape.grouped else _cost(batched=flops)
     saved = _cost(convolved=-flops) if shape.convolution else _cost(large=-flops)  # the plain step's
     fresh = 0 if reuse else weights * e
+    passes = 5 if shape.grouped else 3  # written, read for the norm and for the sum; made for a few examples at a time
     grams = product([batch, k, t, t]) * e
     tile = weights * e * sympy.Rational(1, DIRECT_TILES)
     redone = flops if shape.products else 0
@@ -144,7 +145,7 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     return {
         "outer": scaled + _cost(traffic=sides, calls=2),
         "ghost": scaled + _cost(traffic=4 * grams, calls=3 * shape.panels, memory=grams),
-        "keep": each + saved + _cost(traffic=3 * weights * e, fresh=fresh, calls=3, memory=weights * e),
+        "keep": each + saved + _cost(traffic=passes * weights * e, fresh=fresh, calls=3, memory=weights * e),
         "redo": scaled + each + _cost(traffic=2 * weights * e, fresh=fresh, calls=3, memory=weights * e),
         # Its memory is that of all tiles: the compiler may make them all before it takes their norms.
         "direct": scaled

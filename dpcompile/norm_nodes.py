@@ -165,7 +165,7 @@ def _instantiation(
             if form is None or form.one_hot is not None:
                 sites.append(per_example_site(site, known, batch, dtype))
             elif form.each is not None:
-                sites.append(form.each(*(known[n] for n in form.operands), batch))
+                sites.append(form.each(*(known[n] for n in form.operands), batch, choice.reuse))
             else:
                 rows, cols = form.build(*(known[n] for n in form.operands), batch)
                 sites.append(product(rows.mT, cols).reshape(batch, *site.value.meta["val"].shape))

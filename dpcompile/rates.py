@@ -123,12 +123,13 @@ def measure(device: torch.device) -> Rates:
         each = flops / _seconds(lambda: multiply_(rows.mT, cols, products), device)
         if own > _QUICKER * large and each > _QUICKER * batched:
             batched, summed = each, own
-    images, filters = draw(16, 64, 32, 32), draw(64, 64, 3, 3)
-    convolved = 2 * images.numel() * filters[0].numel()
-    convolution = convolved / _seconds(lambda: torch.conv2d(images, filters, padding=1), device)
-    seen = (images.unsqueeze(1), images.unsqueeze(1), list(filters.shape))
-    function = filter_gradients if device.type == "cpu" else grouped_convolution
-    filtered = convolved / _seconds(lambda: function(*seen, [1, 1], [1, 1], [1, 1], False, [0, 0], 1), device)
+    images = draw(32, 1, 64, 16, 16).to(memory_format=torch.channels_last_3d)
+    filters, options = [64, 64, 3, 3], ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    convolved = 2 * images.numel() * 64 * 9
+    whole = images.transpose(0, 1)  # one example of 32 images
+    convolution = convolved / _seconds(lambda: grouped_convolution(whole, whole, filters, *options), device)
+    function, more = (filter_gradients, (True,)) if device.type == "cpu" else (grouped_convolution, ())
+    filtered = convolved / _seconds(lambda: function(images, images, filters, *options, *more), device)
     filled = _seconds(lambda: target.fill_(1.0), device)
     moved = 2 * source.numel() * 4 / _seconds(lambda: torch.mul(source, 2.0, out=target), device)
     newly = _seconds(lambda: torch.empty_like(source).fill_(1.0), device)

@@ -149,10 +149,11 @@ def test_filter_gradients(at_once: int, transposed: bool, monkeypatch: pytest.Mo
     g = torch.stack([torch.randn_like(o) for o in outputs])
     wanted = torch.stack([torch.autograd.grad(o, filters, c)[0] for o, c in zip(outputs, g, strict=True)])
     arguments = (g, x, list(filters.shape), [2, 1], [1, 0], [1, 1], transposed, [0, 0], groups)
-    for function in (filter_op.filter_gradients, filter_op.grouped_convolution):
-        torch.testing.assert_close(function(*arguments), wanted)
-    torch.library.opcheck(filter_op.filter_gradients, arguments)
-    none = filter_op.filter_gradients(g[:0], x[:0], *arguments[2:])
+    torch.testing.assert_close(filter_op.grouped_convolution(*arguments), wanted)
+    for reuse in (False, True):
+        torch.testing.assert_close(filter_op.filter_gradients(*arguments, reuse), wanted)
+    torch.library.opcheck(filter_op.filter_gradients, (*arguments, False))
+    none = filter_op.filter_gradients(g[:0], x[:0], *arguments[2:], False)
     assert none.shape == (0, *filters.shape)
 
 

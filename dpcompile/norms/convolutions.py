@@ -39,7 +39,9 @@ class Window:
     groups: int
 
 
-def each_gradient(cotangent: Tensor, source: Tensor, axis: Examples, batch: int, shape: Any, arguments: Any) -> Tensor:
+def each_gradient(
+    cotangent: Tensor, source: Tensor, axis: Examples, batch: int, shape: Any, arguments: Any, reuse: bool
+) -> Tensor:
     """Every example's gradient of the filters, as one convolution with the examples among the groups.
 
     (Rochette, Manoel and Tramel 2019, arXiv:1912.06015.)
@@ -51,13 +53,15 @@ def each_gradient(cotangent: Tensor, source: Tensor, axis: Examples, batch: int,
         batch: B.
         shape: of the filters.
         arguments: of the ``convolution_backward``.
+        reuse: whether the result's memory stays mapped for the next step, on CPUs.
 
     Returns:
         ``[B, *shape]``.
     """
-    function = filter_gradients if source.device.type == "cpu" else grouped_convolution
-    front = in_front(cotangent, axis, batch)
-    return function(front, in_front(source, axis, batch), list(shape), *arguments[4:10])
+    front, images = in_front(cotangent, axis, batch), in_front(source, axis, batch)
+    if source.device.type == "cpu":
+        return filter_gradients(front, images, list(shape), *arguments[4:10], reuse)
+    return grouped_convolution(front, images, list(shape), *arguments[4:10])
 
 
 def patch_columns(large: Tensor, window: Window, axis: Examples, batch: int, spatial: Sequence[int]) -> Tensor:

@@ -247,9 +247,9 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
         rows = small.flatten(2).unflatten(1, (groups, -1))  # [N, G, P, S]
         return positions_in_rows(rows, layout, b), patch_columns(large, window, layout, b, small.shape[2:])
 
-    def each(small: Tensor, large: Tensor, b: int) -> Tensor:
+    def each(small: Tensor, large: Tensor, b: int, reuse: bool = False) -> Tensor:
         source, cotangent = (small, large) if transposed else (large, small)
-        return each_gradient(cotangent, source, layout, b, shape, arguments)
+        return each_gradient(cotangent, source, layout, b, shape, arguments, reuse)
 
     def gram(small: Tensor, large: Tensor, b: int) -> tuple[Tensor, Tensor]:
         rows = positions_in_rows(small.flatten(2).unflatten(1, (groups, -1)), layout, b)

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpcompile.workspace import kept_gradients
+
 __all__ = ["filter_gradients", "grouped_convolution"]
 
-_AT_ONCE = 2**20  # elements of images, cotangents and filters that are worked on at once: they stay in the cache
+_AT_ONCE = 2**21  # elements of images, cotangents and filters that are worked on at once: they stay in the cache
 
 
 def grouped_convolution(cotangent: Tensor, source: Tensor, shape: Sequence[int], *options: Any) -> Tensor:
@@ -49,10 +51,11 @@ def filter_gradients(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
+    reuse: bool,
 ) -> Tensor:
-    """:func:`grouped_convolution` of some examples at a time, for CPUs: contiguous."""
+    """:func:`grouped_convolution` of some examples at a time, for CPUs: contiguous, in memory that may stay mapped."""
     batch = source.shape[0]
-    result = source.new_empty(batch, *shape)
+    result = kept_gradients.take((batch, *shape), source) if reuse else source.new_empty(batch, *shape)
     each = (source.numel() + cotangent.numel() + 2 * result.numel()) // max(batch, 1)
     size = max(1, _AT_ONCE // max(each, 1))
     options = (stride, padding, dilation, transposed, output_padding, groups)
