@@ -263,9 +263,11 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
     sizes = (groups, positions, shape[0] // groups, columns)
     unfolded = product([groups, pixels, pixels] if cheaper else [groups, positions, columns])
     few = groups == 1 and shape[1] < _BLOCK
-    # A grouped convolution pads the channels of every example to a block: patches may take less.
+    # A grouped convolution pads the channels of every example to a block, those of its filters too: patches may take
+    # less.
     patched = few and whole and positions * columns <= pixels * _BLOCK  # type: ignore[operator]
-    narrow = groups == 1 and (columns <= _NARROW or patched)
+    slim = shape[0] < _BLOCK and whole and positions <= _BLOCK  # type: ignore[operator]
+    narrow = groups == 1 and (columns <= _NARROW or patched or slim)
     return Factored(
         site, (small, large), build, sizes, unfolded=unfolded,
         each=None if narrow else each, gram=gram if cheaper else None,

@@ -15,7 +15,7 @@ from dpcompile.workspace import kept_gradients
 
 __all__ = ["filter_gradients", "grouped_convolution"]
 
-_AT_ONCE = 2**21  # elements of images, cotangents and filters that are worked on at once: they stay in the cache
+_AT_ONCE = 2**20  # elements of images, cotangents and filters that are worked on at once: they stay in the cache
 
 
 def grouped_convolution(cotangent: Tensor, source: Tensor, shape: Sequence[int], *options: Any) -> Tensor:
