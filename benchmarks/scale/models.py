@@ -45,7 +45,7 @@ class Large:
     data: Callable[[int, int], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], Tensor]
     ways: tuple[str, ...] = (*_ALONE, *_REPLICATED)
-    further: tuple[str, ...] = ("plain", "ours")
+    further: tuple[str, ...] = _ALONE
     modelled: bool = True
 
 
