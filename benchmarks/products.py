@@ -1,8 +1,9 @@
 """``python -m benchmarks.products``: what per-example products cost on a CPU besides the products.
 
-Prints milliseconds: one summed product by torch and by oneDNN, the same work example by example by torch, into fresh
-memory and into memory that stays mapped, and by oneDNN into the latter, and the squared norms of the result by
-Inductor's own reduction and by ours.
+Prints milliseconds. Of matrices: one summed product by torch and by oneDNN, the same work example by example by torch,
+into fresh memory and into memory that stays mapped, and by oneDNN into the latter, the squared norms of the result by
+Inductor's own reduction and by ours, and its weighted sum by torch and by ours. Of convolutions: the filters' gradient
+as the plain step makes it, every example's by torch and by our kernel, and their norms alone.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 from benchmarks.machine import describe_machine
 from benchmarks.markdown import markdown
 from benchmarks.measure import interleaved
-from dpcompile.norms.product_op import squared_norms
+from dpcompile.norms.filter_op import filter_gradients, filter_norms
+from dpcompile.norms.kept_op import squared_norms, weighted_sums
 from dpcompile.norms.products import own_product
 from dpcompile.onednn import multiply_
 from dpcompile.workspace import Workspace
 
+IMAGES = [(64, 3, 32, 32), (64, 32, 32, 32), (64, 64, 64, 16), (64, 128, 128, 8), (64, 128, 256, 4)]
 SHAPES = [(16, 197, 384, 384), (16, 197, 1536, 384), (8, 256, 512, 2048), (8, 256, 8192, 512)]
 
 
@@ -29,6 +32,7 @@ def measure(sizes: tuple[int, int, int, int], repeats: int) -> list[str]:
     rows, cols = torch.randn(batch, positions, p), torch.randn(batch, positions, d)
     work = Workspace()
     products = torch.bmm(rows.mT, cols)
+    weights = torch.rand(1, batch)
     reduced = torch.compile(lambda x: x.square().reshape(len(x), -1).sum(1), dynamic=False)
     torch.testing.assert_close(own_product(rows.mT, cols), products, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(reduced(products), squared_norms(products), rtol=1e-4, atol=0)
@@ -40,6 +44,37 @@ def measure(sizes: tuple[int, int, int, int], repeats: int) -> list[str]:
         lambda: multiply_(rows.mT, cols, out=work.take((batch, p, d), rows)),
         lambda: reduced(products),
         lambda: squared_norms(products),
+        lambda: torch.mv(products.view(batch, -1).mT, weights[0]),
+        lambda: weighted_sums(weights, [0], [products]),
+    ]
+    times = interleaved(steps, repeats=repeats)
+    return [" x ".join(map(str, sizes)), *(f"{1e3 * statistics.median(t):.2f}" for t in times)]
+
+
+def measure_filters(sizes: tuple[int, int, int, int], repeats: int) -> list[str]:
+    """A row of the table for B, channels, filters of 3 x 3, width and height, in memory as Inductor lays them out."""
+    batch, channels, filters, width = sizes
+    shape, options = [filters, channels, 3, 3], ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+
+    def draw(*lengths: int) -> torch.Tensor:
+        return torch.randn(lengths).to(memory_format=torch.channels_last)
+
+    weights, images, cotangents = draw(*shape), draw(batch, channels, width, width), draw(batch, filters, width, width)
+    x, g = images.unsqueeze(1), cotangents.unsqueeze(1)
+
+    def plain() -> torch.Tensor:
+        wanted = [False, True, False]
+        return torch.ops.aten.convolution_backward(cotangents, images, weights, None, *options, wanted)[1]
+
+    each, norms = filter_gradients(g, x, shape, *options, True, True)
+    for other, squared in (filter_gradients(g, x, shape, *options, False, True), (each, norms)):
+        torch.testing.assert_close(other.sum(0), plain(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(squared, filter_norms(g, x, shape, *options), rtol=1e-4, atol=0)
+    steps = [
+        plain,
+        lambda: filter_gradients(g, x, shape, *options, False, True),
+        lambda: filter_gradients(g, x, shape, *options, True, True),
+        lambda: filter_norms(g, x, shape, *options),
     ]
     times = interleaved(steps, repeats=repeats)
     return [" x ".join(map(str, sizes)), *(f"{1e3 * statistics.median(t):.2f}" for t in times)]
@@ -55,8 +90,11 @@ def main() -> None:
     rows = [measure(sizes, asked.repeats) for sizes in SHAPES]
     head = [
         "B x T x P x D", "summed, torch", "summed, oneDNN", "each, fresh", "each, mapped", "each, oneDNN",
-        "norms, Inductor", "norms, ours",
+        "norms, Inductor", "norms, ours", "weighted sum, torch", "weighted sum, ours",
     ]  # fmt: skip
+    print(markdown(head, rows))
+    rows = [measure_filters(sizes, asked.repeats) for sizes in IMAGES]
+    head = ["B x channels x filters x width", "summed, torch", "each, torch", "each, ours", "norms alone, ours"]
     print(markdown(head, rows))
 
 

@@ -311,16 +311,20 @@ def has_gradient_hooks(parameter: torch.Tensor) -> bool:
     return bool(parameter._backward_hooks) or bool(accumulated)
 
 
-def compile_cpp(source: str) -> ctypes.CDLL:
+def compile_cpp(source: str, *, contract: bool = False) -> ctypes.CDLL:
     """Compile C++ with Inductor's compiler, flags and cache on disk.
 
-    Inductor turns loop vectorisation off, as it vectorises itself, and contraction too, which is as we want it. Flags
-    that not every compiler knows are tried first and then left out.
+    Inductor turns loop vectorisation off, as it vectorises itself, and contraction too, which random numbers need to
+    be the same everywhere. Flags that not every compiler knows are tried first and then left out.
+
+    Args:
+        source: the program.
+        contract: whether a product and a sum may be rounded once.
 
     Raises:
         Exception: there is no compiler, or it failed.
     """
-    plain = ("-fno-math-errno",)
+    plain = ("-fno-math-errno", *(("-ffp-contract=fast",) if contract else ()))
     gcc = (*plain, "-ftree-loop-vectorize", "-Wno-uninitialized")
     native = (*gcc, "-mprefer-vector-width=512") if platform.machine() in ("x86_64", "AMD64") else gcc
     for flags in (native, plain):

@@ -29,7 +29,9 @@ class Cost:
         batched: the same in products of one example each.
         summed: the same in the products of clipped sums.
         convolved: the same in convolutions.
-        filtered: the same in convolutions that make every example's filter gradients.
+        grouped: the same in convolutions that make every example's filter gradients.
+        filtered: the same in our kernel for these.
+        idle: what that kernel computes on empty places of its tiles.
         traffic: bytes read and written.
         fresh: bytes written to memory that the system has just given.
         calls: kernels.
@@ -40,7 +42,9 @@ class Cost:
     batched: sympy.Expr = sympy.S.Zero
     summed: sympy.Expr = sympy.S.Zero
     convolved: sympy.Expr = sympy.S.Zero
+    grouped: sympy.Expr = sympy.S.Zero
     filtered: sympy.Expr = sympy.S.Zero
+    idle: sympy.Expr = sympy.S.Zero
     traffic: sympy.Expr = sympy.S.Zero
     fresh: sympy.Expr = sympy.S.Zero
     calls: sympy.Expr = sympy.S.Zero
@@ -63,7 +67,9 @@ class Numbers:
     batched: float
     summed: float
     convolved: float
+    grouped: float
     filtered: float
+    idle: float
     traffic: float
     fresh: float
     calls: float
@@ -72,7 +78,7 @@ class Numbers:
     @property
     def flops(self) -> float:
         """Operations that the plain step does not have."""
-        return self.large + self.batched + self.summed + self.convolved + self.filtered
+        return self.large + self.batched + self.summed + self.convolved + self.grouped + self.filtered
 
     def seconds(self, rates: Rates) -> float:
         """On a machine."""
@@ -81,7 +87,8 @@ class Numbers:
             + self.batched / rates.batched
             + self.summed / rates.summed
             + self.convolved / rates.convolution
-            + self.filtered / rates.filters
+            + self.grouped / rates.grouped
+            + (self.filtered + self.idle) / rates.filters
             + self.traffic / rates.traffic
             + self.fresh / rates.fresh
             + self.calls * rates.call
@@ -102,6 +109,8 @@ class Shape:
         one_hot: the rows are an index.
         convolution: the plain gradients are made by a convolution.
         grouped: per-example gradients are too, with the examples among its groups.
+        filled: how full the tiles of our filter kernel are, which makes them; 0 where it does not.
+        alone: their norms come without them.
         panels: parts of a Gram matrix.
         products: the clipped sum is a matrix product, and so ours where the plain step's was torch's.
     """
@@ -115,6 +124,8 @@ class Shape:
     one_hot: bool = False
     convolution: bool = False
     grouped: bool = False
+    filled: float = 0.0
+    alone: bool = False
     panels: int = 1
     products: bool = False
 
@@ -134,10 +145,14 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     sides = product([batch, k, t, d if shape.one_hot else p + d]) * e
     weights = product([batch, k, p, d])  # one gradient per example
     flops = 0 if shape.one_hot else 2 * weights * t
-    each = _cost(filtered=flops) if shape.grouped else _cost(batched=flops)
+    each = _cost(grouped=flops) if shape.grouped else _cost(batched=flops)
+    if shape.filled:
+        each = _cost(filtered=flops, idle=sympy.sympify(flops) * (1 / shape.filled - 1))
     saved = _cost(convolved=-flops) if shape.convolution else _cost(large=-flops)  # the plain step's
     fresh = 0 if reuse else weights * e
-    passes = 5 if shape.grouped else 3  # written, read for the norm and for the sum; made for a few examples at a time
+    # Written, read for the norm and for the sum; made for a few examples at a time; or their norm taken at once.
+    passes = 5 if shape.grouped else 2 if shape.filled else 3
+    norms = _cost(traffic=2 * weights * e, fresh=fresh, calls=3, memory=weights * e)
     grams = product([batch, k, t, t]) * e
     tile = weights * e * sympy.Rational(1, DIRECT_TILES)
     redone = flops if shape.products else 0
@@ -146,7 +161,7 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
         "outer": scaled + _cost(traffic=sides, calls=2),
         "ghost": scaled + _cost(traffic=4 * grams, calls=3 * shape.panels, memory=grams),
         "keep": each + saved + _cost(traffic=passes * weights * e, fresh=fresh, calls=3, memory=weights * e),
-        "redo": scaled + each + _cost(traffic=2 * weights * e, fresh=fresh, calls=3, memory=weights * e),
+        "redo": scaled + each + (_cost(calls=1) if shape.alone else norms),
         # Its memory is that of all tiles: the compiler may make them all before it takes their norms.
         "direct": scaled
         + _cost(batched=flops, traffic=2 * weights * e + sides, fresh=tile, calls=3 * DIRECT_TILES, memory=weights * e),

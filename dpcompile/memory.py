@@ -36,7 +36,7 @@ class Holding:
 
     Attributes:
         operands: values of the joint graph, by name, that are needed again after the clip, and their bytes.
-        since: names of the operations at which what the rule makes comes to exist.
+        since: names of the operations at which what the rule makes comes to exist; none: at the end of the backward.
         kept: bytes of it that stay until the clip.
         scratch: bytes of it that are freed at once.
         result: bytes of the clipped sum.
@@ -100,19 +100,22 @@ class Replay:
         lives = dict(self.lives)
         for name in [n for n, x in lives.items() if n.startswith("gradient ")]:
             del lives[name]
-        last = self.moments
-        largest = 0.0
+        holdings = list(holdings)
+        last = self.moments + sum(not h.since for h in holdings) + 1  # the clip
+        moment = self.moments
         for i, holding in enumerate(holdings):
+            moment += not holding.since  # one after the other, when the backward is over
+            until = last if holding.since else moment
             for operand in (self.owners.get(n) for n in holding.operands):
                 if operand is not None and operand in lives:
                     life = lives[operand]
-                    lives[operand] = replace(life, end=last)
-            begin = max((self.lives[n].start for n in holding.since if n in self.lives), default=last)
+                    lives[operand] = replace(life, end=max(life.end, until))
+            begin = max((self.lives[n].start for n in holding.since if n in self.lives), default=moment)
             lives[f"kept {i}"] = _Life(begin, last, holding.kept, True)
             lives[f"scratch {i}"] = _Life(begin, begin, holding.scratch, True)
-            largest = max(largest, holding.result)
+        largest = max((h.result for h in holdings), default=0.0)
         waiting = self.saved * (parts - 1) / share
-        live = _timeline(lives.values(), self.moments, share)
+        live = _timeline(lives.values(), last, share)
         # At the end sums take the place of what was held for them; those of earlier parts are there already.
         backward = max(*live, live[-1] + largest, self.gradients) + (self.gradients if parts > 1 else 0)
         return self.standing + waiting + max(self.forward / share, backward)

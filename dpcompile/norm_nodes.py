@@ -15,11 +15,11 @@ from dpcompile.insert import behind, insert
 from dpcompile.joint import JointGraph
 from dpcompile.kernels.lowering import fused_norm, fusible
 from dpcompile.locate import where
-from dpcompile.norms.factors import factored
+from dpcompile.norms.factors import Factored, alone, factored
 from dpcompile.norms.ghost import Sides, direct, ghost, ghost_of_gram, merge, outer
 from dpcompile.norms.instantiate import per_example_site, tail_inputs, through_tail
-from dpcompile.norms.kept_op import FEW, norms_of_vectors
-from dpcompile.norms.product_op import product_with_norms, squared_norms
+from dpcompile.norms.kept_op import FEW, norms_of_vectors, squared_norms
+from dpcompile.norms.product_op import product_with_norms
 from dpcompile.norms.products import product
 from dpcompile.norms.slices import accumulation_dtype
 from dpcompile.plan import Choice, Plan
@@ -50,7 +50,8 @@ def find_norms(joint: JointGraph, plan: Plan) -> list[Norm]:
     **Guarantee.** Every norm is that of the sum of all the parameter's uses in the graph, behind their tails, float32
     or wider; but for rule "later", whose uses in other regions come first.
     """
-    norms = [_norm(joint, choice) for choice in plan.choices]
+    operations = [s.operation for c in plan.choices for s in c.gradient.sites]
+    norms = [_norm(joint, choice, operations if choice.late else []) for choice in plan.choices]
     vectors: dict[torch.dtype, list[int]] = {}
     for i, norm in enumerate(norms):
         if norm.kept is not None and _is_vector(norm.kept.meta["val"]):
@@ -69,7 +70,7 @@ def _is_vector(each: Tensor) -> bool:
     return each.ndim == 2 and each.device.type == "cpu"
 
 
-def _norm(joint: JointGraph, choice: Choice) -> Norm:
+def _norm(joint: JointGraph, choice: Choice, later_than: Sequence[fx.Node]) -> Norm:
     gradient, rule = choice.gradient, choice.rule
     if rule == "whole":
         squared = insert(joint.graph, behind(joint.graph, [gradient.gradient]), _whole_norm, [gradient.gradient])
@@ -78,6 +79,8 @@ def _norm(joint: JointGraph, choice: Choice) -> Norm:
         return Norm(choice, joint.mask, None)
     if rule in ("outer", "ghost", "direct"):
         return Norm(choice, _factored_norm(joint, choice), None)
+    if rule == "redo" and choice.forms is not None and (form := alone(choice.forms)) is not None:
+        return Norm(choice, _norm_alone(joint, form), None)
     operands, compute = _instantiation(choice, joint.batch)
 
     def norm_and_gradients(mask: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
@@ -85,7 +88,7 @@ def _norm(joint: JointGraph, choice: Choice) -> Norm:
 
     nodes = [joint.mask, *operands]
     try:
-        squared, kept = insert(joint.graph, behind(joint.graph, nodes), norm_and_gradients, nodes)
+        squared, kept = insert(joint.graph, behind(joint.graph, [*nodes, *later_than]), norm_and_gradients, nodes)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise UnsupportedGraphError(
             f"the gradient of parameter '{gradient.name}' cannot be computed per example: {str(error).splitlines()[0]}",
@@ -93,6 +96,17 @@ def _norm(joint: JointGraph, choice: Choice) -> Norm:
             remedy="simplify what stands between the parameter and the layer that uses it, or freeze the parameter",
         ) from error
     return Norm(choice, squared, kept if rule == "keep" else None)
+
+
+def _norm_alone(joint: JointGraph, form: Factored) -> fx.Node:
+    norms = form.norms
+    assert norms is not None
+
+    def compute(mask: Tensor, *values: Tensor) -> Tensor:
+        return norms(*(widened(v, torch.float32) for v in values), mask.shape[0])
+
+    nodes = [joint.mask, *form.operands]
+    return insert(joint.graph, behind(joint.graph, nodes), compute, nodes)
 
 
 def _whole_norm(gradient: Tensor) -> Tensor:
@@ -160,16 +174,20 @@ def _instantiation(
 
     def through_sites(batch: int, values: Sequence[Any]) -> tuple[Tensor, Tensor]:
         known = {n: widened(v, dtype) for n, v in zip(operands, values, strict=True)}
-        sites = []
+        sites, squared = [], []
         for site, form in zip(gradient.sites, own_forms, strict=True):
             if form is None or form.one_hot is not None:
                 sites.append(per_example_site(site, known, batch, dtype))
             elif form.each is not None:
-                sites.append(form.each(*(known[n] for n in form.operands), batch, choice.reuse))
+                value, norm = form.each(*(known[n] for n in form.operands), batch, choice.reuse)
+                sites.append(value)
+                squared.append(norm)
             else:
                 rows, cols = form.build(*(known[n] for n in form.operands), batch)
                 sites.append(product(rows.mT, cols).reshape(batch, *site.value.meta["val"].shape))
         each = through_tail(gradient, sites, known, dtype)
+        if forms is not None and len(forms) == len(squared) == 1:  # no tail, or one that norms do not see
+            return squared[0], each
         return squared_norms(each), each
 
     return operands, through_sites

@@ -1,4 +1,4 @@
-"""The C++ kernels of `kernels/product.cpp`: products of float32 matrices by oneDNN, and sums over Gram matrices.
+"""The C++ kernels of `kernels/product.cpp`: products of float32 matrices by oneDNN, and sums of such matrices.
 
 Torch has oneDNN in it, and multiplies matrices by it in narrower dtypes only.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpcompile._torch import compile_cpp, onednn_matmul, tensor_address
 
-__all__ = ["has_onednn", "multiply_", "sum_of_products"]
+__all__ = ["has_onednn", "multiply_", "sum_of_products", "weighted_sum"]
 
 _SOURCE = pathlib.Path(__file__).parent / "kernels" / "product.cpp"
 
@@ -51,24 +51,48 @@ def sum_of_products(matrices: Sequence[Tensor], lengths: Sequence[Tensor], out: 
     memory = [ctypes.c_void_p(x.data_ptr()) for x in (*matrices, *lengths)]
     sizes = [ctypes.c_int64(n) for n in matrices[0].shape]
     threads = ctypes.c_int(torch.get_num_threads())
-    _library().dp_gram_norms(*memory, *sizes, ctypes.c_void_p(out.data_ptr()), threads)
+    library = _library()
+    assert library is not None
+    library.dp_gram_norms(*memory, *sizes, ctypes.c_void_p(out.data_ptr()), threads)
+
+
+def weighted_sum(rows: Tensor, used: Tensor, weights: Tensor) -> Tensor | None:
+    """``sum_k weight_k row_(used_k)``, in one pass over these rows; no other is read.
+
+    Args:
+        rows: ``[B, n]``, contiguous, on the CPU.
+        used: ``[k]``, int64.
+        weights: ``[k]``, of the dtype of ``rows``.
+
+    Returns:
+        ``[n]``; None where the kernel cannot do it: in other dtypes than float32, or without a compiler.
+    """
+    library = _library() if rows.dtype == torch.float32 and rows.is_contiguous() else None
+    if library is None:
+        return None
+    result = rows.new_empty(rows.shape[1])
+    columns, count = (ctypes.c_int64(n) for n in (rows.shape[1], len(used)))
+    source, places, factors, target = (ctypes.c_void_p(x.data_ptr()) for x in (rows, used, weights, result))
+    threads = ctypes.c_int(torch.get_num_threads())
+    library.dp_weighted_sum(source, columns, places, factors, count, target, threads)
+    return result
 
 
 @lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
-    return compile_cpp(_SOURCE.read_text())
+def _library() -> ctypes.CDLL | None:
+    try:
+        return compile_cpp(_SOURCE.read_text())
+    except Exception:  # no compiler: torch's own operations are right too
+        return None
 
 
 @lru_cache(maxsize=1)
 def _kernel() -> Callable[[Tensor, Tensor, Tensor], bool] | None:
     """What multiplies, and says whether it did."""
-    address = onednn_matmul()
-    if address is None:
+    address, library = onednn_matmul(), _library()
+    if address is None or library is None:
         return None
-    try:
-        function = _library().dp_multiply
-    except Exception:  # no compiler: torch's own products are right too
-        return None
+    function = library.dp_multiply
     function.argtypes, function.restype = [ctypes.c_void_p] * 4, ctypes.c_int
 
     def kernel(a: Tensor, b: Tensor, out: Tensor) -> bool:

@@ -13,7 +13,7 @@ from dpcompile.cost import Cost, Shape, costs, gram_cost, summed_cost
 from dpcompile.kernels.fused_rates import FusedRates
 from dpcompile.memory import Holding, bytes_of, storage_of
 from dpcompile.modes import MODES, Mode
-from dpcompile.norms.factors import Factored, oriented
+from dpcompile.norms.factors import Factored, alone, oriented
 from dpcompile.rates import Rates
 from dpcompile.sites import ParameterGradient
 from dpcompile.sizes import Size, hinted, is_one, product, shape_of
@@ -37,6 +37,7 @@ class Choice:
         reuse: whether kept gradients stay mapped from step to step.
         holding: what it holds until the clip.
         shared: other regions use the parameter too.
+        late: kept gradients are made when the backward is over, from operands that take less memory until then.
         fused: whether rule "direct" or "ghost" is one operator, where there is one (:mod:`dpcompile.kernels.lowering`).
     """
 
@@ -50,6 +51,7 @@ class Choice:
     fused: bool = False
     holding: Holding = Holding({}, (), 0.0, 0.0, 0.0)
     shared: bool = False
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,7 @@ def make_plan(
         untouched: trainable parameters whose gradient is identically zero.
         shared: parameters that other regions use too (:mod:`dpcompile.shared_uses`).
     """
-    options = [_options(g, batch, mode, rates, hints, reuse, fused, shared) for g in gradients]
+    options = [_options(g, batch, mode, rates, hints, reuse, fused, shared, limit is not None) for g in gradients]
     candidates = [[c for _, c in o] for o in options]
     outcome = choose(candidates, limit)
     free = fastest(candidates) if limit is not None else outcome.picks
@@ -215,6 +217,7 @@ def _options(
     reuse: bool,
     fused: FusedRates | None,
     shared: Collection[str],
+    limited: bool,
 ) -> list[tuple[Choice, Candidate]]:
     mode = MODES[mode_name]
     value = gradient.gradient.meta["val"]
@@ -238,6 +241,8 @@ def _options(
         choice = Choice(gradient, rule, taken, total, why, panels, own, quick, shared=later)
         seconds = {key: g.at(hints).seconds(rates) for key, g in grams.items()}
         held = _holding(choice, total.at(hints).memory, hints, element, weight)
+        if limited and rule == "keep" and (least := _held_late(choice, held, hints)) is not None:
+            choice, held = replace(choice, late=True), least
         choice = replace(choice, holding=held)
         numbers = cost.at(hints)
         mapping = numbers.fresh / rates.fresh
@@ -275,12 +280,15 @@ def _fallback(mode: Mode) -> str:
 def _together(forms: Sequence[Factored], element: int, hints: Mapping[sympy.Symbol, int], rates: Rates) -> Shape:
     k, _, p, d = forms[0].sizes
     t = sum((f.sizes[1] for f in forms), start=0)  # type: ignore[misc]
+    filled = min(f.filled for f in forms)
     return Shape(
         k, t, p, d, element,
         copied=sum((f.unfolded for f in forms), start=0),  # type: ignore[misc]
         one_hot=any(f.one_hot is not None for f in forms),
         convolution=any(f.site.kind == "convolution_backward" for f in forms),
-        grouped=any(f.each is not None for f in forms),
+        grouped=filled == 0 and any(f.each is not None for f in forms),
+        filled=filled,
+        alone=alone(forms) is not None,
         panels=panels_of(hinted(t, hints), rates),
         products=element == 4 and all(f.site.kind in ("mm", "bmm") and f.one_hot is None for f in forms),
     )  # fmt: skip
@@ -313,13 +321,20 @@ def _grams(forms: Sequence[Factored], shape: Shape, batch: Size) -> dict[Hashabl
 def _holding(choice: Choice, memory: float, hints: Mapping[sympy.Symbol, int], element: int, weight: Size) -> Holding:
     result = hinted(weight, hints) * element
     since = tuple(s.operation.name for s in choice.gradient.sites)
-    operands: dict[str, float] = {}
-    if choice.rule not in ("keep", "whole"):
-        for site in choice.gradient.sites:
-            for node in map(storage_of, site.operands.values()):
-                operands[node.name] = bytes_of(node, hints)
+    operands = _operands(choice, hints) if choice.rule not in ("keep", "whole") else {}
     kept = memory if choice.rule == "keep" else 0.0
     return Holding(operands, since, kept, memory - kept, result)
+
+
+def _held_late(choice: Choice, early: Holding, hints: Mapping[sympy.Symbol, int]) -> Holding | None:
+    """What is held if the gradients are made at the end of the backward; None if that is more, until then."""
+    operands = _operands(choice, hints)
+    return replace(early, operands=operands, since=()) if sum(operands.values()) < early.kept else None
+
+
+def _operands(choice: Choice, hints: Mapping[sympy.Symbol, int]) -> dict[str, float]:
+    nodes = (storage_of(n) for s in choice.gradient.sites for n in s.operands.values())
+    return {n.name: bytes_of(n, hints) for n in nodes}
 
 
 def _reason(candidates: Sequence[Candidate], pick: int, quickest: int) -> str:

@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from dpcompile.onednn import has_onednn, multiply_
 __all__ = ["Rates", "VARIABLE", "adopt", "measure", "rates_for"]
 
 VARIABLE = "DPCOMPILE_RATES"
+_FULL = 0.25  # part of the tiles: with fewer channels than a quarter of them torch's convolution is taken
 _QUICKER = 1.1  # how much quicker a library must be to be taken instead of torch's own
 
 
@@ -35,7 +36,8 @@ class Rates:
         batched: FLOP/s of many products of one example each, by the library that is quicker.
         summed: FLOP/s of a product over all examples, by the library that is quicker.
         convolution: FLOP/s of a convolution.
-        filters: FLOP/s of a convolution that makes every example's filter gradients.
+        grouped: FLOP/s of a convolution that makes every example's filter gradients.
+        filters: FLOP/s of our kernel for these.
         traffic: bytes/s read or written by pointwise kernels.
         fresh: extra bytes/s for the first write to memory that the system has just given.
         call: seconds that starting a kernel takes.
@@ -45,6 +47,7 @@ class Rates:
     batched: float
     summed: float
     convolution: float
+    grouped: float
     filters: float
     traffic: float
     fresh: float
@@ -55,13 +58,33 @@ class Rates:
         """Whether another library than torch's own was quicker."""
         return self.summed > self.large
 
+    def own_filters(self, full: float) -> bool:
+        """Whether our kernel makes filter gradients that fill its tiles so far."""
+        return full >= _FULL and self.filters > _QUICKER * self.grouped
+
 
 _TYPICAL = {
     "cpu": Rates(
-        large=2e11, batched=1.8e11, summed=2e11, convolution=2e11, filters=2e11, traffic=5e10, fresh=1e10, call=1e-5
+        large=2e11,
+        batched=1.8e11,
+        summed=2e11,
+        convolution=2e11,
+        grouped=1e11,
+        filters=1.8e11,
+        traffic=5e10,
+        fresh=1e10,
+        call=1e-5,
     ),
     "cuda": Rates(
-        large=4e13, batched=3e13, summed=4e13, convolution=3e13, filters=3e13, traffic=2e12, fresh=1e15, call=5e-6
+        large=4e13,
+        batched=3e13,
+        summed=4e13,
+        convolution=3e13,
+        grouped=3e13,
+        filters=3e13,
+        traffic=2e12,
+        fresh=1e15,
+        call=5e-6,
     ),
 }
 
@@ -128,8 +151,14 @@ def measure(device: torch.device) -> Rates:
     convolved = 2 * images.numel() * 64 * 9
     whole = images.transpose(0, 1)  # one example of 32 images
     convolution = convolved / _seconds(lambda: grouped_convolution(whole, whole, filters, *options), device)
-    function, more = (filter_gradients, (True,)) if device.type == "cpu" else (grouped_convolution, ())
-    filtered = convolved / _seconds(lambda: function(images, images, filters, *options, *more), device)
+    if device.type == "cpu":
+        torchs, ours = (
+            partial(filter_gradients, images, images, filters, *options, own, True) for own in (False, True)
+        )
+        grouped, filtered = (convolved / _seconds(function, device) for function in (torchs, ours))
+    else:
+        grouped = convolved / _seconds(lambda: grouped_convolution(images, images, filters, *options), device)
+        filtered = grouped
     filled = _seconds(lambda: target.fill_(1.0), device)
     moved = 2 * source.numel() * 4 / _seconds(lambda: torch.mul(source, 2.0, out=target), device)
     newly = _seconds(lambda: torch.empty_like(source).fill_(1.0), device)
@@ -137,8 +166,8 @@ def measure(device: torch.device) -> Rates:
     call = _seconds(lambda: few.add_(1.0), device)
     fresh = source.numel() * 4 / max(newly - filled, 1e-3 * filled)
     return Rates(
-        large=large, batched=batched, summed=summed, convolution=convolution, filters=filtered, traffic=moved,
-        fresh=fresh, call=call,
+        large=large, batched=batched, summed=summed, convolution=convolution, grouped=grouped, filters=filtered,
+        traffic=moved, fresh=fresh, call=call,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from dpcompile.cost import Shape, costs, gram_cost
 from dpcompile.modes import MODES
 from dpcompile.norms.factors import Factored
 from dpcompile.norms.ghost import Sides, ghost
-from dpcompile.norms.product_op import squared_norms
+from dpcompile.norms.kept_op import squared_norms
 from dpcompile.norms.products import product
 from dpcompile.norms.slices import accumulation_dtype
 from dpcompile.plan import Choice, Plan, panels_of

@@ -10,6 +10,7 @@ from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_
 from torch import nn
 
 import dpcompile
+from dpcompile import onednn
 from dpcompile.norms.kept_op import FEW, norms_of_vectors, weighted_sums
 
 dp_compile: Any = dpcompile.dp_compile
@@ -18,9 +19,16 @@ dp_compile: Any = dpcompile.dp_compile
 @pytest.mark.parametrize(
     "weights", [[0.5, 2.0, 1.0, 3.0], [0.0, 2.0, 0.0, 3.0], [0.0, 2.0, 1.0, 0.0], [1.0, 0.0, 0.0, 2.0], [0.0] * 4]
 )
-def test_weighted_sums_never_read_an_example_of_weight_0(weights: list[float]) -> None:
-    weight = torch.tensor([weights, [1.0, 1.0, 1.0, 1.0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_weighted_sums_never_read_an_example_of_weight_0(
+    weights: list[float], dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(onednn, "_library", lambda: None)
+    weight = torch.tensor([weights, [1.0, 1.0, 1.0, 1.0]], dtype=dtype)
     each = [torch.randn(4, 3), torch.randn(4, 2, 5), torch.randn(5, 4, 2).permute(1, 2, 0)]
+    each = [e.to(dtype) for e in each]
     wanted = [torch.einsum("b,b...->...", w, e) for w, e in zip((weight[0], weight[0], weight[1]), each, strict=True)]
     for gradients in each[:2]:
         gradients[weight[0] == 0] = torch.nan
@@ -28,6 +36,17 @@ def test_weighted_sums_never_read_an_example_of_weight_0(weights: list[float]) -
     for got, right in zip(found, wanted, strict=True):
         assert got.is_contiguous()
         torch.testing.assert_close(got, right)
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 5, 9])
+def test_weighted_sums_of_long_rows(number: int) -> None:
+    """Longer than the piece that is worked on at a time, by any number of examples; the last axes in any order."""
+    each, weight = torch.randn(number, 7, 3, 500), torch.rand(1, number)
+    wanted = torch.einsum("b,b...->...", weight[0], each)
+    for gradients in (each, each.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
+        (found,) = weighted_sums(weight, [0], [gradients])
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, wanted)
 
 
 def test_norms_of_vectors() -> None:

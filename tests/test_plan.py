@@ -13,14 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import per_example_gradients
+from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_step
 from torch import Tensor, nn
 
 from dpcompile import PrivacyError, UnsupportedGraphError, dp_compile, rates
 from dpcompile.axis import Examples
 from dpcompile.check import FirstStep
 from dpcompile.choose import Candidate, Limit, choose, fastest, seconds_of
-from dpcompile.memory import Holding, Replay
+from dpcompile.memory import Holding, Replay, _Life
 from dpcompile.modes import MODES
 from dpcompile.norms.convolutions import Window, patch_columns, patch_gram
 from dpcompile.norms.ghost import Sides, ghost
@@ -260,6 +260,34 @@ def test_a_replay_counts_what_lives() -> None:
     assert expected.peak >= expected.plain_peak - 3 * 33 * 32 * 4
 
 
+@pytest.mark.parametrize(("positions", "late"), [(8, True), (300, False)])
+def test_kept_gradients_are_made_late_where_that_is_smaller(positions: int, late: bool) -> None:
+    """Under a budget: they come behind everything else of the backward."""
+    model = nn.Sequential(*(nn.Linear(96, 96, bias=False) for _ in range(4)))
+    x, loss = torch.randn(4, positions, 96), PseudoLoss(4)
+    truth = clip(per_example_gradients(model, (x,), {}, loss), 0.5)
+    for budget, expected in ((None, False), (100.0, late)):
+        private: Any = dp_compile(model, max_grad_norm=0.5, norm="instantiate", backend="eager", memory_budget=budget)
+        train_step(private, (x,), {}, loss)
+        assert_right(private, truth, 1e-5)
+        assert [c.late for c in private.plan.choices] == [expected] * 4
+        made = [i for i, n in enumerate(private.graph.graph.nodes) if "product_with_norms" in str(n.target)]
+        backward = [i for i, n in enumerate(private.graph.graph.nodes) if n.target is torch.ops.aten.mm.default]
+        assert (min(made) > max(backward)) == expected
+        private.zero_grad()
+
+
+def test_a_replay_of_late_gradients() -> None:
+    """They take the place of their own operands, one after the other, and all wait for the clip."""
+    lives = {"x": _Life(0, 1, 10.0, True), "y": _Life(0, 2, 20.0, True), "z": _Life(1, 4, 5.0, True)}
+    plain = Replay(0.0, 0.0, lives, {n: n for n in lives}, 4, 1.0, 0.0)
+    early = [Holding({}, ("x",), 100.0, 0.0, 1.0), Holding({}, ("y",), 200.0, 0.0, 1.0)]
+    late = [Holding({"x": 10.0}, (), 100.0, 0.0, 1.0), Holding({"y": 20.0}, (), 200.0, 0.0, 1.0)]
+    assert plain.peak(early) == 10 + 20 + 5 + 300
+    assert plain.peak(late) == 20 + 300
+    assert plain.peak(late, parts=2) == (20 + 300) / 2 + 1.0
+
+
 def test_workspace_never_hands_out_what_is_held() -> None:
     work = Workspace()
     like = torch.empty(1)
@@ -281,7 +309,7 @@ def test_workspace_never_hands_out_what_is_held() -> None:
 
 def test_rates_are_measured_once_and_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, measured = tmp_path / "sub" / "rates.json", []
-    known = rates.Rates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+    known = rates.Rates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
     monkeypatch.setattr(rates, "measure", lambda device: measured.append(device) or known)
     monkeypatch.setenv(rates.VARIABLE, str(place))
     rates._rates.cache_clear()

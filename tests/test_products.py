@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dpcompile
 from dpcompile import onednn, pipeline, rates
-from dpcompile.norms import filter_op, products
+from dpcompile.norms import products
 from dpcompile.norms.gram_op import gram_norms
 from dpcompile.norms.products import own_product, product
 from dpcompile.onednn import has_onednn, multiply_
@@ -136,27 +136,6 @@ def test_sums_over_gram_matrices(exact: tuple[str, ...]) -> None:
         torch.testing.assert_close(found[[0, 2]], wanted()[[0, 2]])
 
 
-@pytest.mark.parametrize("at_once", [1, 2**30])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_filter_gradients(at_once: int, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Example by example, in one go or each by itself."""
-    monkeypatch.setattr(filter_op, "_AT_ONCE", at_once)
-    x, groups = torch.randn(3, 2, 4, 6, 5), 2
-    conv = torch.conv_transpose2d if transposed else torch.conv2d
-    filters = torch.randn(*((4, 3) if transposed else (6, 2)), 3, 2, requires_grad=True)
-    options: dict[str, Any] = {"stride": (2, 1), "padding": (1, 0), "groups": groups}
-    outputs = [conv(images, filters, None, **options) for images in x]
-    g = torch.stack([torch.randn_like(o) for o in outputs])
-    wanted = torch.stack([torch.autograd.grad(o, filters, c)[0] for o, c in zip(outputs, g, strict=True)])
-    arguments = (g, x, list(filters.shape), [2, 1], [1, 0], [1, 1], transposed, [0, 0], groups)
-    torch.testing.assert_close(filter_op.grouped_convolution(*arguments), wanted)
-    for reuse in (False, True):
-        torch.testing.assert_close(filter_op.filter_gradients(*arguments, reuse), wanted)
-    torch.library.opcheck(filter_op.filter_gradients, (*arguments, False))
-    none = filter_op.filter_gradients(g[:0], x[:0], *arguments[2:], False)
-    assert none.shape == (0, *filters.shape)
-
-
 class Net(nn.Module):
     """Matrices, a batch of matrices, a convolution, and one of patches that are unfolded."""
 
@@ -208,7 +187,7 @@ def test_the_library_is_chosen_by_what_was_measured(monkeypatch: pytest.MonkeyPa
     seconds = {"large": 1.0, "batched": 1.0, "onednn": 0.5, "each": 0.5}
 
     def timed(each: float) -> rates.Rates:
-        order = iter([seconds["large"], seconds["batched"], seconds["onednn"], each, *[1.0] * 9])
+        order = iter([seconds["large"], seconds["batched"], seconds["onednn"], each, *[1.0] * 10])
         monkeypatch.setattr(rates, "_seconds", lambda run, device: next(order))
         return rates.measure(torch.device("cpu"))
 

@@ -16,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpcompile.axis import Examples
-from dpcompile.norms.filter_op import filter_gradients, grouped_convolution
+from dpcompile.filters import Geometry, fullness
+from dpcompile.norms.filter_op import filter_gradients, filter_norms, grouped_convolution
+from dpcompile.norms.kept_op import squared_norms
 from dpcompile.norms.patches import patches
 from dpcompile.norms.products import product
 from dpcompile.norms.slices import in_front
+from dpcompile.rates import rates_for
 
-__all__ = ["Window", "each_gradient", "patch_columns", "patch_gram"]
+__all__ = ["Window", "each_gradient", "each_norm", "filled", "patch_columns", "patch_gram"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +42,24 @@ class Window:
     groups: int
 
 
-def each_gradient(
-    cotangent: Tensor, source: Tensor, axis: Examples, batch: int, shape: Any, arguments: Any, reuse: bool
-) -> Tensor:
-    """Every example's gradient of the filters, as one convolution with the examples among the groups.
+def filled(value: Tensor, shape: Sequence[int], window: Window) -> float:
+    """How full our filter kernel's tiles are; 0 where torch's convolution is to be taken.
 
-    (Rochette, Manoel and Tramel 2019, arXiv:1912.06015.)
+    Args:
+        value: of the images, or as they are.
+        shape: of the filters.
+        window: theirs.
+    """
+    if value.device.type != "cpu" or value.dtype == torch.float64:
+        return 0.0
+    full = fullness(Geometry(shape, window.stride, window.padding, window.dilation, window.groups))
+    return full if rates_for(value.device).own_filters(full) else 0.0
+
+
+def each_gradient(
+    cotangent: Tensor, source: Tensor, axis: Examples, batch: int, shape: Any, arguments: Any, own: bool, reuse: bool
+) -> tuple[Tensor, Tensor]:
+    """Every example's gradient of the filters, and its squared norm.
 
     Args:
         cotangent: ``[N, C', *spatial]``.
@@ -53,15 +68,23 @@ def each_gradient(
         batch: B.
         shape: of the filters.
         arguments: of the ``convolution_backward``.
+        own: whether by our kernel, on CPUs.
         reuse: whether the result's memory stays mapped for the next step, on CPUs.
 
     Returns:
-        ``[B, *shape]``.
+        ``[B, *shape]`` and ``[B]``.
     """
     front, images = in_front(cotangent, axis, batch), in_front(source, axis, batch)
     if source.device.type == "cpu":
-        return filter_gradients(front, images, list(shape), *arguments[4:10], reuse)
-    return grouped_convolution(front, images, list(shape), *arguments[4:10])
+        return filter_gradients(front, images, list(shape), *arguments[4:10], own, reuse)
+    each = grouped_convolution(front, images, list(shape), *arguments[4:10])
+    return each, squared_norms(each)
+
+
+def each_norm(cotangent: Tensor, source: Tensor, axis: Examples, batch: int, shape: Any, arguments: Any) -> Tensor:
+    """The norms of :func:`each_gradient` by our kernel, without the gradients: ``[B]``."""
+    front, images = in_front(cotangent, axis, batch), in_front(source, axis, batch)
+    return filter_norms(front, images, list(shape), *arguments[4:10])
 
 
 def patch_columns(large: Tensor, window: Window, axis: Examples, batch: int, spatial: Sequence[int]) -> Tensor:

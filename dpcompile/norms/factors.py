@@ -6,7 +6,7 @@ A one-hot side (an embedding's rows) is kept as its index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -15,13 +15,21 @@ import torch
 from torch import Tensor, fx
 
 from dpcompile.axis import Examples
-from dpcompile.norms.convolutions import Window, each_gradient, patch_columns, patch_gram, positions_in_rows
+from dpcompile.norms.convolutions import (
+    Window,
+    each_gradient,
+    each_norm,
+    filled,
+    patch_columns,
+    patch_gram,
+    positions_in_rows,
+)
 from dpcompile.norms.slices import in_front
 from dpcompile.operations import operation_name
 from dpcompile.sites import ParameterGradient, Site
 from dpcompile.sizes import Size, product, shape_of, size
 
-__all__ = ["Factored", "factored", "oriented"]
+__all__ = ["Factored", "alone", "factored", "oriented"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +45,10 @@ class Factored:
         unfolded: elements per example of the copy that a ghost norm makes (the patches of a convolution, or the Gram
             matrix of its pixels).
         aligned: rows and columns are those of the parameter itself, not only of the site.
-        each: from the operands' values and B to every example's value of the site, ``[B, *shape]``, where there is a
-            better way than the product of the sides.
+        each: from the operands' values, B and whether memory may stay mapped to every example's value of the site,
+            ``[B, *shape]``, and its squared norm, where there is a better way than the product of the sides.
+        norms: from the operands' values and B to the squared norms, where they come without the values.
+        filled: how full the tiles of our filter kernel are, which makes both; 0 where it does not.
         gram: from the same to the rows and the Gram matrix ``[B, K, T, T]`` of the columns, where that is cheaper than
             building the columns.
         flipped: rows and columns were exchanged: the first operand is the columns'.
@@ -53,7 +63,9 @@ class Factored:
     one_hot: str | None = None
     unfolded: Size = 0
     aligned: bool = False
-    each: Callable[..., Tensor] | None = None
+    each: Callable[..., tuple[Tensor, Tensor]] | None = None
+    norms: Callable[..., Tensor] | None = None
+    filled: float = 0.0
     gram: Callable[..., tuple[Tensor, Tensor]] | None = None
     flipped: bool = False
     chain: tuple[Any, ...] = ("identity",)
@@ -109,6 +121,11 @@ def oriented(gradient: ParameterGradient, batch: Size) -> list[Factored] | None:
         reference = layout
         forms.append(replace(form, aligned=chain == ("identity",), chain=chain, layout=layout))
     return forms
+
+
+def alone(forms: Sequence[Factored]) -> Factored | None:
+    """The only form, if its norms come without values; they are the gradient's, as its tail preserves norms."""
+    return forms[0] if len(forms) == 1 and forms[0].norms is not None else None
 
 
 _CHAIN = {
@@ -247,9 +264,15 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
         rows = small.flatten(2).unflatten(1, (groups, -1))  # [N, G, P, S]
         return positions_in_rows(rows, layout, b), patch_columns(large, window, layout, b, small.shape[2:])
 
-    def each(small: Tensor, large: Tensor, b: int, reuse: bool = False) -> Tensor:
+    full = filled(source.meta["val"], shape, window)
+
+    def each(small: Tensor, large: Tensor, b: int, reuse: bool = False) -> tuple[Tensor, Tensor]:
         source, cotangent = (small, large) if transposed else (large, small)
-        return each_gradient(cotangent, source, layout, b, shape, arguments, reuse)
+        return each_gradient(cotangent, source, layout, b, shape, arguments, full > 0, reuse)
+
+    def norms(small: Tensor, large: Tensor, b: int) -> Tensor:
+        source, cotangent = (small, large) if transposed else (large, small)
+        return each_norm(cotangent, source, layout, b, shape, arguments)
 
     def gram(small: Tensor, large: Tensor, b: int) -> tuple[Tensor, Tensor]:
         rows = positions_in_rows(small.flatten(2).unflatten(1, (groups, -1)), layout, b)
@@ -269,6 +292,6 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
     slim = shape[0] < _BLOCK and whole and positions <= _BLOCK  # type: ignore[operator]
     narrow = groups == 1 and (columns <= _NARROW or patched or slim)
     return Factored(
-        site, (small, large), build, sizes, unfolded=unfolded,
-        each=None if narrow else each, gram=gram if cheaper else None,
+        site, (small, large), build, sizes, unfolded=unfolded, gram=gram if cheaper else None, filled=full,
+        each=each if full or not narrow else None, norms=norms if full else None,
     )  # fmt: skip

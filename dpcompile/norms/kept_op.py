@@ -11,7 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["FEW", "norms_of_vectors", "weighted_sums"]
+from dpcompile.norms.slices import order_in_memory
+from dpcompile.onednn import weighted_sum
+
+__all__ = ["FEW", "norms_of_vectors", "squared_norms", "weighted_sums"]
 
 FEW = 4  # so many vectors are left to Inductor, which fuses their loops with what makes them
 
@@ -35,18 +38,38 @@ def _(each: Sequence[Tensor]) -> Tensor:
     return each[0].new_empty(len(each), each[0].shape[0])
 
 
+def squared_norms(each: Tensor) -> Tensor:
+    """``[B, ...]`` to ``[B]``: a norm for every row of every example's value, then the sum of their squares.
+
+    Rows are summed apart, so that rounding grows with the length of a row and not of the whole.
+    """
+    if each.ndim < 3:
+        return each.square().reshape(each.shape[0], -1).sum(1)
+    rows = each.flatten(2)
+    return norms_of_rows(rows) if each.device.type == "cpu" else _norms_of_rows(rows)
+
+
+@torch.library.custom_op("dpcompile::norms_of_rows", mutates_args=())
+def norms_of_rows(rows: Tensor) -> Tensor:
+    """Squared norms of every example's ``[P, D]``, by torch's own kernel: ``[B, P, D]`` to ``[B]``."""
+    return _norms_of_rows(rows)
+
+
+@norms_of_rows.register_fake
+def _(rows: Tensor) -> Tensor:
+    """Shapes only."""
+    return rows.new_empty(rows.shape[0])
+
+
+def _norms_of_rows(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=2).square().sum(1)
+
+
 @torch.library.custom_op("dpcompile::weighted_sums", mutates_args=())
 def weighted_sums(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) -> list[Tensor]:
     """``sum_i weight_i * gradient_i`` of k parameters.
 
     **Guarantee.** An example of weight 0 leaves no trace, also where its gradient is NaN or infinite: it is not read.
-
-    ==========================  =====================================
-    edge case                   outcome
-    ==========================  =====================================
-    all weights are 0           zeros
-    weights 0 between others    a product for every run of the others
-    ==========================  =====================================
 
     Args:
         weights: ``[groups, B]``, finite.
@@ -56,8 +79,8 @@ def weighted_sums(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) 
     Returns:
         The sums, each of the shape of one example's gradient, contiguous.
     """
-    runs = [_runs(row) for row in weights.tolist()]
-    return [_weighted_sum(weights[row], runs[row], gradients) for row, gradients in zip(rows, each, strict=True)]
+    used = [row.nonzero().flatten() for row in weights]
+    return [_weighted_sum(weights[row], used[row], gradients) for row, gradients in zip(rows, each, strict=True)]
 
 
 @weighted_sums.register_fake
@@ -66,19 +89,12 @@ def _(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) -> list[Tens
     return [gradients.new_empty(gradients.shape[1:]) for gradients in each]
 
 
-def _runs(weights: list[float]) -> list[tuple[int, int]]:
-    """First and last of neighbouring examples with weights that are not 0, ``[first, last)``."""
-    used = [False, *(w != 0 for w in weights), False]
-    borders = [i for i in range(len(weights) + 1) if used[i] != used[i + 1]]
-    return list(zip(borders[::2], borders[1::2], strict=True))
-
-
-def _weighted_sum(weights: Tensor, runs: list[tuple[int, int]], each: Tensor) -> Tensor:
-    flat = each.reshape(each.shape[0], -1)
-    if not runs:
-        return each.new_zeros(each.shape[1:])
-    first, last = runs[0]
-    total = torch.mv(flat[first:last].T, weights[first:last])
-    for first, last in runs[1:]:
-        total.addmv_(flat[first:last].T, weights[first:last])
-    return total.view(each.shape[1:])
+def _weighted_sum(weights: Tensor, used: Tensor, each: Tensor) -> Tensor:
+    order = order_in_memory(each[0])
+    lying = each.permute(0, *(i + 1 for i in order))
+    flat = lying.reshape(each.shape[0], -1)
+    total = weighted_sum(flat, used, weights[used])
+    if total is None:
+        total = torch.mv(flat[used].T, weights[used])
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return total.view(lying.shape[1:]).permute(back).contiguous()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpcompile.norms.kept_op import squared_norms
 from dpcompile.norms.products import quicker
 from dpcompile.onednn import multiply_
 from dpcompile.workspace import kept_gradients
 
-__all__ = ["product_with_norms", "squared_norms"]
+__all__ = ["product_with_norms"]
 
 
 @torch.library.custom_op("dpcompile::product_with_norms", mutates_args=())
@@ -42,30 +43,3 @@ def _(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor, Tensor]:
     """Shapes only."""
     batch, blocks, _, p = rows.shape
     return rows.new_empty(batch, blocks, p, cols.shape[-1]), rows.new_empty(batch)
-
-
-def squared_norms(each: Tensor) -> Tensor:
-    """``[B, ...]`` to ``[B]``: a norm for every row of every example's value, then the sum of their squares.
-
-    Rows are summed apart, so that rounding grows with the length of a row and not of the whole.
-    """
-    if each.ndim < 3:
-        return each.square().reshape(each.shape[0], -1).sum(1)
-    rows = each.flatten(2)
-    return norms_of_rows(rows) if each.device.type == "cpu" else _norms_of_rows(rows)
-
-
-@torch.library.custom_op("dpcompile::norms_of_rows", mutates_args=())
-def norms_of_rows(rows: Tensor) -> Tensor:
-    """Squared norms of every example's ``[P, D]``, by torch's own kernel: ``[B, P, D]`` to ``[B]``."""
-    return _norms_of_rows(rows)
-
-
-@norms_of_rows.register_fake
-def _(rows: Tensor) -> Tensor:
-    """Shapes only."""
-    return rows.new_empty(rows.shape[0])
-
-
-def _norms_of_rows(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=2).square().sum(1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dpcompile.axis import Examples
 
-__all__ = ["accumulation_dtype", "in_front", "scaled"]
+__all__ = ["accumulation_dtype", "in_front", "order_in_memory", "scaled"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,7 +39,7 @@ def scaled(value: Tensor, axis: Examples, weights: Tensor) -> Tensor:
     The result lies in memory as ``value`` does: a compiler gives a product the order of its axes, and would move every
     element of a transposed value to another place.
     """
-    order = _order_in_memory(value)
+    order = order_in_memory(value)
     if order != sorted(order):
         back = [order.index(i) for i in range(value.ndim)]
         return scaled(value.permute(order), axis.at(back[axis.dim]), weights).permute(back)
@@ -50,7 +50,7 @@ def scaled(value: Tensor, axis: Examples, weights: Tensor) -> Tensor:
     return product.flatten(axis.dim, axis.dim + 2)
 
 
-def _order_in_memory(value: Tensor) -> list[int]:
+def order_in_memory(value: Tensor) -> list[int]:
     """The axes from the longest stride to the shortest; as they are if a stride is a symbol."""
     strides = value.stride()
     if not all(isinstance(s, int) for s in strides):
