@@ -89,7 +89,7 @@ def choose(options: Sequence[Sequence[Candidate]], limit: Limit | None) -> Outco
     smallest: tuple[float, Outcome] | None = None
     for parts in limit.parts:
         least = _smallest(options)
-        peak = limit.peak(_holdings(options, least), parts)
+        peak, least = min((limit.peak(_holdings(options, p), parts), p) for p in (least, _later(options, least)))
         if smallest is None or peak < smallest[0]:
             smallest = peak, Outcome(least, parts, fits=False)
         if not limit.allows(peak):
@@ -168,30 +168,38 @@ def _within(options: Sequence[Sequence[Candidate]], limit: Limit, parts: int) ->
     def fits(picks: list[int]) -> bool:
         return limit.allows(limit.peak(_holdings(options, picks), parts))
 
-    quickest = fastest(options, parts=parts)
-    if fits(quickest):
+    def fitting(picks: list[int]) -> list[int] | None:
+        return next((p for p in (picks, _later(options, picks)) if fits(p)), None)
+
+    quickest = fitting(fastest(options, parts=parts))
+    if quickest is not None:
         return quickest
     low, high = 1e-15, 1e-6  # seconds per byte: less than any memory moves, more than any needs
-    best = _smallest(options)
+    best = fitting(_smallest(options)) or _smallest(options)
     for _ in range(16):
         price = (low * high) ** 0.5
-        picks = fastest(options, price, parts)
-        if fits(picks):
+        picks = fitting(fastest(options, price, parts))
+        if picks is not None:
             best, high = picks, price
         else:
             low = price
     gains = []
     for i, candidates in enumerate(options):
-        slower = candidates[best[i]].time(parts) + sum(candidates[best[i]].grams.values())
-        quick = candidates[quickest[i]].time(parts) + sum(candidates[quickest[i]].grams.values())
-        if quick < slower:
-            gains.append((slower - quick, i))
-    for _, i in sorted(gains, reverse=True)[:_TRIES]:
+        times = [c.time(parts) + sum(c.grams.values()) for c in candidates]
+        gains += [(times[best[i]] - time, i, n) for n, time in enumerate(times) if time < times[best[i]]]
+    changed: set[int] = set()
+    for _, i, n in sorted(gains, key=lambda g: -g[0])[:_TRIES]:
         tried = [*best]
-        tried[i] = quickest[i]
-        if fits(tried):
+        tried[i] = n
+        if i not in changed and fits(tried):
             best = tried
+            changed.add(i)
     return best
+
+
+def _later(options: Sequence[Sequence[Candidate]], picks: Sequence[int]) -> list[int]:
+    """The same rules, each at the last of the moments at which it can make what it keeps."""
+    return [max(n for n, c in enumerate(o) if c.rule == o[i].rule) for o, i in zip(options, picks, strict=True)]
 
 
 def _smallest(options: Sequence[Sequence[Candidate]]) -> list[int]:

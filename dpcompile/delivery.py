@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Delivery:
         mask: float32 ``[B]``, 1 for an example and 0 for padding.
         keep: takes the norms, the mask and the named clipped sums, and the identity of the running backward.
         refused: why this forward may have no backward at all, or None.
+        filters: what stands in for some of the parameters, by name; for the others they themselves.
         done: it had it.
     """
 
@@ -52,6 +53,7 @@ class Delivery:
     mask: Tensor
     keep: Callable[[Tensor | None, Tensor, list[tuple[str, Tensor]], int], None]
     refused: PrivacyError | None = None
+    filters: Mapping[str, Tensor] = field(default_factory=dict)
     done: bool = False
 
     @disable
@@ -94,7 +96,8 @@ class _Deliver(torch.autograd.Function):
         ctx.delivery = delivery
         ctx.set_materialize_grads(False)
         own = len(parameters) - narrow
-        aliases = (p.detach() for p in parameters[:own])
+        stands = (delivery.filters.get(n, p) for n, p in zip(delivery.names[:own], parameters[:own], strict=True))
+        aliases = (p.detach() for p in stands)
         sums = (torch.zeros((), device=p.device).expand(p.shape) for p in parameters[own:])
         return (torch.zeros_like(delivery.mask), *aliases, *sums)
 

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from dpcompile.delivery import Delivery, through_delivery
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.kept import Kept
 from dpcompile.kinds import check_model
+from dpcompile.layouts import copied_bytes, filters_of, laid_out
 from dpcompile.ledger import GradientLedger
 from dpcompile.parts import Turn, asked_parts, joined, split_call
 from dpcompile.pipeline import Options, Transformed, privatize
@@ -185,6 +186,7 @@ class Engine:
             labels.append(self._output_labels)
             self._turn.index += 1
         self._current = whole
+        self._turn.filters.clear()  # the parts hold them
         return joined(results, labels)
 
     def trace(self, *args: Any, **kwargs: Any) -> None:
@@ -231,6 +233,7 @@ class Engine:
 
         def keep(norms: Tensor | None, mask: Tensor, sums: list[tuple[str, Tensor]], graph_task: int) -> None:
             reached = {name for name, _ in sums}
+            sums = [(n, s.contiguous() if self._parameters[n].is_contiguous() else s) for n, s in sums]
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
             zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]
             self.replicas.deliver(sums, zeros, graph_task=graph_task, call=turn, reduces=reduces)
@@ -239,7 +242,15 @@ class Engine:
                 if recorder is not None:
                     recorder.compare(norms, mask, sums)
 
-        return Delivery(names, turn.mask[rows], keep, refused)
+        return Delivery(names, turn.mask[rows], keep, refused, turn.filters)
+
+    def filters(self, named: Mapping[int, str], inputs: Sequence[Any]) -> dict[int, Tensor]:
+        """These filters among a graph's inputs as all parts of the current call take them."""
+        known = (self._turn or Turn(1)).filters
+        for p, name in named.items():
+            if name not in known:
+                known[name] = laid_out(inputs[p])
+        return {p: known[name] for p, name in named.items()}
 
     def check_parameters(self, roles: Roles, inputs: Sequence[Any]) -> None:
         """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks that never run."""
@@ -318,13 +329,22 @@ class Engine:
         region = _Region(self, roles=roles, others=roles.others)
         extended, extra = extend(gm, roles)
         parts = None if self._turn is None else self._turn.parts
+        arguments, copied = list(inputs), 0
+        if self.options.backend == "inductor":
+            filters = filters_of(gm, inputs, {**roles.frozen, **roles.parameters})
+            copied = copied_bytes(gm, inputs, filters, parts or 1)
+            region.filters = filters if parts is not None else {}
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        for p in region.filters:  # fake: a live tensor that Dynamo does not know would get symbols for its sizes
+            fake = placeholders[p].meta["example_value"]
+            arguments[p] = laid_out(fake).requires_grad_(inputs[p].requires_grad)
 
         def transform(joint: fx.GraphModule) -> None:
-            region.transformed = self.transformed = privatize(joint, roles, self.options, parts)
+            region.transformed = self.transformed = privatize(joint, roles, self.options, parts, copied)
 
         region.compiled = compile_joint(
             extended,
-            [*inputs, *extra],
+            [*arguments, *extra],
             backend=self.options.backend,
             transform=transform,
             key=cache_key(self.options, roles, parts or 1),
@@ -355,6 +375,7 @@ class _Region:
     roles: Roles | None = None
     transformed: Transformed | None = None
     others: dict[int, str] = field(default_factory=dict)
+    filters: dict[int, str] = field(default_factory=dict)
 
     def __call__(self, *inputs: Any) -> Any:
         if self.engine.tracing:
@@ -370,11 +391,12 @@ class _Region:
         position, dim = self.roles.batch_from
         self.engine.check_parameters(self.roles, inputs)
         names = [*self.roles.parameters.values(), *(self.roles.parameters[p] for p in self.roles.narrow)]
+        filters = self.engine.filters(self.filters, inputs)
         delivery = self.engine.delivery(names, inputs[position], dim)
         live, narrow = ([inputs[p] for p in positions] for positions in (self.roles.parameters, self.roles.narrow))
         apart = self.engine.replicas.apart
         norms, aliases, sums = through_delivery(delivery, apart(live), apart(narrow))
-        arguments = list(inputs)
+        arguments = [filters.get(p, x) for p, x in enumerate(inputs)]
         for p, alias in zip(self.roles.parameters, aliases, strict=True):
             arguments[p] = alias
         outputs = self.compiled(*arguments, delivery.mask, norms, *sums)

@@ -67,6 +67,7 @@ class Replay:
         forward: bytes at the forward's peak.
         saved: bytes of the examples that wait for the backward.
         lives: what exists during the backward, by name; moment 0 is its start.
+        made: the moment at which every value of the backward is made.
         owners: the value of ``lives`` that holds the memory of a value of the joint graph.
         moments: the backward's length.
         gradients: bytes of all gradients.
@@ -76,6 +77,7 @@ class Replay:
     forward: float
     saved: float
     lives: Mapping[str, _Life]
+    made: Mapping[str, int]
     owners: Mapping[str, str]
     moments: int
     gradients: float
@@ -103,14 +105,14 @@ class Replay:
         holdings = list(holdings)
         last = self.moments + sum(not h.since for h in holdings) + 1  # the clip
         moment = self.moments
-        for i, holding in enumerate(holdings):
-            moment += not holding.since  # one after the other, when the backward is over
+        for i, holding in reversed(list(enumerate(holdings))):
+            moment += not holding.since  # one after the other, the last first, when the backward is over
             until = last if holding.since else moment
             for operand in (self.owners.get(n) for n in holding.operands):
                 if operand is not None and operand in lives:
                     life = lives[operand]
                     lives[operand] = replace(life, end=max(life.end, until))
-            begin = max((self.lives[n].start for n in holding.since if n in self.lives), default=moment)
+            begin = max((self.made[n] for n in holding.since if n in self.made), default=moment)
             lives[f"kept {i}"] = _Life(begin, last, holding.kept, True)
             lives[f"scratch {i}"] = _Life(begin, begin, holding.scratch, True)
         largest = max((h.result for h in holdings), default=0.0)
@@ -143,6 +145,7 @@ def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -
     memory = {n: storage_of(n) for n in joint.graph.nodes}
     names = {n.name for n, own in memory.items() if own.op == "placeholder" and own not in joint.tangent_of}
     lives = {n: x for n, x in lives.items() if n not in names}
+    made = {n: x.start for n, x in lives.items()}
     for i, gradient in enumerate(storage_of(g) for g in joint.gradients.values() if g is not None):
         if gradient.name in lives:
             lives[f"gradient {i}"] = lives.pop(gradient.name)
@@ -161,7 +164,7 @@ def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -
             source = source.all_input_nodes[0]
         if source.name in owners:
             owners.setdefault(node.name, owners[source.name])
-    return Replay(peak, saved, lives, owners, moments, parameters, inputs)
+    return Replay(peak, saved, lives, made, owners, moments, parameters, inputs)
 
 
 def _timeline(lives: Iterable[_Life], moments: int, parts: float) -> list[float]:

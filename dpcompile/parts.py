@@ -7,7 +7,7 @@ example's clipped gradient depends on no other example, so the clipped sums of t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,12 +32,14 @@ class Turn:
         index: of the part whose forward is running.
         mask: ``[B]`` weights of the whole batch.
         norms: ``[B]`` of the whole batch, as far as parts had their backward; None before the first.
+        filters: parameters by name, as the compiled parts take them; they share one copy.
     """
 
     parts: int
     index: int = 0
     mask: Tensor | None = None
     norms: Tensor | None = None
+    filters: dict[str, Tensor] = field(default_factory=dict)
 
     def with_norms(self, norms: Tensor, rows: slice) -> Tensor:
         """The batch's norms once these rows' are known; zero where no backward came yet."""

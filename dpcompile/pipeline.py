@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -83,7 +83,9 @@ class Transformed:
     uses: Mapping[str, Use] = field(default_factory=dict)
 
 
-def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int | None = None) -> Transformed:
+def privatize(
+    module: fx.GraphModule, roles: Roles, options: Options, parts: int | None = None, copied: int = 0
+) -> Transformed:
     """Normalise, name, prove, find, plan, rewrite: ``module`` returns clipped sums and norms afterwards.
 
     Contract: ``module`` is a decomposed joint graph of AOTAutograd, rewritten in place; ``roles`` are those of its
@@ -95,6 +97,7 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
         options: see there.
         parts: of how many equal parts of the batch this graph sees one; None: the whole batch, and the plan may ask for
             parts.
+        copied: bytes of parameters and inputs that the compiler copies, and keeps for the backward.
 
     Raises:
         InParts: the plan asks for parts.
@@ -127,7 +130,7 @@ def privatize(module: fx.GraphModule, roles: Roles, options: Options, parts: int
         plain_seconds=plain_seconds(joint.graph, roles.hints, rates),
         reuse=options.memory_budget is None and device.type == "cpu",
         fused=_fused_on(device),
-        limit=None if roles.lowering else _limit(options.memory_budget, joint, proof, roles, rates, parts),
+        limit=None if roles.lowering else _limit(options.memory_budget, joint, proof, roles, rates, parts, copied),
         untouched=certificate.zero,
         shared=roles.shared,
     )
@@ -167,12 +170,19 @@ def _cut(joint: JointGraph, plan: Plan) -> Cut | None:
 
 
 def _limit(
-    budget: float | int | None, joint: JointGraph, proof: Proof, roles: Roles, rates: Rates, parts: int | None
+    budget: float | int | None,
+    joint: JointGraph,
+    proof: Proof,
+    roles: Roles,
+    rates: Rates,
+    parts: int | None,
+    copied: int,
 ) -> Limit | None:
     """The budget in bytes, and what it is compared with."""
     if budget is None:
         return None
     part = replay(joint, proof, roles.hints)
+    part = replace(part, standing=part.standing + copied)
     plain = part.plain_peak(parts or 1)
     calls = sum(n.op == "call_function" and not is_fused(n) for n in joint.graph.nodes)
     overhead = 2 * calls * rates.call + 3 * part.gradients / rates.traffic

@@ -37,7 +37,7 @@ class Choice:
         reuse: whether kept gradients stay mapped from step to step.
         holding: what it holds until the clip.
         shared: other regions use the parameter too.
-        late: kept gradients are made when the backward is over, from operands that take less memory until then.
+        late: kept gradients are made when the backward is over, to fit a budget.
         fused: whether rule "direct" or "ghost" is one operator, where there is one (:mod:`dpcompile.kernels.lowering`).
     """
 
@@ -228,7 +228,7 @@ def _options(
 
     def option(
         rule: str, cost: Cost, why: str, forms: Sequence[Factored] | None = None, grams: Mapping[Hashable, Cost] = {},
-        panels: int = 1,
+        panels: int = 1, late: bool = False,
     ) -> tuple[Choice, Candidate]:  # fmt: skip
         own = reuse and rule == "keep"
         total = sum(grams.values(), start=cost)
@@ -241,9 +241,9 @@ def _options(
         choice = Choice(gradient, rule, taken, total, why, panels, own, quick, shared=later)
         seconds = {key: g.at(hints).seconds(rates) for key, g in grams.items()}
         held = _holding(choice, total.at(hints).memory, hints, element, weight)
-        if limited and rule == "keep" and (least := _held_late(choice, held, hints)) is not None:
-            choice, held = replace(choice, late=True), least
-        choice = replace(choice, holding=held)
+        if late:
+            held = replace(held, operands=_operands(choice, hints), since=())
+        choice = replace(choice, holding=held, late=late)
         numbers = cost.at(hints)
         mapping = numbers.fresh / rates.fresh
         return choice, Candidate(rule, numbers.seconds(rates) - mapping, mapping, seconds, held)
@@ -267,10 +267,13 @@ def _options(
         table["later"] = table["outer"]
         return [option(rule, table[rule], "other regions use it too", forms)]
     grams = _grams(forms, shape, batch)
-    return [
+    found = [
         option(r, table[r], forced, forms, grams if r == "ghost" else {}, shape.panels if r == "ghost" else 1)
         for r in wanted
     ]
+    if limited and "keep" in wanted:
+        found.append(option("keep", table["keep"], forced, forms, late=True))
+    return found
 
 
 def _fallback(mode: Mode) -> str:
@@ -326,12 +329,6 @@ def _holding(choice: Choice, memory: float, hints: Mapping[sympy.Symbol, int], e
     return Holding(operands, since, kept, memory - kept, result)
 
 
-def _held_late(choice: Choice, early: Holding, hints: Mapping[sympy.Symbol, int]) -> Holding | None:
-    """What is held if the gradients are made at the end of the backward; None if that is more, until then."""
-    operands = _operands(choice, hints)
-    return replace(early, operands=operands, since=()) if sum(operands.values()) < early.kept else None
-
-
 def _operands(choice: Choice, hints: Mapping[sympy.Symbol, int]) -> dict[str, float]:
     nodes = (storage_of(n) for s in choice.gradient.sites for n in s.operands.values())
     return {n.name: bytes_of(n, hints) for n in nodes}
@@ -341,10 +338,10 @@ def _reason(candidates: Sequence[Candidate], pick: int, quickest: int) -> str:
     def total(i: int) -> float:
         return candidates[i].time(1) + sum(candidates[i].grams.values())
 
-    if pick != quickest:
+    if candidates[pick].rule != candidates[quickest].rule:
         slower = _milliseconds(total(pick) - total(quickest))
         return f"fits the memory budget ({candidates[quickest].rule}: {slower} less)"
-    others = [(total(i), c.rule) for i, c in enumerate(candidates) if i != pick]
+    others = [(total(i), c.rule) for i, c in enumerate(candidates) if c.rule != candidates[pick].rule]
     if not others:
         return "the only rule"
     seconds, name = min(others)

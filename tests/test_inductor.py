@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import CASES
 from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_step
+from torch import Tensor, nn
 
 import dpcompile
 from dpcompile import ExampleMixingError
@@ -102,3 +103,34 @@ def test_evaluation_through_inductor() -> None:
     private = dp_compile(model, backend="inductor")
     with torch.no_grad():
         torch.testing.assert_close(private(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Filters(nn.Module):
+    """Filters that train, one that does not, and a transposed one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.frozen = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.up, self.last = nn.ConvTranspose2d(8, 4, 2, stride=2), nn.Conv2d(4, 4, 3, bias=False)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.frozen(torch.tanh(self.first(x))))
+        return self.last(torch.tanh(self.up(h))).mean((2, 3))
+
+
+def test_parts_share_filters_with_their_channels_last() -> None:
+    """In every step anew: what the parts take is what the optimizer left. Gradients lie as their parameters do."""
+    torch.manual_seed(0)
+    model, x, loss = Filters(), torch.randn(8, 3, 6, 6), PseudoLoss(8)
+    private = dp_compile(model, max_grad_norm=0.5, memory_budget=0.8, backend="inductor", dynamic=False)
+    for _ in range(2):
+        truth = clip(per_example_gradients(model, (x,), {}, loss), 0.5)
+        train_step(private, (x,), {}, loss)
+        assert private.plan.parts > 1
+        assert_right(private, truth, 1e-4)
+        assert all(p.grad is None or p.grad.stride() == p.stride() for p in model.parameters())
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1)
+        private.zero_grad()
