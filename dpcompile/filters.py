@@ -102,6 +102,8 @@ def _kernel() -> _Kernel | None:
     workspace.restype = ctypes.c_int64
 
     def kernel(images: Tensor, cotangents: Tensor, geometry: Geometry, out: Tensor | None) -> Tensor:
+        if not _fits(images, cotangents, geometry):
+            raise ValueError(f"{geometry} on images {tuple(images.shape)} and cotangents {tuple(cotangents.shape)}")
         batch, threads = images.shape[0], torch.get_num_threads()
         sizes = _sizes(images, cotangents, geometry)
         filters = geometry.shape[0] // geometry.groups
@@ -115,6 +117,20 @@ def _kernel() -> _Kernel | None:
         return norms.sum(1).float()
 
     return kernel if _is_right(kernel) else None
+
+
+def _fits(images: Tensor, cotangents: Tensor, geometry: Geometry) -> bool:
+    """Whether every filter looks at the image from every place: the kernel reads and writes without asking."""
+    filters, channels, *kernel = geometry.shape
+    lengths = images.shape[3:], cotangents.shape[3:], kernel, geometry.stride, geometry.padding, geometry.dilation
+    if any(len(x) != len(kernel) for x in lengths) or images.shape[:2] != cotangents.shape[:2]:
+        return False
+    inside = all(
+        (places - 1) * stride + dilation * (size - 1) < image + 2 * padding and min(stride, dilation, padding + 1) > 0
+        for image, places, size, stride, padding, dilation in zip(*lengths, strict=True)
+    )
+    named = images.shape[2] == channels * geometry.groups and cotangents.shape[2] == filters
+    return inside and named and filters % geometry.groups == 0
 
 
 def _sizes(images: Tensor, cotangents: Tensor, geometry: Geometry) -> ctypes.Array[ctypes.c_int64]:

@@ -199,6 +199,49 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(filter_norms(*arguments), wanted.flatten(1).square().sum(1).float())
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stride": [1]},
+        {"padding": [0, 0]},
+        {"dilation": [4, 1]},
+        {"groups": 1},
+        {"shape": [7, 2, 3, 2]},
+        {"shape": [6, 2, 3]},
+    ],
+)
+def test_what_does_not_fit_is_an_error(change: dict[str, Any]) -> None:
+    """The kernel would read and write where there is nothing."""
+    made = problem(PLAIN)
+    assert made is not None
+    (g, x, shape, stride, padding, dilation, *_), _ = made
+    geometry = {"shape": shape, "stride": stride, "padding": padding, "dilation": dilation, "groups": 2}
+    filters.gradients_(x, g, Geometry(**geometry), None)
+    with pytest.raises(ValueError, match=r"Geometry\(.*on images \(3, 2, 4, 6, 5\) and cotangents"):
+        filters.gradients_(x, g, Geometry(**{**geometry, **change}), None)
+
+
+def test_one_number_for_all_dimensions() -> None:
+    """As convolutions with ``padding="same"`` and some exporters write them."""
+    torch.manual_seed(0)
+
+    class Same(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.filters = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            options = [1], [1], [1], False, [0], 1
+            return torch.ops.aten.convolution.default(x, self.filters, None, *options).mean((2, 3))
+
+    for norm in ("per_example", "redo"):
+        model, x, loss = Same(), torch.randn(3, 8, 4, 4), PseudoLoss(3)
+        truth = clip(per_example_gradients(model, (x,), {}, loss), 0.5)
+        private = dp_compile(model, max_grad_norm=0.5, backend="eager", norm=norm)
+        train_step(private, (x,), {}, loss)
+        assert_right(private, truth, 1e-5)
+
+
 def test_fullness() -> None:
     def of(shape: list[int], groups: int = 1, dilation: int = 1) -> float:
         space = len(shape) - 2

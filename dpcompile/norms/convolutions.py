@@ -57,7 +57,7 @@ def filled(value: Tensor, shape: Sequence[int], window: Window) -> float:
 
 
 def each_gradient(
-    cotangent: Tensor, source: Tensor, axis: Examples, batch: int, shape: Any, arguments: Any, own: bool, reuse: bool
+    cotangent: Tensor, source: Tensor, axis: Examples, batch: int, shape: Any, options: Any, own: bool, reuse: bool
 ) -> tuple[Tensor, Tensor]:
     """Every example's gradient of the filters, and its squared norm.
 
@@ -67,7 +67,8 @@ def each_gradient(
         axis: the examples along N.
         batch: B.
         shape: of the filters.
-        arguments: of the ``convolution_backward``.
+        options: stride, padding, dilation (one number for each dimension), whether it is transposed, output padding and
+            groups.
         own: whether by our kernel, on CPUs.
         reuse: whether the result's memory stays mapped for the next step, on CPUs.
 
@@ -76,15 +77,15 @@ def each_gradient(
     """
     front, images = in_front(cotangent, axis, batch), in_front(source, axis, batch)
     if source.device.type == "cpu":
-        return filter_gradients(front, images, list(shape), *arguments[4:10], own, reuse)
-    each = grouped_convolution(front, images, list(shape), *arguments[4:10])
+        return filter_gradients(front, images, list(shape), *options, own, reuse)
+    each = grouped_convolution(front, images, list(shape), *options)
     return each, squared_norms(each)
 
 
-def each_norm(cotangent: Tensor, source: Tensor, axis: Examples, batch: int, shape: Any, arguments: Any) -> Tensor:
+def each_norm(cotangent: Tensor, source: Tensor, axis: Examples, batch: int, shape: Any, options: Any) -> Tensor:
     """The norms of :func:`each_gradient` by our kernel, without the gradients: ``[B]``."""
     front, images = in_front(cotangent, axis, batch), in_front(source, axis, batch)
-    return filter_norms(front, images, list(shape), *arguments[4:10])
+    return filter_norms(front, images, list(shape), *options)
 
 
 def patch_columns(large: Tensor, window: Window, axis: Examples, batch: int, spatial: Sequence[int]) -> Tensor:

@@ -258,6 +258,7 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
     # One number may stand for all dimensions.
     stride, padding, dilation = (list(a) * (len(shape) - 2 if len(a) == 1 else 1) for a in arguments[4:7])
     window = Window(shape[2:], stride, padding, dilation, groups)
+    options = (stride, padding, dilation, transposed, arguments[8], groups)
     small, large = (source, cotangent) if transposed else (cotangent, source)
 
     def build(small: Tensor, large: Tensor, b: int) -> tuple[Tensor, Tensor]:
@@ -268,11 +269,11 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
 
     def each(small: Tensor, large: Tensor, b: int, reuse: bool = False) -> tuple[Tensor, Tensor]:
         source, cotangent = (small, large) if transposed else (large, small)
-        return each_gradient(cotangent, source, layout, b, shape, arguments, full > 0, reuse)
+        return each_gradient(cotangent, source, layout, b, shape, options, full > 0, reuse)
 
     def norms(small: Tensor, large: Tensor, b: int) -> Tensor:
         source, cotangent = (small, large) if transposed else (large, small)
-        return each_norm(cotangent, source, layout, b, shape, arguments)
+        return each_norm(cotangent, source, layout, b, shape, options)
 
     def gram(small: Tensor, large: Tensor, b: int) -> tuple[Tensor, Tensor]:
         rows = positions_in_rows(small.flatten(2).unflatten(1, (groups, -1)), layout, b)
