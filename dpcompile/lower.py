@@ -9,7 +9,7 @@ for norms, and one, for a second backward, for clipped sums; nothing is kept fro
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from dpcompile._torch import Boxed, GraphCompiler, WeakTensorKeyDictionary, memo
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.locate import where
 from dpcompile.lowering import AT_ONCE, DEFERRED, TWO_PASS, Lowering
+from dpcompile.memory import storage_of
 
 __all__ = ["Cut", "Rest", "lower_backward", "second_pass", "take_rest", "take_sums"]
 
@@ -244,7 +245,8 @@ def _in_two_parts(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
     assert weights not in first, "the first part of a backward depends on the clip weights"
     late = [n for n in backward.sums if isinstance(n, fx.Node)]
     second = _ancestors(late) - first
-    crossing = {n for node in second for n in node.all_input_nodes if n in first}
+    second |= _views(n for node in second for n in node.all_input_nodes if n in first)
+    crossing = {n for node in second for n in node.all_input_nodes if n in first - second}
     crossing |= {n for n in second if n.op == "placeholder" and n is not weights}
     crossing |= {n for n in late if n in first}
     sizes = [n for n in placeholders if not isinstance(n.meta.get("val"), Tensor)]
@@ -295,6 +297,21 @@ def _ancestors(nodes: Any) -> set[fx.Node]:
         if node not in found:
             found.add(node)
             stack.extend(node.all_input_nodes)
+    return found
+
+
+def _views(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Those that are views, and what they are views of up to what has memory of its own.
+
+    They are made again where they are read: their memory lies as the compiler chose, channels last for one, and not as
+    it did while the graph was traced.
+    """
+    found: set[fx.Node] = set()
+    for start in nodes:
+        node, own = start, storage_of(start)
+        while node is not own:
+            found.add(node)
+            node = node.all_input_nodes[0]
     return found
 
 
