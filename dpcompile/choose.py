@@ -87,14 +87,14 @@ def choose(options: Sequence[Sequence[Candidate]], limit: Limit | None) -> Outco
         return Outcome(fastest(options))
     found: list[tuple[float, Outcome]] = []
     smallest: tuple[float, Outcome] | None = None
+    dear = _smallest(options)
     for parts in limit.parts:
-        least = _smallest(options)
-        peak, least = min((limit.peak(_holdings(options, p), parts), p) for p in (least, _later(options, least)))
+        peak, least = min((limit.peak(_holdings(options, p), parts), p) for p in (dear, _later(options, dear)))
         if smallest is None or peak < smallest[0]:
             smallest = peak, Outcome(least, parts, fits=False)
         if not limit.allows(peak):
             continue
-        picks = _within(options, limit, parts)
+        picks = _within(options, limit, parts, least)
         found.append((seconds_of(options, picks, parts) + (parts - 1) * limit.overhead, Outcome(picks, parts)))
     if found:
         return min(found, key=lambda f: f[0])[1]
@@ -164,7 +164,9 @@ def _cost(candidate: Candidate, price: float, parts: int) -> float:
     return _own(candidate, price, parts) + sum(_shared(candidate, price).values())
 
 
-def _within(options: Sequence[Sequence[Candidate]], limit: Limit, parts: int) -> list[int]:
+def _within(options: Sequence[Sequence[Candidate]], limit: Limit, parts: int, best: list[int]) -> list[int]:
+    """The quickest choice that is found to fit; ``best`` is one that fits."""
+
     def fits(picks: list[int]) -> bool:
         return limit.allows(limit.peak(_holdings(options, picks), parts))
 
@@ -175,7 +177,6 @@ def _within(options: Sequence[Sequence[Candidate]], limit: Limit, parts: int) ->
     if quickest is not None:
         return quickest
     low, high = 1e-15, 1e-6  # seconds per byte: less than any memory moves, more than any needs
-    best = fitting(_smallest(options)) or _smallest(options)
     for _ in range(16):
         price = (low * high) ** 0.5
         picks = fitting(fastest(options, price, parts))

@@ -23,7 +23,7 @@ from dpcompile.delivery import Delivery, through_delivery
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.kept import Kept
 from dpcompile.kinds import check_model
-from dpcompile.layouts import copied_bytes, filters_of, laid_out
+from dpcompile.layouts import copied_bytes, filters_of, inputs_to_compile, shared_by_parts
 from dpcompile.ledger import GradientLedger
 from dpcompile.parts import Turn, asked_parts, joined, split_call
 from dpcompile.pipeline import Options, Transformed, privatize
@@ -246,11 +246,7 @@ class Engine:
 
     def filters(self, named: Mapping[int, str], inputs: Sequence[Any]) -> dict[int, Tensor]:
         """These filters among a graph's inputs as all parts of the current call take them."""
-        known = (self._turn or Turn(1)).filters
-        for p, name in named.items():
-            if name not in known:
-                known[name] = laid_out(inputs[p])
-        return {p: known[name] for p, name in named.items()}
+        return {} if self._turn is None else shared_by_parts(self._turn.filters, named, inputs)
 
     def check_parameters(self, roles: Roles, inputs: Sequence[Any]) -> None:
         """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks that never run."""
@@ -329,22 +325,18 @@ class Engine:
         region = _Region(self, roles=roles, others=roles.others)
         extended, extra = extend(gm, roles)
         parts = None if self._turn is None else self._turn.parts
-        arguments, copied = list(inputs), 0
+        copied = 0
         if self.options.backend == "inductor":
             filters = filters_of(gm, inputs, {**roles.frozen, **roles.parameters})
             copied = copied_bytes(gm, inputs, filters, parts or 1)
             region.filters = filters if parts is not None else {}
-        placeholders = gm.graph.find_nodes(op="placeholder")
-        for p in region.filters:  # fake: a live tensor that Dynamo does not know would get symbols for its sizes
-            fake = placeholders[p].meta["example_value"]
-            arguments[p] = laid_out(fake).requires_grad_(inputs[p].requires_grad)
 
         def transform(joint: fx.GraphModule) -> None:
             region.transformed = self.transformed = privatize(joint, roles, self.options, parts, copied)
 
         region.compiled = compile_joint(
             extended,
-            [*arguments, *extra],
+            [*inputs_to_compile(gm, inputs, region.filters), *extra],
             backend=self.options.backend,
             transform=transform,
             key=cache_key(self.options, roles, parts or 1),

@@ -15,7 +15,7 @@ from dpcompile.insert import behind, insert
 from dpcompile.joint import JointGraph
 from dpcompile.kernels.lowering import fused_norm, fusible
 from dpcompile.locate import where
-from dpcompile.norms.factors import Factored, alone, factored
+from dpcompile.norms.factors import alone, factored
 from dpcompile.norms.ghost import Sides, direct, ghost, ghost_of_gram, merge, outer
 from dpcompile.norms.instantiate import per_example_site, tail_inputs, through_tail
 from dpcompile.norms.kept_op import FEW, norms_of_vectors, squared_norms
@@ -79,11 +79,9 @@ def _norm(joint: JointGraph, choice: Choice, later_than: Sequence[fx.Node]) -> N
         return Norm(choice, joint.mask, None)
     if rule in ("outer", "ghost", "direct"):
         return Norm(choice, _factored_norm(joint, choice), None)
-    if rule == "redo" and choice.forms is not None and (form := alone(choice.forms)) is not None:
-        return Norm(choice, _norm_alone(joint, form), None)
     operands, compute = _instantiation(choice, joint.batch)
 
-    def norm_and_gradients(mask: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
+    def norm_and_gradients(mask: Tensor, *values: Any) -> tuple[Tensor, Tensor | None]:
         return compute(mask.shape[0], values)
 
     nodes = [joint.mask, *operands]
@@ -96,17 +94,6 @@ def _norm(joint: JointGraph, choice: Choice, later_than: Sequence[fx.Node]) -> N
             remedy="simplify what stands between the parameter and the layer that uses it, or freeze the parameter",
         ) from error
     return Norm(choice, squared, kept if rule == "keep" else None)
-
-
-def _norm_alone(joint: JointGraph, form: Factored) -> fx.Node:
-    norms = form.norms
-    assert norms is not None
-
-    def compute(mask: Tensor, *values: Tensor) -> Tensor:
-        return norms(*(widened(v, torch.float32) for v in values), mask.shape[0])
-
-    nodes = [joint.mask, *form.operands]
-    return insert(joint.graph, behind(joint.graph, nodes), compute, nodes)
 
 
 def _whole_norm(gradient: Tensor) -> Tensor:
@@ -153,9 +140,15 @@ def _sides(choice: Choice, values: Sequence[Tensor], batch: int, dtype: torch.dt
 
 def _instantiation(
     choice: Choice, batch: Size
-) -> tuple[list[fx.Node], Callable[[int, Sequence[Any]], tuple[Tensor, Tensor]]]:
-    """Operands, and a function from B and their values to every example's squared norm and gradient."""
+) -> tuple[list[fx.Node], Callable[[int, Sequence[Any]], tuple[Tensor, Tensor | None]]]:
+    """Operands, and a function from B and their values to every example's squared norm and gradient.
+
+    There is None for gradients that nobody keeps, where their norms come without them.
+    """
     gradient, forms, dtype = choice.gradient, choice.forms, sum_dtype(choice.gradient)
+    single = alone(forms) if forms is not None and choice.rule == "redo" else None
+    if single is not None and (norms := single.norms) is not None:
+        return list(single.operands), lambda batch, values: (norms(*(widened(v, dtype) for v in values), batch), None)
     if forms is not None and forms[0].aligned and all(f.one_hot is None and f.each is None for f in forms):
 
         def merged_product(batch: int, values: Sequence[Any]) -> tuple[Tensor, Tensor]:

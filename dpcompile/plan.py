@@ -184,7 +184,7 @@ def make_plan(
         untouched: trainable parameters whose gradient is identically zero.
         shared: parameters that other regions use too (:mod:`dpcompile.shared_uses`).
     """
-    options = [_options(g, batch, mode, rates, hints, reuse, fused, shared, limit is not None) for g in gradients]
+    options = [_options(g, batch, mode, rates, hints, reuse, fused, shared) for g in gradients]
     candidates = [[c for _, c in o] for o in options]
     outcome = choose(candidates, limit)
     free = fastest(candidates) if limit is not None else outcome.picks
@@ -217,7 +217,6 @@ def _options(
     reuse: bool,
     fused: FusedRates | None,
     shared: Collection[str],
-    limited: bool,
 ) -> list[tuple[Choice, Candidate]]:
     mode = MODES[mode_name]
     value = gradient.gradient.meta["val"]
@@ -271,7 +270,7 @@ def _options(
         option(r, table[r], forced, forms, grams if r == "ghost" else {}, shape.panels if r == "ghost" else 1)
         for r in wanted
     ]
-    if limited and "keep" in wanted:
+    if "keep" in wanted:  # of two that are equally quick the first is taken, unless it does not fit
         found.append(option("keep", table["keep"], forced, forms, late=True))
     return found
 

@@ -69,7 +69,14 @@ def _norms_of_rows(rows: Tensor) -> Tensor:
 def weighted_sums(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) -> list[Tensor]:
     """``sum_i weight_i * gradient_i`` of k parameters.
 
-    **Guarantee.** An example of weight 0 leaves no trace, also where its gradient is NaN or infinite: it is not read.
+    **Guarantee.** An example of weight 0 leaves no trace, also where its gradient is NaN or infinite: no sum takes it.
+
+    ================================  ====================================================
+    edge case                         outcome
+    ================================  ====================================================
+    all weights are 0                 zeros
+    float64, or there is no compiler  torch's product; of a copy, where some weights are 0
+    ================================  ====================================================
 
     Args:
         weights: ``[groups, B]``, finite.
@@ -80,7 +87,8 @@ def weighted_sums(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) 
         The sums, each of the shape of one example's gradient, contiguous.
     """
     used = [row.nonzero().flatten() for row in weights]
-    return [_weighted_sum(weights[row], used[row], gradients) for row, gradients in zip(rows, each, strict=True)]
+    values = [row[places] for row, places in zip(weights, used, strict=True)]
+    return [_weighted_sum(values[row], used[row], gradients) for row, gradients in zip(rows, each, strict=True)]
 
 
 @weighted_sums.register_fake
@@ -93,8 +101,8 @@ def _weighted_sum(weights: Tensor, used: Tensor, each: Tensor) -> Tensor:
     order = order_in_memory(each[0])
     lying = each.permute(0, *(i + 1 for i in order))
     flat = lying.reshape(each.shape[0], -1)
-    total = weighted_sum(flat, used, weights[used])
+    total = weighted_sum(flat, used, weights)
     if total is None:
-        total = torch.mv(flat[used].T, weights[used])
+        total = torch.mv((flat if len(used) == len(flat) else flat[used]).T, weights)
     back = sorted(range(len(order)), key=order.__getitem__)
     return total.view(lying.shape[1:]).permute(back).contiguous()
