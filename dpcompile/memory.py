@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -26,7 +26,9 @@ _VIEWS = {
 }  # fmt: skip
 
 
-_ABSORBING = ("sum", "mean", "amax", "var_mean", "gather", "index")
+_REDUCTIONS = ("sum", "mean", "amax", "var_mean")
+_LOOK_UPS = ("embedding", "gather", "index")
+_ACCUMULATIONS = ("index_put", "_unsafe_index_put")
 _CONSTANT = ("full", "full_like", "iota", "arange", "scalar_tensor", "empty", "new_full", "zeros", "ones")
 
 
@@ -64,8 +66,10 @@ class Replay:
     """The plain step, moment by moment.
 
     Attributes:
-        forward: bytes at the forward's peak.
+        before: what exists during the forward.
+        forward: the forward's length.
         saved: bytes of the examples that wait for the backward.
+        derived: bytes that do so too and are made of parameters alone (standardised weights).
         lives: what exists during the backward, by name; moment 0 is its start.
         made: the moment at which every value of the backward is made.
         owners: the value of ``lives`` that holds the memory of a value of the joint graph.
@@ -74,8 +78,10 @@ class Replay:
         standing: bytes that are there all the time: parameters and inputs.
     """
 
-    forward: float
+    before: Sequence[_Life]
+    forward: int
     saved: float
+    derived: float
     lives: Mapping[str, _Life]
     made: Mapping[str, int]
     owners: Mapping[str, str]
@@ -86,7 +92,11 @@ class Replay:
     def plain_peak(self, seen: int = 1) -> float:
         """Of the step without privacy, on a batch of ``seen`` times the examples that were replayed."""
         backward = max(_timeline(self.lives.values(), self.moments, 1 / seen), default=0.0)
-        return self.standing + max(self.forward * seen, backward)
+        return self.standing + max(self._forward_peak(1 / seen), backward)
+
+    def _forward_peak(self, share: float) -> float:
+        """Of the forward, where there are ``share`` times fewer examples than were replayed."""
+        return max(_timeline(self.before, self.forward, share), default=0.0)
 
     def peak(self, holdings: Iterable[Holding], parts: int = 1, seen: int = 1) -> float:
         """Of the private step that runs its batch in ``parts`` parts.
@@ -108,25 +118,26 @@ class Replay:
         for i, holding in reversed(list(enumerate(holdings))):
             moment += not holding.since  # one after the other, the last first, when the backward is over
             until = last if holding.since else moment
-            for operand in (self.owners.get(n) for n in holding.operands):
-                if operand is not None and operand in lives:
+            for name, size in holding.operands.items():
+                operand = self.owners.get(name)
+                if operand is not None and operand in lives:  # it has memory then, though it may be fused without
                     life = lives[operand]
-                    lives[operand] = replace(life, end=max(life.end, until))
+                    lives[operand] = replace(life, end=max(life.end, until), size=max(life.size, size))
             begin = max((self.made[n] for n in holding.since if n in self.made), default=moment)
             lives[f"kept {i}"] = _Life(begin, last, holding.kept, True)
             lives[f"scratch {i}"] = _Life(begin, begin, holding.scratch, True)
         largest = max((h.result for h in holdings), default=0.0)
-        waiting = self.saved * (parts - 1) / share
+        waiting = (self.saved / share + self.derived) * (parts - 1)
         live = _timeline(lives.values(), last, share)
         # At the end sums take the place of what was held for them; those of earlier parts are there already.
         backward = max(*live, live[-1] + largest, self.gradients) + (self.gradients if parts > 1 else 0)
-        return self.standing + waiting + max(self.forward / share, backward)
+        return self.standing + waiting + max(self._forward_peak(share), backward)
 
 
 def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -> Replay:
     """Partition a copy of the plain joint graph as the compiler will, and note when every value lives.
 
-    A pointwise value that only pointwise operations and reductions read is taken to be fused away.
+    A pointwise value that only operations read whose loops may compute it is taken to be fused away.
     """
     of_examples = {n.name for n in joint.graph.nodes if _of_examples(proof.labels.get(n))}
     plain = fx.GraphModule(joint.module, copy_graph(joint.graph))
@@ -138,10 +149,11 @@ def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -
     returned = forward.graph.output_node().args[0]
     assert isinstance(returned, (list, tuple))
     kept = {storage_of(n) for n in returned if isinstance(n, fx.Node)}
-    saved = sum(bytes_of(n, hints) for n in kept if n.op != "placeholder" and n.name in of_examples)
+    waiting = [n for n in kept if n.op != "placeholder"]
+    saved = sum(bytes_of(n, hints) for n in waiting if n.name in of_examples)
+    derived = sum(bytes_of(n, hints) for n in waiting) - saved
     before, length = _lives(forward.graph, hints, of_examples)
     inputs = sum(bytes_of(n, hints) for n in joint.graph.nodes if n.op == "placeholder" and n not in joint.tangent_of)
-    peak = max(_timeline([x for x in before.values() if x.start > 0], length, 1), default=0.0)
     memory = {n: storage_of(n) for n in joint.graph.nodes}
     names = {n.name for n, own in memory.items() if own.op == "placeholder" and own not in joint.tangent_of}
     lives = {n: x for n, x in lives.items() if n not in names}
@@ -164,7 +176,8 @@ def replay(joint: JointGraph, proof: Proof, hints: Mapping[sympy.Symbol, int]) -
             source = source.all_input_nodes[0]
         if source.name in owners:
             owners.setdefault(node.name, owners[source.name])
-    return Replay(peak, saved, lives, made, owners, moments, parameters, inputs)
+    during = [x for x in before.values() if x.start > 0]
+    return Replay(during, length, saved, derived, lives, made, owners, moments, parameters, inputs)
 
 
 def _timeline(lives: Iterable[_Life], moments: int, parts: float) -> list[float]:
@@ -215,12 +228,19 @@ def _pointwise(node: fx.Node) -> bool:
     if name == "scatter":  # into a constant: a comparison of positions
         base = node.args[0]
         return isinstance(base, fx.Node) and base.op == "call_function" and operation_name(base.target) in _CONSTANT
-    return name in _CONSTANT
+    return name in _CONSTANT or (name in _LOOK_UPS and _by_numbers(node))
 
 
 def _absorbs(node: fx.Node) -> bool:
-    """Whether the operation's loop may compute its operands: a reduction, or a look-up."""
-    return node.op == "call_function" and operation_name(node.target) in _ABSORBING
+    """Whether the operation's loop may compute its operands, though it is not pointwise."""
+    name = operation_name(node.target) if node.op == "call_function" else ""
+    return name in _REDUCTIONS or (name in _ACCUMULATIONS and _by_numbers(node))
+
+
+def _by_numbers(node: fx.Node) -> bool:
+    """Whether positions are given as numbers: by masks, the compiler makes no loop of its own."""
+    values = (n.meta.get("val") for n in node.all_input_nodes)
+    return not any(isinstance(v, torch.Tensor) and v.dtype in (torch.bool, torch.uint8) for v in values)
 
 
 def storage_of(node: fx.Node) -> fx.Node:

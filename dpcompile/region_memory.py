@@ -21,7 +21,7 @@ class RegionMemory:
 
     Attributes:
         inputs: of the examples, that it is given: what a checkpoint keeps.
-        saved: activations that wait for its backward.
+        saved: what waits for its backward.
         held: what the deferred lowering keeps from its backward until the weights are known.
         gradients: of its parameters.
         plain: at the peak of its forward and backward, without privacy.
@@ -56,7 +56,7 @@ def region_memory(joint: JointGraph, proof: Proof, plan: Plan, hints: Mapping[sy
     owners = {storage_of(nodes[o]) for h in holdings for o in h.operands}
     return RegionMemory(
         sum(bytes_of(n, hints) for n in joint.example_axes if n is not joint.mask),
-        played.saved,
+        played.saved + played.derived,
         sum(bytes_of(n, hints) for n in owners if n not in joint.parameters.values()) + sum(h.kept for h in holdings),
         played.gradients,
         played.plain_peak() - played.standing,

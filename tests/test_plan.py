@@ -170,7 +170,7 @@ def test_sites_that_share_a_gram_matrix_change_together() -> None:
 @given(problems(), st.integers(0, 200))
 @settings(max_examples=200, deadline=None)
 def test_a_limit_holds_or_the_smallest_is_taken(options: list[list[Candidate]], budget: int) -> None:
-    limit = Limit(Replay(0.0, 0.0, {}, {}, {}, 1, 0.0, 0.0), float(budget), [1], 0.0)
+    limit = Limit(Replay((), 0, 0.0, 0.0, {}, {}, {}, 1, 0.0, 0.0), float(budget), [1], 0.0)
     outcome = choose(options, limit)
 
     def peak(picks: tuple[int, ...] | list[int]) -> float:
@@ -260,6 +260,42 @@ def test_a_replay_counts_what_lives() -> None:
     assert expected.peak >= expected.plain_peak - 3 * 33 * 32 * 4
 
 
+def test_what_is_made_of_parameters_does_not_shrink_with_the_batch() -> None:
+    """Neither in the forward's peak nor where it waits for the backward: every part's forward makes it anew."""
+    before = (_Life(1, 2, 10.0, False), _Life(2, 2, 20.0, True))
+    plain = Replay(before, 2, 8.0, 10.0, {}, {}, {}, 1, 3.0, 100.0)
+    assert plain.plain_peak() == 100 + 10 + 20
+    assert plain.plain_peak(seen=4) == 100 + 10 + 80
+    assert plain.peak([]) == 100 + 10 + 20
+    assert plain.peak([], parts=4) == 100 + 10 + 20 / 4 + 3 * (8 / 4 + 10)
+    assert plain.peak([], parts=4, seen=4) == 100 + 10 + 20 + 3 * (8 + 10)
+
+
+def test_a_fused_value_has_memory_where_it_is_held() -> None:
+    lives = {"x": _Life(1, 2, 0.0, True), "y": _Life(2, 3, 5.0, True)}
+    plain = Replay((), 0, 0.0, 0.0, lives, {"x": 1, "y": 2}, {n: n for n in lives}, 3, 1.0, 0.0)
+    assert plain.plain_peak() == 5
+    assert plain.peak([Holding({"x": 40.0}, ("y",), 0.0, 2.0, 1.0)]) == 40 + 5 + 2
+
+
+def test_an_accumulation_by_index_reads_no_memory_that_its_loop_can_compute() -> None:
+    """Word vectors are looked up in the loop of their mean, and its cotangent is spread in the loop that adds it up."""
+    net = nn.Sequential(nn.Embedding(200, 16), Mean(), nn.Linear(16, 2))
+    private: Any = dp_compile(net, backend="eager", norm="ghost", memory_budget=100.0)
+    private.trace(torch.randint(0, 200, (4, 500)))
+    table, index, vectors = 200 * 16 * 4, 4 * 500 * 8, 4 * 500 * 16 * 4
+    expected = private.plan.prediction
+    assert 2 * table + index < expected.plain_peak < 2.2 * table + index
+    assert expected.peak > vectors
+
+
+class Mean(nn.Module):
+    """Over positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
 class Narrowing(nn.Module):
     """Many positions first, few behind: at few, per-example gradients are larger than what they are made of."""
 
@@ -293,7 +329,7 @@ def test_kept_gradients_are_made_late_where_that_is_smaller() -> None:
 def test_a_replay_of_late_gradients() -> None:
     """They take the place of their own operands, one after the other, and all wait for the clip."""
     lives = {"x": _Life(0, 1, 10.0, True), "y": _Life(0, 2, 20.0, True), "z": _Life(1, 4, 5.0, True)}
-    plain = Replay(0.0, 0.0, lives, {"x": 0, "y": 0}, {n: n for n in lives}, 4, 1.0, 0.0)
+    plain = Replay((), 0, 0.0, 0.0, lives, {"x": 0, "y": 0}, {n: n for n in lives}, 4, 1.0, 0.0)
     early = [Holding({}, ("x",), 100.0, 0.0, 1.0), Holding({}, ("y",), 200.0, 0.0, 1.0)]
     late = [Holding({"x": 10.0}, (), 100.0, 0.0, 1.0), Holding({"y": 20.0}, (), 200.0, 0.0, 1.0)]
     assert plain.peak(early) == 10 + 20 + 5 + 300
