@@ -3,7 +3,8 @@
 Prints milliseconds. Of matrices: one summed product by torch and by oneDNN, the same work example by example by torch,
 into fresh memory and into memory that stays mapped, and by oneDNN into the latter, the squared norms of the result by
 Inductor's own reduction and by ours, and its weighted sum by torch and by ours. Of convolutions: the filters' gradient
-as the plain step makes it, every example's by torch and by our kernel, and their norms alone.
+as the plain step makes it, every example's by torch and by our kernel, and their norms alone. Of embeddings: the
+gradient as the plain step makes it, and every example's norm by Gram matrices, by torch's sums by index and by ours.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from benchmarks.machine import describe_machine
 from benchmarks.markdown import markdown
 from benchmarks.measure import interleaved
 from dpcompile.norms.filter_op import filter_gradients, filter_norms
+from dpcompile.norms.ghost import Sides, ghost
+from dpcompile.norms.index_op import norms_by_sums
 from dpcompile.norms.kept_op import squared_norms, weighted_sums
 from dpcompile.norms.products import own_product
 from dpcompile.onednn import multiply_
 from dpcompile.workspace import Workspace
 
+WORDS = 8192
+TEXTS = [(64, 256, 64), (8, 256, 512), (4, 1024, 256), (8, 1024, 768)]
 IMAGES = [(64, 3, 32, 32), (64, 32, 32, 32), (64, 64, 64, 16), (64, 128, 128, 8), (64, 128, 256, 4)]
 SHAPES = [(16, 197, 384, 384), (16, 197, 1536, 384), (8, 256, 512, 2048), (8, 256, 8192, 512)]
 
@@ -80,6 +85,32 @@ def measure_filters(sizes: tuple[int, int, int, int], repeats: int) -> list[str]
     return [" x ".join(map(str, sizes)), *(f"{1e3 * statistics.median(t):.2f}" for t in times)]
 
 
+def measure_embedding(sizes: tuple[int, int, int], repeats: int) -> list[str]:
+    """A row of the table for B, T, D, with words drawn as in a text, where half are one of a few."""
+    batch, positions, width = sizes
+    words = (WORDS * torch.rand(batch, positions).pow(6)).long()
+    cotangents = torch.randn(batch, positions, width)
+
+    def grams() -> torch.Tensor:
+        products = own_product(cotangents, cotangents.mT)
+        return (products * (words.unsqueeze(2) == words.unsqueeze(1))).flatten(1).sum(1)
+
+    plain = torch.compile(lambda i, g: g.new_zeros(WORDS, width).index_put((i,), g, accumulate=True), dynamic=False)
+    compiled = torch.compile(grams, dynamic=False)
+    sums = torch.compile(lambda i, g: norms_by_sums(i, g), dynamic=False)
+    sides = [Sides(words, cotangents.unsqueeze(1), "rows")]
+    for found in (compiled(), sums(words, cotangents)):
+        torch.testing.assert_close(found, ghost(sides), rtol=1e-4, atol=0)
+    steps = [
+        lambda: plain(words, cotangents),
+        compiled,
+        lambda: sums(words, cotangents),
+        lambda: ghost(sides),
+    ]
+    times = interleaved(steps, repeats=repeats)
+    return [" x ".join(map(str, sizes)), *(f"{1e3 * statistics.median(t):.2f}" for t in times)]
+
+
 def main() -> None:
     """Print the machine and the table."""
     parser = argparse.ArgumentParser("python -m benchmarks.products", description=__doc__)
@@ -96,6 +127,8 @@ def main() -> None:
     rows = [measure_filters(sizes, asked.repeats) for sizes in IMAGES]
     head = ["B x channels x filters x width", "summed, torch", "each, torch", "each, ours", "norms alone, ours"]
     print(markdown(head, rows))
+    rows = [measure_embedding(sizes, asked.repeats) for sizes in TEXTS]
+    print(markdown(["B x T x D", "summed", "norms, Gram", "norms, torch's sums", "norms, ours"], rows))
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ class Shape:
         d: columns.
         element: bytes.
         copied: elements per example of the copy that a ghost norm makes.
-        one_hot: the rows are an index.
+        one_hot: the rows of one of the sites are an index.
+        indexed: those of all of them: ghost norms are those of sums by it, without Gram matrices.
         convolution: the plain gradients are made by a convolution.
         grouped: per-example gradients are too, with the examples among its groups.
         filled: how full the tiles of our filter kernel are, which makes them; 0 where it does not.
@@ -122,6 +123,7 @@ class Shape:
     element: int = 4
     copied: Size = 0
     one_hot: bool = False
+    indexed: bool = False
     convolution: bool = False
     grouped: bool = False
     filled: float = 0.0
@@ -157,9 +159,13 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     tile = weights * e * sympy.Rational(1, DIRECT_TILES)
     redone = flops if shape.products else 0
     scaled = _cost(traffic=2 * small, calls=1, large=-redone, summed=redone)
+    ghost = _cost(traffic=4 * grams, calls=3 * shape.panels, memory=grams)
+    if shape.indexed:
+        copied = product([batch, shape.copied]) * e
+        ghost = _cost(traffic=2 * sides + 2 * copied, calls=2, fresh=copied, memory=copied)
     return {
         "outer": scaled + _cost(traffic=sides, calls=2),
-        "ghost": scaled + _cost(traffic=4 * grams, calls=3 * shape.panels, memory=grams),
+        "ghost": scaled + ghost,
         "keep": each + saved + _cost(traffic=passes * weights * e, fresh=fresh, calls=3, memory=weights * e),
         "redo": scaled + each + (_cost(calls=1) if shape.alone else norms),
         # Its memory is that of all tiles: the compiler may make them all before it takes their norms.

@@ -1,4 +1,4 @@
-"""The C++ kernels of `kernels/product.cpp`: products of float32 matrices by oneDNN, and sums of such matrices.
+"""The C++ kernels of `kernels/product.cpp`: products of float32 matrices by oneDNN, and sums of such and their norms.
 
 Torch has oneDNN in it, and multiplies matrices by it in narrower dtypes only.
 """
@@ -15,7 +15,15 @@ from torch import Tensor
 
 from dpcompile._torch import compile_cpp, onednn_matmul, tensor_address
 
-__all__ = ["has_onednn", "multiply_", "sum_of_products", "weighted_sum"]
+__all__ = [
+    "has_onednn",
+    "has_sums_by_index",
+    "multiply_",
+    "norms_by_index",
+    "sum_of_products",
+    "sums_by_index",
+    "weighted_sum",
+]
 
 _SOURCE = pathlib.Path(__file__).parent / "kernels" / "product.cpp"
 
@@ -76,6 +84,62 @@ def weighted_sum(rows: Tensor, used: Tensor, weights: Tensor) -> Tensor | None:
     threads = ctypes.c_int(torch.get_num_threads())
     library.dp_weighted_sum(source, columns, places, factors, count, target, threads)
     return result
+
+
+def has_sums_by_index(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether :func:`norms_by_index` takes such values."""
+    return device.type == "cpu" and dtype == torch.float32 and _library() is not None
+
+
+def norms_by_index(index: Tensor, values: Tensor) -> Tensor | None:
+    """What :func:`dpcompile.norms.index_op.index_norms` returns, summed in float64, without further memory.
+
+    Args:
+        index: integers ``[B, T]``.
+        values: ``[B, T, D]``, of any strides.
+
+    Returns:
+        ``[B]``; None where the kernel cannot do it.
+    """
+    library = _library() if has_sums_by_index(values.device, values.dtype) else None
+    if library is None:
+        return None
+    result, index = values.new_empty(values.shape[0]), index.long().contiguous()
+    target, threads = ctypes.c_void_p(result.data_ptr()), ctypes.c_int(torch.get_num_threads())
+    library.dp_norms_by_index(ctypes.c_void_p(index.data_ptr()), *_strided(values), *_sizes(values), target, threads)
+    return result
+
+
+def sums_by_index(weights: Tensor, index: Tensor, values: Tensor, rows: int) -> Tensor | None:
+    """What :func:`dpcompile.norms.index_op.clipped_sums_by_index` returns, in one pass; None as above.
+
+    Args:
+        weights: ``[B]``, float32.
+        index: integers ``[B, T]``.
+        values: ``[B, T, D]``, of any strides.
+        rows: of the table.
+
+    Raises:
+        IndexError: an index is not in ``[0, rows)``.
+    """
+    library = _library() if has_sums_by_index(values.device, values.dtype) else None
+    if library is None:
+        return None
+    result = values.new_empty(rows, values.shape[2])
+    index, weights = index.long().contiguous(), weights.contiguous()
+    places, factors, target = (ctypes.c_void_p(x.data_ptr()) for x in (index, weights, result))
+    sizes, threads = [*_sizes(values), ctypes.c_int64(rows)], ctypes.c_int(torch.get_num_threads())
+    if library.dp_sums_by_index(places, *_strided(values), factors, *sizes, target, threads):
+        raise IndexError(f"an index is not that of one of the table's {rows} rows")
+    return result
+
+
+def _strided(values: Tensor) -> tuple[object, object]:
+    return ctypes.c_void_p(values.data_ptr()), (ctypes.c_int64 * values.ndim)(*values.stride())
+
+
+def _sizes(values: Tensor) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(n) for n in values.shape]
 
 
 @lru_cache(maxsize=1)

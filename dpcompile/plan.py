@@ -14,6 +14,8 @@ from dpcompile.kernels.fused_rates import FusedRates
 from dpcompile.memory import Holding, bytes_of, storage_of
 from dpcompile.modes import MODES, Mode
 from dpcompile.norms.factors import Factored, alone, oriented
+from dpcompile.norms.slices import accumulation_dtype
+from dpcompile.onednn import has_sums_by_index
 from dpcompile.rates import Rates
 from dpcompile.sites import ParameterGradient
 from dpcompile.sizes import Size, hinted, is_one, product, shape_of
@@ -254,7 +256,7 @@ def _options(
         why = "its sites are sums" if all(s.kind == "sum" for s in gradient.sites) else "through the tail"
         rule = "redo" if mode_name == "redo" and not later else "keep"
         return [option(rule, summed_cost(batch, weight, element, fresh=True), f"per-example gradients, {why}")]
-    shape = _together(forms, element, hints, rates)
+    shape = _together(forms, value, element, hints, rates)
     allowed = {"outer"} if is_one(shape.t) else {"ghost"}
     allowed |= {"keep", "redo"} | ({"direct"} if all(f.one_hot is None for f in forms) else set())
     _, t, p, d = (hinted(n, hints) for n in (1, shape.t, shape.p, shape.d))
@@ -279,14 +281,23 @@ def _fallback(mode: Mode) -> str:
     return "redo" if mode.drop else "keep"
 
 
-def _together(forms: Sequence[Factored], element: int, hints: Mapping[sympy.Symbol, int], rates: Rates) -> Shape:
+def _together(
+    forms: Sequence[Factored], value: torch.Tensor, element: int, hints: Mapping[sympy.Symbol, int], rates: Rates
+) -> Shape:
     k, _, p, d = forms[0].sizes
+    if any(f.one_hot == "cols" for f in forms):
+        p, d = d, p
     t = sum((f.sizes[1] for f in forms), start=0)  # type: ignore[misc]
     filled = min(f.filled for f in forms)
+    indexed = all(f.one_hot is not None for f in forms)
+    copied: Size = sum((f.unfolded for f in forms), start=0)  # type: ignore[misc]
+    if indexed and not has_sums_by_index(value.device, accumulation_dtype(value.dtype)):
+        copied = product([t, d])
     return Shape(
         k, t, p, d, element,
-        copied=sum((f.unfolded for f in forms), start=0),  # type: ignore[misc]
+        copied=copied,
         one_hot=any(f.one_hot is not None for f in forms),
+        indexed=indexed,
         convolution=any(f.site.kind == "convolution_backward" for f in forms),
         grouped=filled == 0 and any(f.each is not None for f in forms),
         filled=filled,
@@ -307,7 +318,9 @@ def panels_of(positions: float, rates: Rates) -> int:
 
 
 def _grams(forms: Sequence[Factored], shape: Shape, batch: Size) -> dict[Hashable, Cost]:
-    """The two Gram matrices of a ghost norm, by what they are of."""
+    """The two Gram matrices of a ghost norm, by what they are of; none, where sums by an index take their place."""
+    if shape.indexed:
+        return {}
     _, _, p, d = forms[0].sizes
     operands = list(zip(*(f.operands for f in forms), strict=True))  # of all sites: first operands, second operands
     flipped = forms[0].flipped

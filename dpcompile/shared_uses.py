@@ -180,6 +180,7 @@ def _shape(sides: Sequence[Sides], use: Use) -> Shape:
         d,
         use.dtype.itemsize,
         one_hot=hot,
+        indexed=all(s.one_hot is not None for s in sides),
         panels=panels_of(positions, rates_for(sides[0].cols.device)),
     )
 
@@ -194,7 +195,8 @@ def _prefers_ghost(shape: Shape, batch: int, mode: str, device: torch.device) ->
     if ghosts != products:
         return ghosts
     table, rates = costs(shape, batch, reuse=False), rates_for(device)
-    grams = [gram_cost(shape, batch, n, index=hot, copied=0) for n, hot in ((shape.p, shape.one_hot), (shape.d, False))]
+    widths = () if shape.indexed else ((shape.p, shape.one_hot), (shape.d, False))
+    grams = [gram_cost(shape, batch, n, index=hot, copied=0) for n, hot in widths]
     by_ghost = sum(grams, start=table["ghost"]).at({}).seconds(rates)
     return by_ghost <= table["redo"].at({}).seconds(rates)
 
@@ -203,9 +205,8 @@ def _products(sides: Sides, form: Factored) -> Tensor:
     """``sum_t rows_t^T cols_t`` of every example: ``[n, K, P, D]``."""
     if sides.one_hot is None:
         return product(sides.rows.mT, sides.cols)
-    index, dense = (sides.rows, sides.cols) if sides.one_hot == "rows" else (sides.cols, sides.rows)
+    index, dense = sides.by_index()
     size = int(form.sizes[2 if sides.one_hot == "rows" else 3])
-    dense = dense.squeeze(1)
     total = dense.new_zeros(len(dense), size, dense.shape[-1])
     total.scatter_add_(1, index.long().unsqueeze(-1).expand(-1, -1, dense.shape[-1]), dense)
     return (total if sides.one_hot == "rows" else total.mT).unsqueeze(1)

@@ -12,14 +12,18 @@ from dpcompile.axis import Examples
 from dpcompile.insert import behind, insert
 from dpcompile.joint import JointGraph
 from dpcompile.norm_nodes import Norm, sum_dtype, widened
+from dpcompile.norms.factors import factored
+from dpcompile.norms.index_op import clipped_sums_by_index
 from dpcompile.norms.instantiate import run_operation, run_tail, tail_inputs
 from dpcompile.norms.kept_op import FEW, weighted_sums
 from dpcompile.norms.products import product
 from dpcompile.norms.slices import scaled
+from dpcompile.onednn import has_sums_by_index
 from dpcompile.plan import Plan
 from dpcompile.proof import Proof
 from dpcompile.second_backward import repeat_backward
 from dpcompile.sites import ParameterGradient, Site
+from dpcompile.sizes import Size
 
 __all__ = ["clipped_sums", "repeated"]
 
@@ -116,15 +120,21 @@ def _redone_sum(
         for site in gradient.sites:
             reweighted = any(n in second for n in site.operation.all_input_nodes)
             own = (w != 0).to(w.dtype) if reweighted else w
-            sums[site.value] = _weighted_site(site, known, own, dtype)
+            sums[site.value] = _weighted_site(site, joint.batch, known, own, dtype)
         return run_tail(gradient, sums, known, dtype).to(wanted)
 
     nodes = [weights, *(second.get(n, n) for n in operands)]
     return insert(joint.graph, behind(joint.graph, nodes), redo, nodes)
 
 
-def _weighted_site(site: Site, known: Mapping[fx.Node, Any], weights: Tensor, dtype: torch.dtype) -> Tensor:
+def _weighted_site(
+    site: Site, batch: Size, known: Mapping[fx.Node, Any], weights: Tensor, dtype: torch.dtype
+) -> Tensor:
     """The site with one operand scaled by the weights, and every example of weight 0 erased from the others."""
+    form = factored(site, batch)
+    if form is not None and form.one_hot == "rows" and has_sums_by_index(weights.device, dtype):
+        index, cols = form.build(*(known[n] for n in form.operands), weights.shape[0])
+        return clipped_sums_by_index(weights, index, cols.squeeze(1), int(form.sizes[2]))
     first = site.linear_operands[0]
     present = (weights != 0).to(weights.dtype)
     values = dict(known)

@@ -234,9 +234,11 @@ def _index_put(site: Site, batch: Size) -> Factored | None:
     if shape_of(index.meta["val"]) != shape[:-1]:
         return None
     axis, rows = site.axes["values"], table[0]
+    if not isinstance(rows, int):
+        return None  # negative indices could not be told from those that they are equal to
 
     def build(index: Tensor, values: Tensor, b: int) -> tuple[Tensor, Tensor]:
-        wrapped = torch.where(index < 0, index + rows, index) if isinstance(rows, int) else index
+        wrapped = torch.where(index < 0, index + rows, index)
         return in_front(wrapped, axis, b).flatten(1), in_front(values, axis, b).flatten(1, -2).unsqueeze(1)
 
     positions = product([axis.outer, axis.inner, *(n for i, n in enumerate(shape[:-1]) if i != axis.dim)])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dpcompile.kernels.rounding import gram_unit, products_on
 from dpcompile.norms.gram_op import gram_norms
+from dpcompile.norms.index_op import index_norms
 from dpcompile.norms.products import product, quicker
 
 __all__ = ["Sides", "direct", "ghost", "ghost_of_gram", "merge", "outer"]
@@ -28,6 +29,11 @@ class Sides:
     rows: Tensor
     cols: Tensor
     one_hot: str | None = None
+
+    def by_index(self) -> tuple[Tensor, Tensor]:
+        """The side that is an index, ``[B, T]``, and the other, ``[B, T, D]``."""
+        index, dense = (self.rows, self.cols) if self.one_hot == "rows" else (self.cols, self.rows)
+        return index, dense.squeeze(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,9 @@ def merge(all_sides: Sequence[Sides]) -> list[Sides]:
 def ghost(all_sides: Sequence[Sides], panels: int = 1) -> Tensor:
     """Gram matrices of rows and columns, multiplied and summed; cross terms between sites of different kinds too.
 
+    Where all sites have an index for one of their sides, what it selects is summed instead
+    (:mod:`dpcompile.norms.index_op`).
+
     Args:
         all_sides: of one parameter.
         panels: how many parts a Gram matrix is made in. It is symmetric, so a part is multiplied only with the
@@ -87,6 +96,8 @@ def ghost(all_sides: Sequence[Sides], panels: int = 1) -> Tensor:
     are not parallel, this is about ``eps (1 + T / sqrt(width)) sqrt(width)`` of the result.
     """
     parts = merge(all_sides)
+    if len(parts) == 1 and parts[0].one_hot is not None:
+        return index_norms(*parts[0].by_index())
     total: Tensor | None = None
     for i, a in enumerate(parts):
         for j in range(i, len(parts)):
