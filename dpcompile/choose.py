@@ -11,6 +11,7 @@ __all__ = ["Candidate", "Limit", "Outcome", "choose", "fastest", "seconds_of"]
 
 _MAPPED = 2**25  # bytes from which the C library takes memory straight from the operating system
 _TRIES = 64  # how many single changes of rule are tried to win time back within a budget
+_NEAR = 1.05  # over the budget anyway, less memory than this is not worth more parts
 _SPARE = 1.01  # what the compiler may need besides what the replay shows, for it orders the operations anew
 _DEAR = 1e6  # seconds per byte with which only memory counts
 
@@ -81,25 +82,25 @@ def choose(options: Sequence[Sequence[Candidate]], limit: Limit | None) -> Outco
 
     Without a limit this is the quickest choice found by improving one parameter at a time, from two starts. Under a
     limit, memory gets a price, the lowest at which the choice fits, and then what time can be won back is; so for every
-    number of parts, of which the quickest is taken. If nothing fits, the smallest is taken.
+    number of parts, of which the quickest is taken. If nothing fits, the smallest is taken, in the fewest parts that
+    come near to it.
     """
     if limit is None:
         return Outcome(fastest(options))
     found: list[tuple[float, Outcome]] = []
-    smallest: tuple[float, Outcome] | None = None
+    over: list[tuple[float, Outcome]] = []
     dear = _smallest(options)
     for parts in limit.parts:
         peak, least = min((limit.peak(_holdings(options, p), parts), p) for p in (dear, _later(options, dear)))
-        if smallest is None or peak < smallest[0]:
-            smallest = peak, Outcome(least, parts, fits=False)
         if not limit.allows(peak):
+            over.append((peak, Outcome(least, parts, fits=False)))
             continue
         picks = _within(options, limit, parts, least)
         found.append((seconds_of(options, picks, parts) + (parts - 1) * limit.overhead, Outcome(picks, parts)))
     if found:
         return min(found, key=lambda f: f[0])[1]
-    assert smallest is not None
-    return smallest[1]
+    smallest = min(peak for peak, _ in over)
+    return next(outcome for peak, outcome in over if peak <= _NEAR * smallest)
 
 
 def fastest(options: Sequence[Sequence[Candidate]], price: float = 0.0, parts: int = 1) -> list[int]:

@@ -260,6 +260,15 @@ def test_a_replay_counts_what_lives() -> None:
     assert expected.peak >= expected.plain_peak - 3 * 33 * 32 * 4
 
 
+def test_over_the_budget_the_fewest_parts_that_come_near_to_the_smallest() -> None:
+    plain = Replay((), 0, 0.0, 0.0, {"x": _Life(0, 1, 8.0, True)}, {}, {}, 1, 0.0, 100.0)
+    options = [[Candidate("keep", 1.0)]]
+    outcome = choose(options, Limit(plain, 50.0, [1, 2, 4, 8], 0.0))
+    assert not outcome.fits
+    assert [plain.peak([], parts) for parts in (1, 2, 8)] == [108, 104, 101]
+    assert outcome.parts == 2
+
+
 def test_what_is_made_of_parameters_does_not_shrink_with_the_batch() -> None:
     """Neither in the forward's peak nor where it waits for the backward: every part's forward makes it anew."""
     before = (_Life(1, 2, 10.0, False), _Life(2, 2, 20.0, True))
