@@ -86,7 +86,7 @@ def measure_filters(sizes: tuple[int, int, int, int], repeats: int) -> list[str]
 
 
 def measure_embedding(sizes: tuple[int, int, int], repeats: int) -> list[str]:
-    """A row of the table for B, T, D, with words drawn as in a text, where half are one of a few."""
+    """A row of the table for B, T, D, with words drawn as in a text: half of them are one of 128."""
     batch, positions, width = sizes
     words = (WORDS * torch.rand(batch, positions).pow(6)).long()
     cotangents = torch.randn(batch, positions, width)

@@ -123,7 +123,7 @@ def sums_by_index(weights: Tensor, index: Tensor, values: Tensor, rows: int) -> 
         IndexError: an index is not in ``[0, rows)``.
     """
     library = _library() if has_sums_by_index(values.device, values.dtype) else None
-    if library is None:
+    if library is None or weights.dtype != values.dtype:
         return None
     result = values.new_empty(rows, values.shape[2])
     index, weights = index.long().contiguous(), weights.contiguous()

@@ -116,7 +116,7 @@ def _redone_sum(
 
     def redo(w: Tensor, *values: Any) -> Tensor:
         known = {n: widened(v, dtype) for n, v in zip(operands, values, strict=True)}
-        sums = {}
+        sums, w = {}, w.to(dtype)  # wider, where another parameter is
         for site in gradient.sites:
             reweighted = any(n in second for n in site.operation.all_input_nodes)
             own = (w != 0).to(w.dtype) if reweighted else w

@@ -182,6 +182,30 @@ def test_models(model: str, dtype: torch.dtype, compiled: bool) -> None:
     assert_right(private, truth, 5e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.usefixtures("compiled")
+def test_a_table_in_a_model_of_wider_parameters() -> None:
+    """Clip weights are float64 then, where the table's cotangents are float32."""
+
+    class Wider(Words):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.table(ids)).double().mean(1))
+
+    net, ids, loss = Wider(), torch.randint(0, WORDS, (4, 12)), PseudoLoss(4)
+    net.head.double()
+    truth = clip(per_example_gradients(net, (ids,), {}, loss), 0.5)
+    private = dp_compile(net, max_grad_norm=0.5, norm="ghost", backend="eager")
+    train_step(private, (ids,), {}, loss)
+    assert_right(private, truth, 1e-5)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_sums_with_wider_weights() -> None:
+    index, cotangents = torch.randint(0, WORDS, (3, 7)), torch.randn(3, 7, 4)
+    weights = torch.tensor([0.5, 2.0, 0.25])
+    found = clipped_sums_by_index(weights.double(), index, cotangents, WORDS)
+    torch.testing.assert_close(found, clipped_sums_by_index(weights, index, cotangents, WORDS))
+
+
 def test_a_tied_head_has_gram_matrices() -> None:
     """Products and look-ups have terms in common."""
 

@@ -77,6 +77,16 @@ extern "C" void dp_weighted_sum(
   }
 }
 
+template <typename Sum>
+static void add(Sum* to, float weight, const float* from, int64_t step, int64_t width) {
+  if (step == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) to[i] += weight * from[i];
+  } else {
+    for (int64_t i = 0; i < width; ++i) to[i] += weight * from[i * step];
+  }
+}
+
 // Of every example: the sum, over the distinct numbers of its index, of |the sum of the values at their positions|^2.
 // Values lie at value[b * strides[0] + t * strides[1] + i * strides[2]].
 extern "C" void dp_norms_by_index(
@@ -95,14 +105,7 @@ extern "C" void dp_norms_by_index(
       for (int64_t first = 0, last; first < positions; first = last) {
         std::fill(sum.begin(), sum.end(), 0.0);
         for (last = first; last < positions && order[last].first == order[first].first; ++last) {
-          const float* from = values + b * strides[0] + order[last].second * strides[1];
-          const int64_t step = strides[2];
-          if (step == 1) {
-#pragma omp simd
-            for (int64_t i = 0; i < width; ++i) to[i] += from[i];
-          } else {
-            for (int64_t i = 0; i < width; ++i) to[i] += from[i * step];
-          }
+          add(to, 1.0f, values + b * strides[0] + order[last].second * strides[1], strides[2], width);
         }
 #pragma omp simd reduction(+ : total)
         for (int64_t i = 0; i < width; ++i) total += to[i] * to[i];
@@ -134,15 +137,7 @@ extern "C" int dp_sums_by_index(
           continue;
         }
         if ((r & (parts - 1)) != part) continue;
-        float* to = result + r * width;
-        const float* from = values + b * strides[0] + t * strides[1];
-        const int64_t step = strides[2];
-        if (step == 1) {
-#pragma omp simd
-          for (int64_t i = 0; i < width; ++i) to[i] += weight * from[i];
-        } else {
-          for (int64_t i = 0; i < width; ++i) to[i] += weight * from[i * step];
-        }
+        add(result + r * width, weight, values + b * strides[0] + t * strides[1], strides[2], width);
       }
     }
   }

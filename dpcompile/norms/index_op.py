@@ -66,7 +66,7 @@ def clipped_sums_by_index(weights: Tensor, index: Tensor, cotangents: Tensor, ro
     them.
 
     Args:
-        weights: ``[B]``, finite, of the dtype of the cotangents.
+        weights: ``[B]``, finite.
         index: integers in ``[0, rows)``, ``[B, T]``.
         cotangents: ``[B, T, D]``.
         rows: of the table.
@@ -80,7 +80,7 @@ def clipped_sums_by_index(weights: Tensor, index: Tensor, cotangents: Tensor, ro
     found = sums_by_kernel(weights, index, cotangents, rows)
     if found is not None:
         return found
-    values = scaled(cotangents, Examples(0), weights).flatten(0, 1)
+    values = scaled(cotangents, Examples(0), weights).to(cotangents.dtype).flatten(0, 1)
     return values.new_zeros(rows, values.shape[1]).index_add(0, index.flatten(), values)
 
 
