@@ -8,6 +8,7 @@ from dpcompile.extending import register_axis_rule, register_site
 from dpcompile.optim import DPOptimizer
 from dpcompile.privacy import PrivacyAccountant, calibrate_noise
 from dpcompile.private import make_private
+from dpcompile.runtime import set_mask
 from dpcompile.step import compile_step
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "make_private",
     "register_axis_rule",
     "register_site",
+    "set_mask",
 ]

@@ -6,8 +6,8 @@ Subsampling" (NeurIPS 2024), for fixed physical sizes with masks, and why shuffl
 
 from __future__ import annotations
 
-import functools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,8 @@ from dpcompile import loader_checks as checks
 from dpcompile.errors import PrivacyError
 from dpcompile.noise import Stream, check_seed, fresh_seed, uniform
 from dpcompile.optim import DPOptimizer
-from dpcompile.padding import PaddedDataset, collate_padded
+from dpcompile.draws import DrawnBatch, Draws
+from dpcompile.padding import Collated, PaddedCollate, RequestedExamples, rows_of
 from dpcompile.ranks import digest, from_first, gathered, refuse_disagreement
 from dpcompile.runtime import Engine, engine_of
 from dpcompile.sampling import PoissonBatches, default_physical_batch_size
@@ -46,8 +47,11 @@ class PhysicalBatch:
 class PoissonLoader:
     """Batches in which each example is, independently, with probability ``expected_batch_size / len(dataset)``.
 
-    Iterating needs :meth:`attach` (`make_private` does it) and gives the batch as the dataset has it, so that the
-    ordinary loop is right. Without it :meth:`batches` gives batch and mask for loops of one's own.
+    Iterating needs :meth:`attach` (`make_private` does it) and gives every logical batch whole, as the dataset has it,
+    so that the ordinary loop is right, and a framework's: one batch is one step, and ``len(loader)`` of them are a pass.
+    A draw larger than the physical batch runs in several forwards behind one call of the model (:mod:`dpcompile.turns`).
+    :meth:`parts` gives the physical batches one by one, for a loop that should not hold a draw's outputs at once, and
+    :meth:`batches` gives them with masks for loops of one's own, without attaching.
 
     Args:
         dataset: map-style, with a length.
@@ -57,9 +61,9 @@ class PoissonLoader:
         steps: logical steps in one pass; None: ``ceil(len(dataset) / expected_batch_size)``.
         seed: of the draws, a secret like the noise's; it may be the same one. None draws one.
         secure: draw with ChaCha20.
-        collate_fn: as in DataLoader.
-        padding_example: an item that fills up; None: zeros in the structure of ``dataset[0]``. Give one where zeros
-            make the model return NaN (an attention mask without a single position, say).
+        collate_fn: as in DataLoader. It is called with drawn examples only, and once with one of them a second time.
+        padding_example: an item that fills up; None: zeros, and the smallest drawn one of numbers such as lengths. Give
+            one where that makes the model return NaN (an attention mask without a single position, say).
         num_workers: as in DataLoader; so are the rest.
         pin_memory: as in DataLoader.
         timeout: as in DataLoader.
@@ -79,16 +83,20 @@ class PoissonLoader:
             dataset.
 
     **Guarantee.** The logical batches are independent Poisson samples of rate ``sample_rate``, each handed out once;
-    what fills a physical batch depends on no example's values, and has mask False.
+    what fills them up has mask False. Attached, the model knows the mask of each by its tensors, uses each once, and
+    the optimizer steps once for each draw (:class:`dpcompile.draws.Draws`).
 
     ================================================  ====================================================
     edge case                                         outcome
     ================================================  ====================================================
     nothing drawn                                     one physical batch, all padding
-    a draw larger than the physical batch             several; the optimizer waits for the last
+    a draw larger than the physical batch             several forwards, one step
     ``break`` inside a pass                           the next ``for`` goes on with new draws, a whole pass
     ``break`` between two parts of one draw           the draw is dropped whole, its sums discarded
-    the optimizer is not stepped after a draw         the next batch is refused: two draws would add up
+    the optimizer is not stepped after a draw         the next backward is refused: two draws would add up
+    batches taken some ahead (a prefetcher)           right
+    a pass taken whole before any is used (``list``)  refused
+    a batch used twice, or none of the loader's       refused
     ``load_state_dict`` inside a pass                 the first ``for`` has the rest of that pass
     ``load_state_dict`` of an earlier step            refused: draws would be used twice
     two iterations at once                            the older one is refused
@@ -144,8 +152,9 @@ class PoissonLoader:
         self._length = steps
         self._position = 0  # logical steps of the current pass that have been handed out
         self._resumes = False
-        self._attached: tuple[Engine, DPOptimizer] | None = None
+        self._attached: tuple[Engine, DPOptimizer, Draws] | None = None
         self._iteration = object()
+        self._finished = True  # whether the last pass was taken whole
         self._sampler = PoissonBatches(
             seed=self.seed,
             size=size,
@@ -157,9 +166,9 @@ class PoissonLoader:
         )
         self._worker_seeds = torch.Generator()
         self._loader: DataLoader[Any] = DataLoader(
-            PaddedDataset(dataset, padding_example),  # type: ignore[arg-type]
+            RequestedExamples(dataset, padding_example),  # type: ignore[arg-type]
             batch_sampler=self._sampler,  # type: ignore[arg-type]
-            collate_fn=functools.partial(collate_padded, collate_fn=collate_fn or default_collate),  # type: ignore[arg-type]
+            collate_fn=PaddedCollate(collate_fn or default_collate, padding_example),  # type: ignore[arg-type]
             num_workers=num_workers,
             pin_memory=pin_memory,
             timeout=timeout,
@@ -198,7 +207,7 @@ class PoissonLoader:
         return cls(**{**taken, "physical_batch_size": physical_batch_size, "seed": seed, **options})
 
     def attach(self, model: nn.Module, optimizer: DPOptimizer) -> PoissonLoader:
-        """Let iterating set the model's mask and tell the optimizer when a logical step is whole.
+        """Let the model know what is padding in each batch, and the optimizer when a logical step is whole.
 
         Returns:
             The loader itself.
@@ -213,27 +222,34 @@ class PoissonLoader:
             checks.refuse_same_examples(self.world_size, engine.data_ranks)
         elif self.world_size > 1:
             checks.refuse_lone_replicas(self.world_size)
-        self._attached = (engine, optimizer)
+        engine.draws = Draws(weakref.ref(optimizer))
+        self._attached = (engine, optimizer, engine.draws)
         return self
 
     def __len__(self) -> int:
-        """Logical steps of one pass."""
+        """Logical steps of one pass, and batches that iterating over it gives."""
         return self._length
 
     def __iter__(self) -> Iterator[Any]:
-        """One pass; see :meth:`attach`. Yields each physical batch's data."""
-        if self._attached is None:
-            raise PrivacyError(
-                "the loader is not attached: nothing would tell the model which examples are padding",
-                remedy="call loader.attach(model, optimizer), as make_private does, or iterate over loader.batches()",
-            )
-        self._agree()
-        return self._feed(*self._attached, self._begin())
+        """One pass, a batch for each logical step; see :meth:`attach`."""
+        return self._feed(whole=True)
+
+    def parts(self) -> Iterator[Any]:
+        """One pass in batches of the physical size; the optimizer waits until a draw is complete.
+
+        For models whose outputs for a whole draw do not fit into memory (a language model's logits), and at the cost of
+        one forward less for draws that need several.
+        """
+        return self._feed(whole=False)
 
     def batches(self) -> Iterator[PhysicalBatch]:
-        """One pass of batches with their masks, for loops that hand the mask on and step after ``ends_step``."""
+        """One pass in physical batches with their masks, for loops that hand the mask on and step after ``ends_step``.
+
+        ``dpcompile.set_mask(model, batch.mask)`` before the model is called hands it on, and
+        ``optimizer.accumulating = not batch.ends_step`` lets the optimizer wait.
+        """
         self._agree()
-        return self._run(self._begin())
+        return (PhysicalBatch(data, mask, r.ends_step) for data, mask, _, r in self._run(self._begin(), whole=False))
 
     def _agree(self) -> None:
         """Before the first pass, and the first after a checkpoint, compare with the other ranks."""
@@ -284,40 +300,47 @@ class PoissonLoader:
         self._iteration = object()
         return self._iteration
 
-    def _run(self, iteration: object) -> Iterator[PhysicalBatch]:
-        self._sampler.cover(range(self.step, self.step + len(self) - self._position))
+    def _run(self, iteration: object, *, whole: bool) -> Iterator[Collated]:
+        self._finished = False
+        self._sampler.cover(range(self.step, self.step + len(self) - self._position), whole=whole)
         value = uniform(self.seed, step=self.step, stream=Stream.WORKERS, numel=1, start=self.rank, secure=self.secure)
         self._worker_seeds.manual_seed(int(value.item() * 2**53))
-        for data, mask, request in self._loader:
+        for batch in self._loader:
             if iteration is not self._iteration:
                 raise PrivacyError(
                     "another pass over the same loader has begun, or a state was loaded, inside this one",
                     remedy="finish one loop before starting the next",
                 )
-            if request.starts_step:  # counted when handed out: a draw that was seen is never drawn again
-                self.step = request.step + 1
+            if batch.request.starts_step:  # counted when handed out: a draw that was seen is never drawn again
+                self.step = batch.request.step + 1
                 self._position = (self._position + 1) % len(self)
-            yield PhysicalBatch(data, mask, request.ends_step)
+            yield batch
+        self._finished = True
 
-    def _feed(self, engine: Engine, optimizer: DPOptimizer, iteration: object) -> Iterator[Any]:
-        if engine.ledger.deliveries:
+    def _feed(self, *, whole: bool) -> Iterator[Any]:
+        if self._attached is None:
+            raise PrivacyError(
+                "the loader is not attached: nothing would tell the model which examples are padding",
+                remedy="call loader.attach(model, optimizer), as make_private does, or iterate over loader.batches()",
+            )
+        _, optimizer, draws = self._attached
+        self._agree()
+        if not self._finished:  # part of a draw is no Poisson sample: one example more moves another out of it
+            draws.new_pass()
             optimizer.discard()
-        whole = False  # whether the last batch handed out ended its logical step
-        try:
-            for batch in self._run(iteration):
-                if whole and engine.ledger.deliveries:
-                    raise PrivacyError(
-                        "the optimizer was not stepped after the last draw: an example in both draws would count twice",
-                        remedy="call optimizer.step() after every batch of the loader (it waits by itself where a draw "
-                        "goes on), or optimizer.discard() to skip one",
-                    )
-                engine.set_mask(batch.mask)
-                optimizer.accumulating = not batch.ends_step
-                whole = batch.ends_step
-                yield batch.data
-        finally:
-            if iteration is self._iteration:
-                engine.set_mask(None)
-                if not whole:  # part of a draw is no Poisson sample: one example more moves another out of it
-                    optimizer.discard()
-                optimizer.accumulating = False
+        return self._handed_out(draws, self._begin(), whole)
+
+    def _handed_out(self, draws: Draws, iteration: object, whole: bool) -> Iterator[Any]:
+        count = 0
+        for data, mask, dims, request in self._run(iteration, whole=whole):
+            rows = [(t, d) for t, d in zip(rows_of(data), dims, strict=True) if d >= 0]
+            turns = -(-len(mask) // self.physical_batch_size)
+            draws.hand_out(DrawnBatch(rows, mask, turns, request.step, request.part, request.parts, iteration))
+            count += request.starts_step
+            yield data
+        if count > 1 and draws.unused(iteration):
+            raise PrivacyError(
+                f"the whole pass, {count} draws, was taken out of the loader before any of it was used",
+                remedy="iterate over the loader itself, not over list(loader); a prefetcher may be some batches ahead; "
+                "to look at draws without training iterate over loader.batches()",
+            )

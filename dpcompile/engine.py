@@ -8,6 +8,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from dpcompile.cachekey import cache_key
 from dpcompile.capture import Roles, assign_roles, extend
 from dpcompile.check import FirstStep
 from dpcompile.delivery import Delivery, through_delivery
+from dpcompile.draws import Draws, Given
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.kept import Kept
 from dpcompile.kinds import check_model
@@ -31,6 +33,7 @@ from dpcompile.ranks import world_size
 from dpcompile.replicas import Replicas
 from dpcompile.shards import zeros_for
 from dpcompile.translate import translated
+from dpcompile.turns import Ran, in_turns
 from dpcompile.unowned import guarded
 from dpcompile.workspace import keep_freed_memory, kept_gradients
 
@@ -68,7 +71,7 @@ class Engine:
         ledger: the clipped sums in ``p.grad``.
         replicas: under DistributedDataParallel, the way to the ledger.
         transformed: of the graph that ran last, or was compiled since.
-        grad_norms: ``[B]`` float32 norms of the last backward, before clipping.
+        draws: the batches of the loader that is attached, or None.
     """
 
     def __init__(self, module: nn.Module, options: Options) -> None:
@@ -77,12 +80,14 @@ class Engine:
         self.ledger = GradientLedger(self._parameters)
         self.replicas = Replicas(self.ledger, lambda: {n: self._parameters[n] for n in self.trainable()})
         self.transformed: Transformed | None = None
-        self.grad_norms: Tensor | None = None
+        self.draws: Draws | None = None
         self.kept = Kept()
         self.first_step: FirstStep | None = None
         self._unchecked = options.check
+        self._norms: list[tuple[Tensor, Tensor]] = []  # with their masks, of the last backward
         self._mask: Tensor | None = None
-        self._masked = False  # a loader says for every batch which rows are examples
+        self._masked = False  # it is said of every batch which rows are examples
+        self._given = Given()  # what a draw says of the forward that is being run
         self._current: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._tracing = False
         self._compiled: dict[tuple[tuple[str, ...], int], Callable[..., Any]] = {}
@@ -119,6 +124,15 @@ class Engine:
         """Names of the parameters that require a gradient now."""
         return [name for name, p in self._parameters.items() if p.requires_grad]
 
+    @property
+    def grad_norms(self) -> Tensor | None:
+        """Float32 norms of the last backward, before clipping, of its examples without padding; None before one."""
+        return torch.cat([norms[mask > 0] for norms, mask in self._norms]) if self._norms else None
+
+    def note_norms(self, norms: Tensor, mask: Tensor, *, more: bool = False) -> None:
+        """The norms ``[B]`` of a backward and the mask of its rows; with ``more`` of part of one."""
+        self._norms = [*(self._norms if more else []), (norms.detach(), mask)]
+
     def set_mask(self, mask: Tensor | None) -> None:
         """Say which rows of the next batch are examples (True) and which are padding (False): bool ``[B]``.
 
@@ -133,14 +147,42 @@ class Engine:
 
     @disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module, compiled.
+        """Call the module, compiled; on a batch of the loader with its mask, in as many forwards as it takes.
 
         Within a function that the user compiles this is a graph break: traced into, it would lose its backward.
         """
-        self._current, self._turn = (args, kwargs), None
+        draws = self.draws
+        if draws is None or self._masked or not (torch.is_grad_enabled() and self.trainable()):
+            return self._call(args, kwargs)
+        dims = self._example_dims((args, kwargs))
+        claim = draws.claim([(t, dim % t.ndim) for _, t, dim in dims if dim is not None])
+        batch, mask = claim.batch, claim.mask
+        if batch is None or mask is None:
+            return self._call(args, kwargs, Given(refused=claim.refused))
+        begin, end = partial(draws.begin, batch), partial(draws.delivered, batch)
+        if batch.turns == 1:
+            return self._call(args, kwargs, Given(mask, begin=begin, end=end))
+        self.replicas.notice(tracing=False)
+        reduces, masks, last = self.replicas.reduces, mask.chunk(batch.turns), batch.turns - 1
+
+        def forward(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Ran:
+            unchecked, self._unchecked = self._unchecked, self._unchecked and again
+            given = Given(masks[index], reduces=reduces and index == last, more=index > 0)
+            try:
+                return Ran(self._call(args, kwargs, given), self._output_labels)
+            finally:
+                self._unchecked = self._unchecked if again else unchecked
+
+        mean = self.options.loss_reduction == "mean"
+        return in_turns(forward, self.module, (args, kwargs), dims, batch.turns, mean=mean, begin=begin, end=end)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Given | None = None) -> Any:
+        """One call of the compiled module."""
+        self._current, self._turn, self._given = (args, kwargs), None, given or Given()
         unchecked = self._unchecked
         try:
-            self.replicas.notice(tracing=self._tracing)
+            if self._given.reduces is None:
+                self.replicas.notice(tracing=self._tracing)
             parts = self._parts.get(self._batch_size(), 1) if self._splits() else 1
             return self._run_parts(parts) if parts > 1 else self._run_once()
         except _TraceOnly:
@@ -154,9 +196,10 @@ class Engine:
                 raise refusal.with_traceback(None) from None
         finally:
             whole, self._current, self.first_step, self._turn = self._current, ((), {}), None, None
+            self._given = Given()
         self._parts[self._batch_size(whole)] = parts
         self._unchecked = unchecked  # nothing ran yet
-        return self(*args, **kwargs)
+        return self._call(args, kwargs, given)
 
     def _run_once(self) -> Any:
         """One call of the compiled module on what is current."""
@@ -194,7 +237,7 @@ class Engine:
         self._tracing = True
         try:
             with torch.enable_grad():
-                self(*args, **kwargs)
+                self._call(args, kwargs)
         except _TraceOnly:
             pass
         finally:
@@ -202,7 +245,9 @@ class Engine:
 
     def take_mask(self, batch: int, device: torch.device) -> Tensor:
         """The mask of the batch that is being run, as float32 weights; it is used once."""
-        mask, self._mask = self._mask, None
+        mask = self._given.mask
+        if mask is None:
+            mask, self._mask = self._mask, None
         if mask is None:
             return torch.ones(batch, device=device)
         if len(mask) != batch:
@@ -214,6 +259,8 @@ class Engine:
 
     def refused_backward(self) -> PrivacyError | None:
         """Why the forward that is being run may have no backward; None if it may."""
+        if self._given.refused is not None or self._given.mask is not None:
+            return self._given.refused
         if not self._masked or self._mask is not None:
             return None
         return PrivacyError(
@@ -229,18 +276,25 @@ class Engine:
         if turn.mask is None:
             turn.mask = self.take_mask(batch * turn.parts, like.device)
         rows = slice(turn.index * batch, (turn.index + 1) * batch)
-        recorder, reduces = self.first_step, self.replicas.reduces
+        recorder, given = self.first_step, self._given
+        reduces = self.replicas.reduces if given.reduces is None else given.reduces
 
         def keep(norms: Tensor | None, mask: Tensor, sums: list[tuple[str, Tensor]], graph_task: int) -> None:
+            turn.delivered += 1
+            if turn.delivered == 1:
+                given.begin()
             reached = {name for name, _ in sums}
             sums = [(n, s.contiguous() if self._parameters[n].is_contiguous() else s) for n, s in sums]
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
             zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]
             self.replicas.deliver(sums, zeros, graph_task=graph_task, call=turn, reduces=reduces)
             if norms is not None:
-                self.grad_norms = turn.with_norms(norms.detach(), rows)
+                assert turn.mask is not None
+                self.note_norms(turn.with_norms(norms.detach(), rows), turn.mask, more=given.more)
                 if recorder is not None:
                     recorder.compare(norms, mask, sums)
+            if turn.delivered == turn.parts:
+                given.end()
 
         return Delivery(names, turn.mask[rows], keep, refused, turn.filters)
 
@@ -306,8 +360,8 @@ class Engine:
         dims = example_dims(self.module.forward, args, kwargs, self.options.in_dims)
         return next((t.shape[dim] for _, t, dim in dims if dim is not None), 0)
 
-    def _example_dims(self) -> list[tuple[str, Tensor, int | None]]:
-        args, kwargs = self._current
+    def _example_dims(self, call: tuple[Any, Any] | None = None) -> list[tuple[str, Tensor, int | None]]:
+        args, kwargs = call or self._current
         inspect.signature(self.module.forward).bind(*args, **kwargs)  # the plain TypeError of a plain call
         check_model(self.module, sharded=self.distributed)
         return example_dims(self.module.forward, args, kwargs, self.options.in_dims)

@@ -19,6 +19,7 @@ from dpcompile import optim_checks as checks
 from dpcompile.errors import PrivacyError
 from dpcompile.mechanism import privatize_
 from dpcompile.noise import check_seed, fresh_seed
+from dpcompile.planned_steps import OnExceed, PlannedSteps
 from dpcompile.privacy import PrivacyAccountant
 from dpcompile.ranks import digest, from_first, refuse_disagreement
 from dpcompile.runtime import engine_of
@@ -47,7 +48,7 @@ class DPOptimizer(Optimizer):
     Attributes:
         optimizer: the inner optimizer.
         logical_step: how many draws of noise have been used up.
-        accumulating: the sums so far are not a whole logical step: :meth:`step` waits. `PoissonLoader` sets it.
+        accumulating: the sums so far are not a whole logical step: :meth:`step` waits.
 
     Raises:
         PrivacyError: see the table, and at construction a noise multiplier or batch size that makes no sense, an
@@ -101,7 +102,8 @@ class DPOptimizer(Optimizer):
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
         self.secure, self.accountant = secure, accountant
         self.logical_step = 0
-        self.accumulating = False
+        self._waits = False
+        self._planned = PlannedSteps(None, "raise")
         self._stepping = False
         self._agreed = False  # whether all ranks are known to mean the same
         self._held = False  # sums of earlier physical batches of an unfinished logical step stand in p.grad
@@ -111,6 +113,24 @@ class DPOptimizer(Optimizer):
         optimizer.register_step_pre_hook(_only_from(weakref.ref(self)))
         # Not __init__, which would build groups and state of its own: this sets up the step hooks and no more.
         super().__setstate__({})
+
+    @property
+    def accumulating(self) -> bool:
+        """The sums so far, and those of the batch at hand, are not a whole logical step: :meth:`step` waits.
+
+        An attached `PoissonLoader` knows it; a loop with batches of its own sets it.
+        """
+        draws = self.engine.draws
+        return self._waits if draws is None else draws.accumulating
+
+    @accumulating.setter
+    def accumulating(self, waits: bool) -> None:
+        if self.engine.draws is not None:
+            raise PrivacyError(
+                "accumulating was set on an optimizer that is attached to a loader: it knows which batches are a draw",
+                remedy="leave it to the loader, or iterate over loader.batches() without attaching it",
+            )
+        self._waits = waits
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -144,7 +164,10 @@ class DPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.accumulating:
+        draws = self.engine.draws
+        if draws is not None:
+            draws.check_step(self)
+        if self._waits if draws is None else draws.waits:
             self._held = True
             return loss
         names = self.checked_parameters()
@@ -177,12 +200,17 @@ class DPOptimizer(Optimizer):
 
     def checked_parameters(self) -> list[str]:
         """Names of the parameters that a step updates, after the checks that do not look at gradients."""
+        self._planned.check(self.logical_step)
         names = self.engine.trainable()
         checks.refuse_missing(self.engine, self.optimizer, names)
         checks.refuse_stray(self.engine, self.optimizer, names)
         checks.refuse_complex(self.engine, names)
         checks.refuse_other_accountant(self.noise_multiplier, self.accountant)
         return names
+
+    def plan(self, steps: int | None, on_exceed: OnExceed = "raise") -> None:
+        """Say for how many logical steps the noise was calibrated (None: for any number), and what comes beyond."""
+        self._planned = PlannedSteps(steps, on_exceed)
 
     def use_noise(self) -> int:
         """Use up one draw of noise and account for it; returns the logical step to draw it for.
@@ -198,7 +226,7 @@ class DPOptimizer(Optimizer):
     def finish(self) -> None:
         """The step is done: its gradients are spent."""
         self.engine.ledger.spend()
-        self._held = False
+        self._end_step()
         self._opt_called = True  # what learning-rate schedulers look at to see that a step came before theirs
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -207,6 +235,12 @@ class DPOptimizer(Optimizer):
             return
         self.optimizer.zero_grad(set_to_none)
         self.engine.ledger.clear()
+        self._end_step()
+
+    def _end_step(self) -> None:
+        self._held = False
+        if self.engine.draws is not None:
+            self.engine.draws.end_step()
 
     def discard(self) -> None:
         """Give up the logical step under way: drop its clipped sums. Nothing of them has been released."""

@@ -33,6 +33,7 @@ class Turn:
         mask: ``[B]`` weights of the whole batch.
         norms: ``[B]`` of the whole batch, as far as parts had their backward; None before the first.
         filters: parameters by name, as the compiled parts take them; they share one copy.
+        delivered: of how many the backward has come.
     """
 
     parts: int
@@ -40,6 +41,7 @@ class Turn:
     mask: Tensor | None = None
     norms: Tensor | None = None
     filters: dict[str, Tensor] = field(default_factory=dict)
+    delivered: int = 0
 
     def with_norms(self, norms: Tensor, rows: slice) -> Tensor:
         """The batch's norms once these rows' are known; zero where no backward came yet."""

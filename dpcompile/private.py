@@ -14,6 +14,7 @@ from dpcompile.data import PoissonLoader
 from dpcompile.errors import PrivacyError
 from dpcompile.noise import fresh_seed
 from dpcompile.optim import DPOptimizer
+from dpcompile.planned_steps import OnExceed
 from dpcompile.privacy import Method, PrivacyAccountant, calibrate_noise
 from dpcompile.ranks import from_first, rank, world_size
 from dpcompile.replicas import inner_module
@@ -35,6 +36,8 @@ def make_private(
     max_grad_norm: float | None = None,
     accountant: Method = "pld",
     physical_batch_size: int | None = None,
+    padding_example: Any = None,
+    on_exceed: OnExceed = "raise",
     seed: int | None = None,
     secure: bool = False,
     **dp_compile_options: Any,
@@ -57,6 +60,8 @@ def make_private(
         max_grad_norm: C; None: 1.0, or what a model compiled already has.
         accountant: "pld" or "rdp".
         physical_batch_size: see :class:`dpcompile.PoissonLoader`.
+        padding_example: see there.
+        on_exceed: with a target, what a step beyond the planned ones does: "raise", "warn" (once) or "ignore".
         seed: one secret for noise and draws, which take different streams of it (a PoissonLoader keeps its own for the
             draws). None draws one.
         secure: ChaCha20, likewise.
@@ -81,14 +86,16 @@ def make_private(
     if engine.distributed:  # on every rank, whether it is given a seed or not
         drawn = from_first(drawn)
     seed = drawn if seed is None else seed
-    private_loader = _private_loader(loader, physical_batch_size, seed, secure, engine)
+    private_loader = _private_loader(loader, physical_batch_size, padding_example, seed, secure, engine)
+    planned = None
     if noise_multiplier is None:
         assert target_epsilon is not None and target_delta is not None
+        planned = steps if steps is not None else (epochs or 0) * len(private_loader)
         noise_multiplier = calibrate_noise(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
             sample_rate=private_loader.sample_rate,
-            steps=steps if steps is not None else (epochs or 0) * len(private_loader),
+            steps=planned,
             method=accountant,
         )
     private_optimizer = DPOptimizer(
@@ -102,6 +109,7 @@ def make_private(
             noise_multiplier=noise_multiplier, sample_rate=private_loader.sample_rate, method=accountant
         ),
     )
+    private_optimizer.plan(planned, on_exceed)
     return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)
 
 
@@ -152,10 +160,11 @@ def _private_model(model: nn.Module, max_grad_norm: float | None, options: dict[
 
 
 def _private_loader(
-    loader: Any, physical_batch_size: int | None, seed: int, secure: bool, engine: Engine
+    loader: Any, physical_batch_size: int | None, padding_example: Any, seed: int, secure: bool, engine: Engine
 ) -> PoissonLoader:
     if not isinstance(loader, PoissonLoader):
         options: dict[str, Any] = {"physical_batch_size": physical_batch_size, "seed": seed, "secure": secure}
+        options["padding_example"] = padding_example
         if engine.distributed:
             if engine.data_ranks != world_size():
                 raise PrivacyError(

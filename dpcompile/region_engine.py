@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpcompile._torch import disable, fake_like, pytree, tracing_config
+from dpcompile._torch import fake_like, pytree, tracing_config
 from dpcompile.axis import Examples, Label, Shared
 from dpcompile.between import check_hooks_between, compiled_alone, held_tensors
 from dpcompile.clipping import prove_function
 from dpcompile.deferral import Outcome, Pass, WholeSums
+from dpcompile.draws import Given
 from dpcompile.enclosed import end_forward
 from dpcompile.engine import Engine, with_own_code
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
@@ -93,13 +94,13 @@ class RegionEngine(Engine):
         self._functions: dict[Any, Callable[..., Any]] = {}
         self._clipping_proved = False
 
-    @disable
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module, compiled."""
-        self._current = (args, kwargs)
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Given | None = None) -> Any:
+        """One call of the compiled module."""
+        self._current, self._given = (args, kwargs), given or Given()
         self.first_step = self._recorder()
         try:
-            self.replicas.notice(tracing=self._tracing)
+            if self._given.reduces is None:
+                self.replicas.notice(tracing=self._tracing)
             with tracing_config(regions=True):
                 return self._run_model(args, kwargs) if self._decided() else self._decide(args, kwargs)
         except Exception as error:
@@ -111,6 +112,7 @@ class RegionEngine(Engine):
             if self.graphs.whole is not None:
                 self.graphs.shared |= self.graphs.whole.repeated  # the next forward is compiled for it
             self._current, self.first_step, self.graphs.whole = ((), {}), None, None
+            self._given = Given()
             self.graphs.frames.clear()
             self.graphs.held = {}
             self._rank_parts.forget()
@@ -123,7 +125,7 @@ class RegionEngine(Engine):
         self._mask, self._masked = None, False
         try:
             with torch.enable_grad():
-                self(*args, **kwargs)
+                self._call(args, kwargs)
         finally:
             self._mask, self._masked, self._unchecked = mask, masked, unchecked
 
@@ -187,6 +189,7 @@ class RegionEngine(Engine):
                 result = end_forward(self.graphs.whole, result)
             self.kept.check_buffers(self.module)
             tensors = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+            self._output_labels = {id(x): label for x, label in zip(tensors, labels, strict=True)}
             if self.first_step is not None:
                 self.first_step.label(tensors, labels)
                 self.first_step.watch(result)
@@ -355,16 +358,19 @@ class RegionEngine(Engine):
             self._clipping_proved = True
         refused = self.refused_backward()
         mask = self.take_mask(*batch)
-        recorder, reduces = self.first_step, self.replicas.reduces
+        recorder, given = self.first_step, self._given
+        reduces = self.replicas.reduces if given.reduces is None else given.reduces
 
         def deliver(outcome: Outcome) -> None:
+            given.begin()
             reached = {name for name, _ in outcome.sums}
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
             zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]
             self.replicas.deliver(outcome.sums, zeros, graph_task=outcome.graph_task, reduces=reduces)
-            self.grad_norms = outcome.norms.detach()
+            self.note_norms(outcome.norms, outcome.mask, more=given.more)
             if recorder is not None:
                 recorder.compare(outcome.norms, outcome.mask, outcome.sums)
+            given.end()
 
         sums = ShardedSums(self._root, self._parameters) if self.sharded and self._root is not None else WholeSums()
         ranks = None

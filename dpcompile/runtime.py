@@ -17,7 +17,7 @@ from dpcompile.replicas import inner_module
 from dpcompile.shards import is_distributed
 from dpcompile.units import is_sharded
 
-__all__ = ["Engine", "PrivateModule", "engine_of", "private_class", "private_view"]
+__all__ = ["Engine", "PrivateModule", "engine_of", "private_class", "private_view", "set_mask"]
 
 
 class PrivateModule:
@@ -41,7 +41,8 @@ class PrivateModule:
 
     @property
     def grad_norms(self) -> Tensor:
-        """Norms of the last backward's per-example gradients, before clipping: float32 ``[B]``. Not private."""
+        """Norms of the last backward's per-example gradients, before clipping: float32, one for each row that is an
+        example and no padding, in the order of the batch. Not private."""
         norms = engine_of(self).grad_norms
         if norms is None:
             raise DPCompileError("there are no gradient norms yet", remedy="call loss.backward() first")
@@ -138,6 +139,26 @@ def engine_of(model: Any) -> Engine:
     if outer is not model:
         engine.replicas.join(outer)
     return engine
+
+
+def set_mask(model: Any, mask: Tensor | None) -> None:
+    """Say which rows of the next batch are examples, in a loop whose batches no attached loader hands out.
+
+    Args:
+        model: a private model, or one inside DistributedDataParallel.
+        mask: bool ``[B]``, True for an example and False for padding, which gets weight 0. From then on every forward
+            with gradients needs a mask of its own, used once; None ends that.
+
+    Raises:
+        PrivacyError: a mask of another kind, or a model whose batches a loader hands out with their masks.
+    """
+    engine = engine_of(model)
+    if engine.draws is not None:
+        raise PrivacyError(
+            "a loader is attached to the model, and hands its batches out with their masks",
+            remedy="iterate over the loader and leave the mask to it, or do not attach one and use loader.batches()",
+        )
+    engine.set_mask(mask)
 
 
 def _transformed(model: Any) -> Transformed:

@@ -55,18 +55,24 @@ def _at_a_time(expected: float) -> int:
 
 
 def cut(
-    indices: list[int], *, physical_batch_size: int, step: int, rank: int = 0, world_size: int = 1
+    indices: list[int], *, physical_batch_size: int, step: int, rank: int = 0, world_size: int = 1, whole: bool = False
 ) -> Iterator[Request]:
     """One logical batch as requests of ``physical_batch_size`` each; at least one, so that an empty draw is a step.
 
-    **Guarantee.** Over all ranks every index is in exactly one request, and every rank has as many requests.
+    With ``whole`` it is one request, of as many physical batches.
+
+    **Guarantee.** Over all ranks every index is in exactly one request, and every rank has as many requests, of the
+    same sizes.
     """
     own = indices[rank::world_size]
     largest = len(indices[::world_size])
     starts = range(0, max(largest, 1), physical_batch_size)
-    for start in starts:
-        part = own[start : start + physical_batch_size]
-        yield Request(part, physical_batch_size, step, start == 0, start == starts[-1])
+    if whole:
+        yield Request(own, len(starts) * physical_batch_size, step)
+        return
+    for part, start in enumerate(starts):
+        taken = own[start : start + physical_batch_size]
+        yield Request(taken, physical_batch_size, step, part, len(starts))
 
 
 def default_physical_batch_size(expected_batch_size: float, size: int) -> int:
@@ -97,16 +103,17 @@ class PoissonBatches:
         self.rank, self.world_size = rank, world_size
         self.seed, self.size, self.sample_rate, self.secure = seed, size, sample_rate, secure
         self.physical_batch_size = physical_batch_size
-        self._steps = range(0)
+        self._steps, self._whole = range(0), False
 
-    def cover(self, steps: range) -> None:
-        """Set the logical steps of the next ``iter()``."""
-        self._steps = steps
+    def cover(self, steps: range, *, whole: bool) -> None:
+        """Set the logical steps of the next ``iter()``, and whether each is one request."""
+        self._steps, self._whole = steps, whole
 
     def __iter__(self) -> Iterator[Request]:
-        return self._requests(self.seed, self._steps)  # bound now: a generator would read them at its first item
+        # bound now: a generator would read them at its first item
+        return self._requests(self.seed, self._steps, self._whole)
 
-    def _requests(self, seed: int, steps: range) -> Iterator[Request]:
+    def _requests(self, seed: int, steps: range, whole: bool) -> Iterator[Request]:
         for step in steps:
             drawn = poisson_draw(seed, step=step, size=self.size, sample_rate=self.sample_rate, secure=self.secure)
             yield from cut(
@@ -115,4 +122,5 @@ class PoissonBatches:
                 step=step,
                 rank=self.rank,
                 world_size=self.world_size,
+                whole=whole,
             )

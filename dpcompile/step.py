@@ -148,7 +148,8 @@ class CompiledStep:
         words = seed_words(optimizer.seed, step, secure=optimizer.secure)
         with torch.no_grad():
             losses, norms, self._sums = run(flat, self._sums, words, final)
-        engine.grad_norms, engine.transformed = norms, program.transformed
+        engine.note_norms(norms, mask)
+        engine.transformed = program.transformed
         if final:
             optimizer.finish()
         return (losses * mask).sum() / mask.sum().clamp_min(1)

@@ -7,6 +7,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from dpcompile.draws import Draws
 from dpcompile.errors import PrivacyError
 from dpcompile.ledger import GradientLedger
 
@@ -19,7 +20,7 @@ class FakeEngine:
     def __init__(self, model: nn.Module, max_grad_norm: float = 1.0) -> None:
         self.model, self.max_grad_norm = model, max_grad_norm
         self.ledger = GradientLedger(self.parameters())
-        self.mask: Tensor | None = None
+        self.draws: Draws | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
@@ -27,8 +28,16 @@ class FakeEngine:
     def trainable(self) -> list[str]:
         return [name for name, p in self.model.named_parameters() if p.requires_grad]
 
-    def set_mask(self, mask: Tensor | None) -> None:
-        self.mask = mask
+    def backward(self, x: Tensor, value: Tensor) -> None:
+        """As the compiled model does with a batch of the loader: the sum of the values of its examples, into ``a``."""
+        assert self.draws is not None
+        claim = self.draws.claim([(x, 0)])
+        if claim.batch is None or claim.mask is None:
+            assert claim.refused is not None
+            raise claim.refused
+        self.draws.begin(claim.batch)
+        self.deliver(a=(value * claim.mask).sum().view(1))
+        self.draws.delivered(claim.batch)
 
     def deliver(self, **sums: Tensor) -> None:
         """One clipped backward; zeros for the trainable parameters not named."""

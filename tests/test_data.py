@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import namedtuple
 from typing import Any
@@ -27,7 +28,6 @@ from dpcompile import data, optim, sampling
 from dpcompile.data import PhysicalBatch, PoissonLoader
 from dpcompile.errors import PrivacyError
 from dpcompile.optim import DPOptimizer
-from dpcompile.padding import zero_example
 from dpcompile.privacy import PrivacyAccountant
 from dpcompile.sampling import default_physical_batch_size, poisson_draw
 
@@ -130,7 +130,8 @@ def test_physical_batches_have_one_size_and_zeros_where_the_mask_is_false(physic
         assert isinstance(batch, PhysicalBatch)
         x, y = batch.data
         assert x.shape == y.shape == batch.mask.shape == (physical,) and batch.mask.dtype == torch.bool
-        assert torch.equal(x != 0, batch.mask) and torch.equal(y != 0, batch.mask)
+        assert torch.equal(x != 0, batch.mask) and torch.equal(x[batch.mask].long(), y[batch.mask])
+        assert not batch.mask.any() or (y[~batch.mask] == y[batch.mask].min()).all()  # a number stays one of its kind
         ends += batch.ends_step
     assert ends == len(loader)
 
@@ -159,25 +160,6 @@ class Record:
     label: int
 
 
-def test_zero_examples_keep_structure_and_no_value():
-    array = np.full((2, 3), 7, dtype=np.int16)
-    example = {
-        "tensor": torch.full((2,), 3, dtype=torch.uint8),
-        "array": array,
-        "scalar": np.float32(2.5),
-        "plain": [5, 2.5, True, 1j, "text", b"raw", None],
-        "point": Point(1, torch.ones(2)),
-        "record": Record(torch.ones(2, 2), 9),
-    }
-    zero = zero_example(example)
-    assert zero["tensor"].dtype == torch.uint8 and zero["tensor"].tolist() == [0, 0]
-    assert zero["array"].dtype == np.int16 and not zero["array"].any() and array.all()
-    assert type(zero["scalar"]) is np.float32 and zero["scalar"] == 0
-    assert zero["plain"] == [0, 0.0, False, 0j, "", b"", None]
-    assert isinstance(zero["point"], Point) and zero["point"].x == 0 and not zero["point"].y.any()
-    assert isinstance(zero["record"], Record) and zero["record"].label == 0 and not zero["record"].image.any()
-
-
 class Items(Dataset):
     def __init__(self, items):
         self.items = items
@@ -203,13 +185,98 @@ def test_the_batch_keeps_the_structure_of_the_dataset(kind):
     assert [name != "" for name in batch.data["meta"][1]] == batch.mask.tolist()
 
 
-def test_the_users_collation_sees_a_whole_physical_batch():
+def test_the_users_collation_sees_drawn_examples_only():
+    sizes = []
+
     def collate(examples):
-        assert len(examples) == 6
+        sizes.append(len(examples))
+        assert all(x != 0 for x, _ in examples)
         return torch.stack([x for x, _ in examples]), None
 
     loader = loader_of(collate_fn=collate, physical_batch_size=6)
-    assert all(b.data[0].shape == (6,) and b.data[1] is None for b in loader.batches())
+    batches = list(loader.batches())
+    assert all(b.data[0].shape == (6,) and b.data[1] is None for b in batches)
+    assert sizes[1] == sizes[0] + 1  # one more of the first, to see what grows
+    assert [sizes[0], *sizes[2:]] == [int(b.mask.sum()) for b in batches]
+
+
+def longest_first(examples):
+    """As for pack_padded_sequence: sorted by length, padded to the longest."""
+    examples = sorted(examples, key=len, reverse=True)
+    return torch.nn.utils.rnn.pad_sequence(examples, batch_first=True), torch.tensor([len(x) for x in examples])
+
+
+def test_a_collation_may_sort_and_lengths_of_padding_are_lengths():
+    texts = Items([torch.full((1 + i % 7,), i + 1.0) for i in range(40)])
+    loader = PoissonLoader(texts, expected_batch_size=8, physical_batch_size=5, seed=0, collate_fn=longest_first)
+    seen = []
+    for batch in loader.batches():
+        x, lengths = batch.data
+        assert len(x) == len(lengths) == 5 and (lengths > 0).all()
+        assert torch.equal((x != 0).any(1), batch.mask)
+        assert all((row[:n] == row[0]).all() for row, n in zip(x[batch.mask], lengths[batch.mask], strict=True))
+        seen += x[batch.mask][:, 0].long().tolist()
+    assert sorted(seen) == sorted(i for d in draws(loader_of()) for i in d)
+
+
+def test_time_major_batches_are_filled_up_along_the_examples():
+    texts = Items([torch.ones(4, 2) for _ in range(40)])
+    along = lambda examples: torch.stack(examples, 1)  # noqa: E731
+    loader = PoissonLoader(texts, expected_batch_size=4, physical_batch_size=9, seed=0, collate_fn=along)
+    for batch in loader.batches():
+        assert batch.data.shape == (4, 9, 2) and torch.equal((batch.data != 0).all(2).all(0), batch.mask)
+
+
+def test_every_kind_of_container_is_filled_up():
+    class Bag:
+        def __init__(self, x):
+            self.x = x
+
+    def collate(examples):
+        x = torch.stack([e[0] for e in examples])
+        return {"bag": Bag(x), "point": Point(x, x.numpy()), "record": Record(x, 3), "ids": [str(i) for i in x.tolist()]}
+
+    batch = next(loader_of(collate_fn=collate, physical_batch_size=16).batches())
+    data, real = batch.data, int(batch.mask.sum())
+    assert 0 < real < 16 and type(data["bag"]) is Bag and isinstance(data["point"], Point)
+    assert data["record"].label == 3 and isinstance(data["point"].y, np.ndarray)
+    for x in (data["bag"].x, data["point"].x, torch.from_numpy(data["point"].y), data["record"].image):
+        assert torch.equal(x != 0, batch.mask)
+    assert [i != "" for i in data["ids"]] == batch.mask.tolist()
+
+
+@pytest.mark.parametrize(
+    ("collate", "message"),
+    [
+        (lambda e: torch.cat([torch.stack([x, x]) for x, _ in e]), r"collate_fn returns \d+ rows for \d+ examples, and"),
+        (lambda e: torch.stack([x for x, _ in e[:3]]), "nothing that collate_fn returns grows"),
+        (lambda e: torch.zeros(len(e), len(e)), r"it has no row for each example\n.*one row for each example"),
+        (lambda e: [x for x, _ in e], "returns another structure for one example more"),
+        (
+            lambda e: torch.nn.utils.rnn.pack_sequence([x.view(1) for x, _ in e]),
+            r"a PackedSequence: .*\n.*return the padded tensor and the lengths",
+        ),
+    ],
+)
+def test_a_collation_without_a_row_for_each_example_is_refused(collate, message):
+    with pytest.raises(PrivacyError, match=message):
+        next(loader_of(collate_fn=collate).batches())
+
+
+def test_a_collation_that_drops_rows_of_some_batches_is_refused():
+    few = lambda e: torch.stack([x for x, _ in e if x < 30])  # noqa: E731
+    with pytest.raises(PrivacyError, match=r"rows for \d+ examples"):
+        list(loader_of(collate_fn=few).batches())
+
+
+class Twice(Items):
+    def __getitems__(self, indices):
+        return [self.items[i] for i in indices for _ in range(2)]
+
+
+def test_a_dataset_with_several_items_for_an_index_is_refused():
+    with pytest.raises(PrivacyError, match=r"gave \d+ items for \d+ indices.*\n.*one item for each index"):
+        next(PoissonLoader(Twice(torch.ones(9)), expected_batch_size=5, seed=0).batches())
 
 
 def test_a_padding_example_can_be_given():
@@ -218,13 +285,14 @@ def test_a_padding_example_can_be_given():
     assert (batch.data[0][~batch.mask] == -5).all() and (~batch.mask).any()
 
 
-class Thing:
-    pass
-
-
-def test_an_example_without_an_evident_zero_is_refused():
-    with pytest.raises(PrivacyError, match=r"part of type .*Thing\n.*padding_example"):
-        PoissonLoader(Items([Thing()] * 3), expected_batch_size=1)
+def test_a_padding_example_is_filled_up_to_the_longest_and_may_not_be_longer():
+    texts = Items([torch.full((3 + i % 4,), i + 1.0) for i in range(40)])
+    options = {"expected_batch_size": 8, "physical_batch_size": 16, "seed": 0, "collate_fn": longest_first}
+    batch = next(PoissonLoader(texts, padding_example=torch.full((2,), -1.0), **options).batches())
+    x, lengths = batch.data
+    assert (lengths[~batch.mask] == 2).all() and (x[~batch.mask][:, :2] == -1).all() and (x[~batch.mask][:, 2:] == 0).all()
+    with pytest.raises(PrivacyError, match="does not fit into rows"):
+        next(PoissonLoader(texts, padding_example=torch.ones(20), **options).batches())
 
 
 class Noisy(Items):
@@ -275,58 +343,82 @@ def gradient(model: PrivateModel) -> float:
     return model.a.grad.item()
 
 
-def backward(model: PrivateModel, x: torch.Tensor) -> None:
-    """As the compiled model would: the masked sum, and the mask is used up."""
-    mask, model.engine.mask = model.engine.mask, None
-    assert mask is not None and mask.shape == x.shape
-    model.engine.deliver(a=(x * mask).sum().view(1))
+def backward(model: PrivateModel, x: torch.Tensor, value: torch.Tensor | None = None) -> None:
+    model.engine.backward(x, x if value is None else value)
 
 
+def sums_of(model: PrivateModel, optimizer: DPOptimizer) -> list[float]:
+    """Filled with the clipped sum of each step."""
+    updates: list[float] = []
+    optimizer.register_step_post_hook(lambda o, a, k: updates.append(gradient(model) * 8))
+    return updates
+
+
+EXPECTED = [sum(d) for d in draws(loader_of(steps=10))]
+
+
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("physical", [3, 40])
 @pytest.mark.parametrize("zero_first", [True, False])
-def test_the_ordinary_loop_sums_each_logical_batch_once(physical, zero_first):
+def test_the_ordinary_loop_sums_each_logical_batch_once(physical, zero_first, whole):
     model, optimizer, loader = trained(physical_batch_size=physical)
-    updates = []
-    optimizer.register_step_post_hook(lambda o, a, k: updates.append(gradient(model) * 8))
+    updates = sums_of(model, optimizer)
     for _ in range(2):
-        for x, _ in loader:
+        batches = 0
+        for x, _ in loader if whole else loader.parts():
+            assert len(x) % physical == 0 and (whole or len(x) == physical)
             if zero_first:
                 optimizer.zero_grad()
             backward(model, x)
             optimizer.step()
             if not zero_first:
                 optimizer.zero_grad()
-    assert updates == pytest.approx([sum(d) for d in draws(loader_of(steps=10))])
-    assert optimizer.logical_step == loader.step == 10
-    assert model.engine.mask is None and optimizer.accumulating is False
+            batches += 1
+        assert batches == len(loader) or not whole
+    assert updates == pytest.approx(EXPECTED)
+    assert optimizer.logical_step == loader.step == 10 and optimizer.accumulating is False
 
 
-def test_the_accountant_counts_draws_not_physical_batches():
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_accountant_counts_draws_not_physical_batches(whole):
     accountant = PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.2)
     model, optimizer, loader = trained(sigma=1.0, accountant=accountant, physical_batch_size=2)
-    for x, _ in loader:
+    for x, _ in loader if whole else loader.parts():
         backward(model, x)
         optimizer.step()
         optimizer.zero_grad()
     assert accountant.steps == 5
 
 
+def test_the_optimizer_says_before_and_after_a_backward_whether_a_step_waits():
+    model, optimizer, loader = trained(physical_batch_size=3)
+    said, ends = [], [b.ends_step for b in loader_of(physical_batch_size=3).batches()]
+    for x, _ in loader.parts():
+        before = optimizer.accumulating
+        backward(model, x)
+        optimizer.step()
+        said.append((before, optimizer.accumulating))
+        optimizer.zero_grad()
+    assert said == [(not end, not end) for end in ends] and not all(ends)
+    with pytest.raises(PrivacyError, match=r"accumulating was set on an optimizer that is attached.*\n.*batches\(\)"):
+        optimizer.accumulating = True
+
+
 def test_breaking_off_inside_a_draw_discards_it_and_goes_on_with_the_next():
     model, optimizer, loader = trained(physical_batch_size=2)
-    for x, _ in loader:
+    updates = sums_of(model, optimizer)
+    for x, _ in loader.parts():
         assert optimizer.accumulating
         backward(model, x)
         optimizer.step()
         break
-    assert optimizer.logical_step == 0 and loader.step == 1 and not optimizer.accumulating
-    with pytest.raises(PrivacyError, match="without a clipped backward"):
-        optimizer.step()  # part of a draw is no Poisson sample
-    before = optimizer.logical_step
-    for x, _ in loader:
+    optimizer.step()  # part of a draw is no Poisson sample
+    assert optimizer.logical_step == 0 and loader.step == 1
+    for x, _ in loader.parts():
         backward(model, x)
         optimizer.step()
         optimizer.zero_grad()
-    assert optimizer.logical_step == before + 5 and loader.step == 6
+    assert optimizer.logical_step == 5 and loader.step == 6 and updates == pytest.approx(EXPECTED[1:6])
 
 
 def test_breaking_off_after_a_step_repeats_no_draw():
@@ -334,7 +426,7 @@ def test_breaking_off_after_a_step_repeats_no_draw():
     seen = []
     for _ in range(3):
         for i, (x, y) in enumerate(loader):
-            seen.append(y[y > 0].tolist())
+            seen.append(y[x > 0].tolist())
             backward(model, x)
             optimizer.step()
             optimizer.zero_grad()
@@ -355,16 +447,181 @@ def test_a_draw_that_was_not_stepped_is_refused():
 
 
 def test_two_passes_at_once_are_refused():
-    model, optimizer, loader = trained()
+    _, _, loader = trained()
     older: Any = iter(loader)
     next(older)
     newer = iter(loader)
     next(newer)
     with pytest.raises(PrivacyError, match="another pass over the same loader has begun"):
         next(older)
-    assert model.engine.mask is not None  # the older pass has not touched the newer one's mask
-    older.close()
-    assert model.engine.mask is not None
+
+
+# ---- batches that are not used at once
+
+
+def ahead(batches, depth: int = 1, copy=None):
+    """A prefetcher: takes ``depth`` batches before the first is used."""
+    waiting = []
+    for x, y in batches:
+        waiting.append((x if copy is None else copy(x), y))
+        if len(waiting) > depth:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+@pytest.mark.parametrize("copy", [None, torch.clone, lambda x: x.view(-1, 1)[:, 0]], ids=["itself", "copy", "view"])
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize(("physical", "whole"), [(40, True), (3, True), (3, False)])
+def test_batches_taken_ahead_keep_their_masks(physical, whole, depth, copy):
+    model, optimizer, loader = trained(physical_batch_size=physical)
+    updates = sums_of(model, optimizer)
+    for _ in range(2):
+        for x, _ in ahead(loader if whole else loader.parts(), depth, copy):
+            optimizer.zero_grad()
+            backward(model, x)
+            optimizer.step()
+    assert updates == pytest.approx(EXPECTED) and optimizer.logical_step == 10
+
+
+def test_the_last_batches_of_a_pass_may_be_used_in_the_next():
+    model, optimizer, loader = trained()
+    updates = sums_of(model, optimizer)
+    for x, _ in ahead(itertools.chain(loader, loader), 2):
+        backward(model, x)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert updates == pytest.approx(EXPECTED)
+
+
+def test_draws_may_be_used_in_another_order():
+    model, optimizer, loader = trained()
+    updates = sums_of(model, optimizer)
+    batches = iter(loader)
+    for first, second in zip(batches, batches, strict=False):
+        for x, _ in (second, first):
+            backward(model, x)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert updates == pytest.approx([EXPECTED[i] for i in (1, 0, 3, 2)])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_pass_taken_whole_before_its_use_is_refused(whole):
+    _, _, loader = trained(physical_batch_size=3)
+    with pytest.raises(PrivacyError, match=r"the whole pass, 5 draws, was taken out .*\n.*not over list\(loader\)"):
+        list(loader if whole else loader.parts())
+
+
+def test_one_draw_may_be_listed():
+    model, optimizer, loader = trained(steps=1)
+    updates = sums_of(model, optimizer)
+    for x, _ in list(loader):
+        backward(model, x)
+        optimizer.step()
+    assert updates == pytest.approx(EXPECTED[:1])
+
+
+def test_a_batch_given_up_is_lost_and_the_next_is_right():
+    model, optimizer, loader = trained()
+    updates = sums_of(model, optimizer)
+    for i, (x, _) in enumerate(loader):
+        if i % 2:
+            continue
+        backward(model, x)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert updates == pytest.approx(EXPECTED[0:5:2])
+
+
+@pytest.mark.parametrize("other", [lambda x: x, torch.clone], ids=["itself", "copy"])
+def test_a_batch_is_used_once(other):
+    model, optimizer, loader = trained()
+    batches = ahead(loader)
+    x, _ = next(batches)
+    backward(model, x)
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(PrivacyError, match=r"a second backward on one batch of the loader.*\n.*anew for every epoch"):
+        backward(model, other(x))
+
+
+def test_what_is_no_batch_of_the_loader_is_refused():
+    model, optimizer, loader = trained()
+    for x, _ in loader:
+        backward(model, x)
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.raises(PrivacyError, match=r"on what is no batch of the loader.*\n.*iterate over the loader that make_p"):
+        backward(model, torch.arange(8.0))
+
+
+def test_a_batch_that_the_loop_changes_is_known_while_it_is_the_only_one():
+    model, optimizer, loader = trained()
+    updates = sums_of(model, optimizer)
+    for x, _ in loader:
+        backward(model, x * 2 - 1, x)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert updates == pytest.approx(EXPECTED[:5])
+    with pytest.raises(PrivacyError, match=r"2 batches of the loader wait to be used, and this call's tensors are none"):
+        for x, _ in ahead(loader):
+            backward(model, x * 2 - 1)
+
+
+def test_rows_that_the_loop_reorders_keep_their_mask():
+    model, optimizer, loader = trained(physical_batch_size=16)
+    updates = sums_of(model, optimizer)
+    for x, _ in loader:
+        backward(model, x[torch.randperm(len(x))])
+        optimizer.step()
+        optimizer.zero_grad()
+    assert updates == pytest.approx(EXPECTED[:5])
+
+
+def test_rows_that_the_loop_changes_and_reorders_are_refused():
+    model, _, loader = trained(physical_batch_size=24)
+    x, _ = next(iter(loader))
+    with pytest.raises(PrivacyError, match=r"the rows of the batch have moved .*\n.*reorder them in collate_fn"):
+        backward(model, x.flip(0) * 2)
+
+
+def test_some_of_the_rows_are_refused():
+    model, _, loader = trained(physical_batch_size=16)
+    x, _ = next(iter(loader))
+    with pytest.raises(PrivacyError, match=r"has 16 rows, and the model was called with 4\n.*whole"):
+        backward(model, x[:4])
+
+
+def test_tensors_of_two_batches_are_refused():
+    _, _, loader = trained()
+    batches: Any = iter(loader)
+    (x, _), (_, y) = next(batches), next(batches)
+    with pytest.raises(PrivacyError, match="are those of several batches"):
+        draws_of(loader).claim([(x, 0), (y, 0)])
+
+
+def draws_of(loader: PoissonLoader):
+    assert loader._attached is not None
+    return loader._attached[2]
+
+
+def test_empty_draws_are_alike_and_taken_in_order():
+    model, optimizer, loader = trained(expected=0.01, steps=3, physical_batch_size=4)
+    for x, _ in ahead(loader, 2, torch.clone):
+        backward(model, x)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.logical_step == 3
+
+
+def test_another_optimizer_than_the_attached_one_is_refused():
+    model, optimizer, loader = trained()
+    other = DPOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), model, noise_multiplier=0.0, expected_batch_size=8)
+    x, _ = next(iter(loader))
+    backward(model, x)
+    with pytest.raises(PrivacyError, match=r"another optimizer is attached to the loader.*\n.*make_private returned"):
+        other.step()
+    optimizer.step()
 
 
 def test_iterating_without_attaching_is_refused():

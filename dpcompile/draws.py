@@ -1,0 +1,358 @@
+"""Which drawn batch a call of the model trains on: told by what arrives, checked against what was drawn, used once.
+
+The loader hands batches out; when they are used is the loop's affair: at once, one batch later (a prefetcher), in
+another order. So a batch's mask belongs to its tensors. A call of the model is matched with a batch by the memory of its
+arguments, by their content (a copy on another device), or, where the loop has computed something new from them, by there
+being no other batch that it could be.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpcompile.errors import PrivacyError
+
+__all__ = ["Claim", "DrawnBatch", "Draws", "Given"]
+
+_USED = 2  # batches whose content is kept after their use, to tell a copy of one from something new
+_WAITING = 16  # batches that may wait for their use
+
+
+@dataclass(eq=False, slots=True)
+class DrawnBatch:
+    """A batch that the loader handed out.
+
+    Attributes:
+        rows: its tensors that have a row for each example, and the dimension of the rows.
+        mask: bool ``[B]``, False for padding.
+        turns: in how many forwards it runs, one after the other.
+        step: the loader's logical step.
+        part: which of the step's batches it is.
+        parts: how many these are.
+        of_pass: the pass over the loader that it is from.
+    """
+
+    rows: list[tuple[Tensor, int]]
+    mask: Tensor
+    turns: int = 1
+    step: int = 0
+    part: int = 0
+    parts: int = 1
+    of_pass: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one call of the model trains on.
+
+    Attributes:
+        batch: a drawn batch, or None.
+        mask: bool ``[B]``, in the order in which the rows arrived.
+        refused: why a backward of this call is refused; None where ``batch`` is given.
+    """
+
+    batch: DrawnBatch | None
+    mask: Tensor | None = None
+    refused: PrivacyError | None = None
+
+
+def _nothing() -> None:
+    """Before and after a delivery that belongs to no draw, or is one of several."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a draw says of one forward.
+
+    Attributes:
+        mask: bool ``[B]``, or None.
+        refused: why it may have no backward, or None.
+        reduces: whether sums are added up over replicas after its backward; None: as the replicas have it.
+        more: its norms come behind those that were delivered before.
+        begin: called before its backward delivers.
+        end: called after it.
+    """
+
+    mask: Tensor | None = None
+    refused: PrivacyError | None = None
+    reduces: bool | None = None
+    more: bool = False
+    begin: Callable[[], None] = _nothing
+    end: Callable[[], None] = _nothing
+
+
+@dataclass(eq=False, slots=True)
+class Draws:
+    """Between a loader, a model and an optimizer: the batches on their way, and the logical step under way.
+
+    **Guarantee.** Every batch is used by at most one backward, with its own mask in the order in which its rows arrive;
+    the clipped sums of a step come from the batches of one draw, and from all of them.
+
+    =====================================================  =======================================================
+    edge case                                              outcome
+    =====================================================  =======================================================
+    batches taken ahead, reordered, copied to a device     each call gets the mask of its own batch
+    rows reordered by the loop, otherwise as drawn         the mask follows
+    a batch changed by the loop, used before the next      its mask; refused if rows evidently moved
+    a batch changed by the loop, others taken meanwhile    refused: it could be any of them
+    a batch used a second time, or from somewhere else     its backward is refused
+    tensors of two batches in one call                     refused
+    a draw that was not stepped on                         the next backward is refused
+    a batch given up (``continue``)                        right; its draw is lost
+    part of a draw, then another                           refused, or dropped where a new pass begins
+    =====================================================  =======================================================
+
+    Attributes:
+        optimizer: the one that may step.
+    """
+
+    optimizer: weakref.ref[Any]
+    _waiting: list[DrawnBatch] = field(default_factory=list)
+    _used: deque[DrawnBatch] = field(default_factory=lambda: deque(maxlen=_USED))
+    _fresh: DrawnBatch | None = None  # handed out, and no call came since
+    _hand: DrawnBatch | None = None  # a call came, and no backward since
+    _step: int | None = None  # the logical step under way
+    _done: int = 0  # its parts that had their backward
+    _broken: bool = False  # one of them had its backward half
+
+    def hand_out(self, batch: DrawnBatch) -> None:
+        """The loader gives this batch to the loop."""
+        self._waiting = [*self._waiting, batch][-_WAITING:]
+        self._fresh = batch
+
+    def new_pass(self) -> None:
+        """The pass before was broken off, and another begins: what is left of it is dropped."""
+        self._waiting.clear()
+        self._fresh = None
+
+    def unused(self, of_pass: object) -> bool:
+        """Whether no batch of this pass has been used."""
+        return all(b.of_pass is not of_pass for b in self._used)
+
+    def claim(self, tensors: Sequence[tuple[Tensor, int]]) -> Claim:
+        """The batch that a call with gradients trains on; it is used from now on.
+
+        Args:
+            tensors: the call's tensors with examples, and the dimension of the examples.
+
+        Raises:
+            PrivacyError: it could be one of several batches, is made of several, or has other rows than were drawn.
+        """
+        found = _recognised(self._waiting, tensors)
+        if found is None and not self._could_only_be_fresh():
+            return Claim(None, refused=self._why_not(tensors))
+        if found is None and (again := _recognised(list(self._used), tensors)) is not None:
+            return Claim(None, refused=_used_already())
+        batch, order = found if found is not None else (self._waiting[0], None)
+        _check_rows(batch, tensors)
+        if found is None:
+            _refuse_moved_rows(batch.mask, tensors)
+        self._waiting.remove(batch)
+        self._used.append(batch)
+        self._fresh, self._hand = None, batch
+        return Claim(batch, batch.mask if order is None else batch.mask[order])
+
+    def begin(self, batch: DrawnBatch) -> None:
+        """The backward of a batch begins to deliver.
+
+        Raises:
+            PrivacyError: another draw has not been stepped on.
+        """
+        if self._broken:
+            raise _broken_off()
+        if self._step is None:
+            self._step, self._done = batch.step, 0
+        elif self._step != batch.step:
+            raise PrivacyError(
+                "the optimizer was not stepped after the last draw: an example in both draws would count twice",
+                remedy="call optimizer.step() after every batch of the loader (it waits by itself where a draw goes "
+                "on), or optimizer.discard() to skip one",
+            )
+        self._broken = True
+
+    def delivered(self, batch: DrawnBatch) -> None:
+        """The backward of a batch has delivered all that it has."""
+        self._broken, self._hand = False, None
+        self._done += 1
+
+    def check_step(self, optimizer: Any) -> None:
+        """Raise PrivacyError unless this optimizer may step on what was delivered."""
+        if self.optimizer() is not optimizer:
+            raise PrivacyError(
+                "another optimizer is attached to the loader that this model trains on: this one would not know which "
+                "batches are a whole draw, nor would the accountant of the other count the step",
+                remedy="step the optimizer that make_private returned, or that was given to loader.attach",
+            )
+        if self._broken:
+            raise _broken_off()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the clipped sums are those of a part of a draw."""
+        return self._step is not None and not self._broken and 0 < self._done < self._parts
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether a step would wait, once the batch at hand has had its backward."""
+        batch = self._hand or (self._waiting[0] if self._fresh is not None else None)
+        if batch is None:
+            return self.waits
+        done = self._done if self._step == batch.step else 0
+        return done + 1 < batch.parts
+
+    @property
+    def _parts(self) -> int:
+        return next((b.parts for b in reversed(self._used) if b.step == self._step), 1)
+
+    def end_step(self) -> None:
+        """The optimizer has stepped, or its sums were given up: what is left of the draw may not be used."""
+        if self._step is not None:
+            self._waiting = [b for b in self._waiting if b.step != self._step]
+        self._step, self._done, self._broken, self._hand = None, 0, False, None
+
+    def _could_only_be_fresh(self) -> bool:
+        return len(self._waiting) == 1 and self._waiting[0] is self._fresh
+
+    def _why_not(self, tensors: Sequence[tuple[Tensor, int]]) -> PrivacyError:
+        if _recognised(list(self._used), tensors) is not None:
+            return _used_already()
+        if not self._waiting:
+            return PrivacyError(
+                "a backward on what is no batch of the loader, or on one a second time: the accountant counts its "
+                "draws, each once",
+                remedy="iterate over the loader that make_private returned, and call the model with gradients once per "
+                "batch (other calls under torch.no_grad()); for batches of your own use dp_compile and DPOptimizer "
+                "without attaching a loader",
+            )
+        return PrivacyError(
+            f"{len(self._waiting)} batches of the loader wait to be used, and this call's tensors are none of them: it "
+            "cannot be told which rows are padding",
+            remedy="where batches are taken ahead, call the model on the batch's own tensors or copies of them; compute "
+            "new ones (normalise, augment) in the dataset, in collate_fn or in the model",
+        )
+
+
+def _used_already() -> PrivacyError:
+    return PrivacyError(
+        "a second backward on one batch of the loader: its examples would count twice",
+        remedy="call the model once per batch with gradients (other calls under torch.no_grad()), and iterate over the "
+        "loader anew for every epoch",
+    )
+
+
+def _broken_off() -> PrivacyError:
+    return PrivacyError(
+        "a backward was broken off by an error: the clipped sums are those of some of a draw's examples",
+        remedy="call optimizer.discard(), then go on with the next batch",
+    )
+
+
+def _recognised(
+    batches: Sequence[DrawnBatch], tensors: Iterable[tuple[Tensor, int]]
+) -> tuple[DrawnBatch, Tensor | None] | None:
+    """The batch that these tensors are, and the order of its rows (None: as drawn); None if they are none."""
+    orders: list[dict[DrawnBatch, tuple[int, ...] | None]] = []
+    for tensor, dim in tensors:
+        same = {b: (None,) for b in batches if any(_shares_memory(tensor, dim, *row) for row in b.rows)}
+        if not same:
+            found = ((b, next(filter(None, (_same_content(tensor, dim, *row) for row in b.rows)), None)) for b in batches)
+            same = {b: order for b, order in found if order is not None}
+        if same:
+            orders.append(same)  # type: ignore[arg-type]
+    if not orders:
+        return None
+    candidates = [b for b in batches if all(b in same for same in orders)]
+    if not candidates:
+        raise PrivacyError(
+            "the tensors of this call are those of several batches of the loader",
+            remedy="pass tensors of one batch",
+        )
+    if len(candidates) > 1 and any(not _equal(candidates[0], other) for other in candidates[1:]):
+        raise PrivacyError(
+            "the tensors of this call are the same in several batches of the loader: it cannot be told which rows are "
+            "padding",
+            remedy="where batches are taken ahead, pass at least one tensor by which they can be told apart",
+        )
+    found_orders = {same[candidates[0]] for same in orders}
+    if len(found_orders) > 1:
+        raise PrivacyError(
+            "the tensors of this call have the rows of a batch in different orders",
+            remedy="reorder all tensors of a batch alike",
+        )
+    (order,) = found_orders
+    return candidates[0], None if order == (None,) else torch.tensor(order)
+
+
+def _shares_memory(tensor: Tensor, dim: int, drawn: Tensor, along: int) -> bool:
+    """Whether ``tensor`` is ``drawn``, or a view of it with the same rows in the same order."""
+    if tensor is drawn:
+        return True
+    same = tensor.untyped_storage().data_ptr() == drawn.untyped_storage().data_ptr() != 0
+    if not same or tensor.dtype != drawn.dtype or tensor.shape[dim] != drawn.shape[along]:
+        return False
+    step, offset = drawn.stride(along), tensor.storage_offset() - drawn.storage_offset()
+    return tensor.stride(dim) == step and 0 <= offset < max(step, 1)
+
+
+def _same_content(tensor: Tensor, dim: int, drawn: Tensor, along: int) -> tuple[int | None, ...] | None:
+    """The order of ``drawn``'s rows in ``tensor``: ``(None,)`` for their own; None if these are other rows."""
+    if tensor.shape != drawn.shape or tensor.dtype != drawn.dtype or dim % tensor.ndim != along:
+        return None
+    if _bits_equal(tensor, drawn):
+        return (None,)
+    here, there = (_row_bytes(x.detach(), along) for x in (tensor, drawn))
+    if sorted(here) != sorted(there) or len(set(there)) == 1:
+        return None
+    places: dict[bytes, list[int]] = {}
+    for i in reversed(range(len(there))):
+        places.setdefault(there[i], []).append(i)
+    return tuple(places[row].pop() for row in here)
+
+
+def _bits_equal(a: Tensor, b: Tensor) -> bool:
+    a, b = a.detach(), b.detach().to(a.device)
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _row_bytes(tensor: Tensor, along: int) -> list[bytes]:
+    rows = tensor.movedim(along, 0).reshape(tensor.shape[along], -1).cpu().contiguous()
+    return [row.tobytes() for row in rows.view(torch.uint8).numpy()] if rows.numel() else [b""] * len(rows)
+
+
+def _equal(a: DrawnBatch, b: DrawnBatch) -> bool:
+    """Whether two batches are the same rows with the same mask (those of two empty draws are)."""
+    same = len(a.rows) == len(b.rows) and len(a.mask) == len(b.mask) and torch.equal(a.mask, b.mask)
+    return same and all(x.shape == y.shape and _bits_equal(x, y) for (x, _), (y, _) in zip(a.rows, b.rows, strict=True))
+
+
+def _check_rows(batch: DrawnBatch, tensors: Iterable[tuple[Tensor, int]]) -> None:
+    for tensor, dim in tensors:
+        if tensor.shape[dim] != len(batch.mask):
+            raise PrivacyError(
+                f"the batch of the loader has {len(batch.mask)} rows, and the model was called with {tensor.shape[dim]}",
+                remedy="call the model on the batch that the loader gave, whole (other calls under torch.no_grad()); "
+                "every view of an example is part of the example: give it a dimension of its own",
+            )
+
+
+def _refuse_moved_rows(mask: Tensor, tensors: Iterable[tuple[Tensor, int]]) -> None:
+    """Padding rows are alike, and so is what is computed from each: alike rows elsewhere show that rows moved."""
+    padding = int((~mask).sum())
+    if padding < 2 or padding == len(mask):
+        return
+    for tensor, dim in tensors:
+        rows = _row_bytes(tensor.detach(), dim % tensor.ndim)
+        if len({row for row, real in zip(rows, mask.tolist(), strict=True) if not real}) == 1:
+            continue
+        if max(rows.count(row) for row in set(rows)) >= padding:
+            raise PrivacyError(
+                "the rows of the batch have moved since the loader gave it: padding rows are not where they were",
+                remedy="leave the order of the rows as it is, or reorder them in collate_fn (padding comes after it)",
+            )

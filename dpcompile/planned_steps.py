@@ -1,0 +1,47 @@
+"""The steps for which a target epsilon was calibrated, and what happens beyond them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, TypeAlias, get_args
+
+from dpcompile.errors import PrivacyError
+
+__all__ = ["OnExceed", "PlannedSteps"]
+
+OnExceed: TypeAlias = Literal["raise", "warn", "ignore"]
+
+
+class PlannedSteps:
+    """How many logical steps a run may take.
+
+    Args:
+        steps: that were planned; None: any number.
+        on_exceed: "raise", "warn" (once) or "ignore".
+
+    Raises:
+        PrivacyError: another ``on_exceed``.
+    """
+
+    def __init__(self, steps: int | None, on_exceed: OnExceed) -> None:
+        if on_exceed not in get_args(OnExceed):
+            raise PrivacyError(f"on_exceed is {on_exceed!r}", remedy=f"give one of {', '.join(get_args(OnExceed))}")
+        self.steps, self._on_exceed = steps, on_exceed
+
+    def check(self, taken: int) -> None:
+        """Before a step, when so many were ``taken``.
+
+        Raises:
+            PrivacyError: it is one more than planned, with "raise".
+        """
+        if self.steps is None or taken < self.steps or self._on_exceed == "ignore":
+            return
+        what = f"step {taken + 1} of a run whose noise is calibrated for {self.steps} steps: its epsilon is above the target"
+        if self._on_exceed == "raise":
+            raise PrivacyError(
+                what,
+                remedy="stop here, plan the run with more epochs or steps, or pass on_exceed='warn' to make_private and "
+                "report what the accountant says",
+            )
+        self._on_exceed = "ignore"
+        warnings.warn(f"{what}; report what the accountant says", RuntimeWarning, stacklevel=4)
