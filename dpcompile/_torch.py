@@ -155,7 +155,9 @@ def tracing_config(*, regions: bool = False) -> Iterator[None]:
     loggers = {v for k, v in vars(logging.Logger).items() if k.startswith(_LOGS) and callable(v)}
     settings = config.patch(
         allow_rnn=True,
-        specialize_float=True,
+        skip_nnmodule_hook_guards=False,
+        specialize_float=False,
+        allow_unspec_int_on_nn_module=True,
         optimize_ddp=False,
         ignore_logging_functions={*config.ignore_logging_functions, *loggers, warnings.warn},
         **_MANY_MODULES if regions else {},

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dpcompile.errors import PrivacyError
 
-__all__ = ["Claim", "DrawnBatch", "Draws", "Given"]
+__all__ = ["Claim", "DrawnBatch", "Draws", "Given", "nothing"]
 
 _USED = 2  # batches whose content is kept after their use, to tell a copy of one from something new
 _WAITING = 16  # batches that may wait for their use
@@ -63,7 +63,7 @@ class Claim:
     refused: PrivacyError | None = None
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """Before and after a delivery that belongs to no draw, or is one of several."""
 
 
@@ -84,8 +84,8 @@ class Given:
     refused: PrivacyError | None = None
     reduces: bool | None = None
     more: bool = False
-    begin: Callable[[], None] = _nothing
-    end: Callable[[], None] = _nothing
+    begin: Callable[[], None] = nothing
+    end: Callable[[], None] = nothing
 
 
 @dataclass(eq=False, slots=True)
@@ -105,7 +105,7 @@ class Draws:
     a batch used a second time, or from somewhere else     its backward is refused
     tensors of two batches in one call                     refused
     a draw that was not stepped on                         the next backward is refused
-    a batch given up (``continue``)                        right; its draw is lost
+    a batch given up (``continue``, ``discard()``)         right; its draw is lost
     part of a draw, then another                           refused, or dropped where a new pass begins
     =====================================================  =======================================================
 
@@ -120,6 +120,7 @@ class Draws:
     _hand: DrawnBatch | None = None  # a call came, and no backward since
     _step: int | None = None  # the logical step under way
     _done: int = 0  # its parts that had their backward
+    _used_pass: object = None  # of which a batch was used last
     _broken: bool = False  # one of them had its backward half
 
     def hand_out(self, batch: DrawnBatch) -> None:
@@ -133,8 +134,15 @@ class Draws:
         self._fresh = None
 
     def unused(self, of_pass: object) -> bool:
-        """Whether no batch of this pass has been used."""
-        return all(b.of_pass is not of_pass for b in self._used)
+        """Whether no batch of this pass has been used or given up."""
+        return of_pass is not self._used_pass
+
+    def give_up(self) -> None:
+        """The step under way is given up, and the batch at hand if no call came for it."""
+        if self._fresh is not None:
+            self._waiting.remove(self._fresh)
+            self._used_pass, self._fresh = self._fresh.of_pass, None
+        self.end_step()
 
     def claim(self, tensors: Sequence[tuple[Tensor, int]]) -> Claim:
         """The batch that a call with gradients trains on; it is used from now on.
@@ -156,7 +164,7 @@ class Draws:
             _refuse_moved_rows(batch.mask, tensors)
         self._waiting.remove(batch)
         self._used.append(batch)
-        self._fresh, self._hand = None, batch
+        self._fresh, self._hand, self._used_pass = None, batch, batch.of_pass
         return Claim(batch, batch.mask if order is None else batch.mask[order])
 
     def begin(self, batch: DrawnBatch) -> None:

@@ -6,7 +6,8 @@ import inspect
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -133,6 +134,20 @@ class Engine:
         """The norms ``[B]`` of a backward and the mask of its rows; with ``more`` of part of one."""
         self._norms = [*(self._norms if more else []), (norms.detach(), mask)]
 
+    @property
+    def claims(self) -> bool:
+        """Whether forwards with gradients are on batches of an attached loader."""
+        return self.draws is not None and not self._masked
+
+    @contextmanager
+    def giving(self, given: Given) -> Iterator[None]:
+        """Run something of which a draw says this."""
+        self._given = given
+        try:
+            yield
+        finally:
+            self._given = Given()
+
     def set_mask(self, mask: Tensor | None) -> None:
         """Say which rows of the next batch are examples (True) and which are padding (False): bool ``[B]``.
 
@@ -152,7 +167,7 @@ class Engine:
         Within a function that the user compiles this is a graph break: traced into, it would lose its backward.
         """
         draws = self.draws
-        if draws is None or self._masked or not (torch.is_grad_enabled() and self.trainable()):
+        if draws is None or not (self.claims and torch.is_grad_enabled() and self.trainable()):
             return self._call(args, kwargs)
         dims = self._example_dims((args, kwargs))
         claim = draws.claim([(t, dim % t.ndim) for _, t, dim in dims if dim is not None])

@@ -10,8 +10,7 @@ The counter of a block, four 32-bit words, low word first::
     word 2      logical step
     word 3      parameter (24 bits), stream (8 bits, on top)
 
-A Philox block of 128 bits gives 2 values, a ChaCha20 block of 512 bits gives 8. In compiled
-graphs use `noise_op`.
+A Philox block of 128 bits gives 2 values, a ChaCha20 block of 512 bits gives 8.
 
 This file defines the values. On a CPU :func:`add_gaussian_` takes them, where it can, from `native`: a C++ kernel with
 the same counters, the same 53-bit uniforms and the same formulas in float64, whose logarithm and cosine may differ in

@@ -243,9 +243,14 @@ class DPOptimizer(Optimizer):
             self.engine.draws.end_step()
 
     def discard(self) -> None:
-        """Give up the logical step under way: drop its clipped sums. Nothing of them has been released."""
+        """Give up the logical step under way: drop its clipped sums. Nothing of them has been released.
+
+        A batch of an attached loader that is at hand, and with which the model was not called, is given up too.
+        """
         self._held = False
         self.zero_grad()
+        if self.engine.draws is not None:
+            self.engine.draws.give_up()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer; its parameters must be the model's."""

@@ -11,7 +11,7 @@ from dpcompile._torch import memory_of
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.sizes import is_one, shape_of, size
 
-__all__ = ["check_differentiable", "separate_outputs"]
+__all__ = ["check_differentiable", "detach_all_but", "separate_outputs"]
 
 
 def check_differentiable(gm: fx.GraphModule) -> None:
@@ -23,6 +23,22 @@ def check_differentiable(gm: fx.GraphModule) -> None:
             remedy="look for detach(), no_grad() and rounding on the way to the outputs; where no training is meant, "
             "call the model under torch.no_grad()",
         )
+
+
+def detach_all_but(gm: fx.GraphModule, kept: int) -> None:
+    """Let no output but number ``kept`` need a gradient. The same value twice stays what it is in place ``kept``."""
+    output = gm.graph.output_node()
+    own: list[object] = []
+    for position, node in enumerate(output.args[0]):  # type: ignore[arg-type]
+        if position != kept and isinstance(node, fx.Node) and _needs_gradient(node):
+            value = _value(node)
+            with gm.graph.inserting_before(output):
+                detached = gm.graph.call_function(torch.detach, (node,))
+            detached.meta = {**node.meta, "example_value": value.detach()}
+            node = detached
+        own.append(node)
+    output.args = (tuple(own),)  # type: ignore[assignment]
+    gm.recompile()
 
 
 def separate_outputs(gm: fx.GraphModule) -> None:

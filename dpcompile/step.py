@@ -1,26 +1,33 @@
-"""``compile_step``: forward, loss, backward, clipping, noise and update in one compiled graph."""
+"""``compile_step``: forward, loss, backward and clipping in one compiled graph, and the optimizer's step after it."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from dpcompile._torch import compile_joint, flat_graph, pytree, tracing_config
+from dpcompile._torch import PlainAOTOutput, compile_joint, disable, flat_graph, memory_of, pytree, tracing_config
 from dpcompile.arguments import InDims, example_dims
 from dpcompile.capture import Roles, assign_roles, extend
+from dpcompile.delivery import warn_of_lost_examples
+from dpcompile.draws import Given, nothing
 from dpcompile.engine import Engine, with_own_code
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.example_losses import ExampleLosses
-from dpcompile.noise_op import add_gaussian_op_, seed_words
+from dpcompile.kinds import check_model
 from dpcompile.optim import DPOptimizer
-from dpcompile.pipeline import Transformed, privatize
+from dpcompile.outputs import detach_all_but
+from dpcompile.parts import split_call
+from dpcompile.pipeline import Options, Transformed, privatize
 from dpcompile.region_engine import RegionEngine
 from dpcompile.runtime import engine_of
+from dpcompile.shards import zeros_for
 from dpcompile.translate import translated
 
 __all__ = ["CompiledStep", "compile_step"]
@@ -34,7 +41,7 @@ def compile_step(
     out_dims: int = 0,
     target_dims: InDims = 0,
 ) -> CompiledStep:
-    """Compile the whole training step.
+    """Compile forward, loss, backward and clipping as one graph, and step the optimizer after it.
 
     The loss of an example is ``loss_fn(outputs, targets)`` on a batch that holds this example alone (by
     ``torch.func.vmap``), so any ``loss_fn`` will do, whatever it divides by: examples cannot meet in it, and it is part
@@ -47,14 +54,14 @@ def compile_step(
         out_dims: the dimension of the outputs that holds the examples.
         target_dims: the same for the targets; None for what all examples share.
 
-    The learning rates of the optimizer's groups become tensors, which schedulers fill, so that a changed rate is no new
-    graph.
+    Every call looks at what is true then, as an ordinary call of the model does: what Python read while the graph was
+    made is guarded, and the optimizer's own step (one pass with the noise for Adam on CPUs) follows the graph.
 
     Returns:
         A callable ``step(inputs, targets) -> loss``. ``inputs`` is a tensor, a tuple of positional arguments or a dict
         of keyword arguments of the model. The loss is the mean over the batch (padding left out), detached and not
-        private. With a :class:`dpcompile.PoissonLoader` attached to model and optimizer, batches that do not end their
-        logical step only add to the clipped sums.
+        private. With a :class:`dpcompile.PoissonLoader` attached to model and optimizer, a draw runs in as many parts
+        of the physical size as it takes; batches of its :meth:`parts` that do not end their draw only add to the sums.
 
     Raises:
         PrivacyError: the model or the optimizer is not private, or they do not belong together.
@@ -80,41 +87,44 @@ def compile_step(
             "compile_step makes one graph of the whole step, and this model is replicated by DistributedDataParallel",
             remedy="use the ordinary loop: model(inputs), loss.backward(), optimizer.step()",
         )
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], float):  # a number would be compiled in, and every change of it compiled anew
-            group["lr"] = torch.tensor(group["lr"])
     return CompiledStep(engine, loss_fn, optimizer, out_dims, target_dims)
 
 
 @dataclass(slots=True)
-class _Program:
-    """A compiled step for one signature of inputs.
+class _Gradients:
+    """What one run of a compiled graph gave.
 
     Attributes:
-        graph: the rewritten joint graph, with flat inputs and outputs.
-        feeds: for every graph input a function from (leaves of the call, mask) to its value.
-        slots: parameter name -> the position of its clipped sum in the graph's outputs; missing if it is zero.
-        norm_slot: the position of the norms.
+        losses: ``[B]``, one for every row.
+        mask: float32 ``[B]``, 1 for an example and 0 for padding.
+        norms: ``[B]``, before clipping.
+        sums: parameter name -> its clipped sum, float32 or wider.
         transformed: plan, certificate and graph.
-        batch: the number of rows.
-        device: where they lie.
     """
 
-    graph: fx.GraphModule
-    feeds: list[Callable[[Sequence[Any], Tensor], Any]]
-    slots: dict[str, int]
-    norm_slot: int
+    losses: Tensor
+    mask: Tensor
+    norms: Tensor
+    sums: dict[str, Tensor]
     transformed: Transformed
-    batch: int
-    device: torch.device
 
 
 class CompiledStep:
     """See :func:`compile_step`.
 
-    **Guarantee.** Each logical step hands the inner optimizer, for every trainable parameter, the clipped sum over the
-    examples of all its physical batches plus noise that no other step of this seed has, divided by a constant.
-    Gradients in ``p.grad`` from before are overwritten; those it leaves there are noised and spent.
+    **Guarantee.** Each logical step hands the :class:`dpcompile.DPOptimizer` what the ordinary loop would: for every
+    trainable parameter the clipped sum over the examples of all its physical batches, by way of the ledger. Gradients
+    in ``p.grad`` from before are dropped; those it leaves there are noised and spent.
+
+    =================================================  ==========================================================
+    edge case                                          outcome
+    =================================================  ==========================================================
+    what the traced Python read has changed            Dynamo's guards see it: compiled anew
+    a tensor attribute or buffer replaced              the new one is used
+    a parameter replaced                               refused
+    the optimizer's numbers, sigma, hooks changed      used as they are now: its step is the ordinary one
+    an error before the clipped sums are delivered     as if the call had not been, but for random numbers drawn
+    =================================================  ==========================================================
     """
 
     def __init__(
@@ -128,156 +138,175 @@ class CompiledStep:
         self._engine, self._optimizer = engine, optimizer
         self._losses = ExampleLosses(engine.module, loss_fn, out_dims)
         self._target_dims = target_dims
-        self._programs: dict[Any, tuple[_Program, Callable[..., Any]]] = {}
-        self._sums: list[Tensor] | None = None  # of a logical step that is not complete
+        self._compiled: dict[tuple[str, ...], Callable[..., Tensor]] = {}
+        self._current: tuple[Any, Any, Any] = (None, None, None)  # inputs, targets and their example dimensions
+        self._found: _Gradients | None = None
 
     def __call__(self, inputs: Any, targets: Any) -> Tensor:
-        """Run one step, or one physical batch of it; returns the mean loss of its examples, detached."""
+        """Run one step, or one of :meth:`dpcompile.PoissonLoader.parts`; returns its examples' mean loss, detached."""
         engine, optimizer = self._engine, self._optimizer
-        names = optimizer.checked_parameters()
-        program, run = self._program(inputs, targets, names)
-        leaves = pytree.tree_leaves((inputs, targets))
-        mask = engine.take_mask(program.batch, program.device)
-        flat = [feed(leaves, mask) for feed in program.feeds]
-        final = not optimizer.accumulating
-        step = optimizer.use_noise() if final else optimizer.logical_step
-        parameters = engine.parameters()
-        for name in names:
-            p = parameters[name]
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        words = seed_words(optimizer.seed, step, secure=optimizer.secure)
-        with torch.no_grad():
-            losses, norms, self._sums = run(flat, self._sums, words, final)
-        engine.note_norms(norms, mask)
-        engine.transformed = program.transformed
-        if final:
-            optimizer.finish()
+        optimizer.checked_parameters()
+        optimizer.zero_grad()  # nothing, while a logical step is under way
+        found = self._drawn(inputs, targets) if engine.claims else [self._delivered(inputs, targets, Given())]
+        losses, mask = (torch.cat([getattr(f, name) for f in found]) for name in ("losses", "mask"))
+        optimizer.step()
         return (losses * mask).sum() / mask.sum().clamp_min(1)
 
-    def _program(self, inputs: Any, targets: Any, names: Sequence[str]) -> tuple[_Program, Callable[..., Any]]:
-        """The compiled step for inputs like these, and for these trainable parameters."""
-        leaves, structure = pytree.tree_flatten((inputs, targets))
-        signature = (
-            structure,
-            tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves),
-            tuple(names),
-            tuple(m.training for m in self._engine.module.modules()),
-        )
-        if signature not in self._programs:
-            program = self._capture(inputs, targets, leaves)
-            self._programs[signature] = program, self._compile(program, names)
-        return self._programs[signature]
+    def _drawn(self, inputs: Any, targets: Any) -> list[_Gradients]:
+        """Of a batch of the loader, in as many runs of the graph as it takes."""
+        draws, dims = self._engine.draws, self._example_dims((inputs, targets))
+        assert draws is not None
+        claim = draws.claim([(t, dim % t.ndim) for _, t, dim in dims if dim is not None])
+        batch, mask = claim.batch, claim.mask
+        if batch is None or mask is None:
+            assert claim.refused is not None
+            raise claim.refused
+        pieces = split_call((inputs, targets), {}, dims, batch.turns)
+        found: list[_Gradients] = []
+        for ((some, their), _), rows in zip(pieces, mask.chunk(batch.turns), strict=True):
+            begin = partial(draws.begin, batch) if not found else nothing
+            found.append(self._delivered(some, their, Given(rows, more=bool(found), begin=begin)))
+        draws.delivered(batch)
+        return found
 
-    def _capture(self, inputs: Any, targets: Any, leaves: Sequence[Any]) -> _Program:
-        """The rewritten joint graph of model and loss."""
-        args, kwargs = _as_call(inputs)
-        dims = _broadcast(self._target_dims, targets)
-        found: list[_Program] = []
+    def _delivered(self, inputs: Any, targets: Any, given: Given) -> _Gradients:
+        """Run the graph, and hand its clipped sums to the ledger."""
+        engine = self._engine
+        with engine.giving(given):
+            found = self._gradients(inputs, targets)
+        parameters = engine.parameters()
+        untouched = [n for n in engine.trainable() if n not in found.sums and parameters[n].grad is None]
+        sums = [(n, s.contiguous() if parameters[n].is_contiguous() else s) for n, s in found.sums.items()]
+        sums += [(n, zeros_for(parameters[n])) for n in untouched]
+        given.begin()
+        engine.ledger.deliver(sums, graph_task=next(_BACKWARDS))
+        engine.note_norms(found.norms, found.mask, more=given.more)
+        engine.transformed = found.transformed
+        warn_of_lost_examples(found.norms, found.mask)
+        return found
 
-        def axes() -> list[tuple[str, Tensor, int | None]]:
-            of_inputs = example_dims(self._engine.module.forward, args, kwargs, self._engine.options.in_dims)
-            named = {"targets": dims}
-            return of_inputs + example_dims(lambda targets: None, (targets,), {}, named)
-
-        def backend(gm: fx.GraphModule, graph_inputs: Sequence[Any]) -> Callable[..., Any]:
-            names = {id(p): n for n, p in self._engine.parameters().items()}
-            roles = assign_roles(gm, graph_inputs, names, {id(t): (name, dim) for name, t, dim in axes()})
-            found.append(self._rewritten(gm, graph_inputs, roles, leaves))
-            return _stop
-
-        call = torch.compile(with_own_code(_call_losses, "losses"), backend=backend, fullgraph=True, dynamic=False)
+    def _gradients(self, inputs: Any, targets: Any) -> _Gradients:
+        """Losses, norms and clipped sums of a batch, by the graph that fits what is true now."""
+        self._current, self._found = (inputs, targets, _broadcast(self._target_dims, targets)), None
+        names = tuple(self._engine.trainable())  # Dynamo of torch 2.11 has no guard on it
+        if names not in self._compiled:
+            own, dynamic = with_own_code(_call_losses, "losses"), self._engine.options.dynamic
+            self._compiled[names] = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=dynamic)
         try:
-            with tracing_config(), torch.enable_grad():
-                call(self._losses, inputs, targets, dims)
-        except _Captured:
-            return found[0]
+            with tracing_config(), torch.inference_mode(False), torch.enable_grad():
+                losses = self._compiled[names](self._losses, *self._current)
+            found = self._found
+            if found is not None:
+                self._engine.kept.check_buffers(self._engine.module)
         except Exception as error:
-            refusal = translated(error, axes)
+            refusal = translated(error, self._example_dims)
             if refusal is None:
                 raise
             raise refusal.with_traceback(None) from None
-        raise AssertionError("the captured step ran")
+        finally:
+            self._current, self._found = (None, None, None), None
+        if found is None or losses is not found.losses:
+            raise UnsupportedGraphError(
+                "the step ran without being compiled, so nothing clipped its gradients",
+                remedy="switch torch.compile on again (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)",
+            )
+        return found
 
-    def _rewritten(
-        self, gm: fx.GraphModule, graph_inputs: Sequence[Any], roles: Roles, leaves: Sequence[Any]
-    ) -> _Program:
-        options = replace(self._engine.options, loss_reduction="sum")  # the graph returns one loss per example
-        extended, extra = extend(gm, roles)
-        result: list[Transformed] = []
-        compile_joint(
-            extended,
-            [*graph_inputs, *extra],
-            backend="eager",
-            transform=lambda joint: result.append(privatize(joint, roles, options, 1)),
-            key="",
-        )
-        (transformed,) = result
-        graph, sources = flat_graph(transformed.graph)
-        places = {id(x): i for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+    def _example_dims(self, call: tuple[Any, Any] | None = None) -> list[tuple[str, Tensor, int | None]]:
+        """As of an ordinary call, and of the targets."""
+        inputs, targets, dims = self._current
+        if call is not None:
+            inputs, targets = call
+            dims = _broadcast(self._target_dims, targets)
+        forward = self._engine.module.forward
+        args, kwargs = _as_call(inputs)
+        inspect.signature(forward).bind(*args, **kwargs)  # the plain TypeError of a plain call
+        check_model(self._engine.module)
+        of_inputs = example_dims(forward, args, kwargs, self._engine.options.in_dims)
+        return of_inputs + example_dims(lambda targets: None, (targets,), {}, {"targets": dims})
 
-        def feed(source: int | None) -> Callable[[Sequence[Any], Tensor], Any]:
-            if source is None:  # the cotangents: one for every example's own loss
-                return lambda _, mask: torch.ones_like(mask)
-            if source == roles.inputs:
-                return lambda _, mask: mask
-            if source > roles.inputs:  # inputs that only receive gradients: the graph does not read them
-                return lambda *_: None
-            value = graph_inputs[source]
-            place = places.get(id(value))
-            return (lambda *_: value) if place is None else (lambda now, _: now[place])
+    def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """What Dynamo runs in the place of the graph: it returns the graph's outputs, and leaves the rest here."""
+        engine = self._engine
+        detach_all_but(gm, 0)  # the losses: what else the model keeps has no part in them
+        leaves = {id(t): (name, dim) for name, t, dim in self._example_dims()}
+        roles = assign_roles(gm, inputs, {id(p): n for n, p in engine.parameters().items()}, leaves)
+        program = _program(gm, inputs, roles, replace(engine.options, loss_reduction="sum"))
 
-        position, dim = roles.batch_from
-        batch_of: Tensor = graph_inputs[position]
-        return _Program(
-            graph=graph,
-            feeds=[feed(s) for s in sources],
-            slots={n: s for n, s in transformed.sum_slots.items() if n in transformed.plan.rules()},
-            norm_slot=transformed.norm_slot,
-            transformed=transformed,
-            batch=batch_of.shape[dim],
-            device=batch_of.device,
-        )
+        @disable
+        def run(*values: Any) -> Sequence[Any]:
+            engine.kept.note_arguments(values[p] for p in roles.examples)
+            for p, name in roles.others.items():
+                engine.kept.check_input(name, values[p])
+            engine.check_parameters(roles, values)
+            position, dim = roles.batch_from
+            mask = engine.take_mask(values[position].shape[dim], values[position].device)
+            outputs, self._found = program(values, mask)
+            engine.kept.note(outputs, program.transformed.output_labels)
+            return outputs
 
-    def _compile(self, program: _Program, names: Sequence[str]) -> Callable[..., Any]:
-        """Gradients, noise and update as one function, compiled."""
-        engine, optimizer = self._engine, self._optimizer
-        parameters = engine.parameters()
-        index = [list(parameters).index(name) for name in names]
-        updated = [parameters[name] for name in names]
-        graph, inner, norm_slot = program.graph, optimizer.optimizer, program.norm_slot
-        slots = [program.slots.get(name) for name in names]
-        std, expected = optimizer.noise_multiplier * engine.max_grad_norm, float(optimizer.expected_batch_size)
-        secure = optimizer.secure
-        # torch wraps an optimizer's step in a profiler and in a deliberate graph break; the step itself has neither.
-        update = inspect.unwrap(type(inner).step)
-
-        def run(flat: list[Any], before: list[Tensor] | None, words: Tensor, final: bool) -> Any:
-            outputs = graph(*flat)
-            sums = [
-                _wide(outputs[slot] if slot is not None else torch.zeros_like(p))
-                for slot, p in zip(slots, updated, strict=True)
-            ]
-            if before is not None:
-                sums = [a + b for a, b in zip(before, sums, strict=True)]
-            if not final:
-                return outputs[0], outputs[norm_slot], sums
-            if std > 0:
-                sums = [s.clone() for s in sums]
-                add_gaussian_op_(sums, index, std, words, secure)
-            for p, total in zip(updated, sums, strict=True):
-                p.grad.copy_(total / expected)  # type: ignore[union-attr]
-            update(inner)
-            return outputs[0], outputs[norm_slot], None
-
-        return torch.compile(run, backend=engine.options.backend, fullgraph=True, dynamic=False)
+        return run
 
 
-class _Captured(Exception):
-    """Stops a call once its graph is known."""
+@dataclass(slots=True)
+class _Program:
+    """A rewritten joint graph as a function of the captured graph's inputs and of the mask.
+
+    Attributes:
+        run: the graph, compiled.
+        sources: for every input of it its position among the captured graph's; None for the losses' cotangent.
+        mask: the position of the mask among the captured graph's inputs, and what follows it only receives gradients.
+        returned: where the captured graph's outputs stand among its outputs.
+        slots: parameter name -> the position of its clipped sum; missing if that is zero.
+        transformed: plan, certificate and graph.
+    """
+
+    run: Callable[..., Sequence[Any]]
+    sources: list[int | None]
+    mask: int
+    returned: list[int]
+    slots: dict[str, int]
+    transformed: Transformed
+
+    @torch.no_grad()
+    def __call__(self, values: Sequence[Any], mask: Tensor) -> tuple[list[Any], _Gradients]:
+        """The captured graph's outputs, and the gradients."""
+        every = dict(enumerate(values)) | {self.mask: mask}
+        ones = torch.ones_like(mask)  # the cotangent of every example's own loss
+        outputs = self.run(*(ones if s is None else every.get(s) for s in self.sources))
+        returned = [outputs[i] for i in self.returned]
+        sums = {name: _wide(outputs[slot]) for name, slot in self.slots.items()}
+        norms = outputs[self.transformed.norm_slot]
+        return returned, _Gradients(returned[0], mask, norms, _apart(sums), self.transformed)
 
 
-def _stop(*_: Any) -> Any:
-    raise _Captured
+def _program(gm: fx.GraphModule, inputs: Sequence[Any], roles: Roles, options: Options) -> _Program:
+    """Proved and rewritten; the graph of Dynamo returns one loss per example, and more that needs no gradient."""
+    extended, extra = extend(gm, roles)
+    result: list[Transformed] = []
+    compile_joint(
+        extended,
+        [*inputs, *extra],
+        backend="eager",
+        transform=lambda joint: result.append(privatize(joint, roles, options, 1)),
+        key="",
+    )
+    (transformed,) = result
+    graph, sources = flat_graph(transformed.graph)
+    described = enumerate(transformed.graph.graph.output_node().meta["desc"])
+    places = {d.idx: i for i, d in described if isinstance(d, PlainAOTOutput)}
+    symbolic = any(isinstance(value, torch.SymInt) for value in inputs)
+    run: Callable[..., Any] = graph
+    if options.backend != "eager":
+        run = torch.compile(graph, backend=options.backend, fullgraph=True, dynamic=symbolic)
+    return _Program(
+        run=run,
+        sources=sources,
+        mask=roles.inputs,
+        returned=[places[i] for i in range(len(places))],
+        slots={n: s for n, s in transformed.sum_slots.items() if n in transformed.plan.rules()},
+        transformed=transformed,
+    )
 
 
 def _call_losses(losses: ExampleLosses, inputs: Any, targets: Any, dims: Any) -> Tensor:
@@ -297,5 +326,18 @@ def _broadcast(dims: InDims, value: Any) -> Any:
     return dims
 
 
+def _apart(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums that share no memory with one another: they are added to in place."""
+    taken: set[int] = set()
+    for name, total in sums.items():
+        if memory_of(total) in taken:
+            sums[name] = total.clone()
+        taken.add(memory_of(total))
+    return sums
+
+
 def _wide(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+_BACKWARDS = itertools.count(-2, -1)  # no number of a backward() of autograd

@@ -16,7 +16,6 @@ from dpcompile import noise
 from dpcompile.chacha import chacha20, derive_key
 from dpcompile.errors import PrivacyError
 from dpcompile.noise import Span, Stream, add_gaussian_, fresh_seed, gaussian, gaussians, uniform
-from dpcompile.noise_op import add_gaussian_op_, seed_words
 from dpcompile.philox import philox4x32
 
 MASK = 0xFFFFFFFF
@@ -284,25 +283,3 @@ def test_largest_magnitude_is_finite(monkeypatch):
         monkeypatch.setattr(noise.philox, "philox4x32", lambda counter, key, w=word: [torch.full((1,), w)] * 4)
         z = gaussian(0, step=0, parameter=0, numel=2, dtype=torch.float64)
         assert z.isfinite().all() and math.isclose(z.norm().item(), bound, abs_tol=1e-12)
-
-
-@pytest.mark.parametrize(("secure", "seeds"), [(False, (5, 2**64 - 1)), (True, (5, 2**256 - 1))])
-def test_the_operation_for_compiled_steps_adds_the_same_noise(secure, seeds):
-    """Compiled by Inductor: one graph for all seeds and steps."""
-
-    def private_step(grads: list[torch.Tensor], words: torch.Tensor) -> list[torch.Tensor]:
-        totals = [g * 2 for g in grads]
-        add_gaussian_op_(totals, [4, 1], 0.5, words, secure)
-        return [t / 8 for t in totals]
-
-    compiled = torch.compile(private_step, fullgraph=True)
-    grads = [torch.ones(5), torch.ones(2, 3)]
-    compiled(grads, seed_words(0, 0))
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for seed, step in itertools.product(seeds, (0, 2**32 - 1)):
-            got = compiled(grads, seed_words(seed, step, secure=secure))
-            for g, t, p in zip(grads, got, (4, 1), strict=True):
-                z = gaussian(seed, step=step, parameter=p, numel=g.numel(), secure=secure).view(g.shape)
-                torch.testing.assert_close(t, (2 * g + 0.5 * z) / 8)
-    with pytest.raises(PrivacyError, match="the seed"):
-        seed_words(2**64, 0)

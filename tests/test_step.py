@@ -84,7 +84,8 @@ def test_noise_is_that_of_the_optimizer() -> None:
     assert not torch.allclose(noisy.first.weight, quiet.first.weight, atol=1e-3)
 
 
-def test_loader_with_several_physical_batches() -> None:
+@pytest.mark.parametrize("draws", [True, False])
+def test_loader_with_several_physical_batches(draws: bool) -> None:
     loop, loop_optimizer, whole, whole_optimizer = twins(lr=0.1)
     dataset = torch.utils.data.TensorDataset(*data(20))
     losses = []
@@ -92,15 +93,46 @@ def test_loader_with_several_physical_batches() -> None:
         loader = PoissonLoader(dataset, expected_batch_size=B, physical_batch_size=4, seed=3)
         loader.attach(model, optimizer)
         step = compile_step(model, F.cross_entropy, optimizer) if compiled else None
-        for x, y in loader:
+        for x, y in loader if draws else loader.parts():
             if step is not None:
                 losses.append(step(x, y))
+                assert len(model.grad_norms) == int((x != 0).any(1).sum())
             else:
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    assert len(losses) > len(loader), "no logical batch was cut"
+    assert draws == (len(losses) == len(loader)), "no logical batch was cut"
     assert whole_optimizer.logical_step == loop_optimizer.logical_step == len(loader)
+    close(loop, whole)
+
+
+def test_a_batch_of_the_loader_is_stepped_on_once() -> None:
+    _, _, model, optimizer = twins(lr=0.1)
+    loader = PoissonLoader(torch.utils.data.TensorDataset(*data(20)), expected_batch_size=B, seed=3)
+    step = compile_step(model, F.cross_entropy, optimizer)
+    for x, y in loader.attach(model, optimizer):
+        step(x, y)
+        with pytest.raises(PrivacyError, match="a second backward on one batch of the loader"):
+            step(x, y)
+    with pytest.raises(PrivacyError, match="on what is no batch of the loader"):
+        step(*data(8))
+    assert optimizer.logical_step == len(loader)
+
+
+def test_a_draw_broken_off_leaves_nothing_behind() -> None:
+    loop, loop_optimizer, whole, whole_optimizer = twins(lr=0.1)
+    dataset = torch.utils.data.TensorDataset(*data(20))
+    for model, optimizer, breaks in ((loop, loop_optimizer, False), (whole, whole_optimizer, True)):
+        loader = PoissonLoader(dataset, expected_batch_size=B, physical_batch_size=2, seed=3).attach(model, optimizer)
+        step = compile_step(model, F.cross_entropy, optimizer)
+        batches = loader.parts()
+        first = next(batches)
+        if breaks:
+            step(*first)
+            assert optimizer.accumulating
+        for x, y in loader.parts():
+            step(x, y)
+        assert optimizer.logical_step == len(loader)
     close(loop, whole)
 
 
