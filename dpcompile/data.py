@@ -29,6 +29,9 @@ from dpcompile.sampling import PoissonBatches, default_physical_batch_size
 __all__ = ["PhysicalBatch", "PoissonLoader"]
 
 
+_USED = checks.DrawsUsed()
+
+
 @dataclass(frozen=True, slots=True)
 class PhysicalBatch:
     """Part of a logical batch, of the loader's physical size.
@@ -100,6 +103,7 @@ class PoissonLoader:
     ``load_state_dict`` inside a pass                 the first ``for`` has the rest of that pass
     ``load_state_dict`` of an earlier step            refused: draws would be used twice
     two iterations at once                            the older one is refused
+    a second loader of the same seed on one model     refused where its draws were used already
     ================================================  ====================================================
     """
 
@@ -323,20 +327,22 @@ class PoissonLoader:
                 "the loader is not attached: nothing would tell the model which examples are padding",
                 remedy="call loader.attach(model, optimizer), as make_private does, or iterate over loader.batches()",
             )
-        _, optimizer, draws = self._attached
+        engine, optimizer, draws = self._attached
         self._agree()
+        _USED.check(engine.module, self)
         if not self._finished:  # part of a draw is no Poisson sample: one example more moves another out of it
             draws.new_pass()
             optimizer.discard()
-        return self._handed_out(draws, self._begin(), whole)
+        return self._handed_out(engine.module, draws, self._begin(), whole)
 
-    def _handed_out(self, draws: Draws, iteration: object, whole: bool) -> Iterator[Any]:
+    def _handed_out(self, module: nn.Module, draws: Draws, iteration: object, whole: bool) -> Iterator[Any]:
         count = 0
         for data, mask, dims, request in self._run(iteration, whole=whole):
             rows = [(t, d) for t, d in zip(rows_of(data), dims, strict=True) if d >= 0]
             turns = -(-len(mask) // self.physical_batch_size)
             draws.hand_out(DrawnBatch(rows, mask, turns, request.step, request.part, request.parts, iteration))
             count += request.starts_step
+            _USED.note(module, self)
             yield data
         if count > 1 and draws.unused(iteration):
             raise PrivacyError(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from dpcompile.errors import PrivacyError
@@ -14,6 +17,7 @@ from dpcompile.optim import DPOptimizer
 from dpcompile.runtime import Engine
 
 __all__ = [
+    "DrawsUsed",
     "check_count",
     "check_rank",
     "checked_size",
@@ -155,6 +159,30 @@ def refuse_state(saved: Any, current: Any) -> None:
             "seed: draws would be used twice",
             remedy="resume from the latest state, or make a new PoissonLoader with another seed",
         )
+
+
+class DrawsUsed:
+    """Which logical steps of which seed trained which model, in this process.
+
+    A second loader with the same seed gives the same draws; composition counts draws that are independent.
+    """
+
+    def __init__(self) -> None:
+        self._steps: WeakKeyDictionary[nn.Module, dict[int, tuple[weakref.ref[Any], int]]] = WeakKeyDictionary()
+
+    def note(self, module: nn.Module, loader: Any) -> None:
+        """The draws before ``loader.step`` were handed out to this model."""
+        self._steps.setdefault(module, {})[loader.seed] = weakref.ref(loader), loader.step
+
+    def check(self, module: nn.Module, loader: Any) -> None:
+        """Raise PrivacyError if another loader has handed the next draw of this one out to the same model."""
+        owner, step = self._steps.get(module, {}).get(loader.seed, (None, 0))
+        if owner is not None and owner() is not loader and loader.step < step:
+            raise PrivacyError(
+                f"this model was trained on draws {loader.step} to {step - 1} of the same seed already: the same draws "
+                "would be counted as new ones",
+                remedy="leave the seed out or give another one; to go on with a run, load the loader's state_dict",
+            )
 
 
 def _other_sampler(sampler: Any, what: str) -> PrivacyError:

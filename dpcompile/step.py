@@ -152,6 +152,13 @@ class CompiledStep:
         optimizer.step()
         return (losses * mask).sum() / mask.sum().clamp_min(1)
 
+    @property
+    def _sums(self) -> list[Tensor] | None:
+        """The clipped sums of a logical step that is not complete, in the order of the parameters; None without one."""
+        ledger = self._engine.ledger
+        totals = [ledger.total(name) for name in self._engine.trainable()] if ledger.deliveries else []
+        return [t for t in totals if t is not None] or None
+
     def _drawn(self, inputs: Any, targets: Any) -> list[_Gradients]:
         """Of a batch of the loader, in as many runs of the graph as it takes."""
         draws, dims = self._engine.draws, self._example_dims((inputs, targets))

@@ -18,7 +18,8 @@ class FakeEngine:
     sharded = distributed = False
 
     def __init__(self, model: nn.Module, max_grad_norm: float = 1.0) -> None:
-        self.model, self.max_grad_norm = model, max_grad_norm
+        self.model = self.module = model
+        self.max_grad_norm = max_grad_norm
         self.ledger = GradientLedger(self.parameters())
         self.draws: Draws | None = None
 

@@ -672,6 +672,20 @@ def test_a_state_of_other_draws_is_refused(other, name):
         loader_of(**other).load_state_dict(loader_of().state_dict())
 
 
+def test_a_second_loader_with_the_same_draws_on_the_same_model_is_refused():
+    model, optimizer, loader = trained()
+    for x, _ in loader:
+        backward(model, x)
+        optimizer.step()
+        optimizer.zero_grad()
+    again = loader_of().attach(model, optimizer)
+    with pytest.raises(PrivacyError, match=r"trained on draws 0 to 4 of the same seed already.*\n.*load the loader's state"):
+        iter(again)
+    next(iter(loader_of(seed=1).attach(model, optimizer)))
+    again.load_state_dict(loader.state_dict())
+    next(iter(again.attach(model, optimizer)))
+
+
 # ---- from a DataLoader
 
 
