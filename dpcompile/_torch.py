@@ -23,7 +23,9 @@ from torch import fx
 from torch._dispatch.python import no_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError, TorchDynamoException, Unsupported
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis as NumbersAreConstants
 from torch._dynamo.source import LocalSource
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._dynamo.variables import TensorVariable, builtin
 from torch._functorch._aot_autograd.descriptors import (
     ForwardTokenAOTOutput,
@@ -58,6 +60,7 @@ __all__ = [
     "GradAOTOutput",
     "InputMutationAOTOutput",
     "InternalTorchDynamoError",
+    "NumbersAreConstants",
     "OpOverload",
     "OpOverloadPacket",
     "PlainAOTInput",
@@ -97,15 +100,18 @@ __all__ = [
     "onednn_matmul",
     "partition",
     "is_gradient_of_input",
+    "is_number",
     "make_boxed",
     "fake_like",
     "fake_mode_of",
+    "fix_numbers",
     "memory_of",
     "mixed_precision",
     "on_top",
     "opaque",
     "pytree",
     "real_tensors",
+    "recompile_reason",
     "running_place",
     "taking_real_tensors",
     "tensor_address",
@@ -146,7 +152,8 @@ def disable(function: Callable[..., Any]) -> Callable[..., Any]:
 def tracing_config(*, regions: bool = False) -> Iterator[None]:
     """Settings of a private compilation.
 
-    Recurrent layers are traced step by step, and Python floats are constants. Where ``torch.compile`` would break the
+    Recurrent layers are traced step by step. Python numbers that were seen to change, also those that a module holds,
+    become inputs of the graph. Hooks of modules are guarded. Where ``torch.compile`` would break the
     graph to warn or to write to a log, it does neither; and ``requires_grad = True`` on an intermediate value is passed
     over. DistributedDataParallel does not cut the graph into its buckets. With ``regions``, one function is compiled
     for many modules: as often as they differ, and with every guard that tells them apart, also under FSDP.
@@ -193,6 +200,35 @@ def is_gradient_of_input(descriptor: Any) -> int | None:
     """Which input of the captured graph an output of the joint graph is the gradient of; None if of none."""
     if isinstance(descriptor, GradAOTOutput) and isinstance(descriptor.grad_of, PlainAOTInput):
         return descriptor.grad_of.idx
+    return None
+
+
+def is_number(placeholder: fx.Node) -> bool:
+    """Whether an input of Dynamo's graph is a Python number that Dynamo passes as a tensor without dimensions."""
+    return bool(getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False))
+
+
+def fix_numbers(gm: fx.GraphModule) -> bool:
+    """Ask Dynamo to make constants of the Python floats that are inputs of a graph, if it has any.
+
+    It does once ``NumbersAreConstants`` is raised out of the backend: it then traces anew.
+    """
+    values = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder") if is_number(n)]
+    names = {str(v.item_memo.node._expr) for v in values if getattr(v, "item_memo", None) is not None}
+    fresh = {name for name in names if not TensorifyState.should_specialize(name)}
+    for name in fresh:
+        TensorifyState.specialize(name)
+    return bool(fresh)
+
+
+def recompile_reason(error: BaseException) -> str | None:
+    """The guard that failed last where Dynamo gave up recompiling, such as ``args[1] == 0.5``; None if unknown."""
+    traced = error.__traceback__
+    while traced is not None:
+        reason = traced.tb_frame.f_locals.get("recompile_reason")
+        if isinstance(reason, str):
+            return reason.split(":", 1)[-1].split("#", 1)[0].strip()
+        traced = traced.tb_next
     return None
 
 

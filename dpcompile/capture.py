@@ -20,6 +20,7 @@ from dpcompile._torch import (
     TangentAOTInput,
     add_inputs,
     detect_fake_mode,
+    is_number,
 )
 from dpcompile.axis import Examples
 from dpcompile.errors import UnsupportedGraphError
@@ -159,6 +160,8 @@ def assign_roles(
                 batch = here
         else:
             names[position] = _source_name(node)
+            if is_number(node):
+                continue
             if names[position].startswith(("L['args']", "L['kwargs']")):
                 hidden = _HIDDEN.sub(r"\1", names[position])
                 raise UnsupportedGraphError(

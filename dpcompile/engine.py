@@ -20,6 +20,7 @@ from dpcompile.arguments import example_dims
 from dpcompile.axis import Label
 from dpcompile.cachekey import cache_key
 from dpcompile.capture import Roles, assign_roles, extend
+from dpcompile.changing_numbers import constants_where_needed
 from dpcompile.check import FirstStep
 from dpcompile.delivery import Delivery, through_delivery
 from dpcompile.draws import Draws, Given
@@ -354,7 +355,9 @@ class Engine:
         if situation not in self._compiled:
             own = with_own_code(_call, type(self.module).__name__)
             dynamic = self.options.dynamic
-            self._compiled[situation] = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=dynamic)
+            self._compiled[situation] = torch.compile(
+                own, backend=constants_where_needed(self._backend), fullgraph=True, dynamic=dynamic
+            )
         return self._compiled[situation]
 
     def _recorder(self) -> FirstStep | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpcompile._torch import fake_like, pytree, tracing_config
 from dpcompile.axis import Examples, Label, Shared
 from dpcompile.between import check_hooks_between, compiled_alone, held_tensors
+from dpcompile.changing_numbers import constants_where_needed
 from dpcompile.clipping import prove_function
 from dpcompile.deferral import Outcome, Pass, WholeSums
 from dpcompile.draws import Given
@@ -328,7 +329,7 @@ class RegionEngine(Engine):
             breaks = self.graphs.breaks
             dynamic = False if unit.children or breaks else self.options.dynamic
             self._functions[key] = torch.compile(
-                copied, backend=self.graphs.backend, fullgraph=not breaks, dynamic=dynamic
+                copied, backend=constants_where_needed(self.graphs.backend), fullgraph=not breaks, dynamic=dynamic
             )
         return self._functions[key]
 

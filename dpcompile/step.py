@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from dpcompile._torch import PlainAOTOutput, compile_joint, disable, flat_graph, memory_of, pytree, tracing_config
 from dpcompile.arguments import InDims, example_dims
 from dpcompile.capture import Roles, assign_roles, extend
+from dpcompile.changing_numbers import constants_where_needed
 from dpcompile.delivery import warn_of_lost_examples
 from dpcompile.draws import Given, nothing
 from dpcompile.engine import Engine, with_own_code
@@ -198,7 +199,9 @@ class CompiledStep:
         names = tuple(self._engine.trainable())  # Dynamo of torch 2.11 has no guard on it
         if names not in self._compiled:
             own, dynamic = with_own_code(_call_losses, "losses"), self._engine.options.dynamic
-            self._compiled[names] = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=dynamic)
+            self._compiled[names] = torch.compile(
+                own, backend=constants_where_needed(self._backend), fullgraph=True, dynamic=dynamic
+            )
         try:
             with tracing_config(), torch.inference_mode(False), torch.enable_grad():
                 losses = self._compiled[names](self._losses, *self._current)

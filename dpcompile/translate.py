@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dpcompile._torch import BackendCompilerFailed, TorchDynamoException, Unsupported, user_place
+from dpcompile._torch import BackendCompilerFailed, TorchDynamoException, Unsupported, recompile_reason, user_place
 from dpcompile.errors import DPCompileError, UnsupportedGraphError
 
 __all__ = ["translated"]
@@ -63,6 +63,15 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
             remedy=_remedy(str(error)),
         )
     if "RecompileLimit" in type(error).__name__ or "recompile_limit" in str(error):
+        number = _NUMBER.match(recompile_reason(error) or "")
+        if number is not None:
+            return UnsupportedGraphError(
+                f"the model was recompiled too often: the Python number {number['name']} keeps changing, and it is "
+                "used where a graph cannot have it as an input",
+                where=user_place(error),
+                remedy="make it a tensor: pass torch.tensor(value), with in_dims={'its name': None}, or hold it in a "
+                "buffer, and compute with that in forward",
+            )
         return UnsupportedGraphError(
             "the model was recompiled too often: its inputs keep changing in a way that the graph depends on",
             where=user_place(error),
@@ -102,6 +111,7 @@ _REMEDIES = (
 )  # fmt: skip
 
 
+_NUMBER = re.compile(r"(?P<name>.+?) == -?[\d.]+(e[+-]?\d+)?$")
 _OWN_ERROR = re.compile(
     r"(?:got|raised exception) (?P<kind>\w+)\((?:\[ConstantVariable\(str: )?(?P<quote>['\"])(?P<text>.*?)(?P=quote)\)",
     re.DOTALL,

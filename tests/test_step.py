@@ -248,3 +248,191 @@ def test_inductor() -> None:
         loop_optimizer.zero_grad()
         step(x, y)
     close(loop, whole)
+
+
+class Configured(Net):
+    """Reads what the user may change between two steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature, self.scales, self.scale = 1.0, [1.0], torch.ones(3)
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("shift", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = super().forward(x)
+        self.seen = hidden  # with its gradient: it has no part in the loss
+        if not self.training:
+            hidden = hidden * 3
+        return (hidden * self.scale + self.shift) * self.scales[0] / self.temperature
+
+
+CLASS_WEIGHTS = {"weight": torch.ones(3)}
+
+
+def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (F.cross_entropy(outputs, targets, reduction="none") * CLASS_WEIGHTS["weight"][targets]).mean()
+
+
+CHANGES = {
+    "attribute": lambda model, optimizer: setattr(model, "temperature", 4.0),
+    "list": lambda model, optimizer: model.scales.__setitem__(0, 4.0),
+    "tensor attribute": lambda model, optimizer: setattr(model, "scale", torch.full((3,), 4.0)),
+    "buffer replaced": lambda model, optimizer: setattr(model, "shift", torch.arange(3.0)),
+    "buffer written": lambda model, optimizer: model.shift.copy_(torch.arange(3.0)),
+    "eval": lambda model, optimizer: model.eval(),
+    "frozen": lambda model, optimizer: model.first.requires_grad_(False),
+    "hook": lambda model, optimizer: model.first.register_forward_hook(lambda module, args, out: out * 2),
+    "loss": lambda model, optimizer: CLASS_WEIGHTS.update(weight=torch.tensor([1.0, 2.0, 3.0])),
+    "noise": lambda model, optimizer: setattr(optimizer, "noise_multiplier", 50.0),
+    "batch size": lambda model, optimizer: setattr(optimizer, "expected_batch_size", 60),
+    "weight decay": lambda model, optimizer: optimizer.param_groups[0].update(weight_decay=0.5),
+    "betas": lambda model, optimizer: optimizer.param_groups[0].update(betas=(0.5, 0.5), eps=1e-3),
+    "maximize": lambda model, optimizer: optimizer.param_groups[0].update(maximize=True),
+    "rate": lambda model, optimizer: optimizer.param_groups[0].update(lr=0.3),
+    "state": lambda model, optimizer: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_sees_what_changes_after_the_first_step(change) -> None:
+    """As the ordinary loop does."""
+    x, y = data()
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        CLASS_WEIGHTS["weight"] = torch.ones(3)
+        model = dp_compile(Configured(), max_grad_norm=0.5, backend="eager")
+        inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+        optimizer = DPOptimizer(inner, model, noise_multiplier=1.0, expected_batch_size=B, seed=7)
+        step = compile_step(model, weighted, optimizer) if compiled else None
+        for i in range(4):
+            if i == 2:
+                CHANGES[change](model, optimizer)
+            if step is not None:
+                step(x, y)
+            else:
+                losses = F.cross_entropy(model(x), y, reduction="none") * CLASS_WEIGHTS["weight"][y]
+                losses.mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        ends.append(model)
+    close(*ends)
+
+
+def test_replaced_parameter_is_refused() -> None:
+    _, _, model, optimizer = twins(lr=0.1)
+    step = compile_step(model, F.cross_entropy, optimizer)
+    step(*data())
+    model.last.weight = nn.Parameter(torch.randn(3, 8))
+    with pytest.raises(PrivacyError, match=r"'last.weight' was replaced after dp_compile"):
+        step(*data())
+    assert optimizer.logical_step == 1
+
+
+def test_frozen_loss_module_may_change() -> None:
+    loop, loop_optimizer, whole, whole_optimizer = twins(lr=0.1)
+    loss = nn.CrossEntropyLoss(weight=torch.ones(3), reduction="sum")
+    step = compile_step(whole, loss, whole_optimizer)
+    x, y = data()
+    for i in range(3):
+        loss.weight = torch.tensor([1.0, 1.0 + i, 1.0])
+        step(x, y)
+        (loss(loop(x), y) / B).backward()
+        loop_optimizer.step()
+        loop_optimizer.zero_grad()
+    close(loop, whole)
+
+
+SCHEDULES = {
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.05, total_steps=25),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, factor=0.9, patience=0),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=4, cycle_momentum=True),
+    "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [torch.optim.lr_scheduler.ConstantLR(o, 0.5), torch.optim.lr_scheduler.CosineAnnealingLR(o, 9)],
+        milestones=[4],
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])
+def test_schedulers_of_every_number(schedule, kind) -> None:
+    loop, loop_optimizer, whole, whole_optimizer = twins(kind, lr=0.01, momentum=0.9)
+    schedulers = [SCHEDULES[schedule](o) for o in (loop_optimizer, whole_optimizer)]
+    step = compile_step(whole, F.cross_entropy, whole_optimizer)
+    x, y = data()
+    for _ in range(12):
+        F.cross_entropy(loop(x), y).backward()
+        loop_optimizer.step()
+        loop_optimizer.zero_grad()
+        step(x, y)
+        for scheduler in schedulers:
+            scheduler.step(*([1.0] if schedule == "plateau" else []))
+    close(loop, whole)
+
+
+def test_batches_of_other_sizes() -> None:
+    loop, loop_optimizer, whole, whole_optimizer = twins(lr=0.1)
+    step = compile_step(whole, F.cross_entropy, whole_optimizer)
+    for n in (6, 4, 9, 5, 7, 3, 8, 2, 10, 11, 12, 6):
+        x, y = data(n)
+        F.cross_entropy(loop(x), y).backward()
+        loop_optimizer.step()
+        loop_optimizer.zero_grad()
+        step(x, y)
+    close(loop, whole)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_step_that_was_broken_off_leaves_nothing(error, monkeypatch) -> None:
+    loop, loop_optimizer, whole, whole_optimizer = twins(lr=0.1)
+    step = compile_step(whole, F.cross_entropy, whole_optimizer)
+    x, y = data()
+    step(x, y)
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_optimizer.engine, "take_mask", lambda *_: (_ for _ in ()).throw(error("now")))
+        with pytest.raises(error, match="now"):
+            step(x, y)
+    step(x, y)
+    assert whole_optimizer.logical_step == 2
+    for _ in range(2):
+        F.cross_entropy(loop(x), y).backward()
+        loop_optimizer.step()
+        loop_optimizer.zero_grad()
+    close(loop, whole)
+
+
+def test_not_compiled_is_refused() -> None:
+    _, _, model, optimizer = twins(lr=0.1)
+    step = compile_step(model, F.cross_entropy, optimizer)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(UnsupportedGraphError, match="ran without being"):
+        step(*data())
+    assert optimizer.logical_step == 0
+
+
+def test_two_parameters_with_one_gradient() -> None:
+    """Their sums are the same value of the graph, and physical batches are added to it in place."""
+
+    class Biases(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :3] + self.a + self.b
+
+    model = dp_compile(Biases(), max_grad_norm=100.0, backend="eager")
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = DPOptimizer(inner, model, noise_multiplier=0.0, expected_batch_size=1)
+    step = compile_step(model, F.cross_entropy, optimizer)
+    x, y = data()
+    optimizer.accumulating = True
+    step(x, y)
+    optimizer.accumulating = False
+    step(x, y)
+    leaf = torch.zeros(3, requires_grad=True)
+    (2 * F.cross_entropy(x[:, :3] + leaf, y, reduction="sum")).backward()
+    torch.testing.assert_close(-model.a, leaf.grad)
+    torch.testing.assert_close(-model.b, leaf.grad)
