@@ -139,7 +139,7 @@ def _propagate(joint: JointGraph, drawn: Mapping[fx.Node, Examples]) -> tuple[di
     sums: dict[int, tuple[Examples, tuple[Size, ...]]] = {}
 
     def label(node: fx.Node) -> None:
-        if node in drawn:
+        if node in drawn and all(isinstance(labels[n], (Shared, Examples)) for n in node.all_input_nodes):
             results = node.meta["val"]
             labels[node] = tuple(drawn[node] for _ in results) if isinstance(results, (tuple, list)) else drawn[node]
         elif node.op == "placeholder":

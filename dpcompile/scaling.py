@@ -31,7 +31,7 @@ Degree: TypeAlias = "float | fx.Node"
 def check_scaling(joint: JointGraph, proof: Proof, *, mean: bool, twice: bool) -> None:
     """Refuse gradients that do not grow in proportion to the cotangents, where that would be relied on.
 
-    **Guarantee.** If this returns, and either ``mean`` or ``twice``, then s > 0 times the cotangents gives s times every
+    **Guarantee.** If this returns, and ``mean`` or ``twice`` is set, then s > 0 times the cotangents gives s times every
     gradient, up to rounding.
 
     ==========================================  ==========================================================
@@ -61,7 +61,9 @@ def check_scaling(joint: JointGraph, proof: Proof, *, mean: bool, twice: bool) -
         if gradient is None or degrees[gradient] == 1 or _is_zero(proof, gradient):
             continue
         culprit = _culprit(gradient, degrees)
-        name = operation_name(culprit.target).removeprefix("python::") if culprit.op == "call_function" else culprit.name
+        name = (
+            operation_name(culprit.target).removeprefix("python::") if culprit.op == "call_function" else culprit.name
+        )
         raise UnsupportedGraphError(
             f"the gradient of {of} does not grow in proportion to the cotangents (`{name}` in the backward of a custom "
             f"autograd.Function, or in a hook), and {_RELIES[mean]}",
@@ -239,7 +241,7 @@ def _power(exponent: float | None) -> Rule:
 def _backward(d: _Degrees) -> float | None:
     """Torch's own backwards are linear in the gradients that they are given."""
     given = [k for k in d.arguments if k.startswith("grad") and isinstance(d.arguments[k], fx.Node)]
-    return d.of(d.arguments[given[0]]) if len(given) == 1 and d.only(*given) else None
+    return d.common([d.arguments[k] for k in given]) if d.only(*given) else None
 
 
 def _convolution_backward(d: _Degrees) -> tuple[Any, ...] | None:
@@ -259,22 +261,109 @@ def _where(d: _Degrees) -> float | None:
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
-            "neg", "positive", "clone", "alias", "detach", "_to_copy", "convert_element_type", "to", "contiguous",
-            "lift_fresh_copy", "_conj", "_conj_physical", "conj_physical", "real", "imag", "view_of", "device_put",
-            "tril", "triu", "_neg_view", "view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze",
-            "flatten", "unflatten", "collapse_view", "split_dim", "permute", "transpose", "t", "swapaxes", "movedim",
-            "expand", "broadcast_to", "broadcast_in_dim", "repeat", "slice", "narrow", "select", "split",
-            "split_with_sizes", "chunk", "unbind", "unsafe_split", "diagonal", "diag_embed", "unfold", "as_strided",
-            "as_strided_copy", "sum", "mean", "nansum", "cumsum", "flip", "roll", "rev", "rot90", "trace",
-            "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
-            "replication_pad3d", "_fft_c2c", "_fft_r2c", "_fft_c2r", "view_as_real", "view_as_complex",
-            "view_as_real_copy", "view_as_complex_copy", "index", "_unsafe_index", "index_select", "gather",
-            "take_along_dim", "embedding", "avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d",
-            "_adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
-            "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d",
-            "_upsample_bilinear2d_aa", "inductor_force_stride_order", "abs", "relu", "amax", "amin",
-            "linalg_vector_norm", "_c10d_functional::wait_tensor", "_c10d_functional::all_reduce",
-            "_c10d_functional::all_gather_into_tensor", "_c10d_functional::reduce_scatter_tensor",
+            "neg",
+            "positive",
+            "clone",
+            "alias",
+            "detach",
+            "_to_copy",
+            "convert_element_type",
+            "to",
+            "contiguous",
+            "lift_fresh_copy",
+            "_conj",
+            "_conj_physical",
+            "conj_physical",
+            "real",
+            "imag",
+            "view_of",
+            "device_put",
+            "tril",
+            "triu",
+            "_neg_view",
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "_reshape_alias",
+            "squeeze",
+            "unsqueeze",
+            "flatten",
+            "unflatten",
+            "collapse_view",
+            "split_dim",
+            "permute",
+            "transpose",
+            "t",
+            "swapaxes",
+            "movedim",
+            "expand",
+            "broadcast_to",
+            "broadcast_in_dim",
+            "repeat",
+            "slice",
+            "narrow",
+            "select",
+            "split",
+            "split_with_sizes",
+            "chunk",
+            "unbind",
+            "unsafe_split",
+            "diagonal",
+            "diag_embed",
+            "unfold",
+            "as_strided",
+            "as_strided_copy",
+            "sum",
+            "mean",
+            "nansum",
+            "cumsum",
+            "flip",
+            "roll",
+            "rev",
+            "rot90",
+            "trace",
+            "reflection_pad1d",
+            "reflection_pad2d",
+            "reflection_pad3d",
+            "replication_pad1d",
+            "replication_pad2d",
+            "replication_pad3d",
+            "_fft_c2c",
+            "_fft_r2c",
+            "_fft_c2r",
+            "view_as_real",
+            "view_as_complex",
+            "view_as_real_copy",
+            "view_as_complex_copy",
+            "index",
+            "_unsafe_index",
+            "index_select",
+            "gather",
+            "take_along_dim",
+            "embedding",
+            "avg_pool1d",
+            "avg_pool2d",
+            "avg_pool3d",
+            "_adaptive_avg_pool2d",
+            "_adaptive_avg_pool3d",
+            "upsample_nearest1d",
+            "upsample_nearest2d",
+            "upsample_nearest3d",
+            "upsample_linear1d",
+            "upsample_bilinear2d",
+            "upsample_bicubic2d",
+            "upsample_trilinear3d",
+            "_upsample_bilinear2d_aa",
+            "inductor_force_stride_order",
+            "abs",
+            "relu",
+            "amax",
+            "amin",
+            "linalg_vector_norm",
+            "_c10d_functional::wait_tensor",
+            "_c10d_functional::all_reduce",
+            "_c10d_functional::all_gather_into_tensor",
+            "_c10d_functional::reduce_scatter_tensor",
         ),
         _first,
     ),
@@ -328,6 +417,7 @@ _RULES: dict[str, Rule] = {
     "cholesky_solve": _keeps("self"),
     "matrix_exp_adjoint": _keeps("g"),
     **dict.fromkeys(
-        ("sign", "sgn", "signbit", "gt", "lt", "ge", "le", "eq", "ne", "isnan", "isinf", "isfinite", "logical_not"), _sign
+        ("sign", "sgn", "signbit", "gt", "lt", "ge", "le", "eq", "ne", "isnan", "isinf", "isfinite", "logical_not"),
+        _sign,
     ),
 }

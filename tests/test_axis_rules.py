@@ -146,7 +146,9 @@ class Experiment:
             scale = float(torch.nan_to_num(base.double()).abs().max()) + 1 if base.numel() else 1.0
             if not torch.allclose(first + last, both, rtol=1e-7, atol=1e-7 * scale, equal_nan=True):
                 return "summed over the examples, but two examples together do not change it by the sum of both"
-            if not torch.allclose(of(self.turned).double(), base.double(), rtol=1e-7, atol=1e-7 * scale, equal_nan=True):
+            if not torch.allclose(
+                of(self.turned).double(), base.double(), rtol=1e-7, atol=1e-7 * scale, equal_nan=True
+            ):
                 return "summed over the examples, but their order changes it"
         return None
 

@@ -20,8 +20,8 @@ from dpcompile.rules.strided import as_strided, through_memory
 from dpcompile.rules.views import (
     cat,
     expand,
-    pad,
     is_padded,
+    pad,
     permute,
     repeat,
     reshape,
@@ -33,7 +33,7 @@ from dpcompile.rules.views import (
     transpose,
     value_of,
 )
-from dpcompile.sizes import divide, is_one, product, same, same_shape, shape_of, size
+from dpcompile.sizes import divide, is_one, same, same_shape, shape_of, size
 
 
 @row_wise(pointwise)

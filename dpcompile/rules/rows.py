@@ -26,7 +26,7 @@ __all__ = ["Behind", "Rows", "Stripes", "made_of", "row_wise"]
 
 @dataclass(frozen=True, slots=True)
 class Stripes:
-    """A question: is a value the same at all ``count`` places of ``axis``?
+    """The question whether a value is the same at all ``count`` places of ``axis``.
 
     With ``count == B`` the places are the examples; with a dimension's whole size they are its positions.
     """
