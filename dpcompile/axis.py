@@ -35,14 +35,16 @@ class Shared:
         counts: along this dimension the value is its own position (an ``arange`` from 0), constant along the others.
         cotangent: made from the cotangent of a sum over examples (a loss reduced inside the model), so that
             broadcasting it over the example axis hands every example its own cotangent.
+        alike: of a value that passes from one graph to another: along these dimensions all its positions are the same.
     """
 
     zero: bool = False
     counts: int | None = None
     cotangent: bool = False
+    alike: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return "shared"
+        return f"shared, the same along dim {', '.join(map(str, self.alike))}" if self.alike else "shared"
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ def cache_key(options: Options, roles: Roles, parts: int = 1) -> str:
         repr(options.memory_budget), repr(parts), repr(sorted(roles.parameters.items())),
         repr(sorted(roles.examples.items())),
         repr(roles.lowering), repr(sorted(roles.shared)),
-        repr(sorted((p, str(x)) for p, x in roles.layouts.items())),
+        repr(sorted((p, str(x)) for p, x in roles.layouts.items())), repr(sorted(roles.alike.items())),
     ]  # fmt: skip
     return hashlib.sha256("\0".join(described).encode()).hexdigest()
 

@@ -57,6 +57,7 @@ class Roles:
         layouts: position -> how the examples lie, where that is more than a dimension of their own.
         ranks: what the inputs are on the other ranks of tensor parallelism; None without it.
         shared: names of the trainable parameters that other regions use too.
+        alike: position -> the dimensions along which all positions of a shared input are known to be the same.
     """
 
     parameters: Mapping[int, str]
@@ -72,6 +73,7 @@ class Roles:
     layouts: Mapping[int, Examples] = field(default_factory=dict)
     ranks: OverRanks | None = None
     shared: frozenset[str] = frozenset()
+    alike: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def others(self) -> dict[int, str]:
@@ -289,6 +291,7 @@ def name_joint(module: fx.GraphModule, roles: Roles) -> JointGraph:
             if isinstance(gradient := values[slot], fx.Node)
         },
         weights=by_position[inputs + 2] if roles.lowering is not None else None,
+        alike={by_position[p]: dims for p, dims in roles.alike.items() if p in by_position},
     )
 
 

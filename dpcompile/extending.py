@@ -169,6 +169,9 @@ def _declared(examples: Mapping[str, int], results: Sequence[Result]) -> AxisRul
                 size = call.shape(operand)[examples[name]]
                 if not is_one(size) and not same(size, product([axis.outer, call.batch, axis.inner])):
                     return _all(call.unsupported(f"operand `{name}` does not run along the examples"), results)
+                dim = call.dim(examples[name], len(call.shape(operand)))
+                if (refusal := call.by_row(operand, axis.at(dim))) is not None:
+                    return _all(refusal, results)
         labels = tuple(_of_result(call, axis, i, r) for i, r in enumerate(results))
         return labels if isinstance(call.node.meta["val"], (tuple, list)) else labels[0]
 

@@ -54,6 +54,7 @@ class JointGraph:
         input_gradients: placeholder that is no parameter -> its gradient, which flows on to whatever made the input.
         weights: in a region the placeholder of the clip weights, ``[parameters, B]``, or, clipped at once, of the
             bounds of the parameters' groups; squared norms leave in the same shape, in the order of ``parameters``.
+        alike: shared placeholder -> the dimensions along which all its positions are known to be the same.
     """
 
     module: fx.GraphModule
@@ -71,6 +72,7 @@ class JointGraph:
     plain_tangents: Mapping[fx.Node, int] = field(default_factory=dict)
     input_gradients: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
     weights: fx.Node | None = None
+    alike: Mapping[fx.Node, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:

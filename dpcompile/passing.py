@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -13,17 +13,22 @@ from dpcompile.capture import Roles, check_outputs
 from dpcompile.joint import JointGraph
 from dpcompile.proof import prove
 from dpcompile.replication import check_replication, refuse_ranks_own
+from dpcompile.rules import Rows
+from dpcompile.scaling import check_scaling
 from dpcompile.unowned import erase_cotangents
 
 __all__ = ["label_outputs"]
 
 
-def label_outputs(module: fx.GraphModule, roles: Roles) -> tuple[tuple[Label, ...], Mapping[int, str | None]]:
+def label_outputs(
+    module: fx.GraphModule, roles: Roles, *, mean: bool
+) -> tuple[tuple[Label, ...], Mapping[int, str | None]]:
     """Prove that examples do not mix on the way through, forward and backward.
 
     Args:
         module: a decomposed joint graph, or a forward alone where nothing needs a gradient.
         roles: of its inputs.
+        mean: the loss is a mean over the batch.
 
     Returns:
         The labels of the captured graph's outputs; positions of outputs that depend on no example, with the user's
@@ -35,20 +40,37 @@ def label_outputs(module: fx.GraphModule, roles: Roles) -> tuple[tuple[Label, ..
     joint = _named(module, roles)
     if joint is None:
         refuse_ranks_own(module.graph, roles.ranks)
-        count = sum(isinstance(d, PlainAOTOutput) for d in _descriptors(module))
-        return (Shared(),) * count, {}
+        return _of_no_example(module, roles), {}
     check_outputs(module, roles)
     proof = prove(joint)
     unowned = erase_cotangents(joint, proof)
     if unowned:
         proof = prove(joint)
+    check_scaling(joint, proof, mean=mean, twice=False)
     check_replication(joint, proof, roles.ranks)
     module.recompile()
-    return tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs), unowned
+    return tuple(proof.leaving(n) for n in joint.outputs), unowned
 
 
-def _descriptors(module: fx.GraphModule) -> Sequence[Any]:
-    return module.graph.output_node().meta["desc"]
+def _of_no_example(module: fx.GraphModule, roles: Roles) -> tuple[Label, ...]:
+    """Labels of the outputs where all is shared."""
+    labels: dict[fx.Node, Label] = {}
+    for node in module.graph.nodes:
+        descriptor = node.meta.get("desc")
+        known = roles.alike.get(descriptor.idx, ()) if isinstance(descriptor, PlainAOTInput) else ()
+        labels[node] = Shared(alike=known)
+    rows = Rows(labels, roles.batch, {})
+    return tuple(
+        Shared(alike=rows.alike(v) if isinstance(v, fx.Node) else ())
+        for d, v in _described(module)
+        if isinstance(d, PlainAOTOutput)
+    )
+
+
+def _described(module: fx.GraphModule) -> list[tuple[Any, Any]]:
+    """What a graph returns, with AOTAutograd's descriptors."""
+    output = module.graph.output_node()
+    return list(zip(output.meta["desc"], output.args[0], strict=True))  # type: ignore[arg-type]
 
 
 def _named(module: fx.GraphModule, roles: Roles) -> JointGraph | None:
@@ -66,8 +88,7 @@ def _named(module: fx.GraphModule, roles: Roles) -> JointGraph | None:
     }
     if not axes:
         return None
-    values: Sequence[Any] = module.graph.output_node().args[0]  # type: ignore[assignment]
-    pairs = list(zip(_descriptors(module), values, strict=True))
+    pairs = _described(module)
     forward = {d: v for d, v in pairs if d is not None and is_gradient_of_input(d) is None}
     outputs = [v for d, v in pairs if isinstance(d, PlainAOTOutput)]
     gradients = {
@@ -94,4 +115,5 @@ def _named(module: fx.GraphModule, roles: Roles) -> JointGraph | None:
             if isinstance(d, PlainAOTOutput) and isinstance(forward.get(d), fx.Node)
         },
         input_gradients=gradients,
+        alike={by_position[p]: dims for p, dims in roles.alike.items() if p in by_position},
     )

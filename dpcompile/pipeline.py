@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from dpcompile._torch import copy_graph, real_tensors
-from dpcompile.axis import Label, Shared
+from dpcompile.axis import Label
 from dpcompile.capture import Roles, check_outputs, name_joint
 from dpcompile.certificate import Certificate, certify
 from dpcompile.choose import Limit
@@ -21,7 +21,7 @@ from dpcompile.lower import Cut
 from dpcompile.lowering import TWO_PASS
 from dpcompile.matrix_exp import fold_matrix_exp
 from dpcompile.memory import is_fused, replay
-from dpcompile.modes import without_keeping
+from dpcompile.modes import MODES, without_keeping
 from dpcompile.normalise import copy_expanded_bases, save_what_is_overwritten, slices_for_splits, split_convolution_bias
 from dpcompile.parts import InParts, allowed_parts
 from dpcompile.plan import Plan, make_plan
@@ -30,6 +30,7 @@ from dpcompile.rates import Rates, rates_for
 from dpcompile.region_memory import RegionMemory, region_memory
 from dpcompile.replication import agree_on_rates, check_replication
 from dpcompile.rewrite import ClipOptions, rewrite
+from dpcompile.scaling import check_scaling
 from dpcompile.shared_uses import Use, uses_of
 from dpcompile.sites import find_gradients
 from dpcompile.step_cost import plain_seconds
@@ -113,6 +114,8 @@ def privatize(
     unowned = erase_cotangents(joint, proof)
     if unowned:
         proof = prove(joint)
+    repeats = roles.lowering is None and MODES[options.norm].second_backward
+    check_scaling(joint, proof, mean=options.loss_reduction == "mean", twice=repeats)
     gradients = find_gradients(joint, proof)
     check_replication(joint, proof, roles.ranks)
     certificate = certify(joint, proof, gradients)
@@ -144,7 +147,7 @@ def privatize(
     copy_expanded_bases(module.graph)
     save_what_is_overwritten(module.graph)
     module.recompile()
-    labels = tuple(proof.of(n) if n is not None else Shared() for n in joint.outputs)
+    labels = tuple(proof.leaving(n) for n in joint.outputs)
     readable = fx.GraphModule(module, copy_graph(module.graph))
     return Transformed(
         readable,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -16,12 +15,13 @@ from dpcompile.errors import DPCompileError, ExampleMixingError, UnsupportedGrap
 from dpcompile.joint import JointGraph
 from dpcompile.locate import module_of, where
 from dpcompile.operations import operation_name
-from dpcompile.rules import Call, Labels, find_rule
+from dpcompile.rules import Call, Labels, Rows, find_rule, named_arguments
 from dpcompile.rules.pointwise import pointwise
+from dpcompile.rules.registry import is_pointwise
 from dpcompile.rules.shared import shared
 from dpcompile.sizes import Size, is_one, product, same, shape_of
 
-__all__ = ["Proof", "prove", "refusal"]
+__all__ = ["Proof", "is_factory", "prove", "refusal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +30,17 @@ class Proof:
 
     labels: Mapping[fx.Node, Labels]
     batch: Size
+    rows: Rows
 
     def of(self, node: fx.Node) -> Label:
         """The label of a node with one value."""
         label = self.labels[node]
         return label[0] if isinstance(label, tuple) else label
+
+    def leaving(self, node: fx.Node | None) -> Label:
+        """The label of an output, with what another graph must know of a shared one."""
+        label = self.of(node) if node is not None else Shared()
+        return replace(label, alike=self.rows.alike(node)) if node is not None and isinstance(label, Shared) else label
 
     def is_summed(self, node: fx.Node) -> bool:
         """Whether the node is a sum over the examples (or belongs to the only one)."""
@@ -46,7 +52,9 @@ def prove(joint: JointGraph) -> Proof:
 
     **Guarantee.** If this returns, then for every trainable parameter the gradient in the graph is a sum over the
     examples of terms that depend on one example each (and on shared values), every differentiable output of the model
-    is per example or such a sum, and no buffer is written with anything that depends on an example.
+    is per example or such a sum, and no buffer is written with anything that depends on an example. What a term is does
+    not depend on the example's row number in the batch: taken out of the batch, an example leaves the others' terms as
+    they are, but for draws of random numbers, of which each example has its own.
 
     ==========================================  ==========================================================
     edge case                                   outcome
@@ -63,6 +71,9 @@ def prove(joint: JointGraph) -> Proof:
     gradient of an input that lies otherwise    refused
     parameter with an example axis of its own   refused
     operation without a rule on example data    refused by name
+    arange(B), a buffer with B rows, tril ..    refused where they meet examples row by row
+    ``x[arange(B), i]``                         right: every example picks itself
+    torch.rand(B, ..), dropout                  right; one draw's rows may not meet other examples too
     batch of one example                        nothing to mix; writes to buffers are still refused
     ==========================================  ==========================================================
 
@@ -70,7 +81,7 @@ def prove(joint: JointGraph) -> Proof:
         ExampleMixingError: examples mix on the way to a gradient, an output or a buffer.
         UnsupportedGraphError: an operation without a rule.
     """
-    proof = Proof(_propagate(joint), joint.batch)
+    proof = _label_all(joint)
     for destination, source in joint.mutations():
         error = forbidden_write(joint, destination, source, proof.of(source))
         if error is not None:
@@ -111,27 +122,41 @@ def refusal(label: Mixed, target: str) -> DPCompileError:
     return kind(f"`{operation}` {verb}: {label.reason} (it reaches {target})", where=place, remedy=remedy)
 
 
-def _propagate(joint: JointGraph) -> dict[fx.Node, Labels]:
+def _label_all(joint: JointGraph) -> Proof:
+    """Draws of random numbers that turn out to meet examples row by row are theirs, and all is labelled anew."""
+    drawn: dict[fx.Node, Examples] = {}
+    while True:
+        labels, rows = _propagate(joint, drawn)
+        if not rows.drawn:
+            return Proof(labels, joint.batch, rows)
+        drawn |= rows.drawn
+
+
+def _propagate(joint: JointGraph, drawn: Mapping[fx.Node, Examples]) -> tuple[dict[fx.Node, Labels], Rows]:
     """The forward first, then the cotangents (each lies like its output), then the backward."""
     labels: dict[fx.Node, Labels] = {}
-    forward_sums: dict[int, tuple[Examples, tuple[Size, ...]]] = {}
+    rows = Rows(labels, joint.batch, joint.names)
+    sums: dict[int, tuple[Examples, tuple[Size, ...]]] = {}
+
+    def label(node: fx.Node) -> None:
+        if node in drawn and all(isinstance(labels[n], (Shared, Examples)) for n in node.all_input_nodes):
+            results = node.meta["val"]
+            labels[node] = tuple(drawn[node] for _ in results) if isinstance(results, (tuple, list)) else drawn[node]
+        elif node.op == "placeholder":
+            labels[node] = _input_label(joint, node, labels)
+        elif node.op == "get_attr":
+            labels[node] = Shared()
+        elif node.op == "call_function":
+            labels[node] = _call_label(Call(node, named_arguments(node), labels, joint.batch, sums, rows))
+            _note_forward_sum(node, labels, sums)
+
     for node in joint.graph.nodes:
         if node not in joint.tangent_of and all(n in labels for n in node.all_input_nodes):
-            _label(joint, node, labels, forward_sums)
+            label(node)
     for node in joint.graph.nodes:
         if node not in labels:
-            _label(joint, node, labels, forward_sums)
-    return labels
-
-
-def _label(joint: JointGraph, node: fx.Node, labels: dict[fx.Node, Labels], forward_sums: dict) -> None:
-    if node.op == "placeholder":
-        labels[node] = _input_label(joint, node, labels)
-    elif node.op == "get_attr":
-        labels[node] = Shared()
-    elif node.op == "call_function":
-        labels[node] = _call_label(joint, node, labels, forward_sums)
-        _note_forward_sum(node, labels, forward_sums)
+            label(node)
+    return labels, rows
 
 
 def _input_label(joint: JointGraph, node: fx.Node, labels: Mapping[fx.Node, Labels]) -> Label:
@@ -140,7 +165,7 @@ def _input_label(joint: JointGraph, node: fx.Node, labels: Mapping[fx.Node, Labe
         return Whole() if is_one(joint.batch) else axis
     output = joint.tangent_of.get(node)
     if output is None:
-        return Shared()
+        return Shared(alike=joint.alike.get(node, ()))
     label = labels[output]
     label = label[0] if isinstance(label, tuple) else label
     if isinstance(label, Summed):
@@ -150,7 +175,8 @@ def _input_label(joint: JointGraph, node: fx.Node, labels: Mapping[fx.Node, Labe
     return label if isinstance(label, (Examples, Whole)) else Shared()
 
 
-def _call_label(joint: JointGraph, node: fx.Node, labels: Mapping[fx.Node, Labels], sums: Any) -> Labels:
+def _call_label(call: Call) -> Labels:
+    node, labels = call.node, call.labels
     if node.target is operator.getitem:
         container, position = node.args[0], node.args[1]
         label = labels[container]  # type: ignore[index]
@@ -160,18 +186,17 @@ def _call_label(joint: JointGraph, node: fx.Node, labels: Mapping[fx.Node, Label
     mixed = next((x for x in flat if isinstance(x, Mixed)), None)
     if mixed is not None:  # its very size may depend on the examples (nonzero, unique)
         return mixed
-    if _is_factory(node):
-        return shared(Call(node, _named(node), labels, joint.batch, sums))
+    if is_factory(node):
+        return shared(call)
     if any(isinstance(x, Whole) for x in flat):
         return Whole()
-    call = Call(node, _named(node), labels, joint.batch, sums)
     if all(isinstance(x, Shared) for x in flat):
         return shared(call)
     if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
         return _scalar_label(call)
     rule = find_rule(node.target)
-    if rule is None and "::" not in call.name and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        rule = pointwise  # of torch's own operations: another library's tag is a hint to a compiler, not a promise
+    if rule is None and is_pointwise(node.target):
+        rule = pointwise
     if rule is None:
         return call.unsupported(f"there is no rule for `{_name(node)}`")
     return _of_right_size(call, rule(call))
@@ -202,16 +227,6 @@ def _note_forward_sum(node: fx.Node, labels: Mapping[fx.Node, Labels], sums: dic
             sums[sequence] = (before, shape_of(source.meta["val"]))
 
 
-def _named(node: fx.Node) -> dict[str, Any]:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return dict(node.kwargs)
-    named: dict[str, Any] = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    named.update({a.name: v for a, v in zip(schema.arguments, node.args, strict=False)})
-    named.update(node.kwargs)
-    return named
-
-
 def _scalar_label(call: Call) -> Label:
     """A Python number read from a tensor: a size is shared, a value of examples is not."""
     if call.name in ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset"):
@@ -225,7 +240,7 @@ _FACTORIES = {
 }  # fmt: skip
 
 
-def _is_factory(node: fx.Node) -> bool:
+def is_factory(node: fx.Node) -> bool:
     """Operations that take only the shape of their operand."""
     return operation_name(node.target) in _FACTORIES
 

@@ -124,7 +124,7 @@ def compile_region(
     leaves = _leaves(live, scope)
     trained = torch.is_grad_enabled() and _needs_gradient(gm) and any(_is_trainable(x, scope) for x in live)
     roles = assign_roles(gm, live, scope.parameters, leaves, trained=trained)
-    roles = replace(roles, ranks=over_ranks(roles))
+    roles = replace(roles, ranks=over_ranks(roles), alike=_alike(live, scope))
     symbols = _symbols(gm)
     if not trained:
         return _label_only(gm, examples, roles, options, symbols)
@@ -175,7 +175,7 @@ def _label_only(
 
     def transform(graph: fx.GraphModule) -> None:
         written.update(written_inputs(graph))
-        found.append(label_outputs(graph, roles))
+        found.append(label_outputs(graph, roles, mean=options.loss_reduction == "mean"))
 
     compiled = compile_joint(
         gm, examples, backend=options.backend, transform=transform, key=cache_key(options, roles) + "passing"
@@ -187,7 +187,7 @@ def _label_only(
 def concrete(label: Label, symbols: Mapping[sympy.Symbol, tuple[int, int]], inputs: Sequence[Any]) -> Label:
     """The label with numbers in place of the symbols of this run's sizes."""
     if isinstance(label, Shared):
-        return Shared()
+        return Shared(alike=label.alike)
     if not isinstance(label, Examples):
         return label
 
@@ -222,6 +222,12 @@ def _leaves(live: Sequence[Any], scope: Scope) -> dict[int, tuple[str, Examples 
         else:
             leaves[id(value)] = (name, _of_one(value) if isinstance(label, Whole) else label)
     return leaves
+
+
+def _alike(live: Sequence[Any], scope: Scope) -> dict[int, tuple[int, ...]]:
+    """Along which dimensions shared inputs are known to be the same."""
+    labels = {p: scope.label(x) for p, x in enumerate(live) if isinstance(x, Tensor)}
+    return {p: label.alike for p, label in labels.items() if isinstance(label, Shared) and label.alike}
 
 
 def _of_one(value: Tensor) -> Examples:

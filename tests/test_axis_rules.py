@@ -23,23 +23,27 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 
 
 class Recorder(fx.Interpreter):
-    """Runs a graph and keeps every value."""
+    """Runs a graph and keeps every value; some are given."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, given: Mapping[fx.Node, Any]) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.values: dict[fx.Node, Any] = {}
+        self.given = given
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        value = self.given.get(n, value)
         if isinstance(value, Tensor) and n.op == "call_function" and "empty" in str(n.target):
             value.zero_()  # memory without values would differ from run to run
         self.values[n] = value
         return value
 
 
-def run(module: fx.GraphModule, inputs: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+def run(
+    module: fx.GraphModule, inputs: Mapping[fx.Node, Any], given: Mapping[fx.Node, Any] | None = None
+) -> dict[fx.Node, Any]:
     torch.manual_seed(0)
-    recorder = Recorder(module)
+    recorder = Recorder(module, given or {})
     with torch.no_grad():
         recorder.run(*(inputs[n] for n in module.graph.nodes if n.op == "placeholder"))
     return recorder.values
@@ -59,15 +63,35 @@ def replaced(value: Tensor, axis: Examples, examples: list[int], batch: int, oth
     return value.clone().index_copy_(axis.dim, index, other.index_select(axis.dim, index))
 
 
+def turned(value: Any, axis: Examples, batch: int) -> Any:
+    """The value with the examples in the opposite order."""
+    if isinstance(value, (tuple, list)):
+        return tuple(turned(v, axis, batch) for v in value)
+    size = value.shape[axis.dim]
+    order = [0] * size
+    for e in range(batch):
+        for to, of in zip(rows_of(axis, e, batch, size), rows_of(axis, batch - 1 - e, batch, size), strict=True):
+            order[to] = of
+    return value.index_select(axis.dim, torch.tensor(order, dtype=torch.long))
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 class Experiment:
-    """Replaces examples one by one, and two at a time, and looks at every value of a graph."""
+    """Replaces examples one by one, and two at a time, puts them in another order, and looks at every value of a graph.
+
+    Draws of random numbers that the proof gives to the examples go with them.
+    """
 
     def __init__(
-        self, module: fx.GraphModule, axes: Mapping[fx.Node, Examples], inputs: dict[fx.Node, Any], batch: int
+        self,
+        module: fx.GraphModule,
+        axes: Mapping[fx.Node, Examples],
+        inputs: dict[fx.Node, Any],
+        batch: int,
+        proof: Proof | None = None,
     ) -> None:
         self.batch = batch
         generator = torch.Generator().manual_seed(5)
@@ -80,6 +104,9 @@ class Experiment:
         self.base = run(module, inputs)
         self.one = [with_replaced([e]) for e in range(batch)]
         self.two = with_replaced([0, batch - 1])
+        drawn = {} if proof is None else drawn_rows(module.graph, proof)
+        given = {n: turned(self.base[n], a, batch) for n, a in drawn.items()}
+        self.turned = run(module, {**inputs, **{n: turned(inputs[n], a, batch) for n, a in axes.items()}}, given)
 
     def contradiction(self, node: fx.Node, label: Label, position: int | None = None) -> str | None:
         """What the numbers say against a label, or None."""
@@ -91,6 +118,8 @@ class Experiment:
         if not isinstance(base, Tensor):
             return None
         if isinstance(label, Shared):
+            if not same(of(self.turned), base):
+                return "shared, but the order of the examples changes it"
             for e in range(self.batch):
                 if not same(of(self.one[e]), base):
                     return f"shared, but example {e} changes it"
@@ -109,17 +138,29 @@ class Experiment:
                 others = torch.tensor([r for r in range(base.shape[label.dim]) if r not in own], dtype=torch.long)
                 if not same(of(self.one[e]).index_select(label.dim, others), base.index_select(label.dim, others)):
                     return f"{label}, but example {e} changes slices that are not its own"
+            if not same(of(self.turned), turned(base, label, self.batch)):
+                return f"{label}, but in another order the examples get other values"
         if isinstance(label, Summed):
             first, last = of(self.one[0]).double() - base.double(), of(self.one[-1]).double() - base.double()
             both = of(self.two).double() - base.double()
             scale = float(torch.nan_to_num(base.double()).abs().max()) + 1 if base.numel() else 1.0
             if not torch.allclose(first + last, both, rtol=1e-7, atol=1e-7 * scale, equal_nan=True):
                 return "summed over the examples, but two examples together do not change it by the sum of both"
+            if not torch.allclose(
+                of(self.turned).double(), base.double(), rtol=1e-7, atol=1e-7 * scale, equal_nan=True
+            ):
+                return "summed over the examples, but their order changes it"
         return None
 
     def changes(self, node: fx.Node) -> bool:
         """Whether any example changes the value."""
         return any(isinstance(v[node], Tensor) and not same(v[node], self.base[node]) for v in self.one)
+
+
+def drawn_rows(graph: fx.Graph, proof: Proof) -> dict[fx.Node, Examples]:
+    """Draws of random numbers that are labelled as the examples'."""
+    random = (n for n in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()))
+    return {n: x for n in random if isinstance(x := proof.of(n), Examples)}
 
 
 def _like(value: Any, generator: torch.Generator) -> Any:
@@ -161,8 +202,8 @@ TABLE: list[tuple[Function, str, str]] = [
     (lambda x, y: x * y, "btd td", "e"),
     (lambda x, y: x + y[:, None], "btd bd", "e"),
     (lambda x, y: x[:, None] - y, "bd bd", "x"),
-    (lambda x, y: x - y, "btd Btd", "e"),
-    (lambda x, y: x + y, "bd Bd", "e"),
+    (lambda x, y: x - y, "btd Btd", "x"),
+    (lambda x, y: x + y, "bd Bd", "x"),
     (lambda x, y: torch.where(x > 0, x, y), "btd btd", "e"),
     (lambda x: x.masked_fill(x > 0, 1.0), "tbd", "e"),
     (lambda x: x.clamp(-1, 1).exp().to(torch.float32), "tdb", "e"),
@@ -205,7 +246,8 @@ TABLE: list[tuple[Function, str, str]] = [
     (lambda x: x.reshape(T * B, D).split(B)[2], "tbd", "e"),
     (lambda x, y: torch.cat([x, y], 1), "btd btd", "e"),
     (lambda x, y: torch.cat([x, y], 0), "btd btd", "e"),
-    (lambda x, y: torch.cat([x, y], 1), "btd Btd", "e"),
+    (lambda x, y: torch.cat([x, y], 1), "btd Btd", "x"),
+    (lambda x, y: torch.cat([x, y.expand(B, T, D)], 1), "btd 1td", "e"),
     (lambda x, y: torch.cat([x, y], 0), "btd Btd", "x"),
     (lambda x, y: torch.stack([x, y], 1), "btd btd", "e"),
     (lambda x: x.diagonal(dim1=1, dim2=2), "btd", "e"),
@@ -287,7 +329,8 @@ TABLE: list[tuple[Function, str, str]] = [
     (lambda x, w: x @ w, "btd dk", "e"),
     (lambda x, w: F.linear(x, w), "bd kd", "e"),
     (lambda x, w: w @ x, "bd kb", "s"),
-    (lambda x, w: w @ x, "bd kB", "s"),
+    (lambda x, w: w @ x, "bd kB", "x"),
+    (lambda x, w: w.expand(4, B) @ x, "bd k1", "s"),
     (lambda x, y: x.T @ y, "bd bk", "s"),
     (lambda x, y: x @ y.T, "bd bd", "x"),
     (lambda x, y: x @ y.mT, "btd bsd", "e"),
@@ -357,7 +400,8 @@ TABLE: list[tuple[Function, str, str]] = [
     (lambda x, i: x[:, i, i[:, None]], "btd b:l", "x"),
     (lambda x, i: x[:, i, i], "btd k:l", "e"),
     (lambda x, m: torch.ops.aten._unsafe_masked_index(x, m, [torch.arange(B)], 0.0), "bd bd:m", "e"),
-    (lambda w, m: torch.ops.aten._unsafe_masked_index(w, m, [torch.arange(B)], 0.0), "Bd bd:m", "e"),
+    (lambda w, m: torch.ops.aten._unsafe_masked_index(w, m, [torch.arange(B)], 0.0), "Bd bd:m", "x"),
+    (lambda w, m: torch.ops.aten._unsafe_masked_index(w, m, [torch.zeros(B, dtype=torch.long)], 0.0), "Bd bd:m", "e"),
     (lambda x, m: torch.ops.aten._unsafe_masked_index(x, m, [torch.arange(B)], 0.0), "bd b1d:m", "x"),
     (lambda x, i: x[i], "btd b:l", "x"),
     (lambda x, i: x[:, i], "btd b:l", "x"),
@@ -370,7 +414,8 @@ TABLE: list[tuple[Function, str, str]] = [
     (lambda x, i: x[torch.zeros(B, dtype=torch.long), i], "btd b:l", "x"),
     (lambda x, i: x.gather(1, i), "btd btd:l", "e"),
     (lambda x, i: x.gather(0, i % B), "btd btd:l", "x"),
-    (lambda x, i: x.gather(1, i), "btd Btd:l", "e"),
+    (lambda x, i: x.gather(1, i), "btd Btd:l", "x"),
+    (lambda x, i: x.gather(1, i.expand(B, T, D)), "btd 1td:l", "e"),
     (lambda x, i: x.gather(1, i), "btd 1td:l", "x"),
     (lambda x, i: x.index_select(1, i), "btd k:l", "e"),
     (lambda x, i: x.index_select(0, i % B), "btd k:l", "x"),
@@ -384,12 +429,15 @@ TABLE: list[tuple[Function, str, str]] = [
     (lambda x, i: torch.zeros(T, D, dtype=x.dtype).index_put((i,), x), "bd b:l", "x"),
     (lambda x, i: torch.ops.aten.index_put(x, [None, i, i[:, None]], x[:, :1, :1], True), "btd b:l", "x"),
     (lambda x, m: x.index_put((m,), torch.zeros((), dtype=x.dtype)), "btd bt:m", "e"),
-    (lambda x, m: x.index_put((m,), torch.zeros((), dtype=x.dtype)), "btd Bt:m", "e"),
-    (lambda w, m: w.index_put((m,), torch.zeros((), dtype=w.dtype)), "Btd bt:m", "e"),
+    (lambda x, m: x.index_put((m,), torch.zeros((), dtype=x.dtype)), "btd Bt:m", "x"),
+    (lambda x, m: x.index_put((m.expand(B, T),), torch.zeros((), dtype=x.dtype)), "btd 1t:m", "e"),
+    (lambda w, m: w.index_put((m,), torch.zeros((), dtype=w.dtype)), "Btd bt:m", "x"),
+    (lambda w, m: w.expand(B, T, D).clone().index_put((m,), torch.zeros((), dtype=w.dtype)), "1td bt:m", "e"),
     (lambda x, y, m: x.index_put((m,), y[0, 0]), "btd bt bt:m", "x"),
     (lambda x, i: torch.ones(T, D, dtype=x.dtype).index_put((i,), x, accumulate=True), "bd b:l", "x"),
     (lambda x, i: torch.zeros(T, D, dtype=x.dtype).index_add(0, i, x), "bd b:l", "s"),
-    (lambda x, i: torch.zeros(T, D, dtype=x.dtype).index_add(0, i, x), "bd B:l", "s"),
+    (lambda x, i: torch.zeros(T, D, dtype=x.dtype).index_add(0, i, x), "bd B:l", "x"),
+    (lambda x, i: torch.zeros(T, D, dtype=x.dtype).index_add(0, i.expand(B), x), "bd 1:l", "s"),
     (lambda x, i: torch.zeros(T, D, dtype=x.dtype).scatter_add(0, i, x), "bd bd:l", "s"),
     (lambda x, i: torch.zeros(B, T, dtype=x.dtype).scatter(1, i, x[:, :T]), "bd bt:l", "e"),
     (lambda x, i: torch.zeros(B, T, dtype=x.dtype).scatter_add(1, i, x[:, :T]), "bd bt:l", "e"),
@@ -447,6 +495,84 @@ TABLE: list[tuple[Function, str, str]] = [
     (lambda x: torch.add(torch.zeros_like(x), 1), "btd", "0"),
     (lambda x: torch.cat([torch.ones_like(x)[:1], torch.zeros_like(x)[1:]]), "btd", "0"),
     (lambda x: 1 / torch.ones_like(x) + 0 * torch.zeros_like(x), "btd", "0"),
+    # the number of a row
+    (lambda x: x + torch.arange(B)[:, None], "bd", "x"),
+    (lambda x: x + torch.arange(D), "bd", "e"),
+    (lambda x: x.reshape(B * T, D) + torch.arange(B)[:, None].expand(B, T).reshape(B * T, 1), "btd", "x"),
+    (lambda x: x.reshape(B * T, D) + torch.arange(B * T)[:, None], "btd", "x"),
+    (lambda x: x.reshape(B * T, D) + (torch.arange(B * T) % T)[:, None], "btd", "e"),
+    (lambda x: x.reshape(B * T, D) + (torch.arange(B * T) // T)[:, None], "btd", "x"),
+    (lambda x, p: x.reshape(B * T, D) + p.repeat(B, 1), "btd td", "e"),
+    (lambda x, p: x.reshape(T * B, D) + p.repeat(B, 1), "tbd td", "x"),
+    (lambda x, p: x.reshape(T * B, D) + p.repeat_interleave(B, 0), "tbd td", "e"),
+    (lambda x, p: x + p[:B], "bd Vd", "x"),
+    (lambda x, p: x + p[:T], "btd Vd", "e"),
+    (lambda x, p: x + p[:T][:, None], "tbd Vd", "e"),
+    (lambda x, p: x + p[:B][:, None], "btd Vd", "x"),
+    (lambda x: x + torch.ones(100)[:B, None], "bd", "e"),
+    (lambda x: x + torch.ones(B).cumsum(0)[:, None], "bd", "x"),
+    (lambda x: x * torch.linspace(0, 1, B)[:, None], "bd", "x"),
+    (lambda x: torch.where(torch.arange(B)[:, None] < B // 2, x, 0.0), "bd", "x"),
+    (lambda x: x.tril(), "bd", "x"),
+    (lambda x: x.triu(1), "btd", "e"),
+    (lambda x: x + torch.ones(B, D).tril(), "bd", "x"),
+    (lambda x: x[:, :, :T] + torch.ones(T, T).tril(), "btd", "e"),
+    (lambda x: torch.eye(B, dtype=x.dtype) @ x, "bd", "x"),
+    (lambda x: x @ torch.eye(D, dtype=x.dtype), "bd", "e"),
+    (lambda x: x + (torch.arange(B)[:, None] % D == torch.arange(D)), "bd", "x"),
+    (lambda x: x + torch.cat([torch.ones(1, D), torch.zeros(B - 1, D)]), "bd", "x"),
+    (lambda x: x + torch.stack([torch.ones(D)] * B), "bd", "e"),
+    (lambda x: x + torch.stack([torch.ones(D) * i for i in range(B)]), "bd", "x"),
+    (lambda x: torch.cat([x, torch.arange(B, dtype=x.dtype)[:, None]], 1), "bd", "x"),
+    (lambda x: torch.cat([x, torch.zeros(B, 1, dtype=x.dtype)], 1), "bd", "e"),
+    (lambda x: torch.stack([x, torch.arange(B, dtype=x.dtype)[:, None].expand(B, D)]), "bd", "x"),
+    (lambda x, w: x + w[torch.arange(B)], "bd Vd", "x"),
+    (lambda x, w: x + w[torch.zeros(B, dtype=torch.long)], "bd Vd", "e"),
+    (lambda i, w: w[torch.arange(B), i], "b:l Bd", "x"),
+    (lambda x, w: x + F.embedding(torch.arange(B), w), "bd Vd", "x"),
+    (lambda x, w: x + F.embedding(torch.arange(T)[None].expand(B, T), w), "btd Vd", "e"),
+    (lambda x: x.gather(1, torch.arange(B)[:, None] % D), "bd", "x"),
+    (lambda x: x.scatter(1, torch.arange(B)[:, None] % D, 0.5), "bd", "x"),
+    (lambda x: x.cumsum(1) * torch.arange(B)[:, None].flip(1), "bd", "x"),
+    (lambda x: x + torch.arange(B * D).reshape(B, D).amax(0), "bd", "e"),
+    (lambda x: x + torch.arange(B * D).reshape(B, D).amax(1, keepdim=True), "bd", "x"),
+    (lambda x: torch.sum(x * torch.arange(B)[:, None]), "bd", "x"),
+    (lambda x, w: torch.addmm(torch.arange(B, dtype=x.dtype)[:, None], x, w), "bd dk", "x"),
+    (lambda x, w: torch.addmm(x, torch.arange(B, dtype=x.dtype)[:, None], w), "bd 1d", "x"),
+    (lambda x: torch.roll(torch.arange(B), 1)[:, None] + x, "bd", "x"),
+    (lambda x: x.as_strided((B, D), (D, 1)) + torch.arange(B).as_strided((B, D), (1, 0)), "bd", "x"),
+    (lambda x: x + torch.arange(D).as_strided((B, D), (0, 1)), "bd", "e"),
+    (lambda x, w: x + torch.bucketize(torch.arange(B), w)[:, None], "bd V", "x"),
+    (lambda x: torch.slice_scatter(x, torch.arange(B, dtype=x.dtype)[:, None], 1, 0, 1), "bd", "x"),
+    (lambda x: torch.select_scatter(x, torch.arange(B, dtype=x.dtype), 1, 0), "bd", "x"),
+    (lambda x: torch.select_scatter(torch.ones(B, D, dtype=x.dtype).cumsum(0), x[:, 0], 1, 0), "bd", "x"),
+    (lambda x, w: F.conv1d(x, w) * torch.arange(B)[:, None, None], "btd kt2", "x"),
+    # every example's own position, as far as the dtype counts
+    (lambda x: x[torch.arange(B).to(torch.bfloat16).long()], "bd", "e"),
+    (lambda x: x[torch.arange(B, dtype=torch.bfloat16).long()], "bd", "x"),
+    (lambda x: x[torch.arange(B, dtype=torch.uint8).long()], "bd", "e"),
+    (lambda x: x[torch.arange(1).expand(B)], "bd", "x"),
+    (lambda x: x[torch.arange(B).view(torch.float64).long()], "bd", "x"),
+    (lambda x: x[torch.arange(B).clamp(max=5)], "bd", "x"),
+    (lambda x: x[torch.arange(B) % B], "bd", "x"),
+    (lambda x: x[torch.arange(1, B + 1) - 1], "bd", "x"),
+    (lambda x: x[torch.arange(B).reshape(B, 1).expand(B, T)], "bd", "e"),
+    (lambda x: x[torch.arange(B)[None].expand(B, B)], "bd", "e?"),
+    # draws of random numbers
+    (lambda x: x + torch.rand(B, 1), "bd", "e"),
+    (lambda x: x * (torch.rand_like(x) > 0.5), "tbd", "e"),
+    (lambda x: x * torch.bernoulli(torch.full((B, 1), 0.5)), "bd", "e"),
+    (lambda x: x * torch.bernoulli(torch.arange(B)[:, None] / B), "bd", "x"),
+    (lambda x: x + torch.randn(B, D, dtype=x.dtype).cumsum(0), "bd", "x"),
+    (lambda x: x + torch.randn(B, D, dtype=x.dtype).sort(0).values, "bd", "x"),
+    (lambda x: x + torch.randn(B, D, dtype=x.dtype).sort(1).values, "bd", "e"),
+    (lambda x: x + torch.randn(B, D, dtype=x.dtype)[:1], "bd", "e"),
+    (lambda x: (x + (n := torch.randn(B, D, dtype=x.dtype))) * (n == n[:1]), "bd", "x"),
+    (lambda x: x + (n := torch.randn(B, B, dtype=x.dtype))[:, :1] * n.T[:, :1], "bd", "x"),
+    (lambda x: x + torch.randperm(B)[:, None], "bd", "x"),
+    (lambda x: x.reshape(B * T, D) + torch.rand(B, 1).expand(B, T).reshape(B * T, 1), "btd", "e"),
+    (lambda x: F.dropout(x, 0.5) + F.dropout(torch.ones(B, D, dtype=x.dtype), 0.1), "bd", "e"),
+    (lambda x: x + torch.multinomial(torch.ones(B, 3), 1), "bd", "x"),
     # numbers read out of values
     # matrices, images and signals in batches
     (lambda x: torch.linalg.inv(x[..., :4]), "btd", "e"),
@@ -482,14 +608,15 @@ TABLE: list[tuple[Function, str, str]] = [
     (lambda a, x: torch.ops.dpcompile.matrix_exp_adjoint(x.sum(0), a), "tt btt", "x"),
     (lambda x, y: torch.linalg.householder_product(x, y), "bdt bt", "e"),
     (lambda x: F.grid_sample(x[:, None], x[:, :, :4].reshape(B, -1, 1, 2).tanh(), align_corners=True), "btd", "e"),
-    (lambda x, y: F.grid_sample(y[:, None], x[:, :, :2].tanh()[:, None], align_corners=True), "btd Btd", "e"),
+    (lambda x, y: F.grid_sample(y[:, None], x[:, :, :2].tanh()[:, None], align_corners=True), "btd Btd", "x"),
     (lambda x: F.grid_sample(x[None], x[None, :, :, :2].tanh(), align_corners=True), "bt4", "x"),
     (lambda x: F.grid_sample(x[:, None, None], x[:, None, :, :3].tanh()[:, None], align_corners=True), "btd", "e?"),
     (lambda x: F.fractional_max_pool2d(x[:, None], 2, 2, _random_samples=x[:, :1, :2].sigmoid()), "btd", "e"),
     (lambda x: F.max_unpool2d(*F.max_pool2d(x[:, None, :, :4], 2, return_indices=True), [2, 2]), "btd", "e"),
     (lambda x: torch.einsum("bii->bi", x).diag_embed(), "btt", "e"),
     (lambda x, y: torch.diagonal_scatter(x, y, 0, 1, 2), "btt bt", "e"),
-    (lambda x, y: torch.diagonal_scatter(x, y, 0, 1, 2), "btt Bt", "e"),
+    (lambda x, y: torch.diagonal_scatter(x, y, 0, 1, 2), "btt Bt", "x"),
+    (lambda x, y: torch.diagonal_scatter(x, y.expand(B, T), 0, 1, 2), "btt t", "e"),
     (lambda x, y: torch.diagonal_scatter(x, y, 0, 0, 2), "BtB tb", "x"),
     (lambda x, y: torch.diagonal_scatter(x, y, 0, 0, 1), "bBt tB", "x?"),
     (lambda x: torch.diagonal_scatter(torch.zeros(T, T, dtype=x.dtype), x.sum(0), 0, 0, 1), "bt", "s"),
@@ -572,7 +699,7 @@ def test_operation(index: int, sizes: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert "value out of a tracing tensor" in str(error) or "in-place operations" in str(error)
         pytest.skip("not traceable without Dynamo")
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    experiment = Experiment(traced, axes, dict(zip(placeholders, values, strict=True)), numbers["b"])
+    experiment = Experiment(traced, axes, dict(zip(placeholders, values, strict=True)), numbers["b"], proof)
     found = contradictions(experiment, traced.graph, proof)
     assert not found, "\n".join(found)
     result = traced.graph.output_node().args[0]
@@ -648,7 +775,7 @@ def test_joint_graph(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
             label = proof.of(node)
             if node in joint.tangent_of and isinstance(label, Examples):
                 axes[node] = label
-    experiment = Experiment(joint.module, axes, inputs, batch)
+    experiment = Experiment(joint.module, axes, inputs, batch, proof)
     found = contradictions(experiment, joint.graph, proof)
     assert not found, "\n".join(found)
     for name, gradient in joint.gradients.items():

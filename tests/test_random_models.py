@@ -344,6 +344,10 @@ class Program(nn.Module):
         self.used: list[str] = []  # the parameter of every look-up, in order
         self.out_axis = 0
 
+    def operation(self, name: str) -> Operation:
+        """By name."""
+        return FAIR.get(name) or MIXING[name]
+
     def new_weight(self, *shape: int, slot: int) -> Tensor:
         """Two slots for every shape, so that a second use is likely."""
         name = "w" + "x".join(map(str, shape)) + "_" + "ab"[slot % 2]
@@ -359,7 +363,7 @@ class Program(nn.Module):
         state = State(x, self.axis, ids, lambda *shape, slot: self.weights[remaining.pop(0)])
         for name, a, b in self.steps:
             state.seen.append(state.x)
-            (FAIR.get(name) or MIXING[name])(state, a, b)
+            self.operation(name)(state, a, b)
         self.out_axis = state.axis
         return state.x
 
@@ -371,7 +375,7 @@ class Program(nn.Module):
             for name, a, b in self.steps:
                 before = state.x
                 state.seen.append(before)
-                (FAIR.get(name) or MIXING[name])(state, a, b)
+                self.operation(name)(state, a, b)
                 if state.x is not before:
                     applied.add(name)
         return applied

@@ -9,15 +9,27 @@ from dpcompile.rules import (
     layers,
     pointwise,
     reductions,
+    row_wise,
     strided,
     views,
 )
-from dpcompile.rules.registry import AxisRule, Call, Labels, add_rule, axis_rule, find_rule, rules
+from dpcompile.rules.registry import (
+    AxisRule,
+    Call,
+    Labels,
+    add_rule,
+    axis_rule,
+    find_rule,
+    named_arguments,
+    rules,
+)
+from dpcompile.rules.rows import Rows
 
 __all__ = [
     "AxisRule",
     "Call",
     "Labels",
+    "Rows",
     "add_rule",
     "attention",
     "axis_rule",
@@ -27,8 +39,10 @@ __all__ = [
     "find_rule",
     "indexing",
     "layers",
+    "named_arguments",
     "pointwise",
     "reductions",
+    "row_wise",
     "rules",
     "strided",
     "views",

@@ -86,22 +86,38 @@ def _of_operand(call: Call, label: Label, operand: Any) -> Label:
 
 
 def _check_captured(call: Call, label: Label, function: Any, captured: Any, indices: int) -> Label:
-    """Captured values of examples must be read at the example's own number.
+    """Captured values of examples must be read at the example's own number, and nothing else may depend on it.
 
     **Guarantee.** The function is called for every (example, head, query, key); a captured tensor that depends on
-    examples is read through ``tensor[b, ..]`` alone, with ``b`` the argument itself and not computed from it.
+    examples is read through ``tensor[b, ..]`` alone, with ``b`` the argument itself and not computed from it. ``b`` has
+    no other use, but to read shared values that are the same for every example.
     """
-    for position, operand in enumerate(captured or ()):
+    if isinstance(label, Mixed) or not isinstance(function, fx.Node):
+        return label
+    inputs = getattr(call.node.graph.owning_module, str(function.target)).graph.find_nodes(op="placeholder")
+    example = inputs[1 if indices == 5 else 0]
+    tensors = dict(zip(inputs[indices:], captured or (), strict=False))
+    for value, operand in tensors.items():
         own = call.label(operand)
-        if isinstance(own, Shared) or isinstance(label, Mixed):
+        if isinstance(own, Shared):
             continue
         if not isinstance(own, Examples) or not isinstance(label, Examples) or not own.same_layout(label):
             return call.mixes("a tensor captured by score_mod or mask_mod enumerates the examples in another order")
-        graph = getattr(call.node.graph.owning_module, str(function.target)).graph
-        inputs = graph.find_nodes(op="placeholder")
-        example = inputs[1 if indices == 5 else 0]
-        if not _reads_own(inputs[indices + position], own.dim, example):
+        if not _reads_own(value, own.dim, example):
             return call.mixes("score_mod or mask_mod reads a captured tensor at other examples than its own")
+    for use in example.users if isinstance(label, Examples) else ():
+        indexed: Any = use.args[1] if operation_name(use.target) == "index" and use.args[0] in tensors else ()
+        if example not in indexed:
+            return call.mixes(
+                "score_mod or mask_mod computes with the number of the example in the batch; with one example less the "
+                "others would get other scores",
+                remedy="let it read what belongs to an example from a tensor with an example axis, as lengths[b]",
+            )
+        operand = tensors[use.args[0]]  # type: ignore[index]
+        refusals = (call.by_row(operand, label.at(d)) for d, i in enumerate(indexed) if i is example)
+        refusal = next((r for r in refusals if r is not None), None)
+        if refusal is not None:
+            return refusal
     return label
 
 
@@ -117,6 +133,8 @@ def _check_block_mask(call: Call, label: Label, block_mask: Any) -> Label:
     """Which blocks an example looks at must be its own choice."""
     for operand in block_mask:
         own = call.label(operand) if isinstance(operand, fx.Node) else Shared()
+        if isinstance(label, Examples) and (refusal := call.by_row(operand, label)) is not None:
+            return refusal
         if isinstance(own, (Shared, Mixed)) or isinstance(label, Mixed):
             continue
         if isinstance(own, Summed) or not isinstance(label, Examples) or own != label:

@@ -10,6 +10,7 @@ from torch import fx
 from dpcompile.axis import Examples, Label, Shared, Summed
 from dpcompile.matrix_exp import matrix_exp_adjoint as matrix_exp_adjoint  # registers the operation
 from dpcompile.rules.registry import Call, Labels, axis_rule
+from dpcompile.sizes import same_shape
 
 # How many trailing dimensions of an operand one matrix or vector takes; 2 where nothing is said.
 _CORE = {"linalg_householder_product": {"tau": 1}, "linalg_lu_solve": {"pivots": 1}, "lu_unpack": {"LU_pivots": 1}}
@@ -37,7 +38,8 @@ def by_rows(call: Call) -> Labels:
     elif any(x.dim != 0 or not x.same_layout(axes[0]) for x in axes):
         label = call.unsupported("its operands do not all have their examples on dim 0, in one order")
     else:
-        label = axes[0]
+        refusals = (call.by_row(n, axes[0]) for n in call.operands)
+        label = next((r for r in refusals if r is not None), axes[0])
     return _each(call, label)
 
 
@@ -66,6 +68,11 @@ def matrices(call: Call) -> Labels:
         if found is not None and (found.dim != here.dim or not found.same_layout(here)):
             return _each(call, call.mixes("its operands carry their examples in different places"))
         found = here
+    if found is not None:
+        places = ((n, found.at(found.dim - batch_ndim + leading[n])) for n in call.operands)
+        refusal = next((r for n, here in places if (r := call.by_row(n, here)) is not None), None)
+        if refusal is not None:
+            return _each(call, refusal)
     return _results(call, name, found or Shared())
 
 
@@ -85,7 +92,7 @@ def _core(call: Call, name: str, operand: fx.Node) -> int:
             return ndim
     if name == "_linalg_solve_ex" and operand is call["B"] and operand is not call["A"]:
         matrix, right = call.shape(call["A"]), call.shape(operand)
-        if len(right) == 1 or len(right) == len(matrix) - 1:  # a vector, or a batch of vectors
+        if len(right) == 1 or same_shape(right, matrix[:-1]):  # a vector, or a batch of vectors
             return 1
     return 2
 

@@ -32,6 +32,9 @@ def contraction(call: Call, spec: str, operands: list[Any]) -> Label:
     letter, label = letters.pop(), axes[0][1]
     if any(not x.same_layout(label) for _, x in axes):
         return call.mixes("its operands enumerate the examples in different orders")
+    for operand, indices in zip(operands, inputs.split(","), strict=True):
+        if letter in indices and (refusal := call.by_row(operand, label.at(indices.index(letter)))) is not None:
+            return refusal
     return label.at(output.index(letter)) if letter in output else Summed()
 
 
@@ -64,11 +67,12 @@ def dot(call: Call) -> Label:
 def add_product(call: Call) -> Label:
     """A product plus a value broadcast to its shape."""
     if call["batch1"] is not None:
-        product = contraction(call, "kpn,knd->kpd", [call["batch1"], call["batch2"]])
+        spec, factors = "kpn,knd->kpd", [call["batch1"], call["batch2"]]
     elif call["vec"] is not None:
-        product = contraction(call, "pn,n->p", [call["mat"], call["vec"]])
+        spec, factors = "pn,n->p", [call["mat"], call["vec"]]
     else:
-        product = contraction(call, "pn,nd->pd", [call["mat1"], call["mat2"]])
+        spec, factors = "pn,nd->pd", [call["mat1"], call["mat2"]]
+    product = contraction(call, spec, factors)
     added = call["self"]
     label, shift = call.label(added), len(call.out_shape) - len(call.shape(added))
     if isinstance(label, Examples):
@@ -82,4 +86,14 @@ def add_product(call: Call) -> Label:
         if product.dim != label.dim or not product.same_layout(label):
             return call.mixes("it adds values whose examples lie in different places")
         return product
-    return label if isinstance(product, Shared) else product
+    if isinstance(product, Examples):
+        return call.any_by_row([added], product, len(call.out_shape)) or product
+    return _shared_product(call, spec, factors, label) if isinstance(label, Examples) else product
+
+
+def _shared_product(call: Call, spec: str, factors: list[Any], axis: Examples) -> Label:
+    """A product of shared values is added to values of examples."""
+    inputs, _, output = spec.partition("->")
+    letter = output[axis.dim]
+    refusals = (call.by_row(x, axis.at(i.find(letter))) for x, i in zip(factors, inputs.split(","), strict=True))
+    return next((r for r in refusals if r is not None), axis)

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from dpcompile.axis import Examples, Label, Mixed, Shared, Summed
-from dpcompile.rules.pointwise import combine
+from dpcompile.rules.pointwise import common_axis
 from dpcompile.rules.registry import Call, Labels, axis_rule
 from dpcompile.sizes import is_one, same
 
@@ -69,7 +69,14 @@ def index_select(call: Call) -> Label:
     return call.mixes("it selects by an index across the examples")
 
 
-class _Geometry:
+def geometry_of(call: Call) -> Geometry | None:
+    """Of a look-up; None where boolean masks make it something else."""
+    if any(i is not None and _is_mask(i) for i in call["indices"]):
+        return None
+    return Geometry(call, call["self"], call["indices"])
+
+
+class Geometry:
     """Where the dimensions of ``base[indices]`` come from (NumPy's advanced indexing)."""
 
     def __init__(self, call: Call, base: Any, indices: list[fx.Node | None]) -> None:
@@ -83,6 +90,7 @@ class _Geometry:
 
     @property
     def index_nodes(self) -> list[fx.Node]:
+        """All indices, by dimension."""
         return [i for i in self.indices if i is not None]
 
     def dim_of_index(self, dim: int) -> int:
@@ -96,9 +104,21 @@ class _Geometry:
 
     def index_label(self) -> Label:
         """The example axis of the broadcast indices, on a dimension of the result."""
-        shape = (1,) * self.index_ndim
-        label = combine(self.call, self.index_nodes, shape)
+        label = common_axis(self.call, self.index_nodes, (1,) * self.index_ndim)
         return label.at(self.dim_of_index(label.dim)) if isinstance(label, Examples) else label
+
+    def by_row(self, axis: Examples, own: int | None = None) -> Mixed | None:
+        """The refusal where a shared index or base goes by the row number along an axis of the result.
+
+        Args:
+            axis: of the result.
+            own: the dimension that is indexed by every example's own position, which may.
+        """
+        if self.start <= axis.dim < self.start + self.index_ndim:
+            others = [i for d, i in enumerate(self.indices) if i is not None and d != own]
+            return self.call.any_by_row(others, axis.at(axis.dim - self.start), self.index_ndim)
+        kept = [d for d in range(len(self.indices)) if d not in self.indexed and self.dim_of_base(d) == axis.dim]
+        return self.call.by_row(self.base, axis.at(kept[0])) if kept else None
 
     def own_position(self, dim: int) -> Examples | None:
         """If ``dim`` is indexed by every example's own position (an ``arange`` over the batch): its new axis."""
@@ -115,14 +135,14 @@ def _look_up(call: Call) -> Label:
     """The label of values at indices."""
     if any(i is not None and _is_mask(i) for i in call["indices"]):
         return call.mixes("a boolean mask makes the number of results depend on the data")
-    geometry = _Geometry(call, call["self"], call["indices"])
+    geometry = Geometry(call, call["self"], call["indices"])
     label, by = call.label(call["self"]), geometry.index_label()
     if isinstance(by, Mixed):
         return by
     if isinstance(label, Summed):
         return label if isinstance(by, Shared) else call.mixes("it looks examples up in a sum over all of them")
     if isinstance(label, Shared):
-        return by
+        return geometry.by_row(by) or by if isinstance(by, Examples) else by
     assert isinstance(label, Examples)
     if label.dim not in geometry.indexed:
         if isinstance(by, Examples):
@@ -141,28 +161,33 @@ def index(call: Call) -> Label:
 def masked_index(call: Call) -> Label:
     """The same, with a number where a mask, broadcast to the result, says so."""
     found, mask = _look_up(call), call.label(call["mask"])
-    geometry = _Geometry(call, call["self"], call["indices"])
+    geometry = Geometry(call, call["self"], call["indices"])
     if len(call.out_shape) != len(call.shape(call["self"])) - len(geometry.indexed) + geometry.index_ndim:
         return call.unsupported("its mask has more dimensions than what it looks up")
     if isinstance(found, Summed):
         linear = isinstance(mask, Shared) and call["fill"] == 0
         return found if linear else call.mixes("it is not linear in a sum over the examples")
-    if not isinstance(mask, Examples) or isinstance(found, Mixed):
+    if isinstance(found, Mixed):
         return found
+    if not isinstance(mask, Examples):
+        differing = None if isinstance(found, Shared) else call.any_by_row([call["mask"]], found, len(call.out_shape))
+        return differing or found
     mask = mask.at(mask.dim + len(call.out_shape) - len(call.shape(call["mask"])))
+    if isinstance(found, Shared):
+        return geometry.by_row(mask) or mask
     if isinstance(found, Examples) and (found.dim != mask.dim or not found.same_layout(mask)):
         return call.mixes("the mask enumerates the examples in a different order than the values")
     return mask
 
 
-def _own(call: Call, geometry: _Geometry, label: Examples, by: Label) -> Label:
+def _own(call: Call, geometry: Geometry, label: Examples, by: Label) -> Label:
     """The example axis is indexed: right only where every example picks itself."""
     own = geometry.own_position(label.dim)
     if own is None or not (is_one(label.outer) and is_one(label.inner)):
         return call.mixes("it picks examples by an index, so one example's values reach another")
     if isinstance(by, Examples) and (by.dim != own.dim or not by.same_layout(own)):
         return call.mixes("it picks examples by an index, so one example's values reach another")
-    return own
+    return geometry.by_row(own, label.dim) or own
 
 
 @axis_rule("aten.index_put", "aten._unsafe_index_put", "aten.index_put_", "aten._index_put_impl")
@@ -171,7 +196,7 @@ def index_put(call: Call) -> Label:
     base, values = call["self"], call["values"]
     if any(i is not None and _is_mask(i) for i in call["indices"]):
         return _write_by_mask(call)
-    geometry = _Geometry(call, base, call["indices"])
+    geometry = Geometry(call, base, call["indices"])
     label, by, value = call.label(base), geometry.index_label(), call.label(values)
     if isinstance(by, Mixed):
         return by
@@ -187,10 +212,20 @@ def index_put(call: Call) -> Label:
         return call.mixes("the indices enumerate the examples in a different order than the values")
     if isinstance(label, Examples) or not zero or isinstance(by, Shared):
         return _write_to_examples(call, geometry, label, by, value)
-    own = [x for d in geometry.indexed if (x := geometry.own_position(d)) is not None and x.dim == by.dim]  # type: ignore
-    if own:
-        return Examples(next(d for d in geometry.indexed if geometry.own_position(d) == own[0]))
-    return Summed() if call["accumulate"] else call.mixes("examples overwrite each other's values in a shared table")
+    assert isinstance(by, Examples)
+    for dim in geometry.indexed:
+        own = geometry.own_position(dim)
+        if own is not None and own.dim == by.dim:
+            return _written(call, geometry, own, dim) or Examples(dim)
+    if call["accumulate"]:
+        return _written(call, geometry, by) or Summed()
+    return call.mixes("examples overwrite each other's values in a shared table")
+
+
+def _written(call: Call, geometry: Geometry, axis: Examples, own: int | None = None) -> Mixed | None:
+    """The refusal where shared indices or values go by the row number along an axis of what is written."""
+    ndim = geometry.index_ndim + len(call.shape(call["self"])) - len(geometry.indexed)
+    return geometry.by_row(axis, own) or call.any_by_row([call["values"]], axis, ndim)
 
 
 def _write_by_mask(call: Call) -> Label:
@@ -207,21 +242,23 @@ def _write_by_mask(call: Call) -> Label:
     axes = [x for x in labels[:2] if isinstance(x, Examples)]  # the dimensions of the mask are the first of the base
     if any(x.dim != axes[0].dim or not x.same_layout(axes[0]) for x in axes):
         return call.mixes("the mask enumerates the examples in a different order than the values")
-    return axes[0]
+    return call.by_row(base, axes[0]) or call.by_row(mask, axes[0]) or axes[0]
 
 
-def _write_to_examples(call: Call, geometry: _Geometry, label: Label, by: Label, value: Label) -> Label:
+def _write_to_examples(call: Call, geometry: Geometry, label: Label, by: Label, value: Label) -> Label:
     """The base has an example axis, or gets it from the values written at shared positions."""
     axis = label if isinstance(label, Examples) else None
     if axis is None:
         carrier = value if isinstance(value, Examples) else by
         assert isinstance(carrier, Examples)
         for dim in range(len(call.shape(call["self"]))):
-            target = geometry.own_position(dim) if dim in geometry.indexed else carrier.at(geometry.dim_of_base(dim))
+            indexed = dim in geometry.indexed
+            target = geometry.own_position(dim) if indexed else carrier.at(geometry.dim_of_base(dim))
             if target is not None and target.dim == carrier.dim and target.same_layout(carrier):
-                return carrier.at(dim)
+                differing = _written(call, geometry, carrier, dim if indexed else None)
+                return differing or call.by_row(call["self"], carrier.at(dim)) or carrier.at(dim)
         if call["accumulate"] and isinstance(label, Shared) and label.zero:
-            return Summed()
+            return _written(call, geometry, carrier) or Summed()
         return call.mixes("examples write into a value that all of them share")
     target = (
         geometry.own_position(axis.dim) if axis.dim in geometry.indexed else axis.at(geometry.dim_of_base(axis.dim))
@@ -231,7 +268,7 @@ def _write_to_examples(call: Call, geometry: _Geometry, label: Label, by: Label,
     for other in (by, value):
         if isinstance(other, Examples) and (other.dim != target.dim or not other.same_layout(target)):
             return call.mixes("one example writes into another's values")
-    return axis
+    return _written(call, geometry, target, axis.dim if axis.dim in geometry.indexed else None) or axis
 
 
 def _neutral(label: Label) -> bool:
@@ -252,7 +289,7 @@ def search(call: Call) -> Label:
         return call.mixes("its operands carry their examples in different places")
     if axes[0].dim == len(call.shape(table)) - 1:
         return call.mixes("it searches among the examples")
-    return axes[0]
+    return call.by_row(table, axes[0]) or call.by_row(call["self"], axes[0]) or axes[0]
 
 
 def _is_mask(index: fx.Node) -> bool:
@@ -266,13 +303,13 @@ def gather(call: Call) -> Label:
     dim = call.dim(call["dim"], len(call.out_shape))
     if isinstance(label, Summed):
         return label if isinstance(by, Shared) else call.mixes("it looks examples up in a sum over all of them")
-    if isinstance(label, Shared):
-        return by
     if isinstance(label, Examples) and label.dim == dim:
         return call.mixes("it picks across the examples")
     if isinstance(by, Examples) and isinstance(label, Examples) and (by.dim != label.dim or not by.same_layout(label)):
         return call.mixes("its operands carry their examples in different places")
-    return label
+    axis = label if isinstance(label, Examples) else by
+    assert isinstance(axis, Examples)
+    return (call.by_row(call["self"], axis) if axis.dim != dim else None) or call.by_row(call["index"], axis) or axis
 
 
 @axis_rule("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")
@@ -289,9 +326,12 @@ def scatter(call: Call) -> Label:
     axes = [x for x in labels if isinstance(x, Examples)]
     if any(x.dim != axes[0].dim or not x.same_layout(axes[0]) for x in axes):
         return call.mixes("its operands carry their examples in different places")
+    differing = call.any_by_row([base, call["index"], source], axes[0], len(call.out_shape))
     if axes[0].dim != dim:
-        return axes[0]
+        return differing or axes[0]
     adds = call.name == "scatter_add"
+    if differing is not None:
+        return differing
     if adds and isinstance(labels[0], Shared) and labels[0].zero:
         return Summed()
     return call.mixes("it scatters across the examples")
@@ -309,10 +349,11 @@ def index_add(call: Call) -> Label:
     axes = [x for x in (base, value) if isinstance(x, Examples)]
     if isinstance(by, Shared) and axes and all(x.dim == axes[0].dim and x.same_layout(axes[0]) for x in axes):
         if axes[0].dim != dim:
-            return axes[0]
+            return call.by_row(call["self"], axes[0]) or call.by_row(call["source"], axes[0]) or axes[0]
     adds = call.name == "index_add"
     aligned = isinstance(value, Examples) and value.dim == dim
     same_order = not isinstance(by, Examples) or (isinstance(value, Examples) and by.same_layout(value))
     if adds and isinstance(base, Shared) and base.zero and aligned and same_order:
-        return Summed()
+        assert isinstance(value, Examples)
+        return call.by_row(call["index"], value.at(0)) or Summed()
     return call.mixes("it writes across the examples")

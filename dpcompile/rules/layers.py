@@ -35,6 +35,9 @@ def convolution_backward(call: Call) -> Labels:
     if any(x.dim != 0 or not x.same_layout(axes[0]) for x in axes):
         refusal = call.mixes("its operands carry their examples in different places")
         return (refusal, refusal, refusal)
+    differing = call.any_by_row([call["grad_output"], call["input"]], axes[0], len(call.shape(call["input"])))
+    if differing is not None:
+        return (differing, differing, differing)
     bias: Label = Summed() if isinstance(cotangent, Examples) else Shared()
     return (cotangent, Summed(), bias)
 
@@ -61,15 +64,15 @@ def spatial(call: Call) -> Labels:
     value = call.node.meta["val"]
     values = list(value) if isinstance(value, (tuple, list)) else [value]
     label = combine(call, call.operands, call.out_shape)
-    spatial_dims = _spatial_dims(call)
     if call.summed():
         label = call.mixes("it is not used on sums over the examples")
-    elif isinstance(label, Examples) and label.dim >= len(call.out_shape) - spatial_dims:
+    elif isinstance(label, Examples) and label.dim >= len(call.out_shape) - spatial_dims(call):
         label = call.mixes("it pools over the examples")
     return tuple(label for _ in values) if isinstance(value, (tuple, list)) else label
 
 
-def _spatial_dims(call: Call) -> int:
+def spatial_dims(call: Call) -> int:
+    """How many of the last dimensions are those of an image."""
     name = call.name
     if "low_memory" in name:
         return len(call["kernel_size"])

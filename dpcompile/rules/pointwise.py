@@ -8,7 +8,7 @@ from torch import fx
 from dpcompile.axis import Examples, Label, Shared, Summed
 from dpcompile.rules.registry import Call, axis_rule
 
-__all__ = ["combine", "pointwise"]
+__all__ = ["combine", "common_axis", "pointwise"]
 
 _LINEAR_IN_ONE = {
     "neg", "positive", "clone", "alias", "detach", "_to_copy", "convert_element_type", "to", "contiguous",
@@ -47,8 +47,28 @@ def copy(call: Call) -> Label:
     return Shared(zero=isinstance(label, Shared) and label.zero)
 
 
+@axis_rule("aten.tril", "aten.triu")
+def triangle(call: Call) -> Label:
+    """Keep what lies below, or above, a diagonal of the last two dimensions."""
+    label = call.label(call["self"])
+    if isinstance(label, Examples) and label.dim >= len(call.out_shape) - 2:
+        return call.mixes("what it keeps of an example depends on the example's row number in the batch")
+    return label
+
+
 def combine(call: Call, operands: list[fx.Node], shape: tuple) -> Label:
-    """The label of values broadcast together to ``shape``: one example axis, in one layout, or none."""
+    """The label of values broadcast together to ``shape``: one example axis, in one layout, or none.
+
+    Shared values may not differ from example to example along it.
+    """
+    label = common_axis(call, operands, shape)
+    if not isinstance(label, Examples):
+        return label
+    return call.any_by_row(operands, label, len(shape)) or label
+
+
+def common_axis(call: Call, operands: list[fx.Node], shape: tuple) -> Label:
+    """The same, whatever shared values are."""
     found: Examples | None = None
     for operand in operands:
         label = call.label(operand)

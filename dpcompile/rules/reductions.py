@@ -33,7 +33,7 @@ def reduction(call: Call) -> Labels:
 
 
 def _reduce(call: Call, label: Examples, ndim: int, name: str) -> Label:
-    dims = _dims(call, ndim)
+    dims = reduced_dims(call, ndim)
     if label.dim in dims:
         if name in ("sum", "mean"):
             return Summed()
@@ -42,7 +42,8 @@ def _reduce(call: Call, label: Examples, ndim: int, name: str) -> Label:
     return label if kept_dims else label.at(label.dim - sum(d < label.dim for d in dims))
 
 
-def _dims(call: Call, ndim: int) -> set[int]:
+def reduced_dims(call: Call, ndim: int) -> set[int]:
+    """The dimensions that a reduction takes away."""
     dims: Any = next((call[k] for k in ("dim", "dims", "axis") if call[k] is not None), None)
     if dims is None or dims == []:
         return set(range(ndim))
@@ -74,17 +75,22 @@ def _along(call: Call) -> Label:
     if any(x.dim != label.dim or not x.same_layout(label) for _, x in axes):
         return call.mixes("its operands carry their examples in different places")
     ndim = len(shape_of(node.meta["val"]))
-    dims = call["dims"] if call["dims"] is not None else call["dim"]
-    if dims is None:
-        dims = -1
-    touched = {d % ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
-    if name == "roll" and not call["dims"]:
-        touched = set(range(ndim))
+    touched = touched_dims(call, ndim)
     if label.dim in touched:
         return call.mixes(f"`{name}` runs along the examples")
     if name == "prepare_softmax_online" and label.dim > min(touched):
         return call.unsupported("its result drops a dimension before the example axis")
-    return label
+    return call.any_by_row(call.operands, label, ndim) or label
+
+
+def touched_dims(call: Call, ndim: int) -> set[int]:
+    """The dimensions that an operation works along."""
+    dims = call["dims"] if call["dims"] is not None else call["dim"]
+    if call.name == "roll" and not call["dims"]:
+        return set(range(ndim))
+    if dims is None:
+        dims = -1
+    return {d % ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
 
 
 @axis_rule("aten.multinomial")

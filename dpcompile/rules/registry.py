@@ -7,18 +7,21 @@ shared values is shared. Operations without a rule are refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import fx
 
 from dpcompile.axis import Examples, Label, Mixed, Shared, Summed
 from dpcompile.operations import operation_name
-from dpcompile.sizes import Size, shape_of
+from dpcompile.sizes import Size, is_one, shape_of
 
-__all__ = ["AxisRule", "Call", "Labels", "axis_rule", "find_rule"]
+if TYPE_CHECKING:
+    from dpcompile.rules.rows import Rows
+
+__all__ = ["AxisRule", "Call", "Labels", "axis_rule", "find_rule", "is_pointwise", "named_arguments"]
 
 Labels: TypeAlias = "Label | tuple[Label, ...]"
 
@@ -32,6 +35,7 @@ class Call:
     labels: Mapping[fx.Node, Labels]
     batch: Size
     forward_sums: Mapping[int, tuple[Examples, tuple[Size, ...]]]
+    rows: Rows
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)
@@ -73,6 +77,32 @@ class Call:
         """Answer that nothing is known about this form of the call."""
         return Mixed(reason, self.node, supported=False, remedy=remedy)
 
+    def by_row(self, operand: Any, axis: Examples) -> Mixed | None:
+        """The refusal where a shared operand differs from example to example along ``axis``; None where it may stand.
+
+        **Guarantee.** After None the operand holds the same values for every example, or draws of random numbers that
+        are independent and alike for all of them and reach no other example; then, without one example, the others
+        get what they had, or what is distributed like it.
+
+        Args:
+            operand: of this call; one that is not shared, or is broadcast along ``axis``, passes.
+            axis: how the examples lie in it, as they do in the operands that it meets.
+        """
+        if not isinstance(operand, fx.Node) or not isinstance(self.label(operand), Shared):
+            return None
+        shape = self.shape(operand)
+        if not 0 <= axis.dim < len(shape) or is_one(shape[axis.dim]):
+            return None
+        return self.rows.refusal(self.node, operand, axis)
+
+    def any_by_row(self, operands: Iterable[Any], axis: Examples, ndim: int) -> Mixed | None:
+        """The same for operands that are broadcast together to ``ndim`` dimensions, of which ``axis`` is one."""
+        for operand in operands:
+            refusal = self.by_row(operand, axis.at(axis.dim - ndim + len(self.shape(operand))))
+            if refusal is not None:
+                return refusal
+        return None
+
     def dim(self, value: int, ndim: int) -> int:
         """A dimension counted from the front."""
         return value % ndim if ndim else 0
@@ -80,6 +110,17 @@ class Call:
     def summed(self) -> bool:
         """Whether a sum over examples is among the operands."""
         return any(isinstance(self.label(n), Summed) for n in self.operands)
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by the names of its schema, defaults too."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return dict(node.kwargs)
+    named: dict[str, Any] = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    named.update({a.name: v for a, v in zip(schema.arguments, node.args, strict=False)})
+    named.update(node.kwargs)
+    return named
 
 
 AxisRule: TypeAlias = Callable[[Call], Labels]
@@ -113,6 +154,14 @@ def find_rule(target: Any) -> AxisRule | None:
     """The rule of an operation, or None."""
     packet = getattr(target, "overloadpacket", target)
     return _RULES.get(packet)
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether torch says of an operation of its own that it works element by element.
+
+    Another library's tag is a hint to a compiler, not a promise.
+    """
+    return "::" not in operation_name(target) and torch.Tag.pointwise in getattr(target, "tags", ())
 
 
 def rules() -> Mapping[Any, AxisRule]:

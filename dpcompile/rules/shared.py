@@ -6,7 +6,7 @@ import torch
 
 from dpcompile.axis import Examples, Label, Shared, reshape_axis
 from dpcompile.rules.registry import Call
-from dpcompile.sizes import same_shape
+from dpcompile.sizes import Size, same, same_shape
 
 __all__ = ["shared"]
 
@@ -16,10 +16,16 @@ _KEEPS_VALUES = {
     "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "expand", "permute", "transpose", "t", "clone", "alias",
     "_to_copy", "convert_element_type", "detach", "slice", "select", "device_put", "lift_fresh_copy",
 }  # fmt: skip
+_VIEWS = {"view", "_unsafe_view", "reshape"}
 _ZERO_IF_ANY = {"mul", "mm", "bmm"}
 _ZERO_IF_FIRST = {"neg", "sum", "mean", "div", "permute"}
 _ZERO_IF_ALL = {"add", "sub", "cat"}
-_EXACT = {torch.int64, torch.int32, torch.float64, torch.float32}
+# How many positions, counted from 0, a dtype tells apart.
+_POSITIONS = {
+    torch.int64: 2**63, torch.int32: 2**31, torch.int16: 2**15, torch.int8: 2**7, torch.uint8: 2**8,
+    torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8,
+}  # fmt: skip
+_FOR_ANY_BATCH = {torch.int64, torch.int32, torch.float64}
 _KEEPS_COTANGENT = _KEEPS_VALUES | {"mul", "div", "neg"}
 
 
@@ -57,14 +63,22 @@ def _flat(call: Call) -> list[object]:
 
 
 def _counts(call: Call, name: str) -> int | None:
-    if name == "iota":
-        return 0 if call["start"] == 0 and call["step"] == 1 else None
-    if name == "arange":
+    """The dimension along which the value is its own position, all positions told apart by every dtype on the way."""
+    dim = _counted_dim(call, name)
+    return dim if dim is not None and _tells_apart(call.node.meta["val"].dtype, call.out_shape[dim]) else None
+
+
+def _tells_apart(dtype: torch.dtype, count: Size) -> bool:
+    if not isinstance(count, int):
+        return dtype in _FOR_ANY_BATCH
+    return count <= _POSITIONS.get(dtype, 0)
+
+
+def _counted_dim(call: Call, name: str) -> int | None:
+    if name in ("iota", "arange"):
         plain = call["start"] in (None, 0) and call["step"] in (None, 1)
         return 0 if plain else None
-    if name not in _KEEPS_VALUES or not call.operands or name in ("slice", "select"):
-        return None
-    if call.node.meta["val"].dtype not in _EXACT:  # a cast could round positions to their neighbours
+    if name not in _KEEPS_VALUES or not call.operands or name in ("slice", "select") or _reinterprets(call, name):
         return None
     source = call.operands[0]
     label = call.label(source)
@@ -72,13 +86,19 @@ def _counts(call: Call, name: str) -> int | None:
         return None
     old, new, dim = call.shape(source), call.out_shape, label.counts
     if name == "expand":
-        return dim + len(new) - len(old)
+        moved = dim + len(new) - len(old)
+        return moved if same(new[moved], old[dim]) else None
     if name == "permute":
         return [d % len(new) for d in call["dims"]].index(dim)
     if name in ("transpose", "t"):
         return None
-    moved = reshape_axis(Examples(dim), old, new, old[dim])
-    return moved.dim if moved is not None else None
+    axis = reshape_axis(Examples(dim), old, new, old[dim])
+    return axis.dim if axis is not None and same(new[axis.dim], old[dim]) else None
+
+
+def _reinterprets(call: Call, name: str) -> bool:
+    """Whether a view reads the bytes of its operand as another dtype."""
+    return name in _VIEWS and call["self"].meta["val"].dtype != call.node.meta["val"].dtype
 
 
 def _hand_out(call: Call) -> Examples | None:

@@ -19,7 +19,7 @@ def as_strided(call: Call) -> Label:
     strides = [size(s) for s in source.meta["val"].stride()]
     wanted = [value_of(s) for s in call["stride"]]
     if isinstance(label, Examples) and same(value_of(call["storage_offset"] or 0), 0):
-        moved = _through_memory(label, (old, strides), (new, wanted), call.batch)
+        moved = through_memory(label, (old, strides), (new, wanted), call.batch)
         if moved is not None:
             return moved
     return label if isinstance(label, Summed) else call.unsupported(_ADDRESSES)
@@ -33,7 +33,7 @@ def as_strided_scatter(call: Call) -> Label:
     written = [value_of(s) for s in call["stride"]]
     below = [size(s) for s in base.meta["val"].stride()]
     if isinstance(label, Examples) and same(value_of(call["storage_offset"] or 0), 0):
-        moved = _through_memory(label, (old, written), (new, below), call.batch)
+        moved = through_memory(label, (old, written), (new, below), call.batch)
         if moved is not None:
             return moved
     if call.summed():
@@ -45,7 +45,7 @@ _ADDRESSES = "it addresses memory directly; use view, slice, permute or Tensor.u
 Strided: TypeAlias = "tuple[Sequence[Size], Sequence[Size]]"
 
 
-def _through_memory(axis: Examples, old: Strided, new: Strided, batch: Size) -> Examples | None:
+def through_memory(axis: Examples, old: Strided, new: Strided, batch: Size) -> Examples | None:
     """The example axis through memory that both sides lay out densely, each in an order of dimensions of its own."""
     order_old, order_new = _memory_order(*old), _memory_order(*new)
     if order_old is None or order_new is None or not same(product(old[0]), product(new[0])):

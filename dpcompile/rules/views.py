@@ -165,7 +165,11 @@ def cat(call: Call) -> Label:
     axes = [x for x in shifted if isinstance(x, Examples)]
     if any(x.dim != axes[0].dim or not x.same_layout(axes[0]) for x in axes):
         return call.mixes("the pieces it joins carry their examples in different places")
-    return axes[0]
+    if call.name == "stack":  # along a dimension of its own
+        refusal = call.any_by_row(parts, axes[0].at(axes[0].dim - (dim < axes[0].dim)), ndim - 1)
+    else:
+        refusal = call.any_by_row(parts, axes[0], ndim)
+    return refusal or axes[0]
 
 
 def _join(call: Call, dim: int, parts: list[fx.Node]) -> Label:
@@ -195,7 +199,7 @@ def scatter_diagonal(call: Call) -> Label:
     found = [x for x in (label, written) if isinstance(x, Examples)]
     if any(x.dim not in others or x.dim != found[0].dim or not x.same_layout(found[0]) for x in found):
         return call.mixes("the diagonal carries its examples elsewhere than the value it is written into")
-    return found[0]
+    return call.by_row(base, found[0]) or call.by_row(source, found[0].at(others.index(found[0].dim))) or found[0]
 
 
 @axis_rule("aten.slice_scatter", "aten.select_scatter")
@@ -215,7 +219,8 @@ def scatter_slice(call: Call) -> Label:
         return call.mixes("the slice carries its examples elsewhere than the value it is written into")
     if found[0].dim == dim and (selects or not same_shape(old, part)):
         return _write_batches(call, found[0])
-    return found[0]
+    within = found[0].at(found[0].dim - (selects and dim < found[0].dim))
+    return call.by_row(base, found[0]) or call.by_row(source, within) or found[0]
 
 
 def _write_batches(call: Call, label: Examples) -> Label:
@@ -226,10 +231,12 @@ def _write_batches(call: Call, label: Examples) -> Label:
     dim, period = label.dim, product([call.batch, label.inner])
     start = _from_front(value_of(call["start"] or 0), call.shape(base)[dim])
     outer = divide(call.shape(base)[dim], period)
-    aligned = divide(start, period) is not None and divide(call.shape(source)[dim], period) is not None
-    if outer is None or not aligned or not same(value_of(call["step"] or 1), 1):
+    written = divide(call.shape(source)[dim], period)
+    aligned = divide(start, period) is not None
+    if outer is None or written is None or not aligned or not same(value_of(call["step"] or 1), 1):
         return call.mixes("it writes to some of the examples")
-    return Examples(dim, outer, label.inner)
+    axis = Examples(dim, outer, label.inner)
+    return call.by_row(base, axis) or call.by_row(source, Examples(dim, written, label.inner)) or axis
 
 
 def linear_write(call: Call, base: object, source: object) -> Label:
@@ -271,13 +278,17 @@ def pad(call: Call) -> Label:
     if isinstance(label, Summed):
         constant = call["value"] if call["value"] is not None else 0
         return label if constant == 0 else call.mixes("it pads a sum over the examples with a constant")
-    amounts = call["pad"] if call["pad"] is not None else call["padding"]
     assert isinstance(label, Examples)
-    from_last = len(call.out_shape) - 1 - label.dim
-    touched = amounts[2 * from_last : 2 * from_last + 2]
-    if any(value_of(a) != 0 for a in touched):
+    if is_padded(call, label.dim):
         return call.mixes("it pads or cuts the example axis")
     return label
+
+
+def is_padded(call: Call, dim: int) -> bool:
+    """Whether a padding adds to, or cuts, a dimension."""
+    amounts = call["pad"] if call["pad"] is not None else call["padding"]
+    from_last = len(call.out_shape) - 1 - dim
+    return any(value_of(a) != 0 for a in amounts[2 * from_last : 2 * from_last + 2])
 
 
 def value_of(number: object) -> Size:
