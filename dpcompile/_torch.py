@@ -40,6 +40,7 @@ from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner, record_original_output_strides
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.scheduler import SchedulerNode
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -538,9 +539,40 @@ def compile_joint(
     with functorch_config.patch(settings), _lstm_step_by_step(), _decompositions() as table:
         if backend == "inductor":
             patches = {"joint_custom_pre_pass": _Pass(transform, key)}
-            inner: dict[str, Any] = {} if backward is None else {"inner_compile": _inner_compile(backward)}
-            return cast(Any, compile_fx)(gm, list(inputs), config_patches=patches, **inner)
+            inner = _compile_graph if backward is None else _inner_compile(backward)
+            return cast(Any, compile_fx)(gm, list(inputs), config_patches=patches, inner_compile=inner)
         return _compile_eager(gm, inputs, transform, dict(table), backward)
+
+
+@contextlib.contextmanager
+def _readers_after_writers() -> Iterator[None]:
+    """Let Inductor remember, while it compiles for us, which values it writes in place.
+
+    Up to torch 2.13, where it lays out the loops of an operation anew to fuse it with another on a CPU, it forgets that
+    what the operation reads has been written in place meanwhile, and may run it before the write: behind the
+    scatter-add of a max pool's backward all gradients were zero, or a buffer was used after it was freed (pytorch
+    #185509, mended in 2.14). Any write in place can meet it, so it is mended where names are forgotten.
+    """
+    before = SchedulerNode.recompute_size_and_body
+
+    def with_names(self: SchedulerNode, *args: Any, **options: Any) -> None:
+        before(self, *args, **options)
+        self.set_read_writes(self.read_writes.rename(self.mutation_renames))
+
+    SchedulerNode.recompute_size_and_body = with_names if _FORGETS_WRITES else before
+    try:
+        yield
+    finally:
+        SchedulerNode.recompute_size_and_body = before
+
+
+_FORGETS_WRITES = torch.__version__ < "2.14"
+
+
+def _compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+    """Inductor's compiler of one graph, with its faults mended; backwards may come long after their forwards."""
+    with _readers_after_writers():
+        return cast(Any, compile_fx_inner)(gm, inputs, **options)
 
 
 def _inner_compile(backward: BackwardCompiler) -> Callable[..., Any]:
@@ -548,7 +580,7 @@ def _inner_compile(backward: BackwardCompiler) -> Callable[..., Any]:
 
     def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         if not options.get("is_backward"):
-            return compile_fx_inner(gm, inputs, **options)
+            return _compile_graph(gm, inputs, **options)
         for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
             if isinstance(value, torch.Tensor):  # laid out as the compiled forward saves it, channels last for one
                 node.meta["val"] = value
@@ -558,7 +590,7 @@ def _inner_compile(backward: BackwardCompiler) -> Callable[..., Any]:
             values = cast(Sequence[Any], output.args[0])
             output.meta["user_visible_output_idxs"] = [i for i, v in enumerate(values) if isinstance(v, fx.Node)]
             record_original_output_strides(gm)
-            return cast(Any, compile_fx_inner)(gm, list(inputs), **{**options, "static_input_idxs": ()})
+            return _compile_graph(gm, list(inputs), **{**options, "static_input_idxs": ()})
 
         return make_boxed(backward(gm, part))
 
@@ -635,7 +667,7 @@ class _Pass(CustomGraphPass):
         self._transform(graph.owning_module)
 
     def uuid(self) -> str:
-        return self._key
+        return f"{self._key} {_FORGETS_WRITES}"
 
 
 def user_place(error: BaseException) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,8 @@ from models.table import line
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
 
 NORMS = ("auto", "ghost", "instantiate")
+SAMPLE_NORMS = ("auto", "redo", "auto", "ghost", "auto", "instantiate")  # by turns
+SAMPLE = 60
 BATCH = 5
 
 pytestmark = [  # what plain torch and transformers say of these models
@@ -75,28 +78,57 @@ def record(request: pytest.FixtureRequest) -> Record:
 def test_model(case: Case, norm: str, record: Record) -> None:
     if case.refused is not None:
         return refused(case, record)
-    model, args, kwargs, gradients = solved(case.id)
-    bound = clip(gradients, 1.0).norms.median().item() * 1.01
-    private = dp_compile(
-        copy.deepcopy(model), max_grad_norm=bound, in_dims=case.in_dims, norm=norm, backend="eager", dynamic=False
-    )
-    try:
-        train_step(private, args, kwargs, PseudoLoss(BATCH, case.out_dim))
-    except DPCompileError:
-        record(case, "refused")
-        raise
-    errors = error_of(private, clip(gradients, bound))
-    record(case, "right" if max(errors) <= case.tolerance else "wrong", private.plan, max(errors))
-    assert max(errors) <= case.tolerance, f"norms are off by {errors[0]:.1e}, clipped sums by {errors[1]:.1e}"
-    rules = set(private.plan.rules().values())
+    rules = right(case, norm, record)
     assert norm != "instantiate" or rules <= {"keep"}, rules
     assert norm != "ghost" or not rules & {"redo", "direct"}, rules
 
 
-def refused(case: Case, record: Record) -> None:
+@pytest.mark.inductor_zoo
+@pytest.mark.parametrize("case", ALL, ids=lambda c: c.id)
+def test_model_through_inductor(case: Case, record: Record) -> None:
+    """All models, an hour or more: ``pytest -m inductor_zoo``."""
+    if case.refused is not None:
+        return refused(case, record, backend="inductor")
+    right(case, "auto", record, backend="inductor")
+
+
+def sample() -> list[Any]:
+    """Models that are quick to compile, evenly from all families; rules by turns."""
+    quick = [c for c in ALL if c.refused is None and not c.slow]
+    chosen = [quick[i * len(quick) // SAMPLE] for i in range(SAMPLE)]
+    turns = itertools.cycle(SAMPLE_NORMS)
+    return [pytest.param(case, norm, id=f"{case.id}-{norm}") for case, norm in zip(chosen, turns, strict=False)]
+
+
+@pytest.mark.parametrize(("case", "norm"), sample())
+def test_sample_through_inductor(case: Case, norm: str, record: Record) -> None:
+    right(case, norm, record, backend="inductor")
+
+
+def right(case: Case, norm: str, record: Record, backend: str = "eager") -> set[str]:
+    """Compile, step, compare; the rules of the plan."""
+    model, args, kwargs, gradients = solved(case.id)
+    bound = clip(gradients, 1.0).norms.median().item() * 1.01
+    private = dp_compile(
+        copy.deepcopy(model), max_grad_norm=bound, in_dims=case.in_dims, norm=norm, backend=backend, dynamic=False
+    )
+    try:
+        train_step(private, args, kwargs, PseudoLoss(BATCH, case.out_dim))
+        errors = error_of(private, clip(gradients, bound))
+    except Exception as error:
+        kinds = {DPCompileError: "refused", AssertionError: "wrong"}
+        record(case, next((name for kind, name in kinds.items() if isinstance(error, kind)), "crashed"))
+        raise
+    close = max(errors) <= case.tolerance  # False for NaN
+    record(case, "right" if close else "wrong", private.plan, max(errors))
+    assert close, f"norms are off by {errors[0]:.1e}, clipped sums by {errors[1]:.1e}"
+    return set(private.plan.rules().values())
+
+
+def refused(case: Case, record: Record, backend: str = "eager") -> None:
     torch.manual_seed(1)
     args, kwargs = case.call(BATCH)
-    private = dp_compile(case.make(), in_dims=case.in_dims, backend="eager", dynamic=False)
+    private = dp_compile(case.make(), in_dims=case.in_dims, backend=backend, dynamic=False)
     with pytest.raises(DPCompileError, match=f"(?s){case.refused}") as caught:
         train_step(private, args, kwargs, PseudoLoss(BATCH, case.out_dim))
         record(case, "wrong")
