@@ -1,4 +1,4 @@
-"""Every private torch symbol that dpcompile uses, with what it is used for. Known for torch 2.11 to 2.13."""
+"""Every private torch symbol that dpcompile uses, with what it is used for. Known for torch 2.11 to 2.14."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner, record_original_output_strides
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.loop_body import LoopBody
 from torch._inductor.scheduler import SchedulerNode
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -544,34 +545,55 @@ def compile_joint(
         return _compile_eager(gm, inputs, transform, dict(table), backward)
 
 
-@contextlib.contextmanager
-def _readers_after_writers() -> Iterator[None]:
-    """Let Inductor remember, while it compiles for us, which values it writes in place.
-
-    Up to torch 2.13, where it lays out the loops of an operation anew to fuse it with another on a CPU, it forgets that
-    what the operation reads has been written in place meanwhile, and may run it before the write: behind the
-    scatter-add of a max pool's backward all gradients were zero, or a buffer was used after it was freed (pytorch
-    #185509, mended in 2.14). Any write in place can meet it, so it is mended where names are forgotten.
-    """
-    before = SchedulerNode.recompute_size_and_body
-
-    def with_names(self: SchedulerNode, *args: Any, **options: Any) -> None:
-        before(self, *args, **options)
-        self.set_read_writes(self.read_writes.rename(self.mutation_renames))
-
-    SchedulerNode.recompute_size_and_body = with_names if _FORGETS_WRITES else before
-    try:
-        yield
-    finally:
-        SchedulerNode.recompute_size_and_body = before
-
-
 _FORGETS_WRITES = torch.__version__ < "2.14"
 
 
+def _recompute_with_names(before: Callable[..., None]) -> Callable[..., None]:
+    """Remember which values were written in place when the loops of an operation are laid out anew.
+
+    Up to torch 2.13 Inductor forgets it, where it does that to fuse the operation with another on a CPU, and may run a
+    reader before the write: behind the scatter-add of a max pool's backward all gradients were zero, or a buffer was
+    used after it was freed (pytorch #185509, mended in 2.14). Any write in place can meet it.
+    """
+
+    def recompute(self: SchedulerNode, *args: Any, **options: Any) -> None:
+        before(self, *args, **options)
+        self.set_read_writes(self.read_writes.rename(self.mutation_renames))
+
+    return recompute if _FORGETS_WRITES else before
+
+
+def _read_or_nothing(before: Callable[..., Any]) -> Callable[..., Any]:
+    """What a loop reads of a value: None, not a KeyError, where it reads the value under the name before a write.
+
+    Inductor (to 2.15 at least) asks that to see whether the value may stay in a thread's own memory: then it may not
+    (pytorch #196570).
+    """
+
+    def read(self: LoopBody, name: str) -> Any:
+        try:
+            return before(self, name)
+        except KeyError:
+            return None
+
+    return read
+
+
+@contextlib.contextmanager
+def _mended_inductor() -> Iterator[None]:
+    """Inductor without faults that meet ordinary models, while it compiles for us; other compilations keep theirs."""
+    recompute, read = SchedulerNode.recompute_size_and_body, LoopBody.get_read_expr
+    SchedulerNode.recompute_size_and_body = _recompute_with_names(recompute)
+    LoopBody.get_read_expr = _read_or_nothing(read)
+    try:
+        yield
+    finally:
+        SchedulerNode.recompute_size_and_body, LoopBody.get_read_expr = recompute, read
+
+
 def _compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-    """Inductor's compiler of one graph, with its faults mended; backwards may come long after their forwards."""
-    with _readers_after_writers():
+    """Inductor's compiler of one graph, mended; a backward may come long after its forward."""
+    with _mended_inductor():
         return cast(Any, compile_fx_inner)(gm, inputs, **options)
 
 
