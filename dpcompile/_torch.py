@@ -1,4 +1,4 @@
-"""Every private torch symbol that dpcompile uses, with what it is used for. Known for torch 2.11 to 2.13."""
+"""Every private torch symbol that dpcompile uses, with what it is used for. Known for torch 2.11 to 2.14."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner, record_original_output_strides
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.loop_body import LoopBody
+from torch._inductor.scheduler import SchedulerNode
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -576,9 +578,61 @@ def compile_joint(
     with functorch_config.patch(settings), _lstm_step_by_step(), _decompositions() as table:
         if backend == "inductor":
             patches = {"joint_custom_pre_pass": _Pass(transform, key)}
-            inner: dict[str, Any] = {} if backward is None else {"inner_compile": _inner_compile(backward)}
-            return cast(Any, compile_fx)(gm, list(inputs), config_patches=patches, **inner)
+            inner = _compile_graph if backward is None else _inner_compile(backward)
+            return cast(Any, compile_fx)(gm, list(inputs), config_patches=patches, inner_compile=inner)
         return _compile_eager(gm, inputs, transform, dict(table), backward)
+
+
+_FORGETS_WRITES = torch.__version__ < "2.14"
+
+
+def _recompute_with_names(before: Callable[..., None]) -> Callable[..., None]:
+    """Remember which values were written in place when the loops of an operation are laid out anew.
+
+    Up to torch 2.13 Inductor forgets it, where it does that to fuse the operation with another on a CPU, and may run a
+    reader before the write: behind the scatter-add of a max pool's backward all gradients were zero, or a buffer was
+    used after it was freed (pytorch #185509, mended in 2.14). Any write in place can meet it.
+    """
+
+    def recompute(self: SchedulerNode, *args: Any, **options: Any) -> None:
+        before(self, *args, **options)
+        self.set_read_writes(self.read_writes.rename(self.mutation_renames))
+
+    return recompute if _FORGETS_WRITES else before
+
+
+def _read_or_nothing(before: Callable[..., Any]) -> Callable[..., Any]:
+    """What a loop reads of a value: None, not a KeyError, where it reads the value under the name before a write.
+
+    Inductor (to 2.15 at least) asks that to see whether the value may stay in a thread's own memory: then it may not
+    (pytorch #196570).
+    """
+
+    def read(self: LoopBody, name: str) -> Any:
+        try:
+            return before(self, name)
+        except KeyError:
+            return None
+
+    return read
+
+
+@contextlib.contextmanager
+def _mended_inductor() -> Iterator[None]:
+    """Inductor without faults that meet ordinary models, while it compiles for us; other compilations keep theirs."""
+    recompute, read = SchedulerNode.recompute_size_and_body, LoopBody.get_read_expr
+    SchedulerNode.recompute_size_and_body = _recompute_with_names(recompute)
+    LoopBody.get_read_expr = _read_or_nothing(read)
+    try:
+        yield
+    finally:
+        SchedulerNode.recompute_size_and_body, LoopBody.get_read_expr = recompute, read
+
+
+def _compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+    """Inductor's compiler of one graph, mended; a backward may come long after its forward."""
+    with _mended_inductor():
+        return cast(Any, compile_fx_inner)(gm, inputs, **options)
 
 
 def _inner_compile(backward: BackwardCompiler) -> Callable[..., Any]:
@@ -586,7 +640,7 @@ def _inner_compile(backward: BackwardCompiler) -> Callable[..., Any]:
 
     def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         if not options.get("is_backward"):
-            return compile_fx_inner(gm, inputs, **options)
+            return _compile_graph(gm, inputs, **options)
         for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
             if isinstance(value, torch.Tensor):  # laid out as the compiled forward saves it, channels last for one
                 node.meta["val"] = value
@@ -596,7 +650,7 @@ def _inner_compile(backward: BackwardCompiler) -> Callable[..., Any]:
             values = cast(Sequence[Any], output.args[0])
             output.meta["user_visible_output_idxs"] = [i for i, v in enumerate(values) if isinstance(v, fx.Node)]
             record_original_output_strides(gm)
-            return cast(Any, compile_fx_inner)(gm, list(inputs), **{**options, "static_input_idxs": ()})
+            return _compile_graph(gm, list(inputs), **{**options, "static_input_idxs": ()})
 
         return make_boxed(backward(gm, part))
 
@@ -673,7 +727,7 @@ class _Pass(CustomGraphPass):
         self._transform(graph.owning_module)
 
     def uuid(self) -> str:
-        return self._key
+        return f"{self._key} {_FORGETS_WRITES}"
 
 
 def user_place(error: BaseException) -> str | None:

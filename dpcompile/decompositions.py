@@ -1,6 +1,6 @@
 """Operations that are taken apart before the proof, beyond what Inductor takes apart itself.
 
-They are rare in training graphs, and in parts they fall under the rules that exist.
+They are rare in training graphs, and in parts they fall under the rules that exist; some of them Inductor gets wrong.
 """
 
 from __future__ import annotations
@@ -81,10 +81,71 @@ def _unpool3d(
     return empty.scatter(-1, indices.flatten(-3), self.flatten(-3)).unflatten(-1, output_size)
 
 
+def _avg_pool_backward(
+    grad: Tensor,
+    self: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    """Sums over windows, of cotangents that were divided by the size of their window before.
+
+    Inductor (2.13 to 2.15) divides by the size of the whole window also where ``ceil_mode`` lets it stand over (pytorch
+    #198119). Other pools are left as they are.
+    """
+    if not ceil_mode or divisor_override is not None:
+        return NotImplemented
+    ndim = len(kernel_size)
+    for i, kernel in enumerate(kernel_size):
+        dim, pad = i - ndim, padding[i] if padding else 0
+        size = self.shape[dim]
+        begin = torch.arange(grad.shape[dim], device=grad.device) * (stride[i] if stride else kernel) - pad
+        end = (begin + kernel).clamp(max=size + pad)
+        if not count_include_pad:
+            begin, end = begin.clamp(min=0), end.clamp(max=size)
+        grad = grad / (end - begin).to(grad.dtype).view(-1, *[1] * (ndim - 1 - i))
+    backward = aten.avg_pool2d_backward if ndim == 2 else aten.avg_pool3d_backward
+    return backward(grad, self, kernel_size, stride, padding, ceil_mode, count_include_pad, 1)
+
+
+def _max_pool_backward(grad: Tensor, self: Tensor, indices: Tensor, ndim: int) -> Tensor:
+    """Cotangents added up at the positions that pooling took the values from, each image's channel by itself.
+
+    torch's own kernels read the positions as if they lay in order, also where Inductor lays them out with the channels
+    last (pytorch #197888).
+    """
+    empty = torch.zeros_like(self, memory_format=torch.contiguous_format).flatten(-ndim)
+    return empty.scatter_add(-1, indices.flatten(-ndim), grad.flatten(-ndim)).view(self.shape)
+
+
+def _adaptive_max_pool3d_backward(grad: Tensor, self: Tensor, indices: Tensor) -> Tensor:
+    return _max_pool_backward(grad, self, indices, 3)
+
+
+def _fractional_max_pool2d_backward(
+    grad: Tensor, self: Tensor, kernel_size: Sequence[int], output_size: Sequence[int], indices: Tensor
+) -> Tensor:
+    return _max_pool_backward(grad, self, indices, 2)
+
+
+def _fractional_max_pool3d_backward(
+    grad: Tensor, self: Tensor, kernel_size: Sequence[int], output_size: Sequence[int], indices: Tensor
+) -> Tensor:
+    return _max_pool_backward(grad, self, indices, 3)
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten._cdist_backward.default: _distances_backward,
     aten._cdist_forward.default: _distances,
     aten._trilinear.default: _trilinear,
+    aten.adaptive_max_pool3d_backward.default: _adaptive_max_pool3d_backward,
+    aten.avg_pool2d_backward.default: _avg_pool_backward,
+    aten.avg_pool3d_backward.default: _avg_pool_backward,
+    aten.fractional_max_pool2d_backward.default: _fractional_max_pool2d_backward,
+    aten.fractional_max_pool3d_backward.default: _fractional_max_pool3d_backward,
     aten.max_unpool2d.default: _unpool2d,
     aten.max_unpool3d.default: _unpool3d,
     aten._weight_norm_interface_backward.default: _weight_norm_backward,

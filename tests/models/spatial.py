@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.parts import Function, Sum, behind, net, shaped
+from models.parts import Function, Sum, behind, layer, net, shaped
 
 # --- pooling, resampling, moving ------------------------------------------------------------------------------------
 
@@ -16,6 +16,10 @@ behind("MaxPool-indices", (2, 4, 4), lambda: nn.MaxPool2d(2, return_indices=True
 behind("AvgPool1d", (4, 7), lambda: nn.AvgPool1d(3, padding=1, count_include_pad=False))
 behind("AvgPool2d", (4, 5, 4), lambda: nn.AvgPool2d(2, ceil_mode=True, divisor_override=3))
 behind("AvgPool3d", (2, 4, 4, 4), lambda: nn.AvgPool3d(2))
+behind("AvgPool1d-ceil", (4, 8), lambda: nn.AvgPool1d(3, stride=2, padding=1, ceil_mode=True))
+behind("AvgPool2d-ceil", (4, 6, 5), lambda: nn.AvgPool2d(3, stride=2, ceil_mode=True))
+behind("AvgPool2d-ceil-unpadded", (4, 6, 5), lambda: nn.AvgPool2d(4, 3, 1, ceil_mode=True, count_include_pad=False))
+behind("AvgPool3d-ceil", (2, 4, 5, 4), lambda: nn.AvgPool3d(3, stride=2, padding=1, ceil_mode=True))
 behind("LPPool1d", (4, 8), lambda: nn.LPPool1d(2, 3))
 behind("LPPool2d", (4, 4, 4), lambda: nn.LPPool2d(2, 2))
 behind("AdaptivePools", (2, 7, 5), lambda: Sum([nn.AdaptiveAvgPool2d((3, 2)), nn.AdaptiveMaxPool2d((3, 4))]))
@@ -113,4 +117,46 @@ net(
     lambda m, x: F.fractional_max_pool3d(m.conv(x), 2, output_size=2, _random_samples=m.samples.expand(len(x), -1, -1)),
     lambda: {"conv": nn.Conv3d(2, 2, 1), "samples": nn.Buffer(torch.full((1, 2, 3), 0.4))},
     slow=True,
+)
+net(
+    "FractionalMaxPool-channels-last",
+    shaped(2, 6, 6),
+    lambda m, x: F.fractional_max_pool2d(
+        m.conv(x).contiguous(memory_format=torch.channels_last),
+        2,
+        output_size=3,
+        _random_samples=m.samples.expand(len(x), -1, -1),
+    ),
+    lambda: {"conv": nn.Conv2d(2, 3, 1), "samples": nn.Buffer(torch.full((1, 3, 2), 0.4))},
+    slow=True,
+)
+net(
+    "AdaptiveMaxPool3d-channels-last",
+    shaped(2, 3, 4, 5),
+    lambda m, x: F.adaptive_max_pool3d(m.conv(x).contiguous(memory_format=torch.channels_last_3d), (2, 3, 2)),
+    lambda: {"conv": nn.Conv3d(2, 3, 1)},
+    slow=True,
+)
+layer(
+    "PooledStem",
+    shaped(3, 16, 16),
+    lambda: nn.Sequential(
+        nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(16 * 64, 4)
+    ),
+)
+layer(
+    "TutorialCNN",
+    shaped(1, 28, 28),
+    lambda: nn.Sequential(
+        nn.Conv2d(1, 16, 8, 2, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Conv2d(16, 32, 4, 2),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Flatten(),
+        nn.Linear(512, 32),
+        nn.ReLU(),
+        nn.Linear(32, 10),
+    ),
 )

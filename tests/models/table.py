@@ -1,4 +1,4 @@
-"""What became of every model: a line for each, and how many were right, refused and wrong."""
+"""What became of every model: a line for each, and how many were right, refused, wrong, and crashed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Line:
 
 
 _LINES: dict[str, Line] = {}
-_WORST = ("right", "refused", "wrong")
+_WORST = ("right", "refused", "wrong", "crashed")
 
 
 def line(case: Case, outcome: str, plan: Any = None, error: float = 0.0) -> str:

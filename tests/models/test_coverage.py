@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -36,12 +37,14 @@ pytestmark = [  # what plain torch and transformers say of these models
 
 
 @functools.lru_cache(4)
-def solved(name: str) -> tuple[nn.Module, Any, Any, Gradients]:
+def solved(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any, Any, Gradients]:
     """A model, a call of it, and every example's gradient."""
     case = next(c for c in ALL if c.id == name)
     torch.manual_seed(1)
     model = case.make()
-    args, kwargs = case.call(BATCH)
+    if dtype != torch.float32:
+        model = model.to(dtype)
+    args, kwargs = case.call(BATCH, dtype)
     return model, args, kwargs, per_example_gradients(
         model, args, kwargs, PseudoLoss(BATCH, case.out_dim), in_dims=case.in_dims
     )  # fmt: skip
@@ -75,28 +78,74 @@ def record(request: pytest.FixtureRequest) -> Record:
 def test_model(case: Case, norm: str, record: Record) -> None:
     if case.refused is not None:
         return refused(case, record)
-    model, args, kwargs, gradients = solved(case.id)
-    bound = clip(gradients, 1.0).norms.median().item() * 1.01
-    private = dp_compile(
-        copy.deepcopy(model), max_grad_norm=bound, in_dims=case.in_dims, norm=norm, backend="eager", dynamic=False
-    )
-    try:
-        train_step(private, args, kwargs, PseudoLoss(BATCH, case.out_dim))
-    except DPCompileError:
-        record(case, "refused")
-        raise
-    errors = error_of(private, clip(gradients, bound))
-    record(case, "right" if max(errors) <= case.tolerance else "wrong", private.plan, max(errors))
-    assert max(errors) <= case.tolerance, f"norms are off by {errors[0]:.1e}, clipped sums by {errors[1]:.1e}"
-    rules = set(private.plan.rules().values())
+    rules = right(case, norm, record)
     assert norm != "instantiate" or rules <= {"keep"}, rules
     assert norm != "ghost" or not rules & {"redo", "direct"}, rules
 
 
-def refused(case: Case, record: Record) -> None:
+@pytest.mark.inductor_zoo
+@pytest.mark.parametrize("case", ALL, ids=lambda c: c.id)
+def test_model_through_inductor(case: Case, record: Record) -> None:
+    """All models, an hour or more: ``pytest -m inductor_zoo``."""
+    if case.refused is not None:
+        return refused(case, record, backend="inductor")
+    right(case, "auto", record, backend="inductor")
+
+
+HEAVY = ("adapters", "architectures", "language", "speech", "vision")  # take long to compile
+MENDED = {  # what Inductor gets wrong without us, under the rule that shows it
+    "spatial/TutorialCNN": "redo",
+    "spatial/AvgPool2d-ceil": "auto",
+    "spatial/AvgPool3d-ceil": "auto",
+    "spatial/AdaptiveMaxPool3d-channels-last": "auto",
+}
+
+
+def sample() -> list[Any]:
+    """Sixty models, evenly from light and heavy families; rules by turns, and handwritten modules in float64."""
+    runs = [case for case in ALL if case.refused is None and case.id not in MENDED]
+    light, heavy = [c for c in runs if c.family not in HEAVY], [c for c in runs if c.family in HEAVY]
+    turns = itertools.cycle(("auto", "redo", "auto", "ghost", "instantiate"))
+    chosen = zip(evenly(light, 48) + evenly(heavy, 8), turns, strict=False)
+    fixed = [(next(c for c in ALL if c.id == name), norm) for name, norm in MENDED.items()]
+    return [pytest.param(case, norm, id=f"{case.id}-{norm}") for case, norm in [*fixed, *chosen]]
+
+
+def evenly(cases: list[Case], count: int) -> list[Case]:
+    return [cases[i * len(cases) // count] for i in range(count)]
+
+
+@pytest.mark.parametrize(("case", "norm"), sample())
+def test_sample_through_inductor(case: Case, norm: str, record: Record) -> None:
+    right(case, norm, record, "inductor", torch.float64 if case.family == "modules" else torch.float32)
+
+
+def right(
+    case: Case, norm: str, record: Record, backend: str = "eager", dtype: torch.dtype = torch.float32
+) -> set[str]:
+    """Compile, step, compare; the rules of the plan."""
+    model, args, kwargs, gradients = solved(case.id, dtype)
+    bound = clip(gradients, 1.0).norms.median().item() * 1.01
+    private = dp_compile(
+        copy.deepcopy(model), max_grad_norm=bound, in_dims=case.in_dims, norm=norm, backend=backend, dynamic=False
+    )
+    try:
+        train_step(private, args, kwargs, PseudoLoss(BATCH, case.out_dim))
+        errors = error_of(private, clip(gradients, bound))
+    except Exception as error:
+        kinds = {DPCompileError: "refused", AssertionError: "wrong"}
+        record(case, next((name for kind, name in kinds.items() if isinstance(error, kind)), "crashed"))
+        raise
+    close = max(errors) <= case.tolerance  # False for NaN
+    record(case, "right" if close else "wrong", private.plan, max(errors))
+    assert close, f"norms are off by {errors[0]:.1e}, clipped sums by {errors[1]:.1e}"
+    return set(private.plan.rules().values())
+
+
+def refused(case: Case, record: Record, backend: str = "eager") -> None:
     torch.manual_seed(1)
     args, kwargs = case.call(BATCH)
-    private = dp_compile(case.make(), in_dims=case.in_dims, backend="eager", dynamic=False)
+    private = dp_compile(case.make(), in_dims=case.in_dims, backend=backend, dynamic=False)
     with pytest.raises(DPCompileError, match=f"(?s){case.refused}") as caught:
         train_step(private, args, kwargs, PseudoLoss(BATCH, case.out_dim))
         record(case, "wrong")

@@ -1,0 +1,58 @@
+"""What Inductor gets wrong is mended while it compiles for us, and for nobody else."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import ALL
+from oracle import PseudoLoss, clip, error_of, per_example_gradients, train_step
+from torch import Tensor
+from torch._inductor.loop_body import LoopBody
+from torch._inductor.scheduler import SchedulerNode
+
+import dpcompile
+from dpcompile import _torch
+
+dp_compile: Any = dpcompile.dp_compile
+
+
+def masked_softmax(x: Tensor) -> Tensor:
+    """A mask written by index: the softmax reads it under the name that it had before."""
+    mask = torch.full((8, 8), -10000.0)
+    mask[torch.arange(8).unsqueeze(0), torch.arange(8).unsqueeze(1)] = 0
+    return torch.softmax(x + mask, dim=-1)
+
+
+def test_a_value_written_in_place_is_no_threads_own() -> None:
+    """A plain compilation ends in a KeyError here."""
+    x = torch.randn(8, 8)
+    with _torch._mended_inductor():
+        found = torch.compile(masked_softmax)(x)
+    torch.testing.assert_close(found, masked_softmax(x))
+
+
+def test_only_our_compilations_are_mended() -> None:
+    before = SchedulerNode.recompute_size_and_body, LoopBody.get_read_expr
+    with pytest.raises(ZeroDivisionError), _torch._mended_inductor():
+        assert LoopBody.get_read_expr is not before[1]
+        assert (SchedulerNode.recompute_size_and_body is not before[0]) == (torch.__version__ < "2.14")
+        raise ZeroDivisionError
+    assert before == (SchedulerNode.recompute_size_and_body, LoopBody.get_read_expr)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ >= "2.14", reason="mended in torch")
+def test_unmended_the_network_of_the_tutorials_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models' suite holds the same network, mended."""
+    monkeypatch.setattr(_torch, "_FORGETS_WRITES", False)
+    case = next(c for c in ALL if c.name == "TutorialCNN")
+    model, (x,), loss = case.make(), case.call(5)[0], PseudoLoss(5)
+    private = dp_compile(copy.deepcopy(model), max_grad_norm=0.1, norm="redo", dynamic=False)
+    try:
+        train_step(private, (x,), {}, loss)
+    except UnboundLocalError:
+        return
+    assert max(error_of(private, clip(per_example_gradients(model, (x,), {}, loss), 0.1))) > 1e-2
