@@ -131,6 +131,11 @@ class Engine:
         """Float32 norms of the last backward, before clipping, of its examples without padding; None before one."""
         return torch.cat([norms[mask > 0] for norms, mask in self._norms]) if self._norms else None
 
+    @property
+    def row_norms(self) -> Tensor:
+        """The same of all rows, padding included: ``[B]``."""
+        return torch.cat([norms for norms, _ in self._norms])
+
     def note_norms(self, norms: Tensor, mask: Tensor, *, more: bool = False) -> None:
         """The norms ``[B]`` of a backward and the mask of its rows; with ``more`` of part of one."""
         self._norms = [*(self._norms if more else []), (norms.detach(), mask)]

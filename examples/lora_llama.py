@@ -145,7 +145,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     before = loss_on(model, held_out)
 
     bar = tqdm(total=options.steps, unit="step", disable=not first)
-    for (ids,) in loader:
+    for (ids,) in loader.parts():  # a draw's logits would not fit into memory at once
         ids = ids.to(device)
         loss = per_example_causal_lm(model(ids).logits, ids).mean()
         loss.backward()

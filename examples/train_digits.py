@@ -133,9 +133,8 @@ def train(settings: Settings, saved: dict[str, Any] | None, backend: str, stop_a
             losses.mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            if not optimizer.accumulating:  # else a large draw goes on in the next physical batch
-                average.update_parameters(network)
-                bar.update()
+            average.update_parameters(network)
+            bar.update()
             total += (losses.detach() * real).sum().item()  # padding rows have weight 0 in the gradient and here
             count += real.sum().item()
         history.append(

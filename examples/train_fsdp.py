@@ -157,7 +157,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
 
     bar = tqdm(total=options.steps, initial=optimizer.logical_step, unit="step", disable=not first)
     if optimizer.logical_step < options.steps:
-        for ids, targets in loader:
+        for ids, targets in loader.parts():  # a draw's logits would not fit into memory at once
             loss = per_example_cross_entropy(model(ids.to(device)), targets.to(device)).mean()
             loss.backward()
             optimizer.step()
