@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from dpcompile import loader_checks as checks
+from dpcompile.draws import DrawnBatch, Draws
 from dpcompile.errors import PrivacyError
 from dpcompile.noise import Stream, check_seed, fresh_seed, uniform
 from dpcompile.optim import DPOptimizer
-from dpcompile.draws import DrawnBatch, Draws
 from dpcompile.padding import Collated, PaddedCollate, RequestedExamples, rows_of
 from dpcompile.ranks import digest, from_first, gathered, refuse_disagreement
 from dpcompile.runtime import Engine, engine_of
@@ -51,8 +51,8 @@ class PoissonLoader:
     """Batches in which each example is, independently, with probability ``expected_batch_size / len(dataset)``.
 
     Iterating needs :meth:`attach` (`make_private` does it) and gives every logical batch whole, as the dataset has it,
-    so that the ordinary loop is right, and a framework's: one batch is one step, and ``len(loader)`` of them are a pass.
-    A draw larger than the physical batch runs in several forwards behind one call of the model (:mod:`dpcompile.turns`).
+    so that the ordinary loop is right, and a framework's: one batch is a step, and ``len(loader)`` of them are a pass.
+    A draw larger than the physical batch runs in several forwards behind one call (:mod:`dpcompile.turns`).
     :meth:`parts` gives the physical batches one by one, for a loop that should not hold a draw's outputs at once, and
     :meth:`batches` gives them with masks for loops of one's own, without attaching.
 

@@ -1,9 +1,9 @@
 """Which drawn batch a call of the model trains on: told by what arrives, checked against what was drawn, used once.
 
 The loader hands batches out; when they are used is the loop's affair: at once, one batch later (a prefetcher), in
-another order. So a batch's mask belongs to its tensors. A call of the model is matched with a batch by the memory of its
-arguments, by their content (a copy on another device), or, where the loop has computed something new from them, by there
-being no other batch that it could be.
+another order. So a batch's mask belongs to its tensors. A call of the model is matched with a batch by the memory of
+its arguments, by their content (a copy on another device), or, where the loop has computed something new from them, by
+there being no other batch that it could be.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Draws:
         found = _recognised(self._waiting, tensors)
         if found is None and not self._could_only_be_fresh():
             return Claim(None, refused=self._why_not(tensors))
-        if found is None and (again := _recognised(list(self._used), tensors)) is not None:
+        if found is None and _recognised(list(self._used), tensors) is not None:
             return Claim(None, refused=_used_already())
         batch, order = found if found is not None else (self._waiting[0], None)
         _check_rows(batch, tensors)
@@ -242,8 +242,8 @@ class Draws:
         return PrivacyError(
             f"{len(self._waiting)} batches of the loader wait to be used, and this call's tensors are none of them: it "
             "cannot be told which rows are padding",
-            remedy="where batches are taken ahead, call the model on the batch's own tensors or copies of them; compute "
-            "new ones (normalise, augment) in the dataset, in collate_fn or in the model",
+            remedy="where batches are taken ahead, call the model on the batch's own tensors or copies of them; "
+            "compute new ones (normalise, augment) in the dataset, in collate_fn or in the model",
         )
 
 
@@ -270,7 +270,7 @@ def _recognised(
     for tensor, dim in tensors:
         same = {b: (None,) for b in batches if any(_shares_memory(tensor, dim, *row) for row in b.rows)}
         if not same:
-            found = ((b, next(filter(None, (_same_content(tensor, dim, *row) for row in b.rows)), None)) for b in batches)
+            found = ((b, next(filter(None, (_same_content(tensor, dim, *r) for r in b.rows)), None)) for b in batches)
             same = {b: order for b, order in found if order is not None}
         if same:
             orders.append(same)  # type: ignore[arg-type]
@@ -344,7 +344,8 @@ def _check_rows(batch: DrawnBatch, tensors: Iterable[tuple[Tensor, int]]) -> Non
     for tensor, dim in tensors:
         if tensor.shape[dim] != len(batch.mask):
             raise PrivacyError(
-                f"the batch of the loader has {len(batch.mask)} rows, and the model was called with {tensor.shape[dim]}",
+                f"the batch of the loader has {len(batch.mask)} rows, and the model was called with "
+                f"{tensor.shape[dim]}",
                 remedy="call the model on the batch that the loader gave, whole (other calls under torch.no_grad()); "
                 "every view of an example is part of the example: give it a dimension of its own",
             )

@@ -124,6 +124,7 @@ class PaddedCollate:
         self._dims: dict[Any, tuple[int, ...]] = {}  # by structure; found once in each worker
 
     def __call__(self, fetched: tuple[Request, list[Any], Any]) -> Collated:
+        """Collate what :class:`RequestedExamples` gave."""
         request, examples, spare = fetched
         real = len(examples)
         seen = examples or [spare]
@@ -147,9 +148,8 @@ class PaddedCollate:
                     "collate_fn returns another structure for one example more: its rows cannot be told from padding",
                     remedy="return the same nested tuples, lists and dicts for every batch",
                 )
-            self._dims[structure] = tuple(
-                _grown(path, leaf, other, len(seen)) for (path, leaf), (_, other) in zip(_leaves(data), more, strict=True)
-            )
+            pairs = zip(_leaves(data), more, strict=True)
+            self._dims[structure] = tuple(_grown(path, a, b, len(seen)) for (path, a), (_, b) in pairs)
             if all(dim < 0 for dim in self._dims[structure]):
                 raise PrivacyError(
                     "nothing that collate_fn returns grows with the number of examples",
@@ -179,7 +179,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _parts(value: Any) -> list[tuple[str, Any]] | None:
-    """What a container holds; None for a leaf. Texts in a row are a leaf: that is what default_collate makes of them."""
+    """What a container holds; None for a leaf. Texts in a row are one: that is what default_collate makes of them."""
     if isinstance(value, Mapping):
         return [(f"[{key!r}]", part) for key, part in value.items()]
     if isinstance(value, (list, tuple)):
@@ -230,7 +230,7 @@ def _lengths(leaf: Any) -> tuple[int, ...]:
 def _grown(path: str, leaf: Any, other: Any, count: int) -> int:
     """The dimension of ``leaf`` that is larger by one in ``other``, of one example more; -1 if none is."""
     sizes, larger = _lengths(leaf), _lengths(other)
-    changed = [] if len(sizes) != len(larger) else [d for d, (a, b) in enumerate(zip(sizes, larger)) if a != b]
+    changed = [] if len(sizes) != len(larger) else [d for d, (a, b) in enumerate(zip(sizes, larger, strict=True)) if a != b]
     if len(sizes) != len(larger) or len(changed) > 1:
         raise PrivacyError(
             f"collate_fn returns {list(sizes)}{_at(path)} for {count} examples and {list(larger)} for one more: it "

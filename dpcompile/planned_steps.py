@@ -36,12 +36,12 @@ class PlannedSteps:
         """
         if self.steps is None or taken < self.steps or self._on_exceed == "ignore":
             return
-        what = f"step {taken + 1} of a run whose noise is calibrated for {self.steps} steps: its epsilon is above the target"
+        what = f"step {taken + 1} of a run whose noise is calibrated for {self.steps}: epsilon is above the target"
         if self._on_exceed == "raise":
             raise PrivacyError(
                 what,
-                remedy="stop here, plan the run with more epochs or steps, or pass on_exceed='warn' to make_private and "
-                "report what the accountant says",
+                remedy="stop here, plan the run with more epochs or steps, or pass on_exceed='warn' to make_private "
+                "and report what the accountant says",
             )
         self._on_exceed = "ignore"
         warnings.warn(f"{what}; report what the accountant says", RuntimeWarning, stacklevel=4)

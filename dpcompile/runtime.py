@@ -41,8 +41,9 @@ class PrivateModule:
 
     @property
     def grad_norms(self) -> Tensor:
-        """Norms of the last backward's per-example gradients, before clipping: float32, one for each row that is an
-        example and no padding, in the order of the batch. Not private."""
+        """Norms of the last backward, before clipping: float32, one for each row that is an
+        example and no padding, in the order of the batch. Not private.
+        """
         norms = engine_of(self).grad_norms
         if norms is None:
             raise DPCompileError("there are no gradient norms yet", remedy="call loss.backward() first")

@@ -124,7 +124,11 @@ class _Turns:
                 ran = self.forward(index, args, kwargs, True)
                 leaves = pytree.tree_leaves(ran.result)
                 self._refuse_other_result(index, leaves)
-                pairs = [(x, self._part_of(c, i, index)) for i, (x, c) in enumerate(zip(leaves, whole)) if c is not None]
+                pairs = [
+                    (x, self._part_of(c, place, index))
+                    for place, (x, c) in enumerate(zip(leaves, whole, strict=True))
+                    if c is not None
+                ]
                 del ran, leaves
                 torch.autograd.backward([x for x, _ in pairs], [c for _, c in pairs])
                 del pairs
