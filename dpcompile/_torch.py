@@ -107,6 +107,7 @@ __all__ = [
     "pytree",
     "real_tensors",
     "running_place",
+    "scale_tensor",
     "taking_real_tensors",
     "tensor_address",
     "trace_like",
@@ -125,6 +126,11 @@ BackwardCompiler = Callable[[fx.GraphModule, GraphCompiler], Boxed]
 def current_backward() -> int:
     """Identify the running ``backward()`` call."""
     return torch._C._current_graph_task_id()
+
+
+def scale_tensor(scaler: torch.amp.GradScaler) -> torch.Tensor:
+    """A copy of the scale of a gradient scaler that was used; does not wait for its device."""
+    return cast(Any, scaler)._scale.detach().clone()
 
 
 def after_backward(function: Callable[[], None]) -> None:

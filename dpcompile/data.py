@@ -213,6 +213,7 @@ class PoissonLoader:
             checks.refuse_same_examples(self.world_size, engine.data_ranks)
         elif self.world_size > 1:
             checks.refuse_lone_replicas(self.world_size)
+        optimizer.fed_by(self)
         self._attached = (engine, optimizer)
         return self
 
@@ -311,6 +312,8 @@ class PoissonLoader:
                         remedy="call optimizer.step() after every batch of the loader (it waits by itself where a draw "
                         "goes on), or optimizer.discard() to skip one",
                     )
+                assert engine.feed is not None
+                engine.feed.draw = self.step - 1
                 engine.set_mask(batch.mask)
                 optimizer.accumulating = not batch.ends_step
                 whole = batch.ends_step

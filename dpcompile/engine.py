@@ -21,10 +21,12 @@ from dpcompile.capture import Roles, assign_roles, extend
 from dpcompile.check import FirstStep
 from dpcompile.delivery import Delivery, through_delivery
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
+from dpcompile.feed import Feed
 from dpcompile.kept import Kept
 from dpcompile.kinds import check_model
 from dpcompile.layouts import copied_bytes, filters_of, inputs_to_compile, shared_by_parts
 from dpcompile.ledger import GradientLedger
+from dpcompile.loss_scale import Unscaling
 from dpcompile.parts import Turn, asked_parts, joined, split_call
 from dpcompile.pipeline import Options, Transformed, privatize
 from dpcompile.ranks import world_size
@@ -69,16 +71,20 @@ class Engine:
         replicas: under DistributedDataParallel, the way to the ledger.
         transformed: of the graph that ran last, or was compiled since.
         grad_norms: ``[B]`` float32 norms of the last backward, before clipping.
+        feed: the loader that is attached; None without one.
+        steps: logical steps that optimizers took with this model, in this process.
     """
 
     def __init__(self, module: nn.Module, options: Options) -> None:
         self.module, self.options = module, options
         self._parameters = dict(module.named_parameters())
         self.ledger = GradientLedger(self._parameters)
-        self.replicas = Replicas(self.ledger, lambda: {n: self._parameters[n] for n in self.trainable()})
+        self.replicas = Replicas(self.ledger, lambda: {n: self._parameters[n] for n in self.trainable()}, self.place)
         self.transformed: Transformed | None = None
         self.grad_norms: Tensor | None = None
         self.kept = Kept()
+        self.feed: Feed | None = None
+        self.steps = 0
         self.first_step: FirstStep | None = None
         self._unchecked = options.check
         self._mask: Tensor | None = None
@@ -118,6 +124,11 @@ class Engine:
     def trainable(self) -> list[str]:
         """Names of the parameters that require a gradient now."""
         return [name for name, p in self._parameters.items() if p.requires_grad]
+
+    def place(self) -> tuple[int, int]:
+        """Where training stands: logical steps taken, and the draw of the loader (-1: none). Public numbers."""
+        draw = None if self.feed is None else self.feed.draw
+        return self.steps, -1 if draw is None else draw
 
     def set_mask(self, mask: Tensor | None) -> None:
         """Say which rows of the next batch are examples (True) and which are padding (False): bool ``[B]``.
@@ -392,6 +403,7 @@ class _Region:
         for p, alias in zip(self.roles.parameters, aliases, strict=True):
             arguments[p] = alias
         outputs = self.compiled(*arguments, delivery.mask, norms, *sums)
+        Unscaling(delivery.mask).before_backward_of(outputs)
         if self.transformed is not None:
             outputs = guarded(outputs, self.transformed.unowned)
         self.engine.ran(self.transformed, outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ class FakeEngine:
         self.model, self.max_grad_norm = model, max_grad_norm
         self.ledger = GradientLedger(self.parameters())
         self.mask: Tensor | None = None
+        self.feed: Any = None
+        self.steps = 0
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
