@@ -72,7 +72,7 @@ class Engine:
         transformed: of the graph that ran last, or was compiled since.
         grad_norms: ``[B]`` float32 norms of the last backward, before clipping.
         feed: the loader that is attached; None without one.
-        steps: logical steps that optimizers took with this model, in this process.
+        steps: logical steps that optimizers took with this model, in this process; None before there is one.
     """
 
     def __init__(self, module: nn.Module, options: Options) -> None:
@@ -84,7 +84,7 @@ class Engine:
         self.grad_norms: Tensor | None = None
         self.kept = Kept()
         self.feed: Feed | None = None
-        self.steps = 0
+        self.steps: int | None = None
         self.first_step: FirstStep | None = None
         self._unchecked = options.check
         self._mask: Tensor | None = None
@@ -125,8 +125,13 @@ class Engine:
         """Names of the parameters that require a gradient now."""
         return [name for name, p in self._parameters.items() if p.requires_grad]
 
-    def place(self) -> tuple[int, int]:
-        """Where training stands: logical steps taken, and the draw of the loader (-1: none). Public numbers."""
+    def place(self) -> tuple[int, ...]:
+        """Where training stands: logical steps taken, and the draw of the loader (-1: none); ``()`` without optimizer.
+
+        Public numbers.
+        """
+        if self.steps is None:
+            return ()
         draw = None if self.feed is None else self.feed.draw
         return self.steps, -1 if draw is None else draw
 

@@ -211,8 +211,8 @@ class GradientLedger:
 
     def _changed(self) -> set[str]:
         """The entries whose tensor no longer holds what was put there. What ``unscale_`` did is undone first."""
-        names = list(self._entries)
-        before = [c for c in (entry.content for entry in self._entries.values()) if c is not None]
+        noted = {n: entry.content for n, entry in self._entries.items() if entry.content is not None}
+        names, before = list(noted), list(noted.values())
         changed = {names[i] for i in different(before, self._contents(names))}
         if changed and self.scales:
             for name in changed:

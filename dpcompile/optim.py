@@ -130,6 +130,7 @@ class DPOptimizer(HookedOptimizer):
         checks.refuse_complex(self.engine, self.engine.trainable())
         for part in parts_of(inner):
             part.register_step_pre_hook(_only_from(weakref.ref(self)))
+        self.engine.steps = self.engine.steps or 0
         notice_scalers()
         # Not __init__, which would build groups and state of its own: this sets up the step hooks and no more.
         super().__setstate__({})
@@ -259,7 +260,7 @@ class DPOptimizer(HookedOptimizer):
         if self.noise_multiplier > 0:
             checks.warn_of_used_noise(self, digest(self.seed), secure=self.secure, step=used)
         self._logical_step += 1
-        self.engine.steps += 1
+        self.engine.steps = (self.engine.steps or 0) + 1
         if self.accountant is not None:
             self.accountant.step()
             self._counted = self.accountant.steps

@@ -100,13 +100,15 @@ def refuse_other_place(place: Sequence[int], device: torch.device, group: Any = 
     """Compare where training stands over the ranks of a group; every rank must call this, and all raise.
 
     Args:
-        place: numbers below 2**63, as many on every rank: steps taken, draws.
+        place: numbers below 2**63, as many on every rank: steps taken, draws; none: nothing is compared.
         device: where collectives work.
         group: None: all ranks.
 
     Raises:
         PrivacyError: one of the numbers is not the same on all of them.
     """
+    if not place:
+        return
     ends = torch.tensor([*place, *(-n for n in place)], dtype=torch.int64, device=device)
     dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
     largest, smallest = ends[: len(place)].tolist(), (-ends[len(place) :]).tolist()

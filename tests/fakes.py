@@ -22,7 +22,7 @@ class FakeEngine:
         self.ledger = GradientLedger(self.parameters())
         self.mask: Tensor | None = None
         self.feed: Any = None
-        self.steps = 0
+        self.steps: int | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())

@@ -123,6 +123,17 @@ def test_an_alias_of_kept_sums_is_watched(ledger: GradientLedger, parameter: nn.
         ledger.deliver(ones(), graph_task=2)
 
 
+def test_a_delivery_that_failed_half_way_stays_refused() -> None:
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    ledger = GradientLedger({"a": first, "b": second})
+    second.grad = torch.ones(2)
+    for task in (1, 2):
+        with pytest.raises(PrivacyError, match="'b' did not come out of the clipped backward alone"):
+            ledger.deliver([("a", torch.ones(2)), ("b", torch.ones(2))], graph_task=task)
+        with pytest.raises(PrivacyError, match="'b' did not come out of the clipped backward alone"):
+            ledger.verify(["a", "b"])
+
+
 def test_unclipped_gradient_first(ledger: GradientLedger, parameter: nn.Parameter) -> None:
     parameter.sum().backward()
     with pytest.raises(PrivacyError, match="did not come out of the clipped backward alone"):
