@@ -3,7 +3,7 @@
 from dpcompile import losses
 from dpcompile.api import dp_compile
 from dpcompile.data import PoissonLoader
-from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, UnsupportedGraphError
+from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, PrivacyWarning, UnsupportedGraphError
 from dpcompile.extending import register_axis_rule, register_site
 from dpcompile.optim import DPOptimizer
 from dpcompile.privacy import PrivacyAccountant, calibrate_noise
@@ -18,6 +18,7 @@ __all__ = [
     "PoissonLoader",
     "PrivacyAccountant",
     "PrivacyError",
+    "PrivacyWarning",
     "UnsupportedGraphError",
     "calibrate_noise",
     "compile_step",

@@ -115,6 +115,7 @@ __all__ = [
     "real_tensors",
     "recompile_reason",
     "running_place",
+    "scale_tensor",
     "taking_real_tensors",
     "tensor_address",
     "trace_like",
@@ -133,6 +134,11 @@ BackwardCompiler = Callable[[fx.GraphModule, GraphCompiler], Boxed]
 def current_backward() -> int:
     """Identify the running ``backward()`` call."""
     return torch._C._current_graph_task_id()
+
+
+def scale_tensor(scaler: torch.amp.GradScaler) -> torch.Tensor:
+    """A copy of the scale of a gradient scaler that was used; does not wait for its device."""
+    return cast(Any, scaler)._scale.detach().clone()
 
 
 def after_backward(function: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dpcompile._torch import pytree
 from dpcompile.axis import Examples, Label, Summed
-from dpcompile.clipping import clip_weights, group_of
+from dpcompile.clipping import clip_weights, group_of, unscaled
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.norms.slices import accumulation_dtype, in_front
 from dpcompile.pipeline import Options
@@ -62,7 +62,8 @@ class FirstStep:
         """Raise PrivacyError if the norms or the clipped sums differ from what vmap gives."""
         each = self._per_example(len(mask))
         squared = {n: g.to(accumulation_dtype(g.dtype)).square().reshape(len(mask), -1).sum(1) for n, g in each.items()}
-        expected = torch.stack(list(squared.values())).sum(0).sqrt()
+        scale = unscaled(mask)
+        expected = torch.stack(list(squared.values())).sum(0).sqrt() * scale
         _same("the gradient norms", norms.to(expected.dtype), expected)
         groups: dict[str, list[str]] = {}
         for name in squared:
@@ -71,7 +72,7 @@ class FirstStep:
         actual = dict(sums)
         for members in groups.values():
             total = torch.stack([squared[n] for n in members]).sum(0)
-            weights = clip_weights(total, mask, clipping=self._options.clipping, bound=bound, scale=1)
+            weights = clip_weights(total, mask, clipping=self._options.clipping, bound=bound, scale=scale)
             for name in members:
                 wanted = torch.einsum("b,b...->...", weights, torch.nan_to_num(each[name]).to(weights.dtype))
                 found = actual.get(name, torch.zeros_like(wanted))

@@ -30,6 +30,7 @@ __all__ = [
     "group_of",
     "own_norms",
     "prove_function",
+    "unscaled",
     "validate_clipping",
 ]
 
@@ -106,12 +107,17 @@ def own_norms(squared: Sequence[Tensor], mask: Tensor, mean_of: int | None) -> T
     return (total.sqrt() * _scale(mask, mean_of)).to(torch.float32)
 
 
-def _scale(mask: Tensor, mean_of: int | None) -> int:
-    return 1 if mean_of is None else mask.shape[0] * mean_of
+def unscaled(mask: Tensor) -> Tensor:
+    """``[B]``: what a gradient in the graph must be multiplied by to be that of the loss without its loss scale."""
+    return torch.where(mask > 0, mask, torch.ones_like(mask))
+
+
+def _scale(mask: Tensor, mean_of: int | None) -> Tensor:
+    return unscaled(mask) * (1 if mean_of is None else mask.shape[0] * mean_of)
 
 
 def clip_weights(
-    squared_norms: Tensor, mask: Tensor, *, clipping: Clipping, bound: float | Tensor, scale: float | int
+    squared_norms: Tensor, mask: Tensor, *, clipping: Clipping, bound: float | Tensor, scale: Tensor
 ) -> Tensor:
     """The weight of every example.
 
@@ -120,13 +126,14 @@ def clip_weights(
 
     Args:
         squared_norms: ``[B]``, of the gradients as they stand in the graph.
-        mask: ``[B]``, 1 for an example and 0 for padding.
+        mask: ``[B]``, 0 for padding, and for an example 1, or 1 over the scale of the loss (`loss_scale`).
         clipping: "flat" is ``min(1, C/norm)`` (Abadi et al. 2016, arXiv:1607.00133, algorithm 1), and so are
             "per_layer" and "per_block" within their group (McMahan et al. 2018, arXiv:1710.06963, section 2.3);
             "automatic" is ``C/(norm + 0.01)`` (Bu et al. 2023, arXiv:2206.07136, AUTO-S). A function gets the norms
             ``[B]`` (and C, if it takes two arguments) and returns weights, which are then cut to ``C/norm``.
         bound: C, of this group; a tensor of shape ``[B]`` or of one number is one too.
-        scale: what a gradient in the graph must be multiplied by to be the example's own (B under a mean loss).
+        scale: ``[B]``, what a gradient in the graph must be multiplied by to be the example's own: B under a mean loss,
+            over the scale of the loss.
 
     Returns:
         ``[B]``, for the gradients as they stand in the graph: ``scale`` is in it.

@@ -7,7 +7,6 @@ Subsampling" (NeurIPS 2024), for fixed physical sizes with masks, and why shuffl
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -226,8 +225,11 @@ class PoissonLoader:
             checks.refuse_same_examples(self.world_size, engine.data_ranks)
         elif self.world_size > 1:
             checks.refuse_lone_replicas(self.world_size)
-        engine.draws = Draws(weakref.ref(optimizer))
-        self._attached = (engine, optimizer, engine.draws)
+        if engine.ledger.deliveries:  # of batches that are no draw of this loader
+            optimizer.discard()
+        optimizer.fed_by(self)
+        assert engine.feed is not None
+        self._attached = (engine, optimizer, engine.feed.draws)
         return self
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ from dpcompile.clipping import clip_group, group_bound, group_of, own_norms
 from dpcompile.delivery import warn_of_lost_examples
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.fsdp import add_up
+from dpcompile.loss_scale import Unscaling
 from dpcompile.lower import Rest, take_rest, take_sums
 from dpcompile.lowering import AT_ONCE, TWO_PASS, Lowering
 from dpcompile.pipeline import Options
@@ -130,7 +131,7 @@ class Pass:
 
     Attributes:
         options: of the model.
-        mask: ``[B]``, 1 for an example and 0 for padding.
+        mask: ``[B]``, 0 for padding, and for an example 1, or 1 over the scale of the loss.
         sums: where clipped sums go as they arise.
         deliver: takes the outcome.
         refused: why this forward may have no backward, or None.
@@ -155,6 +156,10 @@ class Pass:
     weights: dict[str, Tensor] | None = None
     task: int | None = None
     done: bool = False
+    unscaling: Unscaling = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unscaling = Unscaling(self.mask)
 
     def run(
         self,

@@ -42,7 +42,7 @@ class Delivery:
 
     Attributes:
         names: of the parameters, in the order of the graph's gradients.
-        mask: float32 ``[B]``, 1 for an example and 0 for padding.
+        mask: float32 ``[B]``, 0 for padding, and for an example 1, or 1 over the scale of the loss.
         keep: takes the norms, the mask and the named clipped sums, and the identity of the running backward.
         refused: why this forward may have no backward at all, or None.
         filters: what stands in for some of the parameters, by name; for the others they themselves.
@@ -77,8 +77,10 @@ def warn_of_lost_examples(norms: Tensor, mask: Tensor) -> None:
     """Warn if an example's gradient was not finite, so that it got weight 0."""
     lost = int((~torch.isfinite(norms) & (mask > 0)).sum())
     if lost:
+        scaled = float(mask.max()) < 1
         warnings.warn(
-            f"{lost} of {int(mask.sum())} examples had a gradient that is NaN or infinite; their weight is 0",
+            f"{lost} of {int((mask > 0).sum())} examples had a gradient that is NaN or infinite; their weight is 0"
+            + ("; give the gradient scaler a smaller init_scale, and a large growth_interval" if scaled else ""),
             RuntimeWarning,
             stacklevel=2,
         )

@@ -8,11 +8,9 @@ there being no other batch that it could be.
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,10 +108,10 @@ class Draws:
     =====================================================  =======================================================
 
     Attributes:
-        optimizer: the one that may step.
+        last: the logical step of the batch whose backward came last; None before the first.
     """
 
-    optimizer: weakref.ref[Any]
+    last: int | None = None
     _waiting: list[DrawnBatch] = field(default_factory=list)
     _used: deque[DrawnBatch] = field(default_factory=lambda: deque(maxlen=_USED))
     _fresh: DrawnBatch | None = None  # handed out, and no call came since
@@ -183,21 +181,15 @@ class Draws:
                 remedy="call optimizer.step() after every batch of the loader (it waits by itself where a draw goes "
                 "on), or optimizer.discard() to skip one",
             )
-        self._broken = True
+        self._broken, self.last = True, batch.step
 
     def delivered(self, batch: DrawnBatch) -> None:
         """The backward of a batch has delivered all that it has."""
         self._broken, self._hand = False, None
         self._done += 1
 
-    def check_step(self, optimizer: Any) -> None:
-        """Raise PrivacyError unless this optimizer may step on what was delivered."""
-        if self.optimizer() is not optimizer:
-            raise PrivacyError(
-                "another optimizer is attached to the loader that this model trains on: this one would not know which "
-                "batches are a whole draw, nor would the accountant of the other count the step",
-                remedy="step the optimizer that make_private returned, or that was given to loader.attach",
-            )
+    def check_step(self) -> None:
+        """Raise PrivacyError unless an optimizer may step on what was delivered."""
         if self._broken:
             raise _broken_off()
 

@@ -25,10 +25,12 @@ from dpcompile.check import FirstStep
 from dpcompile.delivery import Delivery, through_delivery
 from dpcompile.draws import Draws, Given
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
+from dpcompile.feed import Feed
 from dpcompile.kept import Kept
 from dpcompile.kinds import check_model
 from dpcompile.layouts import copied_bytes, filters_of, inputs_to_compile, shared_by_parts
 from dpcompile.ledger import GradientLedger
+from dpcompile.loss_scale import Unscaling
 from dpcompile.parts import Turn, asked_parts, joined, split_call
 from dpcompile.pipeline import Options, Transformed, privatize
 from dpcompile.ranks import world_size
@@ -73,17 +75,19 @@ class Engine:
         ledger: the clipped sums in ``p.grad``.
         replicas: under DistributedDataParallel, the way to the ledger.
         transformed: of the graph that ran last, or was compiled since.
-        draws: the batches of the loader that is attached, or None.
+        feed: the loader that is attached; None without one.
+        steps: logical steps that optimizers took with this model, in this process; None before there is one.
     """
 
     def __init__(self, module: nn.Module, options: Options) -> None:
         self.module, self.options = module, options
         self._parameters = dict(module.named_parameters())
         self.ledger = GradientLedger(self._parameters)
-        self.replicas = Replicas(self.ledger, lambda: {n: self._parameters[n] for n in self.trainable()})
+        self.replicas = Replicas(self.ledger, lambda: {n: self._parameters[n] for n in self.trainable()}, self.place)
         self.transformed: Transformed | None = None
-        self.draws: Draws | None = None
         self.kept = Kept()
+        self.feed: Feed | None = None
+        self.steps: int | None = None
         self.first_step: FirstStep | None = None
         self._unchecked = options.check
         self._norms: list[tuple[Tensor, Tensor]] = []  # with their masks, of the last backward
@@ -141,6 +145,11 @@ class Engine:
         self._norms = [*(self._norms if more else []), (norms.detach(), mask)]
 
     @property
+    def draws(self) -> Draws | None:
+        """The batches of the loader that is attached; None without one."""
+        return None if self.feed is None else self.feed.draws
+
+    @property
     def claims(self) -> bool:
         """Whether forwards with gradients are on batches of an attached loader."""
         return self.draws is not None and not self._masked
@@ -153,6 +162,15 @@ class Engine:
             yield
         finally:
             self._given = Given()
+    def place(self) -> tuple[int, ...]:
+        """Where training stands: logical steps taken, and the draw of the loader (-1: none); ``()`` without optimizer.
+
+        Public numbers.
+        """
+        if self.steps is None:
+            return ()
+        draw = None if self.feed is None else self.feed.draw
+        return self.steps, -1 if draw is None else draw
 
     def set_mask(self, mask: Tensor | None) -> None:
         """Say which rows of the next batch are examples (True) and which are padding (False): bool ``[B]``.
@@ -469,6 +487,7 @@ class _Region:
         for p, alias in zip(self.roles.parameters, aliases, strict=True):
             arguments[p] = alias
         outputs = self.compiled(*arguments, delivery.mask, norms, *sums)
+        Unscaling(delivery.mask).before_backward_of(outputs)
         if self.transformed is not None:
             outputs = guarded(outputs, self.transformed.unowned)
         self.engine.ran(self.transformed, outputs)

@@ -1,8 +1,8 @@
-"""The four errors. Each says what happened, where in the user's code, and what to do."""
+"""The errors, and a warning. Each says what happened, where in the user's code, and what to do."""
 
 from __future__ import annotations
 
-__all__ = ["DPCompileError", "ExampleMixingError", "PrivacyError", "UnsupportedGraphError"]
+__all__ = ["DPCompileError", "ExampleMixingError", "PrivacyError", "PrivacyWarning", "UnsupportedGraphError"]
 
 
 class DPCompileError(Exception):
@@ -37,3 +37,7 @@ class ExampleMixingError(DPCompileError):
 
 class PrivacyError(DPCompileError):
     """The guarantee would be broken at run time, or a privacy parameter makes no sense."""
+
+
+class PrivacyWarning(UserWarning):
+    """What is right for an experiment that is repeated, and wrong for models that are published."""

@@ -16,9 +16,13 @@ from torch.optim import Optimizer
 
 from dpcompile import fused_adam
 from dpcompile import optim_checks as checks
+from dpcompile.chained import as_one, parts_of
 from dpcompile.errors import PrivacyError
+from dpcompile.feed import Feed
+from dpcompile.loss_scale import check_scaler, notice_scalers
 from dpcompile.mechanism import privatize_
 from dpcompile.noise import check_seed, fresh_seed
+from dpcompile.optim_hooks import HookedOptimizer
 from dpcompile.planned_steps import OnExceed, PlannedSteps
 from dpcompile.privacy import PrivacyAccountant
 from dpcompile.ranks import digest, from_first, refuse_disagreement
@@ -30,12 +34,13 @@ __all__ = ["DPOptimizer"]
 _KEY = "dpcompile"
 
 
-class DPOptimizer(Optimizer):
+class DPOptimizer(HookedOptimizer):
     """Any torch optimizer, fed with noised clipped sums of the compiled model instead of plain gradients.
 
     Args:
         optimizer: the optimizer that updates the parameters. Its groups, state and defaults are this one's too (the
-            same objects), so learning-rate schedulers work on either.
+            same objects), so learning-rate schedulers work on either. Several in a list, each over a part of the
+            parameters, are stepped one after the other on the one private gradient.
         model: the dpcompile model.
         noise_multiplier: sigma; the noise has standard deviation ``sigma * max_grad_norm`` before the division. 0 is
             allowed: no noise, epsilon infinite.
@@ -47,8 +52,9 @@ class DPOptimizer(Optimizer):
 
     Attributes:
         optimizer: the inner optimizer.
-        logical_step: how many draws of noise have been used up.
+        logical_step: how many draws of noise have been used up. It only grows.
         accumulating: the sums so far are not a whole logical step: :meth:`step` waits.
+        accountant: one that takes its place must count the same steps, at the same rate.
 
     Raises:
         PrivacyError: see the table, and at construction a noise multiplier or batch size that makes no sense, an
@@ -64,11 +70,19 @@ class DPOptimizer(Optimizer):
     a trainable parameter without gradient              noise alone
     :meth:`step` while ``accumulating``                 nothing; the sums are kept, also by :meth:`zero_grad`
     :meth:`zero_grad` before or after the backward      both orders work, with several physical batches too
+    ``zero_grad()`` of the model within a logical step  the sums are kept; refused if zeroed in place
     gradients changed or not from the clipped backward  refused by the ledger
+    ``GradScaler.scale(loss)``, ``.step``, ``.update``  exact, and no step is skipped
+    a step on draws of another optimizer's loader       refused
+    a group of other parameters in the inner optimizer  refused
+    an accountant that forgot steps, or counts others   refused
     a frozen parameter with a gradient                  refused: it would be applied as it is
     a parameter unfrozen that this optimizer lacks      refused
     the inner step raises                               the noise counts as used and the step as spent
     ``load_state_dict`` behind, same seed               refused: noise would be used twice
+    ... of another run, after steps that were counted   refused: the accountant would forget them
+    ... without that of the loader, of the same seed    refused: draws would be used twice
+    two optimizers of one seed                          the same noise: a warning
     an old checkpoint, two runs from it both published  not seen: give one of them another seed
     a scheduler stepped in the loop                     right if stepped only when not ``accumulating``
     copied or pickled                                   refused: two objects would draw the same noise
@@ -76,9 +90,11 @@ class DPOptimizer(Optimizer):
     ==================================================  =====================================================
     """
 
+    _step_supports_amp_scaling = True  # GradScaler leaves p.grad as it is, and skips no step
+
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         model: nn.Module,
         *,
         noise_multiplier: float,
@@ -89,30 +105,47 @@ class DPOptimizer(Optimizer):
     ) -> None:
         if isinstance(optimizer, DPOptimizer):
             raise PrivacyError("the optimizer is a DPOptimizer already", remedy="wrap the plain torch optimizer once")
+        inner = as_one(optimizer)
         self.engine = engine_of(model)
         checks.refuse_bad_numbers(noise_multiplier, expected_batch_size)
         checks.refuse_other_accountant(noise_multiplier, accountant)
-        checks.refuse_closure_only(optimizer)
+        for part in parts_of(inner):
+            checks.refuse_closure_only(part)
         drawn: int = fresh_seed(secure=secure)
         if self.engine.distributed:  # also where a seed is given: ranks that wait for one that others do not send hang
             drawn = from_first(drawn)
         self.seed = drawn if seed is None else seed
         check_seed(self.seed, secure=secure)
-        self.optimizer = optimizer
+        self._inner = inner
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
-        self.secure, self.accountant = secure, accountant
-        self.logical_step = 0
-        self._waits = False
+        self.secure, self._accountant = secure, accountant
+        self._logical_step = 0
         self._planned = PlannedSteps(None, "raise")
+        self._counted = 0 if accountant is None else accountant.steps  # by the accountant, as far as is known here
+        self._accumulating = False
         self._stepping = False
         self._agreed = False  # whether all ranks are known to mean the same
         self._held = False  # sums of earlier physical batches of an unfinished logical step stand in p.grad
-        checks.refuse_foreign(self.engine, (p for group in optimizer.param_groups for p in group["params"]))
-        checks.refuse_missing(self.engine, optimizer, self.engine.trainable())
+        self._used_draws: dict[str, Any] | None = None  # before the state that was loaded
+        checks.refuse_foreign(self.engine, inner)
+        checks.refuse_missing(self.engine, inner, self.engine.trainable())
         checks.refuse_complex(self.engine, self.engine.trainable())
-        optimizer.register_step_pre_hook(_only_from(weakref.ref(self)))
+        for part in parts_of(inner):
+            part.register_step_pre_hook(_only_from(weakref.ref(self)))
+        self.engine.steps = self.engine.steps or 0
+        notice_scalers()
         # Not __init__, which would build groups and state of its own: this sets up the step hooks and no more.
         super().__setstate__({})
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The inner optimizer; of several, what steps them."""
+        return self._inner
+
+    @property
+    def logical_step(self) -> int:
+        """How many draws of noise have been used up."""
+        return self._logical_step
 
     @property
     def accumulating(self) -> bool:
@@ -120,32 +153,44 @@ class DPOptimizer(Optimizer):
 
         An attached `PoissonLoader` knows it; a loop with batches of its own sets it.
         """
-        draws = self.engine.draws
-        return self._waits if draws is None else draws.accumulating
+        feed = self.engine.feed
+        return self._accumulating if feed is None else feed.draws.accumulating
 
     @accumulating.setter
-    def accumulating(self, waits: bool) -> None:
-        if self.engine.draws is not None:
+    def accumulating(self, value: bool) -> None:
+        if self.engine.feed is not None:
             raise PrivacyError(
                 "accumulating was set on an optimizer that is attached to a loader: it knows which batches are a draw",
                 remedy="leave it to the loader, or iterate over loader.batches() without attaching it",
             )
-        self._waits = waits
+        if self._under_way():  # what came until now is part of a step, whatever comes next
+            self.engine.ledger.keep()
+        self._accumulating = value
+
+    @property
+    def accountant(self) -> PrivacyAccountant | None:
+        """What counts the logical steps."""
+        return self._accountant
+
+    @accountant.setter
+    def accountant(self, value: PrivacyAccountant | None) -> None:
+        checks.refuse_replaced(self._accountant, value, self._logical_step)
+        self._accountant, self._counted = value, 0 if value is None else value.steps
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The inner optimizer's parameter groups, live."""
-        return self.optimizer.param_groups
+        return self._inner.param_groups
 
     @property
     def state(self) -> Any:  # type: ignore[override]
         """The inner optimizer's state, live."""
-        return self.optimizer.state
+        return self._inner.state
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The inner optimizer's defaults, live."""
-        return self.optimizer.defaults
+        return self._inner.defaults
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -164,11 +209,14 @@ class DPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        draws = self.engine.draws
-        if draws is not None:
-            draws.check_step(self)
-        if self._waits if draws is None else draws.waits:
+        check_scaler(self, self.engine.ledger.scales)
+        feed = self.engine.feed
+        if feed is not None:
+            feed.check_optimizer(self)
+            feed.draws.check_step()
+        if self._accumulating if feed is None else feed.draws.waits:
             self._held = True
+            self.engine.ledger.keep()
             return loss
         names = self.checked_parameters()
         self.engine.ledger.verify(names)
@@ -201,16 +249,26 @@ class DPOptimizer(Optimizer):
     def checked_parameters(self) -> list[str]:
         """Names of the parameters that a step updates, after the checks that do not look at gradients."""
         self._planned.check(self.logical_step)
-        names = self.engine.trainable()
+        names, feed = self.engine.trainable(), self.engine.feed
+        checks.refuse_bad_numbers(self.noise_multiplier, self.expected_batch_size)
+        checks.refuse_foreign(self.engine, self.optimizer)
         checks.refuse_missing(self.engine, self.optimizer, names)
         checks.refuse_stray(self.engine, self.optimizer, names)
         checks.refuse_complex(self.engine, names)
         checks.refuse_other_accountant(self.noise_multiplier, self.accountant)
+        checks.refuse_forgetful(self.accountant, self._counted)
+        if feed is not None:
+            feed.check_optimizer(self)
+            feed.check_resumed(self._used_draws)
+            checks.refuse_other_rate(self.accountant, feed.sample_rate)
         return names
 
     def plan(self, steps: int | None, on_exceed: OnExceed = "raise") -> None:
         """Say for how many logical steps the noise was calibrated (None: for any number), and what comes beyond."""
         self._planned = PlannedSteps(steps, on_exceed)
+    def fed_by(self, loader: Any) -> None:
+        """Step on the draws of a loader; no other optimizer of the model does from now on."""
+        self.engine.feed = Feed(loader, self)
 
     def use_noise(self) -> int:
         """Use up one draw of noise and account for it; returns the logical step to draw it for.
@@ -218,9 +276,13 @@ class DPOptimizer(Optimizer):
         Counted before it is drawn: if the update fails half-way, this noise must not be drawn again.
         """
         used = self.logical_step
-        self.logical_step += 1
+        if self.noise_multiplier > 0:
+            checks.warn_of_used_noise(self, digest(self.seed), secure=self.secure, step=used)
+        self._logical_step += 1
+        self.engine.steps = (self.engine.steps or 0) + 1
         if self.accountant is not None:
             self.accountant.step()
+            self._counted = self.accountant.steps
         return used
 
     def finish(self) -> None:
@@ -231,7 +293,8 @@ class DPOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, unless a logical step is under way: then they are needed and stay."""
-        if self._held:
+        if self._under_way():
+            self.engine.ledger.keep()
             return
         self.optimizer.zero_grad(set_to_none)
         self.engine.ledger.clear()
@@ -239,8 +302,8 @@ class DPOptimizer(Optimizer):
 
     def _end_step(self) -> None:
         self._held = False
-        if self.engine.draws is not None:
-            self.engine.draws.end_step()
+        if self.engine.feed is not None:
+            self.engine.feed.draws.end_step()
 
     def discard(self) -> None:
         """Give up the logical step under way: drop its clipped sums. Nothing of them has been released.
@@ -248,15 +311,21 @@ class DPOptimizer(Optimizer):
         A batch of an attached loader that is at hand, and with which the model was not called, is given up too.
         """
         self._held = False
+        self.engine.ledger.clear()
         self.zero_grad()
-        if self.engine.draws is not None:
-            self.engine.draws.give_up()
+        if self.engine.feed is not None:
+            self.engine.feed.draws.give_up()
+
+    def _under_way(self) -> bool:
+        feed = self.engine.feed
+        waits = self._accumulating if feed is None else feed.draws.waits
+        return self._held or (waits and self.engine.ledger.deliveries > 0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer; its parameters must be the model's."""
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
-        checks.refuse_foreign(self.engine, (p[1] if isinstance(p, tuple) else p for p in params))
+        checks.refuse_foreign_parameters(self.engine, (p[1] if isinstance(p, tuple) else p for p in params))
         self.optimizer.add_param_group({**param_group, "params": params})
 
     def state_dict(self) -> dict[str, Any]:
@@ -268,7 +337,7 @@ class DPOptimizer(Optimizer):
 
         Raises:
             PrivacyError: no ``"dpcompile"`` entry; a step behind this one's with the same seed; other noise or batch
-                size than this optimizer was made with; steps that the attached accountant would not know of.
+                size than this optimizer was made with; steps that the attached accountant would not know of, or forget.
         """
         rest = dict(state_dict)
         own = rest.pop(_KEY, None)
@@ -276,7 +345,9 @@ class DPOptimizer(Optimizer):
         self.optimizer.load_state_dict(rest)
         if self.accountant is not None and own["accountant"] is not None:
             self.accountant.load_state_dict(own["accountant"])
-        self.seed, self.logical_step = own["seed"], own["logical_step"]
+            self._counted = self.accountant.steps
+        self.seed, self._logical_step = own["seed"], own["logical_step"]
+        self._used_draws = own.get("draws")
         self._agreed = False
         self.discard()
 
@@ -303,30 +374,6 @@ class DPOptimizer(Optimizer):
                 group["lr"] = rate
             self.discard()
 
-    def register_step_pre_hook(self, hook: Any) -> Any:
-        """As in torch, before the noise; not called for steps that only accumulate."""
-        return super().register_step_pre_hook(_unless_accumulating(hook))
-
-    def register_step_post_hook(self, hook: Any) -> Any:
-        """As in torch, after the update; not called for steps that only accumulate."""
-        return super().register_step_post_hook(_unless_accumulating(hook))
-
-    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """On the inner optimizer, which it is given."""
-        return self.optimizer.register_state_dict_pre_hook(hook, prepend)
-
-    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """On the inner optimizer, which it is given."""
-        return self.optimizer.register_state_dict_post_hook(hook, prepend)
-
-    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """On the inner optimizer, which it is given."""
-        return self.optimizer.register_load_state_dict_pre_hook(hook, prepend)
-
-    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """On the inner optimizer, which it is given."""
-        return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
-
     def __repr__(self) -> str:
         return (
             f"DPOptimizer(noise_multiplier={self.noise_multiplier}, max_grad_norm={self.engine.max_grad_norm}, "
@@ -342,6 +389,7 @@ class DPOptimizer(Optimizer):
 
     def private_state(self) -> dict[str, Any]:
         """What :meth:`state_dict` adds to the inner optimizer's: plain numbers, the seed among them."""
+        feed = self.engine.feed
         return {
             "seed": self.seed,
             "logical_step": self.logical_step,
@@ -349,6 +397,7 @@ class DPOptimizer(Optimizer):
             "expected_batch_size": self.expected_batch_size,
             "secure": self.secure,
             "accountant": None if self.accountant is None else self.accountant.state_dict(),
+            "draws": self._used_draws if feed is None else feed.state() or self._used_draws,
         }
 
     def _update(self, names: Sequence[str], step: int) -> None:
@@ -393,10 +442,3 @@ def _only_from(owner: weakref.ref[DPOptimizer]) -> Callable[..., None]:
             )
 
     return refuse
-
-
-def _unless_accumulating(hook: Callable[..., Any]) -> Callable[..., Any]:
-    def on_logical_step(optimizer: DPOptimizer, args: Any, kwargs: Any) -> Any:
-        return None if optimizer.accumulating else hook(optimizer, args, kwargs)
-
-    return on_logical_step

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, PrivacyWarning
 from dpcompile.privacy import PrivacyAccountant
 from dpcompile.runtime import Engine
 
@@ -19,10 +21,15 @@ __all__ = [
     "refuse_closure_only",
     "refuse_complex",
     "refuse_foreign",
+    "refuse_foreign_parameters",
+    "refuse_forgetful",
     "refuse_missing",
     "refuse_other_accountant",
+    "refuse_other_rate",
+    "refuse_replaced",
     "refuse_state",
     "refuse_stray",
+    "warn_of_used_noise",
 ]
 
 
@@ -59,7 +66,58 @@ def refuse_other_accountant(noise_multiplier: float, accountant: PrivacyAccounta
         )
 
 
-def refuse_foreign(engine: Engine, params: Iterable[Tensor]) -> None:
+def refuse_other_rate(accountant: PrivacyAccountant | None, sample_rate: float) -> None:
+    """The accountant must count draws at the rate of the loader that feeds the model."""
+    if accountant is not None and not math.isclose(accountant.sample_rate, sample_rate, rel_tol=1e-9):
+        raise PrivacyError(
+            f"the loader samples at rate {sample_rate}, the accountant assumes {accountant.sample_rate}",
+            remedy="make the PrivacyAccountant with sample_rate=loader.sample_rate",
+        )
+
+
+def refuse_forgetful(accountant: PrivacyAccountant | None, counted: int) -> None:
+    """Steps that were counted stay so."""
+    if accountant is not None and accountant.steps < counted:
+        raise PrivacyError(
+            f"the accountant counts {accountant.steps} steps, and counted {counted} after the last one: epsilon would "
+            "leave some out",
+            remedy="load accountant states through load_state_dict of a new DPOptimizer only",
+        )
+
+
+def refuse_replaced(old: PrivacyAccountant | None, new: PrivacyAccountant | None, steps: int) -> None:
+    """An accountant that takes another's place goes on where that one is."""
+    if new is None and old is not None:
+        raise PrivacyError(
+            "the accountant was taken away: steps would not be counted",
+            remedy="leave it; to train without one, make the DPOptimizer without",
+        )
+    if new is None:
+        return
+    known = steps if old is None else old.steps
+    rates = new.sample_rate if old is None else old.sample_rate
+    if new.sample_rate != rates or new.steps < known:
+        raise PrivacyError(
+            f"another accountant, of sample rate {new.sample_rate} and {new.steps} steps, in place of one of sample "
+            f"rate {rates} and {known} steps",
+            remedy="make it with the same sample_rate and load the old one's state_dict into it",
+        )
+
+
+def refuse_foreign(engine: Engine, optimizer: Optimizer) -> None:
+    """Every optimized parameter is one of the model's, and in one group: see :func:`refuse_foreign_parameters`."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    refuse_foreign_parameters(engine, held)
+    if len({id(p) for p in held}) < len(held):
+        names = {id(p): name for name, p in engine.parameters().items()}
+        twice = next(p for i, p in enumerate(held) if any(p is q for q in held[:i]))
+        raise PrivacyError(
+            f"parameter '{names[id(twice)]}' is in two groups of the optimizer: it would be updated twice in a step",
+            remedy="leave it in one group",
+        )
+
+
+def refuse_foreign_parameters(engine: Engine, params: Iterable[Tensor]) -> None:
     """Every optimized parameter is one of the model's: any other would be updated outside the guarantee."""
     held = {id(p) for p in engine.parameters().values()}
     foreign = [tuple(p.shape) for p in params if id(p) not in held]
@@ -78,7 +136,8 @@ def refuse_missing(engine: Engine, optimizer: Optimizer, trainable: Sequence[str
     if missing:
         raise PrivacyError(
             "trainable parameters of the model that the optimizer does not hold: " + ", ".join(map(repr, missing)),
-            remedy="add them to the optimizer (add_param_group), or freeze them with requires_grad_(False)",
+            remedy="add them to the optimizer (add_param_group); give several optimizers for parts of the model as one "
+            "list, DPOptimizer([first, second], model, ...); or freeze them with requires_grad_(False)",
         )
 
 
@@ -111,6 +170,12 @@ def refuse_state(own: Mapping[str, Any] | None, current: Mapping[str, Any]) -> N
             "the state dict has no 'dpcompile' entry: seed and logical step of the run are unknown",
             remedy="load what DPOptimizer.state_dict() returned; load a plain optimizer's state into .optimizer",
         )
+    missing = [name for name in current if name not in own and name != "draws"]
+    if missing:
+        raise PrivacyError(
+            f"the 'dpcompile' entry of the state dict lacks {', '.join(missing)}",
+            remedy="load what DPOptimizer.state_dict() returned, as it is",
+        )
     same = own["seed"] == current["seed"] and own["secure"] == current["secure"]
     if same and own["logical_step"] < current["logical_step"]:
         raise PrivacyError(
@@ -124,11 +189,43 @@ def refuse_state(own: Mapping[str, Any] | None, current: Mapping[str, Any]) -> N
                 f"{name} was {own[name]} in the saved run and is {current[name]} here",
                 remedy=f"make the DPOptimizer with {name}={own[name]}",
             )
+    if current["accountant"] is not None and current["logical_step"] and own["seed"] != current["seed"]:
+        raise PrivacyError(
+            f"this optimizer has taken {current['logical_step']} steps, and the state is of another run: the "
+            "accountant would forget them",
+            remedy="load it into a new DPOptimizer with a new accountant, and the weights of that run into the model",
+        )
     if current["accountant"] is not None and own["accountant"] is None and own["logical_step"]:
         raise PrivacyError(
             f"the saved run took {own['logical_step']} steps without an accountant: epsilon would leave them out",
             remedy="load it into a DPOptimizer without accountant, or give the saving run an accountant",
         )
+
+
+_DRAWN: dict[tuple[str, bool], tuple[weakref.ref[Any], int]] = {}  # stream of noise -> who drew last, and which step
+_WARNED: set[tuple[str, bool]] = set()
+
+
+def warn_of_used_noise(owner: Any, stream: str, *, secure: bool, step: int) -> None:
+    """Warn once per stream if another optimizer of this process drew the same noise.
+
+    Args:
+        owner: the optimizer that is about to draw.
+        stream: a digest of its seed.
+        secure: of which generator.
+        step: the logical step that is drawn for.
+    """
+    key = stream, secure
+    known = _DRAWN.get(key)
+    if known is not None and known[0]() is not owner and step <= known[1] and key not in _WARNED:
+        _WARNED.add(key)
+        warnings.warn(
+            f"two DPOptimizers of one seed: the noise of logical step {step} is drawn a second time, and the "
+            "difference of the two models has none. Right to repeat an experiment; to publish both, leave seed out",
+            PrivacyWarning,
+            stacklevel=4,
+        )
+    _DRAWN[key] = weakref.ref(owner), max(step, -1 if known is None else known[1])
 
 
 def _optimized(optimizer: Optimizer) -> set[int]:

@@ -115,13 +115,20 @@ class PrivacyAccountant:
         """Replace the history. Sigma, sample rate and method stay: they are those of the steps to come.
 
         Raises:
-            PrivacyError: an entry that is no possible run of steps.
+            PrivacyError: no history, or an entry that is no possible run of steps.
         """
+        try:
+            runs = [(float(sigma), float(rate), n) for sigma, rate, n in state_dict["history"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise PrivacyError(
+                f"this is no state of an accountant ({type(error).__name__}: {error})",
+                remedy="load what PrivacyAccountant.state_dict() returned",
+            ) from None
         history = []
-        for noise_multiplier, sample_rate, n in state_dict["history"]:
+        for noise_multiplier, sample_rate, n in runs:
             _check_mechanism(noise_multiplier, sample_rate)
             _check_steps(n)
-            history.append((float(noise_multiplier), float(sample_rate), n))
+            history.append((noise_multiplier, sample_rate, n))
         self._history = history
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -25,7 +26,7 @@ __all__ = ["make_private"]
 
 def make_private(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     loader: DataLoader[Any] | PoissonLoader,
     *,
     noise_multiplier: float | None = None,
@@ -49,7 +50,7 @@ def make_private(
     Args:
         model: an ordinary model, also one under ``fully_shard``; one that :func:`dpcompile.dp_compile` returned; or
             such a one inside DistributedDataParallel.
-        optimizer: a torch optimizer over its trainable parameters.
+        optimizer: a torch optimizer over its trainable parameters, or several in a list, each over a part of them.
         loader: a DataLoader with torch's own sampler (its batch size becomes the expected one, of all ranks together),
             or a PoissonLoader.
         noise_multiplier: sigma. Either this or a target.

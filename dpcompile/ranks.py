@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 
-__all__ = ["any_rank", "digest", "from_first", "gathered", "rank", "refuse_disagreement", "refuse_some", "world_size"]
+__all__ = [
+    "any_rank",
+    "digest",
+    "from_first",
+    "gathered",
+    "rank",
+    "refuse_disagreement",
+    "refuse_other_place",
+    "refuse_some",
+    "world_size",
+]
 
 
 def world_size() -> int:
@@ -82,4 +93,29 @@ def refuse_disagreement(values: Mapping[str, Any]) -> None:
         raise PrivacyError(
             f"the ranks disagree about {listed}",
             remedy="make model, optimizer and loader with the same arguments on every rank; load the same checkpoint",
+        )
+
+
+def refuse_other_place(place: Sequence[int], device: torch.device, group: Any = None) -> None:
+    """Compare where training stands over the ranks of a group; every rank must call this, and all raise.
+
+    Args:
+        place: numbers below 2**63, as many on every rank: steps taken, draws; none: nothing is compared.
+        device: where collectives work.
+        group: None: all ranks.
+
+    Raises:
+        PrivacyError: one of the numbers is not the same on all of them.
+    """
+    if not place:
+        return
+    ends = torch.tensor([*place, *(-n for n in place)], dtype=torch.int64, device=device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
+    largest, smallest = ends[: len(place)].tolist(), (-ends[len(place) :]).tolist()
+    if largest != smallest:
+        raise PrivacyError(
+            f"the ranks are at different steps or draws of the loader: this one at {list(place)}, others from "
+            f"{smallest} to {largest}; their clipped sums do not belong together",
+            remedy="run every batch on every rank: no `continue` or `break` that one rank alone takes (to skip a draw, "
+            "agree on it first, with torch.distributed.all_reduce, on a condition that is not private)",
         )

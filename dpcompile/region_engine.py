@@ -27,6 +27,7 @@ from dpcompile.pipeline import Options
 from dpcompile.plan import Plan
 from dpcompile.random_state import Snapshot
 from dpcompile.rank_parts import RankParts
+from dpcompile.ranks import refuse_other_place
 from dpcompile.region import Scope
 from dpcompile.region_graphs import Frame, RegionGraphs
 from dpcompile.shards import local_part, zeros_for
@@ -364,6 +365,8 @@ class RegionEngine(Engine):
 
         def deliver(outcome: Outcome) -> None:
             given.begin()
+            if self.distributed and not self.replicas.known:
+                refuse_other_place(self.place(), outcome.norms.device)
             reached = {name for name, _ in outcome.sums}
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
             zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]

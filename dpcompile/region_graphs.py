@@ -303,6 +303,8 @@ class RegionGraphs:
             outputs = artifact.compiled(*arguments, run.whole.mask, norms, run.given)
         else:
             outputs = artifact.compiled(*inputs)
+        if run is not None:
+            run.whole.unscaling.before_backward_of(outputs)
         outputs = guarded(outputs, artifact.unowned)
         labels = [concrete(label, artifact.symbols, inputs) for label in artifact.labels]
         self._kept.note(outputs, labels)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dpcompile._torch import active_replica, after_backward
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.ledger import GradientLedger
-from dpcompile.ranks import refuse_some
+from dpcompile.ranks import refuse_other_place, refuse_some
 from dpcompile.shards import is_distributed, zeros_for
 
 __all__ = ["Replicas", "inner_module", "refuse_wrapped"]
@@ -49,6 +49,7 @@ class Replicas:
     Args:
         ledger: of the model.
         trainable: the trainable parameters by name, in the order of the model.
+        place: where training stands, small numbers that are the same on all ranks: steps taken, draw.
 
     **Guarantee.** Once a model was seen inside DistributedDataParallel, what the ledger has in ``p.grad`` is the same
     on all replicas: for every backward outside ``no_sync()``, the sum over all ranks of what came since the one before.
@@ -61,11 +62,17 @@ class Replicas:
     a rank whose backward reaches fewer parameters     zeros for the others
     a call that runs in parts                          added up once, at the end of the backward
     the inner model called with gradients              refused
+    a rank that skipped a batch or a step              refused on all ranks, at the next reduction
     =================================================  ================================================
     """
 
-    def __init__(self, ledger: GradientLedger, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> None:
-        self._ledger, self._trainable = ledger, trainable
+    def __init__(
+        self,
+        ledger: GradientLedger,
+        trainable: Callable[[], Mapping[str, nn.Parameter]],
+        place: Callable[[], tuple[int, ...]],
+    ) -> None:
+        self._ledger, self._trainable, self._place = ledger, trainable, place
         self._ddp: Any = None
         self._due: int | None = None  # the backward at whose end the sums are added up
 
@@ -140,6 +147,8 @@ class Replicas:
     @torch.no_grad()
     def _add_up(self) -> None:
         held, parameters = self._ledger.take_held(), self._trainable()
+        device = next(iter(parameters.values())).device
+        refuse_other_place(self._place(), device, self._ddp.process_group)
         sums = [held[n] if n in held else zeros_for(p) for n, p in parameters.items()]
         self._ledger.add(zip(parameters, _add_up(sums, self._ddp.process_group), strict=True))
 

@@ -29,7 +29,6 @@ __all__ = [
     "local_runs",
     "reduce_sums",
     "tensor_parallel_dims",
-    "version_of",
     "zeros_for",
 ]
 
@@ -49,11 +48,6 @@ def computing_device(parameter: Tensor) -> torch.device:
     """Where a parameter is used; with CPU offload it rests elsewhere."""
     distributed: Any = parameter
     return torch.device(distributed.device_mesh.device_type) if is_distributed(parameter) else parameter.device
-
-
-def version_of(tensor: Tensor) -> tuple[int, int]:
-    """Changes with every in-place operation on the tensor or on its local part."""
-    return tensor._version, local_part(tensor)._version
 
 
 def zeros_for(parameter: Tensor) -> Tensor:

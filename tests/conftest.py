@@ -22,6 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, but for two that torch raises about itself."""
     config.option.showcapture = "stdout"  # the log holds thousands of empty lines of torch's structured trace
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:two DPOptimizers of one seed")  # runs that are compared
     config.addinivalue_line("filterwarnings", "ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's own
 
 

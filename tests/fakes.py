@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ class FakeEngine:
         self.model = self.module = model
         self.max_grad_norm = max_grad_norm
         self.ledger = GradientLedger(self.parameters())
-        self.draws: Draws | None = None
+        self.feed: Any = None
+        self.steps: int | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
@@ -31,14 +33,14 @@ class FakeEngine:
 
     def backward(self, x: Tensor, value: Tensor) -> None:
         """As the compiled model does with a batch of the loader: the sum of the values of its examples, into ``a``."""
-        assert self.draws is not None
-        claim = self.draws.claim([(x, 0)])
+        draws: Draws = self.feed.draws
+        claim = draws.claim([(x, 0)])
         if claim.batch is None or claim.mask is None:
             assert claim.refused is not None
             raise claim.refused
-        self.draws.begin(claim.batch)
+        draws.begin(claim.batch)
         self.deliver(a=(value * claim.mask).sum().view(1))
-        self.draws.delivered(claim.batch)
+        draws.delivered(claim.batch)
 
     def deliver(self, **sums: Tensor) -> None:
         """One clipped backward; zeros for the trainable parameters not named."""

@@ -619,7 +619,7 @@ def test_another_optimizer_than_the_attached_one_is_refused():
     other = DPOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), model, noise_multiplier=0.0, expected_batch_size=8)
     x, _ = next(iter(loader))
     backward(model, x)
-    with pytest.raises(PrivacyError, match=r"another optimizer is attached to the loader.*\n.*make_private returned"):
+    with pytest.raises(PrivacyError, match=r"attached to another DPOptimizer.*\n.*step the optimizer that the loader is attached to"):
         other.step()
     optimizer.step()
 

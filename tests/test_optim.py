@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fakes import PrivateModel, engine_of
 from scipy import stats
 
 from dpcompile import optim
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, PrivacyWarning
 from dpcompile.mechanism import privatize_
 from dpcompile.noise import gaussian
 from dpcompile.optim import DPOptimizer
@@ -488,3 +489,252 @@ def test_two_steps_on_the_same_gradients_are_refused():
 def test_a_step_without_a_backward_is_refused():
     with pytest.raises(PrivacyError, match="without a clipped backward"):
         wrapped(model_of()).step()
+
+
+# ---- what may not change under it
+
+
+def counted(rate: float = 0.1, steps: int = 0, sigma: float = 1.0) -> PrivacyAccountant:
+    accountant = PrivacyAccountant(noise_multiplier=sigma, sample_rate=rate)
+    accountant.step(steps)
+    return accountant
+
+
+class Loader:
+    """What an optimizer sees of a loader."""
+
+    def __init__(self, seed: int = 3, sample_rate: float = 0.1) -> None:
+        self.seed, self.sample_rate, self.secure = seed, sample_rate, False
+
+
+@pytest.mark.parametrize("where", ["model", "inner", "by hand"])
+def test_zero_grad_of_others_within_a_step_keeps_the_sums(where):
+    model = model_of(a=3)
+    optimizer = wrapped(model, noise_multiplier=0.0)
+    for accumulating in (True, True, False):
+        optimizer.accumulating = accumulating
+        if where == "model":
+            model.zero_grad()
+        elif where == "inner":
+            optimizer.optimizer.zero_grad()
+        else:
+            model.a.grad = None
+        model.engine.deliver(a=torch.ones(3))
+        if accumulating and where == "model":
+            continue  # whether or not step() is called in between
+        optimizer.step()
+    assert torch.equal(-model.a.detach() * 4, torch.full((3,), 3.0))
+
+
+def test_zeroing_in_place_within_a_step_is_refused_and_after_it_is_not():
+    model = model_of(a=3)
+    optimizer = wrapped(model, noise_multiplier=0.0)
+    model.engine.deliver(a=torch.ones(3))
+    optimizer.step()
+    model.zero_grad(set_to_none=False)
+    optimizer.accumulating = True
+    model.engine.deliver(a=torch.ones(3))
+    optimizer.accumulating = False
+    model.zero_grad(set_to_none=False)
+    with pytest.raises(PrivacyError, match=r"zero_grad\(\) within a logical step.*\n.*DPOptimizer"):
+        model.engine.deliver(a=torch.ones(3))
+
+
+def test_a_group_added_to_the_inner_optimizer_is_refused():
+    model = model_of()
+    optimizer = wrapped(model)
+    optimizer.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+    model.engine.deliver()
+    with pytest.raises(PrivacyError, match="1 parameter.s. that the model does not hold"):
+        optimizer.step()
+
+
+def test_a_parameter_in_two_groups_is_refused():
+    model = model_of()
+    optimizer = wrapped(model)
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [model.b]})
+    model.engine.deliver()
+    with pytest.raises(PrivacyError, match="parameter 'b' is in two groups"):
+        optimizer.step()
+
+
+def test_inner_optimizer_and_step_count_cannot_be_assigned():
+    optimizer = wrapped(model_of())
+    for name in ("optimizer", "logical_step"):
+        with pytest.raises(AttributeError):
+            setattr(optimizer, name, 0)
+
+
+def test_numbers_without_sense_are_refused_when_assigned_too():
+    model = model_of()
+    optimizer = wrapped(model)
+    model.engine.deliver()
+    optimizer.noise_multiplier = math.nan
+    with pytest.raises(PrivacyError, match="noise_multiplier is nan"):
+        optimizer.step()
+    optimizer.noise_multiplier, optimizer.expected_batch_size = 1.0, 0
+    with pytest.raises(PrivacyError, match="expected_batch_size is 0"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (None, "was taken away"),
+        (counted(rate=0.01, steps=1), "another accountant, of sample rate 0.01"),
+        (counted(), "another accountant, of sample rate 0.1 and 0 steps"),
+    ],
+)
+def test_another_accountant_is_refused(other, said):
+    model = model_of()
+    optimizer = wrapped(model, accountant=counted())
+    one_step(model, optimizer)
+    with pytest.raises(PrivacyError, match=said):
+        optimizer.accountant = other
+    optimizer.accountant = counted(steps=1)
+    one_step(model, optimizer)
+    assert optimizer.accountant.steps == 2
+
+
+def test_an_accountant_that_forgets_is_refused():
+    model = model_of()
+    optimizer = wrapped(model, accountant=counted())
+    one_step(model, optimizer)
+    assert optimizer.accountant is not None
+    optimizer.accountant.load_state_dict({"history": []})
+    model.engine.deliver()
+    with pytest.raises(PrivacyError, match="counts 0 steps, and counted 1"):
+        optimizer.step()
+
+
+def test_an_accountant_given_later_must_know_the_steps_and_the_rate_of_the_loader():
+    model, loader = model_of(), Loader()
+    optimizer = wrapped(model)
+    optimizer.fed_by(loader)
+    one_step(model, optimizer)
+    with pytest.raises(PrivacyError, match="and 0 steps, in place of"):
+        optimizer.accountant = counted()
+    optimizer.accountant = counted(rate=0.01, steps=1)
+    model.engine.deliver()
+    with pytest.raises(PrivacyError, match="the loader samples at rate 0.1, the accountant assumes 0.01"):
+        optimizer.step()
+
+
+def test_a_step_on_the_draws_of_another_optimizer_is_refused():
+    model, loader = model_of(), Loader()
+    first, second = wrapped(model, seed=None), wrapped(model, seed=None)
+    first.fed_by(loader)
+    model.engine.deliver()
+    with pytest.raises(PrivacyError, match=r"attached to another DPOptimizer.*\n.*loader.attach"):
+        second.step()
+    second.fed_by(loader)
+    second.step()
+    second.zero_grad()
+    del loader
+    one_step(model, first)
+
+
+def test_a_state_without_that_of_the_loader_is_refused_at_the_step():
+    model, loader = model_of(), Loader()
+    optimizer = wrapped(model)
+    optimizer.fed_by(loader)
+    for draw in range(3):
+        model.engine.feed.draws.last = draw
+        one_step(model, optimizer)
+    state = optimizer.state_dict()
+    for seed, draw, refused in ((3, 2, True), (3, 3, False), (4, 0, False)):
+        model, loader = model_of(), Loader(seed)
+        optimizer = wrapped(model)
+        optimizer.fed_by(loader)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        model.engine.feed.draws.last = draw
+        model.engine.deliver()
+        if refused:
+            with pytest.raises(PrivacyError, match=r"saved after draw 2 .*this is draw 2.*\n.*loader.load_state_dict"):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+def test_a_state_of_another_run_after_counted_steps_is_refused():
+    model = model_of()
+    optimizer = wrapped(model, accountant=counted())
+    one_step(model, optimizer)
+    other = wrapped(model_of(), seed=9, accountant=counted())
+    with pytest.raises(PrivacyError, match=r"has taken 1 steps, and the state is of another run.*\n.*new DPOptimizer"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+def test_a_state_that_lacks_entries_is_refused():
+    optimizer = wrapped(model_of())
+    state = optimizer.state_dict()
+    del state["dpcompile"]["seed"]
+    with pytest.raises(PrivacyError, match="lacks seed"):
+        optimizer.load_state_dict(state)
+
+
+def test_one_seed_in_two_optimizers_is_told_once():
+    first, second = model_of(), model_of()
+    one, two = (wrapped(m, seed=123456789) for m in (first, second))
+    one_step(first, one)
+    with pytest.warns(PrivacyWarning, match="two DPOptimizers of one seed: the noise of logical step 0"):
+        one_step(second, two)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one_step(second, two)
+        one_step(first, one)
+
+
+# ---- several optimizers
+
+
+def several(model: PrivateModel) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD([model.a], lr=1.0, momentum=0.5), torch.optim.Adam([model.b], lr=0.1)]
+
+
+def test_several_optimizers_step_on_one_private_gradient():
+    model, plain = model_of(), model_of()
+    optimizer = wrapped(model, several(model), noise_multiplier=0.0)
+    assert len(optimizer.param_groups) == 2
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    ordinary = several(plain)
+    for _ in range(3):
+        one_step(model, optimizer, a=torch.ones(6), b=torch.arange(4.0))
+        scheduler.step()
+        plain.a.grad, plain.b.grad = torch.ones(6) / 4, torch.arange(4.0) / 4
+        for part in ordinary:
+            part.step()
+            part.param_groups[0]["lr"] *= 0.5
+    assert torch.equal(model.a, plain.a) and torch.equal(model.b, plain.b)
+    with pytest.raises(PrivacyError, match="the wrapped optimizer was stepped directly"):
+        optimizer.optimizer.parts[1].step()
+
+
+def test_several_optimizers_are_resumed():
+    model = model_of()
+    optimizer = wrapped(model, several(model))
+    one_step(model, optimizer, a=torch.ones(6))
+    twin = model_of()
+    twin.load_state_dict(model.state_dict())
+    resumed = wrapped(twin, several(twin))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (twin, resumed)):
+        one_step(m, o, a=torch.ones(6))
+    assert torch.equal(model.a, twin.a) and torch.equal(model.b, twin.b)
+    with pytest.raises(ValueError, match="other parameter groups"):
+        resumed.optimizer.load_state_dict(torch.optim.SGD(twin.parameters()).state_dict())
+
+
+def test_what_is_no_optimizer_or_leaves_parameters_out_is_refused():
+    model = model_of()
+    for given in ([], [model.a], model):
+        with pytest.raises(PrivacyError, match=r"the optimizer is a .*\n.*or a list of them"):
+            DPOptimizer(given, model, noise_multiplier=1.0, expected_batch_size=4)  # type: ignore[arg-type]
+    with pytest.raises(PrivacyError, match=r"does not hold: 'b'.*\n.*DPOptimizer\(\[first, second\]"):
+        wrapped(model, several(model)[0])
+    with pytest.raises(PrivacyError, match="parameter 'a' is in two groups"):
+        wrapped(model, [*several(model), torch.optim.SGD([model.a])])
+    with pytest.raises(PrivacyError, match=r"added to several optimizers at once"):
+        wrapped(model, several(model)).add_param_group({"params": [model.a]})
+    with pytest.raises(PrivacyError, match="LBFGS evaluates"):
+        wrapped(model, [torch.optim.SGD([model.a]), torch.optim.LBFGS([model.b])])

@@ -144,3 +144,10 @@ def test_an_unknown_method_is_refused():
 def test_an_unreachable_target_is_refused():
     with pytest.raises(PrivacyError, match="no noise multiplier up to"):
         calibrate_noise(target_epsilon=1e-9, target_delta=1e-12, sample_rate=1.0, steps=10**6, method="rdp")
+
+
+@pytest.mark.parametrize("state", [{}, {"history": 3}, {"history": [[1.0, 0.1]]}, {"history": [["x", 0.1, 3]]}, None])
+def test_a_malformed_state_is_refused(state):
+    accountant = PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.1)
+    with pytest.raises(PrivacyError, match="no state of an accountant"):
+        accountant.load_state_dict(state)
