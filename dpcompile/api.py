@@ -66,7 +66,7 @@ def dp_compile(  # type: ignore[misc]
             is the same for all. One entry for all, one per positional argument, or a dict by argument name.
         loss_reduction: "mean" if the loss is a mean over the batch (its 1/B is undone before clipping), or "sum".
         backend: "inductor", or "eager" to run the rewritten graph uncompiled.
-        dynamic: as in ``torch.compile``: True for symbolic sizes, False for fixed ones, None to find out.
+        dynamic: as in ``torch.compile``: True for symbolic sizes and numbers, False for fixed ones, None to find out.
         memory_budget: None; a float: this multiple of the plain step's peak memory; an int: bytes for the whole step.
             The batch may then run in parts (:mod:`dpcompile.parts`), a model in regions in two backward passes
             (:mod:`dpcompile.region_memory`). With None, memory on CPUs stays mapped between

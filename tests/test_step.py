@@ -376,7 +376,7 @@ def test_schedulers_of_every_number(schedule, kind) -> None:
 def test_batches_of_other_sizes() -> None:
     loop, loop_optimizer, whole, whole_optimizer = twins(lr=0.1)
     step = compile_step(whole, F.cross_entropy, whole_optimizer)
-    for n in (6, 4, 9, 5, 7, 3, 8, 2, 10, 11, 12, 6):
+    for n in (6, 4, 9, 4, 6):
         x, y = data(n)
         F.cross_entropy(loop(x), y).backward()
         loop_optimizer.step()
