@@ -31,7 +31,7 @@ Degree: TypeAlias = "float | fx.Node"
 def check_scaling(joint: JointGraph, proof: Proof, *, mean: bool, twice: bool) -> None:
     """Refuse gradients that do not grow in proportion to the cotangents, where that would be relied on.
 
-    **Guarantee.** If this returns, and ``mean`` or ``twice`` is set, then s > 0 times the cotangents gives s times every
+    **Guarantee.** If this returns, and ``mean`` or ``twice`` is set, then s > 0 times the cotangents gives s times each
     gradient, up to rounding.
 
     ==========================================  ==========================================================
@@ -106,7 +106,7 @@ def _degrees(joint: JointGraph, proof: Proof) -> dict[fx.Node, Any]:
 def _degree(node: fx.Node, degrees: Mapping[fx.Node, Any], proof: Proof) -> Any:
     if node.target is operator.getitem:
         found = degrees[node.args[0]]  # type: ignore[index]
-        return found[node.args[1]] if isinstance(found, tuple) else found
+        return found[node.args[1]] if isinstance(found, tuple) else found  # type: ignore[index]
     known = [degrees[n] for n in node.all_input_nodes]
     unknown = next((d for d in known if isinstance(d, fx.Node)), None)
     if unknown is not None:

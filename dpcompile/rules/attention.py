@@ -105,7 +105,9 @@ def _check_captured(call: Call, label: Label, function: Any, captured: Any, indi
             return call.mixes("a tensor captured by score_mod or mask_mod enumerates the examples in another order")
         if not _reads_own(value, own.dim, example):
             return call.mixes("score_mod or mask_mod reads a captured tensor at other examples than its own")
-    for use in example.users if isinstance(label, Examples) else ():
+    if not isinstance(label, Examples):
+        return label
+    for use in example.users:
         indexed: Any = use.args[1] if operation_name(use.target) == "index" and use.args[0] in tensors else ()
         if example not in indexed:
             return call.mixes(

@@ -170,8 +170,9 @@ def masked_index(call: Call) -> Label:
     if isinstance(found, Mixed):
         return found
     if not isinstance(mask, Examples):
-        differing = None if isinstance(found, Shared) else call.any_by_row([call["mask"]], found, len(call.out_shape))
-        return differing or found
+        if not isinstance(found, Examples):
+            return call.mixes("its mask is a sum over the examples")
+        return call.any_by_row([call["mask"]], found, len(call.out_shape)) or found
     mask = mask.at(mask.dim + len(call.out_shape) - len(call.shape(call["mask"])))
     if isinstance(found, Shared):
         return geometry.by_row(mask) or mask
