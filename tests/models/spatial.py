@@ -132,9 +132,9 @@ net(
 )
 net(
     "AdaptiveMaxPool3d-channels-last",
-    shaped(2, 3, 4, 5),
-    lambda m, x: F.adaptive_max_pool3d(m.conv(x).contiguous(memory_format=torch.channels_last_3d), (2, 3, 2)),
-    lambda: {"conv": nn.Conv3d(2, 3, 1)},
+    lambda n: ((torch.randn(n, 4, 4, 6, 10).contiguous(memory_format=torch.channels_last_3d),), {}),
+    lambda m, x: F.adaptive_max_pool3d(x * m.scale + m.shift, (2, 3, 5)),
+    lambda: {"scale": nn.Parameter(torch.rand(4, 1, 1, 1)), "shift": nn.Parameter(torch.randn(4, 1, 1, 1))},
     slow=True,
 )
 layer(
