@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from dpcompile._torch import compile_joint, flat_graph, pytree, tracing_config
+from dpcompile._torch import compile_joint, flat_graph, pytree, tracing_config, written_numbers_forgotten
 from dpcompile.arguments import InDims, example_dims
 from dpcompile.capture import Roles, assign_roles, extend
 from dpcompile.engine import Engine, with_own_code
@@ -98,6 +98,7 @@ class _Program:
         transformed: plan, certificate and graph.
         batch: the number of rows.
         device: where they lie.
+        outside: what the graph reads that is no argument, by name.
     """
 
     graph: fx.GraphModule
@@ -107,6 +108,7 @@ class _Program:
     transformed: Transformed
     batch: int
     device: torch.device
+    outside: Mapping[str, Any]
 
 
 class CompiledStep:
@@ -138,6 +140,8 @@ class CompiledStep:
         program, run = self._program(inputs, targets, names)
         leaves = pytree.tree_leaves((inputs, targets))
         mask = engine.take_mask(program.batch, program.device)
+        for name, value in program.outside.items():
+            engine.kept.check_input(name, value)
         flat = [feed(leaves, mask) for feed in program.feeds]
         final = not optimizer.accumulating
         step = optimizer.use_noise() if final else optimizer.logical_step
@@ -146,7 +150,7 @@ class CompiledStep:
             p = parameters[name]
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         words = seed_words(optimizer.seed, step, secure=optimizer.secure)
-        with torch.no_grad():
+        with torch.no_grad(), written_numbers_forgotten():
             losses, norms, self._sums = run(flat, self._sums, words, final)
         engine.grad_norms, engine.transformed = norms, program.transformed
         if final:
@@ -235,6 +239,7 @@ class CompiledStep:
             transformed=transformed,
             batch=batch_of.shape[dim],
             device=batch_of.device,
+            outside={name: graph_inputs[p] for p, name in roles.outside.items()},
         )
 
     def _compile(self, program: _Program, names: Sequence[str]) -> Callable[..., Any]:
