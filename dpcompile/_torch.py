@@ -37,7 +37,7 @@ from torch._functorch._aot_autograd.descriptors import (
 )
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._guards import CompileContext, detect_fake_mode
+from torch._guards import CompileContext, TracingContext, detect_fake_mode
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner, record_original_output_strides
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -45,7 +45,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.loop_body import LoopBody
 from torch._inductor.scheduler import SchedulerNode
 from torch._ops import OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, SymNumberMemoDescriptor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 from torch.multiprocessing.reductions import StorageWeakRef as WeakMemory
@@ -91,6 +91,7 @@ __all__ = [
     "GraphCompiler",
     "flat_graph",
     "inner_tensor",
+    "guarded_names",
     "has_gradient_hooks",
     "is_compiling",
     "is_entered",
@@ -123,6 +124,7 @@ __all__ = [
     "user_place",
     "uses_of_memory",
     "weak_memory",
+    "written_numbers_forgotten",
 ]
 
 GraphPass = Callable[[fx.GraphModule], None]
@@ -177,13 +179,19 @@ def tracing_config(*, regions: bool = False) -> Iterator[None]:
         ignore_logging_functions={*config.ignore_logging_functions, *loggers, warnings.warn},
         **_MANY_MODULES if regions else {},
     )
-    with settings, _intermediates_stay_as_they_are():
+    with settings, _intermediates_stay_as_they_are(), written_numbers_forgotten():
         yield
 
 
 def is_compiling() -> bool:
     """Whether Dynamo is compiling a frame."""
     return CompileContext.try_get() is not None
+
+
+def guarded_names() -> frozenset[str]:
+    """What the graph that is being compiled was made for, by the names that Dynamo reads it under."""
+    context = TracingContext.try_get()
+    return frozenset() if context is None else frozenset(g.name for g in context.guards_context.dynamo_guards)
 
 
 def is_entered(mode: TorchDispatchMode) -> bool:
@@ -445,6 +453,29 @@ def _intermediates_stay_as_they_are() -> Iterator[None]:
         yield
     finally:
         setattr(kind, name, before)
+
+
+@contextlib.contextmanager
+def written_numbers_forgotten() -> Iterator[None]:
+    """Let Dynamo forget the value of a float64 tensor of one number where the model writes to it.
+
+    Torch before 2.14 keeps it: ``.item()`` after the write gives the number from before, and the write itself is left
+    out of the graph, also of plain ``torch.compile``'s.
+    """
+    memo: Any = SymNumberMemoDescriptor
+    before = memo.__get__
+
+    def get(self: Any, tensor: Any, kind: Any = None) -> Any:
+        known = getattr(tensor, self._memo(tensor)) is not None and not self._is_nested_int
+        if known and not tensor.is_inference() and getattr(tensor, self._memo_vc(tensor)) != tensor._version:
+            setattr(tensor, self._memo(tensor), None)
+        return before(self, tensor, kind)
+
+    memo.__get__ = get
+    try:
+        yield
+    finally:
+        memo.__get__ = before
 
 
 def add_inputs(gm: fx.GraphModule, values: dict[str, torch.Tensor]) -> fx.GraphModule:

@@ -25,9 +25,10 @@ from dpcompile._torch import (
     running_place,
 )
 from dpcompile.errors import DPCompileError, ExampleMixingError, UnsupportedGraphError
+from dpcompile.kept import Kept
 from dpcompile.operations import operation_name
 
-__all__ = ["Between", "check_hooks_between", "check_inputs_between", "compiled_alone", "held_tensors"]
+__all__ = ["Between", "Following", "check_hooks_between", "check_inputs_between", "compiled_alone"]
 
 _READS = ("tolist", "numpy", "data_ptr", "__dlpack__")
 _MOVE = (
@@ -161,13 +162,46 @@ class Between(TorchDispatchMode):
         return None
 
 
-def held_tensors(module: nn.Module) -> dict[int, Tensor]:
-    """Buffers, and what else of tensors the modules' attributes hold: by identity."""
-    found: dict[int, Tensor] = {}
-    for part in module.modules():
-        values = {k: v for k, v in vars(part).items() if k not in ("_modules", "_parameters")}
-        found.update((id(x), x) for x in pytree.tree_leaves(values) if isinstance(x, Tensor))
-    return found
+class Following(Between):
+    """Watches the same where nothing is trained, and refuses nothing: it notes what holds examples from then on.
+
+    Args:
+        kept: where.
+    """
+
+    def __init__(self, kept: Kept) -> None:
+        super().__init__(kept.holds, lambda _: None)
+        self._kept = kept
+
+    @disable
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Follow examples through every operation."""
+        result = func(*args, **(kwargs or {}))
+        if self._watching and not is_compiling() and self._any_holds((args, kwargs)):
+            written = [x for a, x in zip(func._schema.arguments, args, strict=False) if a.is_write]
+            self._note((result, written, (kwargs or {}).get("out")))
+        return result
+
+    def _seen(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @disable
+        @functools.wraps(method)
+        def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            result = method(tensor, *args, **kwargs)
+            if self._watching and not is_compiling() and self._any_holds(tensor):
+                self._note(result)
+            return result
+
+        return read
+
+    def _any_holds(self, operands: Any) -> bool:
+        return any(self._kept.holds(x) for x in pytree.tree_leaves(operands))
+
+    def _note(self, results: Any) -> None:
+        leaves = pytree.tree_leaves(results)
+        self._kept.note_arguments(leaves, trained=False)
+        for number in leaves:
+            if isinstance(number, (int, float)):
+                self._kept.numbers.note(number, None)
 
 
 def check_inputs_between(

@@ -30,8 +30,9 @@ from dpcompile.lowering import Lowering
 from dpcompile.outputs import check_differentiable, separate_outputs
 from dpcompile.sizes import Size, divide, is_one, product, same, shape_of, size
 
-__all__ = ["Roles", "assign_roles", "check_outputs", "extend", "name_joint", "written_inputs"]
+__all__ = ["Roles", "arguments_of", "assign_roles", "check_outputs", "extend", "name_joint", "written_inputs"]
 
+_ARGUMENTS = re.compile(r"^(?:\w+\()?L\['(?:args|kwargs)'\]")  # ___from_numpy(L['args'][0]) too
 _HIDDEN = re.compile(r"^L\['(args|kwargs)'\]")
 _INSIDE_MODEL = re.compile(
     r"^L\['module'\](?:\.__dict__)?((?:(?:\.|\[')_modules(?:'\])?\['[^']*'\])*)\._buffers\['(.*)'\]$"
@@ -80,6 +81,11 @@ class Roles:
         """Inputs that are neither parameters nor arguments: buffers, attributes, globals."""
         known = {**self.parameters, **self.frozen}
         return {p: n for p, n in self.names.items() if p not in known and p not in self.arguments}
+
+    @property
+    def outside(self) -> dict[int, str]:
+        """Inputs that are no arguments: the others, and parameters."""
+        return {p: n for p, n in self.names.items() if p not in self.arguments}
 
     @property
     def batch_from(self) -> tuple[int, int]:
@@ -164,12 +170,12 @@ def assign_roles(
             names[position] = _source_name(node)
             if is_number(node):
                 continue
-            if names[position].startswith(("L['args']", "L['kwargs']")):
+            if _ARGUMENTS.match(names[position]):
                 hidden = _HIDDEN.sub(r"\1", names[position])
                 raise UnsupportedGraphError(
-                    f"the model reads the tensor {hidden}, which is inside an object: it is not known whether it has "
-                    "an example axis",
-                    remedy="pass tensors themselves, or in lists, tuples and dicts",
+                    f"the model reads the tensor {hidden}, which is inside an object or an array of NumPy: it is not "
+                    "known whether it has an example axis",
+                    remedy="pass tensors themselves (torch.from_numpy), or in lists, tuples and dicts",
                 )
             if value.requires_grad:
                 raise UnsupportedGraphError(
@@ -186,6 +192,12 @@ def assign_roles(
     narrow = tuple(p for p in trainable if inputs[p].element_size() < 4)
     arguments = frozenset(i for i, x in enumerate(inputs) if id(x) in leaves)
     return Roles(trainable, frozen, examples, names, batch, hints, narrow, len(inputs), arguments, layouts=layouts)
+
+
+def arguments_of(gm: fx.GraphModule) -> list[int]:
+    """Positions of the inputs that a captured graph reads out of the arguments of the call, in whatever object."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return [p for p, node in enumerate(placeholders) if _ARGUMENTS.match(_source_name(node))]
 
 
 def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tensor]]:

@@ -24,9 +24,11 @@ from dpcompile.changing_numbers import constants_where_needed
 from dpcompile.check import FirstStep
 from dpcompile.delivery import Delivery, through_delivery
 from dpcompile.draws import Draws, Given
-from dpcompile.errors import PrivacyError, UnsupportedGraphError
+from dpcompile.errors import DPCompileError, PrivacyError, UnsupportedGraphError
 from dpcompile.feed import Feed
+from dpcompile.flow import Untrained, compile_untrained
 from dpcompile.kept import Kept
+from dpcompile.kept_numbers import Reads, reads_of
 from dpcompile.kinds import check_model
 from dpcompile.layouts import copied_bytes, filters_of, inputs_to_compile, shared_by_parts
 from dpcompile.ledger import GradientLedger
@@ -85,9 +87,9 @@ class Engine:
         self.ledger = GradientLedger(self._parameters)
         self.replicas = Replicas(self.ledger, lambda: {n: self._parameters[n] for n in self.trainable()}, self.place)
         self.transformed: Transformed | None = None
-        self.kept = Kept()
         self.feed: Feed | None = None
         self.steps: int | None = None
+        self.kept = Kept(module, breaks=options.regions == "breaks")
         self.first_step: FirstStep | None = None
         self._unchecked = options.check
         self._norms: list[tuple[Tensor, Tensor]] = []  # with their masks, of the last backward
@@ -254,6 +256,7 @@ class Engine:
             )
         if torch.is_grad_enabled():
             self.kept.check_buffers(self.module)
+        self.kept.numbers.settle(result)
         if self.first_step is not None:
             self.first_step.watch(result)
         return result
@@ -407,17 +410,34 @@ class Engine:
         check_model(self.module, sharded=self.distributed)
         return example_dims(self.module.forward, args, kwargs, self.options.in_dims)
 
+    def _run_untrained(self, graph: Untrained, *inputs: Any) -> Sequence[Any]:
+        """A graph without a private backward: what it leaves of examples is remembered."""
+        if self.tracing:
+            raise _TraceOnly
+        self.note_given([inputs[p] for p in graph.arguments])
+        outputs = self.kept.run(graph, inputs)
+        self.ran(None, outputs)
+        return outputs
+
+    def note_given(self, tensors: Sequence[Any]) -> None:
+        """Arguments of a call without gradients hold examples, but for those that ``in_dims`` says are shared."""
+        try:
+            dims = self._example_dims()
+        except (DPCompileError, TypeError):  # a cache of another batch size: the call is evaluation
+            dims = []
+        shared = {id(t) for _, t, dim in dims if dim is None} | {id(p) for p in self._parameters.values()}
+        self.kept.note_arguments((t for t in tensors if id(t) not in shared), trained=False)
+
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         names = {id(p): name for name, p in self._parameters.items()}
         trainable = any(id(v) in names and v.requires_grad for v in inputs if isinstance(v, Tensor))
         if not (trainable and torch.is_grad_enabled()):
-            compiled = compile_joint(gm, inputs, backend=self.options.backend, transform=_nothing, key="")
-            return _Region(self, compiled)
+            return partial(self._run_untrained, compile_untrained(gm, inputs, self.options.backend))
         if self.options.memory_budget is None and self.options.backend == "inductor":
             keep_freed_memory()
         leaves = {id(t): (name, dim) for name, t, dim in self._example_dims()}
         roles = assign_roles(gm, inputs, names, leaves)
-        region = _Region(self, roles=roles, others=roles.others)
+        region = _Region(self, roles, reads_of(self.module), roles.outside)
         extended, extra = extend(gm, roles)
         parts = None if self._turn is None else self._turn.parts
         copied = 0
@@ -449,32 +469,27 @@ class Engine:
         return self._tracing
 
 
-def _nothing(_: fx.GraphModule) -> None:
-    """Leave a graph without a private backward as it is."""
-
-
 @dataclass(slots=True)
 class _Region:
     """One compiled graph at run time: Dynamo calls it with the graph's inputs."""
 
     engine: Engine
+    roles: Roles
+    reads: Reads
+    outside: Mapping[int, str]
     compiled: Callable[..., Any] | None = None
-    roles: Roles | None = None
     transformed: Transformed | None = None
-    others: dict[int, str] = field(default_factory=dict)
     filters: dict[int, str] = field(default_factory=dict)
 
     def __call__(self, *inputs: Any) -> Any:
         if self.engine.tracing:
             raise _TraceOnly
         assert self.compiled is not None
-        if self.roles is None:
-            outputs = self.compiled(*inputs)
-            self.engine.ran(None, outputs)
-            return outputs
-        self.engine.kept.note_arguments(inputs[p] for p in self.roles.examples)
-        for p, name in self.others.items():
-            self.engine.kept.check_input(name, inputs[p])
+        kept = self.engine.kept
+        kept.note_arguments(inputs[p] for p in self.roles.examples)
+        for p, name in self.outside.items():
+            kept.check_input(name, inputs[p])
+        kept.check_constants(self.reads)
         position, dim = self.roles.batch_from
         self.engine.check_parameters(self.roles, inputs)
         names = [*self.roles.parameters.values(), *(self.roles.parameters[p] for p in self.roles.narrow)]

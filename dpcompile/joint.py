@@ -11,7 +11,7 @@ from torch import fx
 from dpcompile.axis import Examples
 from dpcompile.sizes import Size
 
-__all__ = ["JointGraph", "OverRanks"]
+__all__ = ["JointGraph", "OverRanks", "mutations"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +88,20 @@ class JointGraph:
 
     def mutations(self) -> Iterator[tuple[fx.Node, fx.Node]]:
         """``(input written to, new value)`` for every in-place operation of the graph, whatever it is."""
-        for node in self.graph.nodes:
-            schema = getattr(node.target, "_schema", None)
-            if node.op != "call_function" or schema is None or not schema.is_mutable:
-                continue
-            named = {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)} | dict(node.kwargs)
-            written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-            for destination in (v for k, v in named.items() if k in written and isinstance(v, fx.Node)):
-                yield from ((destination, source) for source in node.all_input_nodes if source is not destination)
+        yield from mutations(self.graph)
 
     def input_name(self, node: fx.Node) -> str:
         """What the user calls an input."""
         return self.names.get(node, node.name)
+
+
+def mutations(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """``(value written to, another operand)`` for every in-place operation of a graph, whatever it is."""
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        named = {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)} | dict(node.kwargs)
+        written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        for destination in (v for k, v in named.items() if k in written and isinstance(v, fx.Node)):
+            yield from ((destination, source) for source in node.all_input_nodes if source is not destination)

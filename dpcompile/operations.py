@@ -1,12 +1,16 @@
-"""What an operation is called."""
+"""What an operation is called, and which operations take no values."""
 
 from __future__ import annotations
 
 from dpcompile._torch import OpOverload, OpOverloadPacket
 
-__all__ = ["operation_name"]
+__all__ = ["operation_name", "takes_only_shapes"]
 
 _OWN = ("aten", "prims", "dpcompile")
+_FACTORIES = {
+    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like", "new_zeros",
+    "new_ones", "new_full", "new_empty", "new_empty_strided", "sym_size", "sym_stride", "sym_numel", "empty_permuted",
+}  # fmt: skip
 
 
 def operation_name(target: object) -> str:
@@ -22,3 +26,8 @@ def operation_name(target: object) -> str:
         return name if namespace in _OWN else f"{namespace}::{name}"
     name = getattr(target, "__name__", str(target))
     return name if getattr(target, "__module__", "") == "_operator" else f"python::{name}"
+
+
+def takes_only_shapes(target: object) -> bool:
+    """Whether an operation takes only the shape of its operands, not their values."""
+    return operation_name(target) in _FACTORIES

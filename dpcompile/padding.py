@@ -230,7 +230,7 @@ def _lengths(leaf: Any) -> tuple[int, ...]:
 def _grown(path: str, leaf: Any, other: Any, count: int) -> int:
     """The dimension of ``leaf`` that is larger by one in ``other``, of one example more; -1 if none is."""
     sizes, larger = _lengths(leaf), _lengths(other)
-    changed = [] if len(sizes) != len(larger) else [d for d, (a, b) in enumerate(zip(sizes, larger, strict=True)) if a != b]
+    changed = [d for d, (a, b) in enumerate(zip(sizes, larger, strict=False)) if a != b]
     if len(sizes) != len(larger) or len(changed) > 1:
         raise PrivacyError(
             f"collate_fn returns {list(sizes)}{_at(path)} for {count} examples and {list(larger)} for one more: it "

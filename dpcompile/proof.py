@@ -14,14 +14,14 @@ from dpcompile.border import forbidden_output, forbidden_write, kept_number
 from dpcompile.errors import DPCompileError, ExampleMixingError, UnsupportedGraphError
 from dpcompile.joint import JointGraph
 from dpcompile.locate import module_of, where
-from dpcompile.operations import operation_name
+from dpcompile.operations import operation_name, takes_only_shapes
 from dpcompile.rules import Call, Labels, Rows, find_rule, named_arguments
 from dpcompile.rules.pointwise import pointwise
 from dpcompile.rules.registry import is_pointwise
 from dpcompile.rules.shared import shared
 from dpcompile.sizes import Size, is_one, product, same, shape_of
 
-__all__ = ["Proof", "is_factory", "prove", "refusal"]
+__all__ = ["Proof", "prove", "refusal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +186,7 @@ def _call_label(call: Call) -> Labels:
     mixed = next((x for x in flat if isinstance(x, Mixed)), None)
     if mixed is not None:  # its very size may depend on the examples (nonzero, unique)
         return mixed
-    if is_factory(node):
+    if takes_only_shapes(node.target):
         return shared(call)
     if any(isinstance(x, Whole) for x in flat):
         return Whole()
@@ -232,17 +232,6 @@ def _scalar_label(call: Call) -> Label:
     if call.name in ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset"):
         return Shared()
     return call.mixes("it reads a number out of the examples' values, and that number then applies to all of them")
-
-
-_FACTORIES = {
-    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like", "new_zeros",
-    "new_ones", "new_full", "new_empty", "new_empty_strided", "sym_size", "sym_stride", "sym_numel", "empty_permuted",
-}  # fmt: skip
-
-
-def is_factory(node: fx.Node) -> bool:
-    """Operations that take only the shape of their operand."""
-    return operation_name(node.target) in _FACTORIES
 
 
 def _check_output(position: int, node: fx.Node, label: Label) -> None:

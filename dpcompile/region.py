@@ -15,6 +15,7 @@ from dpcompile.axis import Examples, Label, Mixed, Shared, Summed, Whole
 from dpcompile.cachekey import cache_key
 from dpcompile.capture import Roles, assign_roles, deferred_dtype, extend, written_inputs
 from dpcompile.errors import ExampleMixingError, UnsupportedGraphError
+from dpcompile.flow import Untrained, compile_untrained
 from dpcompile.joint import OverRanks
 from dpcompile.lower import lower_backward
 from dpcompile.lowering import Lowering
@@ -75,6 +76,7 @@ class Artifact:
         unowned: positions of outputs that depend on no example.
         dtype: of squared norms and weights.
         written: positions of the inputs that it writes to.
+        untrained: of a graph that runs without gradients.
     """
 
     compiled: Callable[..., Any]
@@ -86,6 +88,7 @@ class Artifact:
     symbols: Mapping[sympy.Symbol, tuple[int, int]] = field(default_factory=dict)
     written: frozenset[int] = frozenset()
     lowering: Lowering = Lowering()
+    untrained: Untrained | None = None
 
     @property
     def trained(self) -> list[int]:
@@ -120,7 +123,8 @@ def compile_region(
         UnsupportedGraphError: what cannot be proved.
     """
     if not proving:
-        return Artifact(compile_joint(gm, examples, backend=options.backend, transform=_leave, key=""))
+        untrained = compile_untrained(gm, examples, options.backend)
+        return Artifact(untrained.compiled, untrained=untrained)
     leaves = _leaves(live, scope)
     trained = torch.is_grad_enabled() and _needs_gradient(gm) and any(_is_trainable(x, scope) for x in live)
     roles = assign_roles(gm, live, scope.parameters, leaves, trained=trained)
@@ -263,7 +267,3 @@ def _symbols(gm: fx.GraphModule) -> dict[sympy.Symbol, tuple[int, int]]:
                 if isinstance(n, sympy.Symbol):
                     found.setdefault(n, (position, dim))
     return found
-
-
-def _leave(_: fx.GraphModule) -> None:
-    """Leave a graph that runs without gradients as it is."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dpcompile._torch import fake_like, pytree, tracing_config
 from dpcompile.axis import Examples, Label, Shared
-from dpcompile.between import check_hooks_between, compiled_alone, held_tensors
+from dpcompile.between import check_hooks_between, compiled_alone
 from dpcompile.changing_numbers import constants_where_needed
 from dpcompile.clipping import prove_function
 from dpcompile.deferral import Outcome, Pass, WholeSums
@@ -20,6 +20,7 @@ from dpcompile.enclosed import end_forward
 from dpcompile.engine import Engine, with_own_code
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.fsdp import ShardedSums, check_sharded, clear_failed
+from dpcompile.kept import held_tensors
 from dpcompile.lowering import Lowering, clip_groups
 from dpcompile.modes import MODES
 from dpcompile.owners import Owners
@@ -86,7 +87,14 @@ class RegionEngine(Engine):
             )
         self._owners = Owners(module)
         self.graphs = RegionGraphs(
-            options, self.kept, self._run_unit, self.check_live, self.replicas.apart, self._rank_parts, self._owners
+            options,
+            self.kept,
+            self.note_given,
+            self._run_unit,
+            self.check_live,
+            self.replicas.apart,
+            self._rank_parts,
+            self._owners,
         )
         self.graphs.two_pass = two_pass
         self.lowering = f"two passes: forced by norm={options.norm!r}" if two_pass else ""
@@ -182,8 +190,11 @@ class RegionEngine(Engine):
             self.graphs.whole = self._new_pass(dims)
             if self.graphs.breaks:
                 self.graphs.watch_anew(held_tensors(self.module))
-            self.kept.note_arguments(t for _, t, dim in dims if dim is not None)
+        elif self.graphs.breaks:
+            self.graphs.follow_anew()
+        self.kept.note_arguments((t for _, t, dim in dims if dim is not None), trained=self.graphs.proving)
         result, labels = self._run_unit(self._root, args, kwargs, given)
+        self.kept.numbers.settle(result)
         if self.graphs.whole is not None:
             self.graphs.whole.seal()
             self.graphs.shared |= self.graphs.whole.repeated
@@ -285,8 +296,12 @@ class RegionEngine(Engine):
     @contextmanager
     def _python_between(self, unit: Unit) -> Iterator[None]:
         """Where graph breaks are allowed, watch what runs between the graphs of a unit."""
-        if not (self.graphs.breaks and self.graphs.proving):
+        if not self.graphs.breaks:
             yield
+            return
+        if not self.graphs.proving:
+            with self.graphs.between.watching():
+                yield
             return
         with compiled_alone(unit.module, [c.module for c in unit.children]), self.graphs.between.watching():
             yield

@@ -12,12 +12,14 @@ from torch import Tensor, fx
 
 from dpcompile._torch import add_inputs, memory_of
 from dpcompile.axis import Label, Shared
-from dpcompile.between import Between, check_inputs_between
+from dpcompile.between import Between, Following, check_inputs_between
+from dpcompile.capture import arguments_of
 from dpcompile.checkpointed import checkpoint_of, unwrap_units, unwrap_whole
 from dpcompile.deferral import Pass, RegionRun, attach, shared_in_two_passes
 from dpcompile.enclosed import enclose
 from dpcompile.graph_key import graph_key
 from dpcompile.kept import Kept
+from dpcompile.kept_numbers import reads_of
 from dpcompile.lowering import AT_ONCE, DEFERRED, TWO_PASS, Lowering, lowering_of
 from dpcompile.owners import Owners
 from dpcompile.pipeline import Options, Transformed
@@ -74,6 +76,7 @@ class RegionGraphs:
     Args:
         options: of the model.
         kept: what is known of memory that holds examples.
+        note_given: takes arguments of a call without gradients.
         run_unit: runs a unit; takes the labels of the tensors among its arguments, and answers with those of its
             results.
         check_live: raises if a parameter is not the object that the optimizer knows.
@@ -100,13 +103,14 @@ class RegionGraphs:
         self,
         options: Options,
         kept: Kept,
+        note_given: Callable[[Sequence[Any]], None],
         run_unit: RunUnit,
         check_live: CheckLive,
         apart: Callable[[Sequence[Tensor]], Sequence[Tensor]],
         parts: RankParts,
         owners: Owners,
     ) -> None:
-        self._options, self._kept = options, kept
+        self._options, self._kept, self._note_given = options, kept, note_given
         self._run_unit, self._check_live, self._apart, self.parts = run_unit, check_live, apart, parts
         self._owners = owners
         self._artifacts: dict[Any, Artifact] = {}
@@ -165,11 +169,20 @@ class RegionGraphs:
         inside = None if whole else unwrap_whole(gm)
         local = self.parts.localise(unwrapped if whole else gm if inside is None else inside, inputs)
 
+        arguments, reads = arguments_of(gm), reads_of(self.frames[-1].unit.module)
+
+        def look(live: Sequence[Any]) -> None:
+            if self.proving:
+                self._kept.check_constants(reads)
+            elif not self.frames[-1].unit.path:
+                self._note_given([live[p] for p in arguments])
+
         def plain(live: Sequence[Any]) -> list[Any]:
+            look(live)
             return self.parts.inputs(local, live, self.frames[-1].scope)
 
         if self.breaks:
-            return self._late(gm, local.graph, recompute=inside is not None)
+            return self._late(gm, local.graph, look, recompute=inside is not None)
         if whole:
             skeleton = Skeleton(local.graph)
             return lambda *live: self._run_skeleton(skeleton, plain(live))
@@ -177,7 +190,14 @@ class RegionGraphs:
         artifact = self._artifact(local.graph, values, lambda: values)
         return lambda *live: self._run_artifact(artifact, plain(live), inside is not None)
 
-    def _late(self, gm: fx.GraphModule, inside: fx.GraphModule, *, recompute: bool) -> Callable[..., Any]:
+    def _late(
+        self,
+        gm: fx.GraphModule,
+        inside: fx.GraphModule,
+        look: Callable[[Sequence[Any]], None],
+        *,
+        recompute: bool,
+    ) -> Callable[..., Any]:
         """A graph between breaks: compiled when it runs, for how its inputs lie then, of which Dynamo has no guard."""
         skeleton = Skeleton(inside) if holds_units(inside) else None
         piece = whole_piece(inside)
@@ -186,6 +206,7 @@ class RegionGraphs:
         def run(*live: Any) -> Sequence[Any]:
             with self.between.paused():
                 scope = self.frames[-1].scope
+                look(live)
                 if self.proving:
                     self.between.check()
                     check_inputs_between(gm, live, scope.knows, self.held)
@@ -214,6 +235,10 @@ class RegionGraphs:
         """A forward begins, and the modules hold these tensors."""
         self.held = held
         self.between = Between(self._holds_examples, self._parameter_behind)
+
+    def follow_anew(self) -> None:
+        """A forward begins in which nothing is trained."""
+        self.between = Following(self._kept)
 
     def _artifact(self, gm: fx.GraphModule, live: Sequence[Any], examples: Callable[[], Sequence[Any]]) -> Artifact:
         """What a graph is compiled to; an equal one is taken from those that were compiled before."""
@@ -277,13 +302,15 @@ class RegionGraphs:
         recompute |= frame.recompute
         scope, roles = frame.scope, artifact.roles
         if roles is None:
-            return artifact.compiled(*inputs)
+            assert artifact.untrained is not None
+            return self._kept.run(artifact.untrained, inputs)
         for p in roles.examples:
             label = scope.label(inputs[p])
             assert label is not None and not isinstance(label, Shared), "examples where a graph expects none, or not"
+        for p, name in roles.outside.items():
+            self._kept.check_input(name, inputs[p])
         for p, name in roles.others.items():
             if isinstance(inputs[p], Tensor):
-                self._kept.check_input(name, inputs[p])
                 self.parts.check_copy(roles, p, name, inputs[p])
         positions, whole = artifact.trained, self.whole
         run = self._started(artifact, positions, inputs) if positions else None

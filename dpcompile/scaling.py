@@ -18,8 +18,8 @@ from dpcompile.axis import Shared
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.joint import JointGraph
 from dpcompile.locate import where
-from dpcompile.operations import operation_name
-from dpcompile.proof import Proof, is_factory
+from dpcompile.operations import operation_name, takes_only_shapes
+from dpcompile.proof import Proof
 from dpcompile.rules import named_arguments
 
 __all__ = ["check_scaling"]
@@ -111,7 +111,7 @@ def _degree(node: fx.Node, degrees: Mapping[fx.Node, Any], proof: Proof) -> Any:
     unknown = next((d for d in known if isinstance(d, fx.Node)), None)
     if unknown is not None:
         return unknown
-    if not any(known) or is_factory(node) or not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+    if not any(known) or takes_only_shapes(node.target) or not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
         return 0.0
     degree = _Degrees(node, degrees, proof).of_result()
     return node if degree is None else degree

@@ -246,7 +246,7 @@ class CompiledStep:
         @disable
         def run(*values: Any) -> Sequence[Any]:
             engine.kept.note_arguments(values[p] for p in roles.examples)
-            for p, name in roles.others.items():
+            for p, name in roles.outside.items():
                 engine.kept.check_input(name, values[p])
             engine.check_parameters(roles, values)
             position, dim = roles.batch_from

@@ -1,0 +1,109 @@
+"""Where the values that leave a graph come from, if nothing is trained in it: then nothing has to be proved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from dpcompile._torch import InputMutationAOTOutput, PlainAOTInput, PlainAOTOutput, TangentAOTInput, compile_joint
+from dpcompile.capture import arguments_of
+from dpcompile.joint import mutations
+from dpcompile.locate import where
+from dpcompile.operations import takes_only_shapes
+
+__all__ = ["Flow", "Untrained", "compile_untrained", "reaches"]
+
+_UNKNOWN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Which inputs the values that leave a graph depend on, by position in the captured graph.
+
+    Attributes:
+        outputs: output -> inputs.
+        written: input that the graph writes to -> inputs that the new value depends on.
+        numbers: output -> inputs of which a Python number was read out on the way to it, and the user's line.
+    """
+
+    outputs: Mapping[int, frozenset[int]]
+    written: Mapping[int, frozenset[int]]
+    numbers: Mapping[int, tuple[frozenset[int], str | None]]
+
+
+def reaches(sources: frozenset[int], held: frozenset[int]) -> bool:
+    """Whether one of the inputs ``held`` is among the sources, or it is not known which these are."""
+    return bool(held) and (_UNKNOWN in sources or not held.isdisjoint(sources))
+
+
+@dataclass(frozen=True, slots=True)
+class Untrained:
+    """A compiled graph that trains nothing.
+
+    Attributes:
+        compiled: the callable.
+        flow: of values through it.
+        arguments: positions of the inputs that it reads out of the arguments of the call.
+    """
+
+    compiled: Callable[..., Sequence[Any]]
+    flow: Flow
+    arguments: tuple[int, ...]
+
+
+def compile_untrained(gm: fx.GraphModule, inputs: Sequence[Any], backend: str) -> Untrained:
+    """Compile Dynamo's graph as it is."""
+    found: list[Flow] = []
+
+    def follow(graph: fx.GraphModule) -> None:
+        found.append(_flow_of(graph))
+
+    arguments = tuple(arguments_of(gm))
+    compiled = compile_joint(gm, inputs, backend=backend, transform=follow, key="untrained")
+    return Untrained(compiled, found[0], arguments)
+
+
+def _flow_of(module: fx.GraphModule) -> Flow:
+    """Follow values through a decomposed graph without in-place operations but those that write to inputs.
+
+    **Guarantee.** A value that is not said to depend on an input does not change with the values of that input; it may
+    with its shape.
+    """
+    comes_from: dict[fx.Node, frozenset[int]] = {}
+    read: dict[fx.Node, frozenset[int]] = {}
+    for node in module.graph.nodes:
+        descriptor = node.meta.get("desc")
+        if node.op == "placeholder" and isinstance(descriptor, PlainAOTInput):
+            comes_from[node], read[node] = frozenset({descriptor.idx}), frozenset()
+        elif node.op == "placeholder":
+            plain = isinstance(descriptor, TangentAOTInput)
+            comes_from[node], read[node] = frozenset() if plain else frozenset({_UNKNOWN}), frozenset()
+        elif node.op != "output":
+            sources = [] if takes_only_shapes(node.target) else node.all_input_nodes
+            comes_from[node] = frozenset().union(*(comes_from[n] for n in sources))
+            read[node] = frozenset().union(*(read[n] for n in sources))
+            if sources and isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                read[node] |= comes_from[node]
+    written: dict[int, frozenset[int]] = {}
+    for destination, source in mutations(module.graph):
+        for position in comes_from[destination]:
+            written[position] = written.get(position, frozenset()) | comes_from[source]
+    output = module.graph.output_node()
+    values: Sequence[Any] = output.args[0]  # type: ignore[assignment]
+    outputs: dict[int, frozenset[int]] = {}
+    numbers: dict[int, tuple[frozenset[int], str | None]] = {}
+    for descriptor, value in zip(output.meta["desc"], values, strict=True):
+        if not isinstance(value, fx.Node):
+            continue
+        if isinstance(descriptor, InputMutationAOTOutput) and isinstance(descriptor.mutated_input, PlainAOTInput):
+            position = descriptor.mutated_input.idx
+            written[position] = written.get(position, frozenset()) | comes_from[value]
+        elif isinstance(descriptor, PlainAOTOutput):
+            outputs[descriptor.idx] = comes_from[value]
+            if read[value]:
+                numbers[descriptor.idx] = read[value], where(value)
+    return Flow(outputs, written, numbers)
