@@ -20,6 +20,7 @@ from dpcompile.cachekey import cache_key
 from dpcompile.capture import Roles, assign_roles, extend
 from dpcompile.check import FirstStep
 from dpcompile.delivery import Delivery, through_delivery
+from dpcompile.empty import NoExample, run_empty
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.kept import Kept
 from dpcompile.kinds import check_model
@@ -30,6 +31,7 @@ from dpcompile.pipeline import Options, Transformed, privatize
 from dpcompile.ranks import world_size
 from dpcompile.replicas import Replicas
 from dpcompile.shards import zeros_for
+from dpcompile.surroundings import no_second_derivatives, refuse_tracers
 from dpcompile.translate import translated
 from dpcompile.unowned import guarded
 from dpcompile.workspace import keep_freed_memory, kept_gradients
@@ -137,6 +139,7 @@ class Engine:
 
         Within a function that the user compiles this is a graph break: traced into, it would lose its backward.
         """
+        refuse_tracers()
         self._current, self._turn = (args, kwargs), None
         unchecked = self._unchecked
         try:
@@ -151,6 +154,8 @@ class Engine:
                 refusal = translated(error, self._example_dims)
                 if refusal is None:
                     raise
+                if isinstance(refusal, NoExample) and not self._tracing and not self.distributed:
+                    return self._run_empty(args, kwargs)
                 raise refusal.with_traceback(None) from None
         finally:
             whole, self._current, self.first_step, self._turn = self._current, ((), {}), None, None
@@ -175,6 +180,11 @@ class Engine:
         if self.first_step is not None:
             self.first_step.watch(result)
         return result
+
+    def _run_empty(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call on a batch without examples."""
+        trained = {name: self._parameters[name] for name in self.trainable()}
+        return run_empty(self.module, args, kwargs, trained, lambda like: self.delivery([*trained], like, 0))
 
     def _run_parts(self, parts: int) -> Any:
         """The current call in parts, as :mod:`dpcompile.parts` has it."""
@@ -394,5 +404,6 @@ class _Region:
         outputs = self.compiled(*arguments, delivery.mask, norms, *sums)
         if self.transformed is not None:
             outputs = guarded(outputs, self.transformed.unowned)
+        no_second_derivatives(outputs)
         self.engine.ran(self.transformed, outputs)
         return outputs

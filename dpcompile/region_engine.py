@@ -28,6 +28,7 @@ from dpcompile.rank_parts import RankParts
 from dpcompile.region import Scope
 from dpcompile.region_graphs import Frame, RegionGraphs
 from dpcompile.shards import local_part, zeros_for
+from dpcompile.surroundings import refuse_tracers
 from dpcompile.tensor_parallel import NormsOverRanks, find_tensor_parallel
 from dpcompile.translate import translated
 from dpcompile.units import Unit, find_units, is_sharded, one_unit, stubs
@@ -96,6 +97,7 @@ class RegionEngine(Engine):
     @disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, compiled."""
+        refuse_tracers()
         self._current = (args, kwargs)
         self.first_step = self._recorder()
         try:
