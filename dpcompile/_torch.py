@@ -24,9 +24,11 @@ from torch._dispatch.python import no_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError, TorchDynamoException, Unsupported
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis as NumbersAreConstants
+from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import LocalSource
 from torch._dynamo.symbolic_convert import TensorifyState
-from torch._dynamo.variables import TensorVariable, builtin
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
+from torch._dynamo.variables import TensorVariable, UserFunctionVariable, builtin
 from torch._functorch._aot_autograd.descriptors import (
     ForwardTokenAOTOutput,
     GradAOTOutput,
@@ -54,6 +56,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dpcompile import packed
 from dpcompile.decompositions import DECOMPOSITIONS, take_apart
 
 __all__ = [
@@ -93,6 +96,7 @@ __all__ = [
     "inner_tensor",
     "guarded_names",
     "has_gradient_hooks",
+    "in_functorch",
     "is_compiling",
     "is_entered",
     "is_fake",
@@ -165,8 +169,9 @@ def tracing_config(*, regions: bool = False) -> Iterator[None]:
     Recurrent layers are traced step by step. Python numbers that were seen to change, also those that a module holds,
     become inputs of the graph. Hooks of modules are guarded. Where ``torch.compile`` would break the
     graph to warn or to write to a log, it does neither; and ``requires_grad = True`` on an intermediate value is passed
-    over. DistributedDataParallel does not cut the graph into its buckets. With ``regions``, one function is compiled
-    for many modules: as often as they differ, and with every guard that tells them apart, also under FSDP.
+    over. Packed sequences stay padded (:mod:`dpcompile.packed`). DistributedDataParallel does not cut the graph into
+    its buckets. With ``regions``, one function is compiled for many modules: as often as they differ, and with every
+    guard that tells them apart, also under FSDP.
     """
     config = torch._dynamo.config
     loggers = {v for k, v in vars(logging.Logger).items() if k.startswith(_LOGS) and callable(v)}
@@ -179,8 +184,14 @@ def tracing_config(*, regions: bool = False) -> Iterator[None]:
         ignore_logging_functions={*config.ignore_logging_functions, *loggers, warnings.warn},
         **_MANY_MODULES if regions else {},
     )
-    with settings, _intermediates_stay_as_they_are(), written_numbers_forgotten():
+    packed_as_padded = _packed_sequences_stay_padded()
+    with settings, _intermediates_stay_as_they_are(), written_numbers_forgotten(), packed_as_padded:
         yield
+
+
+def in_functorch() -> bool:
+    """Whether a transform of ``torch.func`` is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_compiling() -> bool:
@@ -476,6 +487,41 @@ def written_numbers_forgotten() -> Iterator[None]:
         yield
     finally:
         memo.__get__ = before
+class _Replaced(UserFunctionVariable):
+    """A function of torch's in whose place Dynamo traces one of ours."""
+
+    @classmethod
+    def create_with_source(cls, value: Any, source: Any) -> Any:
+        install_guard(source.make_guard(GuardBuilder.CLOSURE_MATCH))
+        return UserFunctionVariable(packed.REPLACED[value])
+
+
+_VF: Any = torch._VF
+_RECURRENT = {name: packed.recurrent(name, getattr(_VF, name)) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
+
+
+@contextlib.contextmanager
+def _packed_sequences_stay_padded() -> Iterator[None]:
+    """Let Dynamo trace :mod:`dpcompile.packed` for torch's packed sequences and the layers that run on them."""
+    rules: dict[Any, Any] = get_torch_obj_rule_map()
+    before = {function: rules.get(function) for function in packed.REPLACED}
+    layers = {name: vars(_VF).get(name) for name in _RECURRENT}
+    rules.update(dict.fromkeys(before, _Replaced))
+    vars(_VF).update(_RECURRENT)
+    try:
+        yield
+    finally:
+        _put_back(rules, before)
+        _put_back(vars(_VF), layers)
+
+
+def _put_back(table: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Entries as they were; None for what was not there."""
+    for key, value in before.items():
+        if value is None:
+            table.pop(key, None)
+        else:
+            table[key] = value
 
 
 def add_inputs(gm: fx.GraphModule, values: dict[str, torch.Tensor]) -> fx.GraphModule:

@@ -23,6 +23,7 @@ from dpcompile._torch import (
     is_number,
 )
 from dpcompile.axis import Examples
+from dpcompile.empty import NoExample
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.joint import JointGraph, OverRanks
 from dpcompile.locate import where
@@ -156,7 +157,7 @@ def assign_roles(
                             "dimension of its own",
                         )
                 if value.shape[dim] == 0:
-                    raise UnsupportedGraphError(
+                    raise NoExample(
                         f"input '{names[position]}' holds no example",
                         remedy="pad an empty draw to a physical batch and mask it, as PoissonLoader does",
                     )

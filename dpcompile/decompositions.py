@@ -156,11 +156,14 @@ def take_apart(graph: fx.Graph) -> None:
     """Take operations of a captured graph apart whose derivatives would be hard to follow.
 
     Bags of equal size (2-D input) become look-ups and a reduction over each bag; a write through a boolean mask becomes
-    a choice between the old values and the new.
+    a choice between the old values and the new. A table's gradient is a dense sum, whatever the table asks for: the
+    noise is dense too.
     """
     for node in graph.nodes:
         if node.op == "call_function" and node.target is F.embedding_bag:
             node.target = _embedding_bag
+        elif node.op == "call_function" and node.target is F.embedding:
+            node.args, node.kwargs = node.args[:6], {k: v for k, v in node.kwargs.items() if k != "sparse"}
         elif node.op == "call_function" and node.target is operator.setitem:
             node.target = _write
 
@@ -199,7 +202,7 @@ def _embedding_bag(
             input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
             include_last_offset, padding_idx,
         )  # fmt: skip
-    rows = F.embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
+    rows = F.embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
     present = torch.ones_like(input, dtype=torch.bool) if padding_idx is None else input != padding_idx % len(weight)
     if mode == "max":
         rows = rows.masked_fill(~present.unsqueeze(-1), float("-inf"))

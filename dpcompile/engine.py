@@ -24,6 +24,7 @@ from dpcompile.changing_numbers import constants_where_needed
 from dpcompile.check import FirstStep
 from dpcompile.delivery import Delivery, through_delivery
 from dpcompile.draws import Draws, Given
+from dpcompile.empty import NoExample, run_empty
 from dpcompile.errors import DPCompileError, PrivacyError, UnsupportedGraphError
 from dpcompile.feed import Feed
 from dpcompile.flow import Untrained, compile_untrained
@@ -38,6 +39,7 @@ from dpcompile.pipeline import Options, Transformed, privatize
 from dpcompile.ranks import world_size
 from dpcompile.replicas import Replicas
 from dpcompile.shards import zeros_for
+from dpcompile.surroundings import no_second_derivatives, refuse_tracers
 from dpcompile.translate import translated
 from dpcompile.turns import Ran, in_turns
 from dpcompile.unowned import guarded
@@ -192,6 +194,7 @@ class Engine:
 
         Within a function that the user compiles this is a graph break: traced into, it would lose its backward.
         """
+        refuse_tracers()
         draws = self.draws
         if draws is None or not (self.claims and torch.is_grad_enabled() and self.trainable()):
             return self._call(args, kwargs)
@@ -234,6 +237,8 @@ class Engine:
                 refusal = translated(error, self._example_dims)
                 if refusal is None:
                     raise
+                if isinstance(refusal, NoExample) and not self._tracing and not self.distributed:
+                    return self._run_empty(args, kwargs)
                 raise refusal.with_traceback(None) from None
         finally:
             whole, self._current, self.first_step, self._turn = self._current, ((), {}), None, None
@@ -260,6 +265,11 @@ class Engine:
         if self.first_step is not None:
             self.first_step.watch(result)
         return result
+
+    def _run_empty(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call on a batch without examples."""
+        trained = {name: self._parameters[name] for name in self.trainable()}
+        return run_empty(self.module, args, kwargs, trained, lambda like: self.delivery([*trained], like, 0))
 
     def _run_parts(self, parts: int) -> Any:
         """The current call in parts, as :mod:`dpcompile.parts` has it."""
@@ -505,5 +515,6 @@ class _Region:
         Unscaling(delivery.mask).before_backward_of(outputs)
         if self.transformed is not None:
             outputs = guarded(outputs, self.transformed.unowned)
+        no_second_derivatives(outputs)
         self.engine.ran(self.transformed, outputs)
         return outputs

@@ -91,8 +91,8 @@ class GradientLedger:
         if graph_task == self._graph_task and self._deliveries and not same_call:
             self._fail(
                 "the compiled model was called twice before one backward: an example in both calls would count twice",
-                remedy="call the model once per backward (put both passes in one forward), or run one backward per "
-                "micro-batch",
+                remedy="call the model once per backward (put both passes in one forward: return self.net(real), "
+                "self.net(fake)), or run one backward per micro-batch",
             )
         if not (same_call and graph_task == self._graph_task):
             self._deliveries += 1

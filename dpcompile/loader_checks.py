@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from dpcompile.errors import PrivacyError
 from dpcompile.optim import DPOptimizer
 from dpcompile.runtime import Engine
+from dpcompile.state_checks import LOADER, refuse_malformed
 
 __all__ = [
     "DrawsUsed",
@@ -64,10 +66,20 @@ def check_count(name: str, value: Any) -> None:
 def taken_over(loader: DataLoader[Any]) -> dict[str, Any]:
     """Arguments for a PoissonLoader that stands in for ``loader``.
 
+    ``drop_last`` means nothing here, for no draw is a last part; ``in_order`` neither, for draws come in order. The
+    generator is passed over with a warning.
+
     Raises:
         PrivacyError: it has another sampler than torch's sequential one or the shuffling one without replacement.
     """
     checked_size(loader.dataset)
+    if loader.generator is not None:
+        warnings.warn(
+            "the DataLoader's generator has no part in private draws: they are a function of seed= of make_private or "
+            "PoissonLoader, and secret",
+            UserWarning,
+            stacklevel=3,
+        )
     batch_sampler = loader.batch_sampler
     if type(batch_sampler) is not BatchSampler:
         raise _other_sampler(batch_sampler if batch_sampler is not None else loader.sampler, "batch sampler")
@@ -147,6 +159,7 @@ def refuse_uneven_parts(ranks: Sequence[int], world_size: int) -> None:
 
 def refuse_state(saved: Any, current: Any) -> None:
     """A state to resume from means the same draws, and goes on where none has been used."""
+    refuse_malformed(saved, LOADER, "PoissonLoader")
     for name in ("dataset_size", "expected_batch_size", "secure"):
         if saved[name] != current[name]:
             raise PrivacyError(

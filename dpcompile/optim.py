@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpcompile import fused_adam
+from dpcompile import carried_state, fused_adam
 from dpcompile import optim_checks as checks
 from dpcompile.chained import as_one, parts_of
 from dpcompile.errors import PrivacyError
@@ -30,8 +30,6 @@ from dpcompile.runtime import engine_of
 from dpcompile.shards import as_gradient, local_part, local_runs
 
 __all__ = ["DPOptimizer"]
-
-_KEY = "dpcompile"
 
 
 class DPOptimizer(HookedOptimizer):
@@ -69,6 +67,7 @@ class DPOptimizer(HookedOptimizer):
     ==================================================  =====================================================
     a trainable parameter without gradient              noise alone
     :meth:`step` while ``accumulating``                 nothing; the sums are kept, also by :meth:`zero_grad`
+    :meth:`step` on zero gradients, rate 0, no state    makes the inner state; no noise is used, no step counted
     :meth:`zero_grad` before or after the backward      both orders work, with several physical batches too
     ``zero_grad()`` of the model within a logical step  the sums are kept; refused if zeroed in place
     gradients changed or not from the clipped backward  refused by the ledger
@@ -132,6 +131,7 @@ class DPOptimizer(HookedOptimizer):
         checks.refuse_complex(self.engine, self.engine.trainable())
         for part in parts_of(inner):
             part.register_step_pre_hook(_only_from(weakref.ref(self)))
+        carried_state.mark_groups(inner.param_groups)
         self.engine.steps = self.engine.steps or 0
         notice_scalers()
         # Not __init__, which would build groups and state of its own: this sets up the step hooks and no more.
@@ -217,6 +217,9 @@ class DPOptimizer(HookedOptimizer):
         if self._accumulating if feed is None else feed.draws.waits:
             self._held = True
             self.engine.ledger.keep()
+            return loss
+        if not self.engine.ledger.deliveries and carried_state.asks_for_state(self.optimizer):
+            self.fill_state()
             return loss
         names = self.checked_parameters()
         self.engine.ledger.verify(names)
@@ -327,22 +330,26 @@ class DPOptimizer(HookedOptimizer):
         params = [params] if isinstance(params, Tensor) else list(params)
         checks.refuse_foreign_parameters(self.engine, (p[1] if isinstance(p, tuple) else p for p in params))
         self.optimizer.add_param_group({**param_group, "params": params})
+        carried_state.mark_groups(self.optimizer.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner state dict plus the key ``"dpcompile"``. It holds the seed: keep it as secret as the data."""
-        return {**self.optimizer.state_dict(), _KEY: self.private_state()}
+        """The inner state dict plus the key ``"dpcompile"``, also in every group, for torch's functions on states.
+
+        It holds the seed: keep it as secret as the data.
+        """
+        return carried_state.with_carried(self.optimizer.state_dict(), self.private_state())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume: inner state, seed, logical step and accountant, so that no noise is drawn twice.
 
         Raises:
-            PrivacyError: no ``"dpcompile"`` entry; a step behind this one's with the same seed; other noise or batch
-                size than this optimizer was made with; steps that the attached accountant would not know of, or forget.
+            PrivacyError: no ``"dpcompile"`` entry, or one that is not whole; a step behind this one's with the same
+                seed; other noise or batch size than this optimizer was made with; steps that the attached accountant
+                would not know of, or forget.
         """
-        rest = dict(state_dict)
-        own = rest.pop(_KEY, None)
+        own, rest = carried_state.carried(state_dict)
         checks.refuse_state(own, self.private_state())
-        self.optimizer.load_state_dict(rest)
+        self._load(rest)
         if self.accountant is not None and own["accountant"] is not None:
             self.accountant.load_state_dict(own["accountant"])
             self._counted = self.accountant.steps
@@ -350,6 +357,16 @@ class DPOptimizer(HookedOptimizer):
         self._used_draws = own.get("draws")
         self._agreed = False
         self.discard()
+
+    def _load(self, inner: dict[str, Any]) -> None:
+        try:
+            self.optimizer.load_state_dict(inner)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise PrivacyError(
+                f"{type(self.optimizer).__name__} cannot load its part of the state: {type(error).__name__}: {error}",
+                remedy="load what DPOptimizer.state_dict() returned, unchanged",
+            ) from error
+        carried_state.mark_groups(self.optimizer.param_groups)
 
     def fill_state(self) -> None:
         """Let the inner optimizer make its state, to load a checkpoint into; no parameter changes.

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from dpcompile.errors import PrivacyError, PrivacyWarning
 from dpcompile.privacy import PrivacyAccountant
 from dpcompile.runtime import Engine
+from dpcompile.state_checks import OPTIMIZER, refuse_malformed
 
 __all__ = [
     "refuse_bad_numbers",
@@ -168,14 +169,10 @@ def refuse_state(own: Mapping[str, Any] | None, current: Mapping[str, Any]) -> N
     if own is None:
         raise PrivacyError(
             "the state dict has no 'dpcompile' entry: seed and logical step of the run are unknown",
-            remedy="load what DPOptimizer.state_dict() returned; load a plain optimizer's state into .optimizer",
+            remedy="load what DPOptimizer.state_dict(), torch's get_optimizer_state_dict or "
+            "dpcompile.checkpoint.save_checkpoint saved; load a plain optimizer's state into .optimizer",
         )
-    missing = [name for name in current if name not in own and name != "draws"]
-    if missing:
-        raise PrivacyError(
-            f"the 'dpcompile' entry of the state dict lacks {', '.join(missing)}",
-            remedy="load what DPOptimizer.state_dict() returned, as it is",
-        )
+    refuse_malformed(own, OPTIMIZER, "DPOptimizer")
     same = own["seed"] == current["seed"] and own["secure"] == current["secure"]
     if same and own["logical_step"] < current["logical_step"]:
         raise PrivacyError(

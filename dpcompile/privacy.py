@@ -3,7 +3,7 @@
 Each step is the Gaussian mechanism on a Poisson sample; neighbouring datasets differ by one example added or removed.
 Sources: Abadi et al. 2016 (the subsampled Gaussian mechanism), Mironov 2017 and Mironov, Talwar, Zhang 2019 (RDP),
 Koskela, Jälkö, Honkela 2020 and Doroshenko et al. 2022 (privacy loss distributions, PLD). The default is PLD, which is
-tight to its discretisation and rounds up.
+tight to its discretisation and rounds up; with little noise its grid is coarser, or the bound is RDP's.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import absl.logging
 import dp_accounting
-from dp_accounting import pld, rdp
+from dp_accounting import rdp
 from dp_accounting.pld import privacy_loss_distribution
 
 from dpcompile.errors import PrivacyError
@@ -25,6 +25,10 @@ __all__ = ["Method", "PrivacyAccountant", "calibrate_noise"]
 
 Method = Literal["pld", "rdp"]
 _INTERVAL = 1e-4  # of the PLD's grid, in units of epsilon; dp-accounting's own default
+_ONE_STEP, _COMPOSED = 4e5, 8e6  # so many points at most: some seconds, and below a gigabyte
+_LARGEST_LOSS = 500.0  # its exponential is to stay below float64's largest number
+_LEAST_NOISE, _MOST_NOISE = 1e-100, 1e100  # divergences are of its square
+_TOLERANCE = 1e-4  # of a calibrated noise multiplier, relative
 
 
 class PrivacyAccountant:
@@ -33,7 +37,8 @@ class PrivacyAccountant:
     Args:
         noise_multiplier: sigma: standard deviation of the noise over the sensitivity C. 0: epsilon is infinite.
         sample_rate: q in (0, 1]: the chance of each example, independently, to be in a step.
-        method: "pld" (tight) or "rdp" (looser, and instant).
+        method: "pld" (tight; with so little noise that losses of hundreds are possible, RDP's bound) or "rdp" (looser,
+            and instant).
 
     Raises:
         PrivacyError: an argument out of its range.
@@ -48,6 +53,9 @@ class PrivacyAccountant:
     sigma 0 and at least one step               infinity
     a restored history with another sigma or q  composed with the steps that follow
     delta 0 or 1                                refused
+    "pld" with little noise, sigma below 0.2    a coarser grid, which rounds up; RDP's bound where it is smaller
+    "pld" with losses above 500                 RDP's bound: a grid of them would take gigabytes
+    sigma below 1e-100                          infinity
     ==========================================  ===================================================
     """
 
@@ -96,7 +104,7 @@ class PrivacyAccountant:
     def epsilon(self, delta: float) -> float:
         """Epsilon at ``delta`` of all counted steps. Remembered per number of steps and delta.
 
-        With PLD a new number of steps takes about a tenth of a second.
+        With PLD a new number of steps takes about a tenth of a second, with little noise some seconds.
 
         Raises:
             PrivacyError: delta outside (0, 1).
@@ -115,17 +123,22 @@ class PrivacyAccountant:
         """Replace the history. Sigma, sample rate and method stay: they are those of the steps to come.
 
         Raises:
-            PrivacyError: no history, or an entry that is no possible run of steps.
+            PrivacyError: no history, or an entry that is no possible run of steps; nothing is changed then.
         """
-        try:
-            runs = [(float(sigma), float(rate), n) for sigma, rate, n in state_dict["history"]]
-        except (KeyError, TypeError, ValueError) as error:
+        runs = state_dict.get("history") if isinstance(state_dict, Mapping) else None
+        if not isinstance(runs, (list, tuple)):
             raise PrivacyError(
-                f"this is no state of an accountant ({type(error).__name__}: {error})",
+                "the accountant's state has no list 'history': which steps it counted is unknown",
                 remedy="load what PrivacyAccountant.state_dict() returned",
-            ) from None
+            )
         history = []
-        for noise_multiplier, sample_rate, n in runs:
+        for run in runs:
+            if not isinstance(run, (list, tuple)) or len(run) != 3:
+                raise PrivacyError(
+                    f"the accountant's history holds {run!r} in place of (noise_multiplier, sample_rate, steps)",
+                    remedy="load what PrivacyAccountant.state_dict() returned",
+                )
+            noise_multiplier, sample_rate, n = run
             _check_mechanism(noise_multiplier, sample_rate)
             _check_steps(n)
             history.append((noise_multiplier, sample_rate, n))
@@ -156,8 +169,8 @@ def calibrate_noise(
     **Guarantee.** ``PrivacyAccountant(noise_multiplier=result, ...)`` with the same method says at most
     ``target_epsilon`` at ``target_delta`` after ``steps``.
     """
-    if not (math.isfinite(target_epsilon) and target_epsilon > 0):
-        raise PrivacyError(f"target_epsilon is {target_epsilon}", remedy="give a finite number above 0")
+    if not 0 < _number(target_epsilon) < math.inf:
+        raise PrivacyError(f"target_epsilon is {target_epsilon!r}", remedy="give a finite number above 0")
     _check_delta(target_delta)
     _check_mechanism(1.0, sample_rate)
     _check_steps(steps)
@@ -190,34 +203,14 @@ def _calibrate(
         high, low = low, low / factor
         if low < 2**-10:
             return high  # the target is so loose that next to no noise meets it
-    with _quiet():
-        sigma = float(
-            dp_accounting.calibrate_dp_mechanism(
-                _ACCOUNTANTS[method],
-                lambda sigma: dp_accounting.SelfComposedDpEvent(_event(sigma, q), steps),
-                epsilon,
-                delta,
-                dp_accounting.ExplicitBracketInterval(low, high),
-                tol=1e-4 * low,
-            )
-        )
-    while spent(sigma) > epsilon:  # composed in another order, the last digits may differ
-        sigma *= 1 + 1e-5
-    return sigma
-
-
-def _event(sigma: float, q: float) -> dp_accounting.DpEvent:
-    return dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(sigma))
-
-
-_ACCOUNTANTS: dict[Method, Callable[[], Any]] = {
-    "pld": functools.partial(pld.PLDAccountant, value_discretization_interval=_INTERVAL),
-    "rdp": rdp.RdpAccountant,
-}
+    while high > low * (1 + _TOLERANCE):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if spent(middle) > epsilon else (low, middle)
+    return high
 
 
 def _compose(history: Sequence[tuple[float, float, int]], delta: float, method: Method) -> float:
-    history = [run for run in history if run[2]]
+    history = [(min(sigma, _MOST_NOISE), q, n) for sigma, q, n in history if n]
     if not history:
         return 0.0
     if any(sigma == 0 for sigma, _, _ in history):
@@ -238,46 +231,88 @@ def _quiet() -> Iterator[None]:
 
 
 def _epsilon(history: Sequence[tuple[float, float, int]], delta: float, method: Method) -> float:
-    if method == "rdp":
-        accountant = rdp.RdpAccountant()
-        for sigma, q, n in history:
-            accountant.compose(_event(sigma, q), n)
-        return float(accountant.get_epsilon(delta))
-    first, *rest = (_one_step(sigma, q).self_compose(n) for sigma, q, n in history)
+    interval = _interval(history, delta) if method == "pld" else None
+    if interval is None:
+        return _renyi_bound(history, delta)
+    first, *rest = (_one_step(sigma, q, interval).self_compose(n) for sigma, q, n in history)
     total = functools.reduce(lambda a, b: a.compose(b), rest, first)
-    return float(cast(Any, total).get_epsilon_for_delta(delta))
+    bound = float(cast(Any, total).get_epsilon_for_delta(delta))
+    return bound if interval == _INTERVAL and bound < math.inf else min(bound, _renyi_bound(history, delta))
+
+
+def _renyi_bound(history: Sequence[tuple[float, float, int]], delta: float) -> float:
+    if any(sigma < _LEAST_NOISE for sigma, _, _ in history):
+        return math.inf
+    accountant = rdp.RdpAccountant()
+    for sigma, q, n in history:
+        accountant.compose(dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(sigma)), n)
+    return float(accountant.get_epsilon(delta))
+
+
+def _interval(history: Sequence[tuple[float, float, int]], delta: float) -> float | None:
+    """The finest grid, down to the usual one, that is composed in seconds; None if there is none.
+
+    How far losses reach is estimated: in one step, at ten standard deviations of the noise; composed, by epsilon, and
+    by dp-accounting's bound on the tails that it keeps, which grows with the variance over the loss of one step.
+    """
+    one = tails = divergences = 0.0
+    for sigma, q, n in history:
+        if sigma < 1 / _LARGEST_LOSS or 0.5 / sigma**2 + 10 / sigma > _LARGEST_LOSS:
+            return None
+        loss = math.log1p(q * math.expm1(0.5 / sigma**2 + 10 / sigma))
+        divergence = n * math.log1p(q**2 * math.expm1(min(sigma**-2, _LARGEST_LOSS)))  # Rényi's, of order 2
+        loss = max(loss, 3 * _INTERVAL)
+        rounded = max(divergence, n * loss * _INTERVAL / 10)  # the grid moves small losses apart
+        one, tails, divergences = max(one, loss), tails + rounded / loss, divergences + divergence
+    points = max(one / _ONE_STEP, max(tails, divergences) / _COMPOSED) / _INTERVAL
+    if points > 1 and divergences > tails:  # often far too large
+        epsilon = _renyi_bound(history, delta)
+        if epsilon > _LARGEST_LOSS:
+            return None
+        points = max(one / _ONE_STEP, max(tails, epsilon) / _COMPOSED) / _INTERVAL
+    interval = _INTERVAL * 2 ** math.ceil(math.log2(max(points, 1)))
+    return interval if points <= 1 or interval < one / 10 else None
 
 
 @functools.lru_cache(maxsize=8)
-def _one_step(sigma: float, q: float) -> Any:
+def _one_step(sigma: float, q: float, interval: float) -> Any:
     """The privacy loss distribution of one step: what takes time, and is the same for every number of steps."""
     return privacy_loss_distribution.from_gaussian_mechanism(
-        sigma, sampling_prob=q, value_discretization_interval=_INTERVAL
+        sigma, sampling_prob=q, value_discretization_interval=interval
     )
 
 
+def _number(x: Any) -> float:
+    """Not a number where it is none."""
+    try:
+        return float(x) if not isinstance(x, str) else math.nan
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
+
+
 def _check_mechanism(noise_multiplier: float, sample_rate: float) -> None:
-    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
+    if not 0 <= _number(noise_multiplier) < math.inf:
         raise PrivacyError(
-            f"noise_multiplier is {noise_multiplier}", remedy="give a finite number, 0 or more (0: epsilon is infinite)"
+            f"noise_multiplier is {noise_multiplier!r}",
+            remedy="give a finite number, 0 or more (0: epsilon is infinite)",
         )
-    if not 0 < sample_rate <= 1:
+    if not 0 < _number(sample_rate) <= 1:
         raise PrivacyError(
-            f"sample_rate is {sample_rate}, not in (0, 1]",
+            f"sample_rate is {sample_rate!r}, not in (0, 1]",
             remedy="give the expected batch size divided by the size of the dataset",
         )
 
 
 def _check_delta(delta: float) -> None:
-    if not 0 < delta < 1:
+    if not 0 < _number(delta) < 1:
         raise PrivacyError(
-            f"delta is {delta}, not in (0, 1)", remedy="give a number well below 1 / size of the dataset"
+            f"delta is {delta!r}, not in (0, 1)", remedy="give a number well below 1 / size of the dataset"
         )
 
 
 def _check_steps(n: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise PrivacyError(f"the number of steps is {n!r}", remedy="give an integer, 0 or more")
+    if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**63:
+        raise PrivacyError(f"the number of steps is {n!r}", remedy="give an integer, 0 or more and below 2**63")
 
 
 def _check_method(method: str) -> None:

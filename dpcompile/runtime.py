@@ -7,14 +7,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx, nn
 
+from dpcompile._torch import pytree
 from dpcompile.engine import Engine
-from dpcompile.errors import DPCompileError, PrivacyError
+from dpcompile.errors import DPCompileError, PrivacyError, UnsupportedGraphError
 from dpcompile.kept import Left
+from dpcompile.packed import refuse_returned
 from dpcompile.pipeline import Options, Transformed
 from dpcompile.region_engine import RegionEngine
 from dpcompile.region_graphs import RegionPlans
 from dpcompile.replicas import inner_module
 from dpcompile.shards import is_distributed
+from dpcompile.surroundings import REBUILD
 from dpcompile.units import is_sharded
 
 __all__ = ["Engine", "PrivateModule", "engine_of", "private_class", "private_view", "set_mask"]
@@ -34,7 +37,10 @@ class PrivateModule:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the compiled forward; its backward clips."""
-        return engine_of(self)(*args, **kwargs)
+        result = engine_of(self)(*args, **kwargs)
+        if not isinstance(result, Tensor):
+            refuse_returned(pytree.tree_leaves(result))
+        return result
 
     def trace(self, *args: Any, **kwargs: Any) -> None:
         """Compile for these arguments without running, so that plan, graph and certificate can be read."""
@@ -65,6 +71,16 @@ class PrivateModule:
     def certificate(self) -> Any:
         """The proof that examples never mix; print it."""
         return _transformed(self).certificate
+
+    def __prepare_scriptable__(self) -> Any:
+        """What ``torch.jit.script`` calls first."""
+        raise UnsupportedGraphError("a private model cannot be scripted by torch.jit", remedy=REBUILD)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise UnsupportedGraphError(
+            "nn.DataParallel copies the model to several devices, and the copies' gradients would not be clipped",
+            remedy="use DistributedDataParallel(dp_compile(model)), one process per device",
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         left = _left_in(self)

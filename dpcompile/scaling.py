@@ -111,7 +111,8 @@ def _degree(node: fx.Node, degrees: Mapping[fx.Node, Any], proof: Proof) -> Any:
     unknown = next((d for d in known if isinstance(d, fx.Node)), None)
     if unknown is not None:
         return unknown
-    if not any(known) or takes_only_shapes(node.target) or not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+    tensors = isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))
+    if not any(known) or takes_only_shapes(node.target) or not tensors:
         return 0.0
     degree = _Degrees(node, degrees, proof).of_result()
     return node if degree is None else degree

@@ -97,7 +97,8 @@ _SIDE_EFFECTS = (
 )
 _REMEDIES = (
     (r"pack_padded_sequence|pad_packed_sequence|pack_sequence|PackedSequence",
-     "run the layer on the padded tensor, and mask what is behind the end of each sequence"),
+     "pack_padded_sequence, a recurrent layer and pad_packed_sequence work in forward, with lengths as a tensor of the "
+     "call; what works on packed rows (.data, batch_sizes): compute it on the padded tensor, masked by the lengths"),
     (r"[Ss]parse", "compute with dense tensors in forward, or with indices and values (index_add, gather)"),
     (r"[Qq]uantize|torch\.ao\.|torch\.ops\.quantized",
      "dequantise frozen weights in forward (w_int8.float() * scale), or leave quantisation to the trained model"),

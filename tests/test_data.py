@@ -234,7 +234,8 @@ def test_every_kind_of_container_is_filled_up():
 
     def collate(examples):
         x = torch.stack([e[0] for e in examples])
-        return {"bag": Bag(x), "point": Point(x, x.numpy()), "record": Record(x, 3), "ids": [str(i) for i in x.tolist()]}
+        names = [str(i) for i in x.tolist()]
+        return {"bag": Bag(x), "point": Point(x, x.numpy()), "record": Record(x, 3), "ids": names}
 
     batch = next(loader_of(collate_fn=collate, physical_batch_size=16).batches())
     data, real = batch.data, int(batch.mask.sum())
@@ -248,7 +249,7 @@ def test_every_kind_of_container_is_filled_up():
 @pytest.mark.parametrize(
     ("collate", "message"),
     [
-        (lambda e: torch.cat([torch.stack([x, x]) for x, _ in e]), r"collate_fn returns \d+ rows for \d+ examples, and"),
+        (lambda e: torch.cat([torch.stack([x, x]) for x, _ in e]), r"returns \d+ rows for \d+ examples, and"),
         (lambda e: torch.stack([x for x, _ in e[:3]]), "nothing that collate_fn returns grows"),
         (lambda e: torch.zeros(len(e), len(e)), r"it has no row for each example\n.*one row for each example"),
         (lambda e: [x for x, _ in e], "returns another structure for one example more"),
@@ -290,7 +291,8 @@ def test_a_padding_example_is_filled_up_to_the_longest_and_may_not_be_longer():
     options = {"expected_batch_size": 8, "physical_batch_size": 16, "seed": 0, "collate_fn": longest_first}
     batch = next(PoissonLoader(texts, padding_example=torch.full((2,), -1.0), **options).batches())
     x, lengths = batch.data
-    assert (lengths[~batch.mask] == 2).all() and (x[~batch.mask][:, :2] == -1).all() and (x[~batch.mask][:, 2:] == 0).all()
+    filled = x[~batch.mask]
+    assert (lengths[~batch.mask] == 2).all() and (filled[:, :2] == -1).all() and (filled[:, 2:] == 0).all()
     with pytest.raises(PrivacyError, match="does not fit into rows"):
         next(PoissonLoader(texts, padding_example=torch.ones(20), **options).batches())
 
@@ -551,7 +553,7 @@ def test_what_is_no_batch_of_the_loader_is_refused():
         backward(model, x)
         optimizer.step()
         optimizer.zero_grad()
-    with pytest.raises(PrivacyError, match=r"on what is no batch of the loader.*\n.*iterate over the loader that make_p"):
+    with pytest.raises(PrivacyError, match=r"on what is no batch of the loader.*\n.*iterate over the loader"):
         backward(model, torch.arange(8.0))
 
 
@@ -563,7 +565,7 @@ def test_a_batch_that_the_loop_changes_is_known_while_it_is_the_only_one():
         optimizer.step()
         optimizer.zero_grad()
     assert updates == pytest.approx(EXPECTED[:5])
-    with pytest.raises(PrivacyError, match=r"2 batches of the loader wait to be used, and this call's tensors are none"):
+    with pytest.raises(PrivacyError, match=r"2 batches of the loader wait to be used, and this call's"):
         for x, _ in ahead(loader):
             backward(model, x * 2 - 1)
 
@@ -619,7 +621,7 @@ def test_another_optimizer_than_the_attached_one_is_refused():
     other = DPOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), model, noise_multiplier=0.0, expected_batch_size=8)
     x, _ = next(iter(loader))
     backward(model, x)
-    with pytest.raises(PrivacyError, match=r"attached to another DPOptimizer.*\n.*step the optimizer that the loader is attached to"):
+    with pytest.raises(PrivacyError, match=r"attached to another DPOptimizer.*\n.*step the optimizer that"):
         other.step()
     optimizer.step()
 
@@ -679,7 +681,7 @@ def test_a_second_loader_with_the_same_draws_on_the_same_model_is_refused():
         optimizer.step()
         optimizer.zero_grad()
     again = loader_of().attach(model, optimizer)
-    with pytest.raises(PrivacyError, match=r"trained on draws 0 to 4 of the same seed already.*\n.*load the loader's state"):
+    with pytest.raises(PrivacyError, match=r"trained on draws 0 to 4 of the same seed already.*\n.*load the"):
         iter(again)
     next(iter(loader_of(seed=1).attach(model, optimizer)))
     again.load_state_dict(loader.state_dict())

@@ -9,6 +9,7 @@ import dp_accounting
 import pytest
 from dp_accounting import pld, rdp
 
+from dpcompile import privacy
 from dpcompile.errors import PrivacyError
 from dpcompile.privacy import PrivacyAccountant, calibrate_noise
 
@@ -146,8 +147,67 @@ def test_an_unreachable_target_is_refused():
         calibrate_noise(target_epsilon=1e-9, target_delta=1e-12, sample_rate=1.0, steps=10**6, method="rdp")
 
 
-@pytest.mark.parametrize("state", [{}, {"history": 3}, {"history": [[1.0, 0.1]]}, {"history": [["x", 0.1, 3]]}, None])
-def test_a_malformed_state_is_refused(state):
-    accountant = PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.1)
-    with pytest.raises(PrivacyError, match="no state of an accountant"):
-        accountant.load_state_dict(state)
+LITTLE_NOISE = [
+    (1e-120, 1.0, 1),
+    (1e-10, 0.01, 1),
+    (1e-3, 0.01, 1),
+    (0.05, 0.01, 1),
+    (0.1, 0.1, 10**4),
+    (0.5, 1.0, 10**4),
+]
+MANY_STEPS = [(1.0, 0.01, 10**15), (1e4, 1.0, 10**10), (1.0, 1e-9, 10**12), (1e300, 0.5, 1000)]
+
+
+@pytest.mark.parametrize(("sigma", "q", "steps"), LITTLE_NOISE + MANY_STEPS)
+def test_pld_answers_where_its_grid_would_not_fit(sigma, q, steps, monkeypatch):
+    composed = []
+    original = privacy._one_step
+
+    def one_step(*args: float) -> Any:
+        result = original(*args)
+        composed.append(result._pmf_remove.size)
+        return result
+
+    monkeypatch.setattr(privacy, "_one_step", one_step)
+    bound, looser = (accountant(sigma, q, m, steps).epsilon(1e-5) for m in ("pld", "rdp"))
+    assert 0 <= bound <= looser and all(size < 5e5 for size in composed)
+
+
+@pytest.mark.parametrize(("sigma", "q", "steps", "coarser"), [(0.5, 0.01, 30, 8e-4), (0.7, 0.1, 100, 3.2e-3)])
+def test_a_coarser_grid_rounds_up(sigma, q, steps, coarser, monkeypatch):
+    finer = accountant(sigma, q, "pld", steps).epsilon(1e-5)
+    monkeypatch.setattr(privacy, "_interval", lambda *_: coarser)
+    assert finer <= accountant(sigma, q, "pld", steps).epsilon(1e-5) < finer * 1.001
+
+
+def test_a_target_so_loose_that_pld_would_not_fit():
+    sigma = calibrate_noise(target_epsilon=2000.0, target_delta=1e-5, sample_rate=0.1, steps=100)
+    assert 1999 < accountant(sigma, 0.1, steps=100).epsilon(1e-5) <= 2000
+
+
+@pytest.mark.parametrize("odd", ["3", None, [1.0], 10**400, 1 + 2j])
+def test_what_is_no_number_is_refused(odd):
+    with pytest.raises(PrivacyError, match="noise_multiplier is"):
+        accountant(odd)
+    with pytest.raises(PrivacyError, match="sample_rate is"):
+        accountant(q=odd)
+    with pytest.raises(PrivacyError, match="delta is"):
+        accountant(steps=1).epsilon(odd)
+    with pytest.raises(PrivacyError, match="target_epsilon is"):
+        calibrate_noise(target_epsilon=odd, target_delta=1e-5, sample_rate=0.1, steps=1)
+    with pytest.raises(PrivacyError, match="number of steps is"):
+        accountant().step(odd)
+
+
+@pytest.mark.parametrize("state", [None, {}, [], {"history": None}, {"history": "abc"}, {"steps": 3}])
+def test_a_state_without_history_is_refused(state):
+    with pytest.raises(PrivacyError, match="no list 'history'"):
+        accountant().load_state_dict(state)
+
+
+@pytest.mark.parametrize("run", [None, 3, [], [1.0, 0.1], [1.0, 0.1, 3, 4], "abc"])
+def test_a_run_that_is_none_is_refused_and_nothing_is_changed(run):
+    counted = accountant(steps=3)
+    with pytest.raises(PrivacyError, match=r"in place of \(noise_multiplier, sample_rate, steps\)"):
+        counted.load_state_dict({"history": [[1.0, 0.1, 3], run]})
+    assert counted.steps == 3

@@ -103,19 +103,29 @@ net(
 )
 
 
-def packed(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
+def packed(m: Any, x: Tensor, lengths: Tensor) -> Any:
+    """Outputs at each example's own steps, and its states after the last of them."""
     sequence = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-    return nn.utils.rnn.pad_packed_sequence(m.layer(sequence)[0], batch_first=True)[0]
+    out, state = m.layer(sequence)
+    states = state if isinstance(state, tuple) else (state,)
+    padded = nn.utils.rnn.pad_packed_sequence(out, batch_first=True, total_length=T)[0]
+    return (padded, *(s.transpose(0, 1) for s in states))
 
 
-net(
-    "PackedSequence",
-    lambda n: ((torch.randn(n, T, D), torch.randint(1, T + 1, (n,))), {}),
-    packed,
-    lambda: {"layer": nn.LSTM(D, 4, batch_first=True)},
-    refused="what to do",
-    reason="packed sequences interleave the examples by their lengths",
-)
+def packed_rnn(name: str, kind: str, **options: Any) -> None:
+    net(
+        f"Packed{name}",
+        lambda n: ((torch.randn(n, T, D), torch.randint(1, T + 1, (n,))), {}),
+        packed,
+        lambda: {"layer": getattr(nn, kind)(D, 4, batch_first=True, **options)},
+        slow=kind != "LSTM",
+    )
+
+
+packed_rnn("LSTM-bidirectional", "LSTM", bidirectional=True)
+packed_rnn("LSTM-projected-stacked", "LSTM", proj_size=2, num_layers=2, bidirectional=True)
+packed_rnn("GRU", "GRU", bidirectional=True)
+packed_rnn("RNN-stacked", "RNN", num_layers=2, nonlinearity="relu", bias=False)
 net(
     "LastOwnStep",
     lambda n: ((torch.randn(n, T, D), torch.randint(1, T + 1, (n,))), {}),

@@ -1,0 +1,49 @@
+"""What runs a private model from outside and cannot: tracers, exporters, transforms, second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpcompile._torch import in_functorch
+from dpcompile.errors import UnsupportedGraphError
+
+__all__ = ["REBUILD", "no_second_derivatives", "refuse_tracers"]
+
+REBUILD = (
+    "do it with an ordinary model: build it again and load_state_dict(private.state_dict()); a private model is for "
+    "training"
+)
+
+
+def refuse_tracers() -> None:
+    """Raise UnsupportedGraphError if the call is recorded or transformed by something that would lose its backward."""
+    if torch.jit.is_tracing():
+        raise UnsupportedGraphError("a private model cannot be traced by torch.jit", remedy=REBUILD)
+    if torch.compiler.is_exporting():
+        raise UnsupportedGraphError("a private model cannot be exported", remedy=REBUILD)
+    if in_functorch():
+        raise UnsupportedGraphError(
+            "a transform of torch.func (vmap, grad, jacrev, ..) runs over the private model",
+            remedy="use the transform inside forward, where it is part of the proof; otherwise " + REBUILD,
+        )
+
+
+def no_second_derivatives(outputs: Iterable[Any]) -> None:
+    """Let a backward through these outputs that is itself to be differentiated raise UnsupportedGraphError."""
+    for output in outputs:
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(_refuse_graph)
+
+
+def _refuse_graph(_: Tensor) -> None:
+    if torch.is_grad_enabled():  # as create_graph=True sets it
+        raise UnsupportedGraphError(
+            "a derivative of the private model is to be differentiated again (create_graph=True), as a gradient "
+            "penalty does it: its second backward would not be clipped",
+            remedy="compute the penalty in forward, g = torch.func.grad(lambda x: self.net(x).sum())(x), and return "
+            "each example's loss with it; then one backward suffices",
+        )
