@@ -344,7 +344,7 @@ LOOK_ALIKES: list[Callable[[Net, Tensor], Tensor]] = [
     lambda net, x: x.view(B * T, D).split(T)[0].new_zeros(()) + x,
     lambda net, x: (x * (x == x.amax(1, keepdim=True))).sum(1),
     lambda net, x: torch.tril(x @ x.mT).sum(-1),
-    lambda net, x: x * torch.linspace(0, 1, B)[:, None, None],  # a constant per position in the batch
+    lambda net, x: x * torch.linspace(0, 1, T)[:, None],
 ]
 
 
