@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -206,9 +206,8 @@ def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tenso
 
     The norms leave the compiled backward as the gradient of the second one, ``[B]``. One more float32 input for every
     parameter of a narrower dtype receives its clipped sum: autograd would round the parameter's own gradient. Outputs
-    that overlap in memory are copied. In a region
-    norms are ``[parameters, B]``, and so is one input more: the clip weights, or, clipped at once, the bound C of every
-    parameter's group.
+    that overlap in memory are copied. In a region norms are squared and ``[parameters, B]``, float64, and so is one
+    input more: the clip weights, or, clipped at once, the bound C of every parameter's group.
     """
     position, dim = roles.batch_from
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -220,8 +219,7 @@ def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tenso
     with fake_mode:
         mask = torch.empty(batch, device=like.device, dtype=torch.float32)
         if roles.lowering is not None:
-            wide_enough = deferred_dtype(placeholders[p].meta["example_value"].dtype for p in roles.parameters)
-            norms = mask.new_empty((len(roles.parameters), batch), dtype=wide_enough, requires_grad=True)
+            norms = mask.new_empty((len(roles.parameters), batch), dtype=torch.float64, requires_grad=True)
             weights = {WEIGHTS: torch.empty_like(norms, requires_grad=False)}
         else:
             norms, weights = torch.empty_like(mask, requires_grad=True), {}
@@ -234,11 +232,6 @@ def extend(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[Tenso
     separate_outputs(extended)
     extended.recompile()
     return extended, list(named.values())
-
-
-def deferred_dtype(parameters: Iterable[torch.dtype]) -> torch.dtype:
-    """The dtype of squared norms and clip weights that leave and enter a graph: float32, or float64 if one is."""
-    return torch.float64 if torch.float64 in set(parameters) else torch.float32
 
 
 def name_joint(module: fx.GraphModule, roles: Roles) -> JointGraph:

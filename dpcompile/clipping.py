@@ -28,6 +28,7 @@ __all__ = [
     "clip_weights",
     "group_bound",
     "group_of",
+    "narrowed",
     "own_norms",
     "prove_function",
     "unscaled",
@@ -39,6 +40,8 @@ Clipping: TypeAlias = "str | ClippingFunction"
 
 NAMES = ("flat", "automatic", "per_layer", "per_block")
 _STABILITY = 0.01  # gamma of Bu et al. 2023, section 4
+# Products below 1e-38 vanish in float32: of a norm as small as this it is only known that it is not larger.
+_UNKNOWN = 1e-28
 
 
 def validate_clipping(clipping: Clipping, max_grad_norm: float) -> None:
@@ -116,16 +119,33 @@ def _scale(mask: Tensor, mean_of: int | None) -> Tensor:
     return unscaled(mask) * (1 if mean_of is None else mask.shape[0] * mean_of)
 
 
+def narrowed(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights in the dtype of the sums that take them.
+
+    **Guarantee.** No weight grows but by rounding to nearest: below the smallest normal number, where that may be much,
+    it is 0.
+
+    Args:
+        weights: ``[B]``, finite and not negative.
+        dtype: float32 or float64.
+    """
+    if dtype == torch.float64:
+        return weights.to(dtype)
+    limits = torch.finfo(dtype)
+    return torch.where(weights < limits.tiny, 0.0, weights.clamp_max(limits.max)).to(dtype)
+
+
 def clip_weights(
     squared_norms: Tensor, mask: Tensor, *, clipping: Clipping, bound: float | Tensor, scale: Tensor
 ) -> Tensor:
     """The weight of every example.
 
     **Guarantee.** For every example ``weight >= 0`` and ``weight * sqrt(squared_norm) <= bound``; it is exactly 0 where
-    the norm is not finite and where ``mask`` is 0.
+    the norm is no finite float32 number and where ``mask`` is 0.
 
     Args:
-        squared_norms: ``[B]``, of the gradients as they stand in the graph.
+        squared_norms: ``[B]``, of the gradients as they stand in the graph; float64, as squares of float32 numbers may
+            be no float32 numbers.
         mask: ``[B]``, 0 for padding, and for an example 1, or 1 over the scale of the loss (`loss_scale`).
         clipping: "flat" is ``min(1, C/norm)`` (Abadi et al. 2016, arXiv:1607.00133, algorithm 1), and so are
             "per_layer" and "per_block" within their group (McMahan et al. 2018, arXiv:1710.06963, section 2.3);
@@ -136,19 +156,18 @@ def clip_weights(
             over the scale of the loss.
 
     Returns:
-        ``[B]``, for the gradients as they stand in the graph: ``scale`` is in it.
+        ``[B]``, float64, for the gradients as they stand in the graph: ``scale`` is in it.
     """
+    squared_norms = squared_norms.double()
     norms = squared_norms.sqrt() * scale
-    # Squares of elements below 1e-19 vanish in float32: a norm that small is not known, only that it is below this.
-    unknown = 1e6 * torch.finfo(squared_norms.dtype).tiny ** 0.5
-    ceiling = bound / (squared_norms.sqrt().clamp_min(unknown) * scale)
+    ceiling = bound / (squared_norms.sqrt().clamp_min(_UNKNOWN) * scale)
     if callable(clipping):
         weights = torch.minimum(_apply(clipping, norms, bound).to(norms.dtype).clamp_min(0), ceiling)
     elif clipping == "automatic":
         weights = bound / (norms + _STABILITY)
     else:
         weights = ceiling.clamp_max(1.0)
-    usable = torch.isfinite(norms) & torch.isfinite(weights) & (mask > 0)
+    usable = torch.isfinite(norms.float()) & torch.isfinite(weights) & (mask > 0)
     return torch.where(usable, weights * scale, torch.zeros_like(weights))
 
 

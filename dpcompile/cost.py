@@ -18,6 +18,7 @@ from dpcompile.sizes import Size, product
 __all__ = ["DIRECT_TILES", "Cost", "Shape", "costs", "gram_cost", "summed_cost"]
 
 DIRECT_TILES = 8  # how many parts of a gradient the direct rule makes, one after the other
+_WIDER = {4: 2, 8: 1}  # how many float32 products take the time of one in float64, in which Gram matrices are made
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     # Written, read for the norm and for the sum; made for a few examples at a time; or their norm taken at once.
     passes = 5 if shape.grouped else 2 if shape.filled else 3
     norms = _cost(traffic=2 * weights * e, fresh=fresh, calls=3, memory=weights * e)
-    grams = product([batch, k, t, t]) * e
+    grams = product([batch, k, t, t]) * 8  # float64
     tile = weights * e * sympy.Rational(1, DIRECT_TILES)
     redone = flops if shape.products else 0
     scaled = _cost(traffic=2 * small, calls=1, large=-redone, summed=redone)
@@ -187,8 +188,8 @@ def gram_cost(shape: Shape, batch: Size, width: Size, *, index: bool, copied: Si
     k, t, e = shape.k, shape.t, shape.element
     part = sympy.Rational(shape.panels + 1, 2 * shape.panels)
     grams, copy = product([batch, k, t, t]), product([batch, copied]) * e
-    flops = 0 if index else 2 * grams * width * part
-    traffic = 2 * grams * e * part + product([batch, k, t, 1 if index else width]) * e + 2 * copy
+    flops = 0 if index else 2 * grams * width * part * _WIDER[e]
+    traffic = 2 * grams * 8 * part + product([batch, k, t, 1 if index else width]) * e + 2 * copy
     return _cost(batched=flops, traffic=traffic, fresh=copy, calls=2 * shape.panels, memory=copy)
 
 

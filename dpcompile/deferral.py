@@ -84,12 +84,12 @@ class RegionRun:
         touched: those whose gradient is not zero for every example.
         whole: the forward that it is a part of.
         lowering: of the region.
-        given: ``[parameters, B]``, what the graph takes for clip weights; clipped at once: the bounds.
+        given: ``[parameters, B]``, float64, what the graph takes for clip weights; clipped at once: the bounds.
         unit: the path of the unit that the region is a part of.
         memory: parameters' memory that is freed before the clipped sums are computed.
         uses: of parameters that other regions use too, what the region hands out.
         probe: a leaf behind the region in autograd's graph, where its backward may come twice.
-        squared: its squared norms, ``[parameters, B]``, once its backward came.
+        squared: its squared norms, ``[parameters, B]``, float64, once its backward came.
         rest: deferred: what its clipped sums are computed from.
     """
 
@@ -165,7 +165,6 @@ class Pass:
         self,
         names: Sequence[str],
         touched: Sequence[str],
-        dtype: torch.dtype,
         lowering: Lowering,
         unit: str,
         memory: frozenset[int],
@@ -192,7 +191,7 @@ class Pass:
                 )
         self.names.update(names)
         self.touched.update(dict.fromkeys(n for n in names if n in set(touched)))
-        given = self.mask.new_zeros((len(names), len(self.mask)), dtype=dtype)
+        given = self.mask.new_zeros((len(names), len(self.mask)), dtype=torch.float64)
         run = RegionRun(tuple(names), frozenset(touched), self, lowering, given, unit, memory, uses)
         self.runs.append(run)
         self.sums.expect(unit)

@@ -11,16 +11,18 @@ import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
 
 from dpcompile._torch import compile_cpp
 
-__all__ = ["Geometry", "fullness", "gradients_", "has_kernel", "takes"]
+__all__ = ["Geometry", "additions", "fullness", "gradients_", "has_kernel", "takes"]
 
 _SOURCE = pathlib.Path(__file__).parent / "kernels" / "filters.cpp"
 _ROWS, _LANES = 8, 16  # of a tile, at most
+_BLOCK = 128  # places that the kernel adds up from zero, its PLACES
 _TASKS = 4  # for each thread, so that none waits long for the last
 
 
@@ -54,7 +56,23 @@ def fullness(geometry: Geometry) -> float:
 
 
 def _ceil(number: int, step: int) -> int:
-    return -(-number // step) * step
+    return _ceil_div(number, step) * step
+
+
+def _ceil_div(number: int, step: int) -> int:
+    return -(-number // step)
+
+
+def additions(frames: int, places: Sequence[int]) -> int:
+    """How many roundings a term of :func:`gradients_` goes through at most: in its own block, then all blocks.
+
+    Args:
+        frames: of an example.
+        places: what the filter looks at, along each dimension of space.
+    """
+    lines = prod(places[:-1])
+    block = max(1, _BLOCK // places[-1])
+    return block * places[-1] + frames * _ceil_div(lines, block) + 1
 
 
 def has_kernel() -> bool:
@@ -72,7 +90,8 @@ def gradients_(images: Tensor, cotangents: Tensor, geometry: Geometry, out: Tens
 
     Contract: :func:`takes`.
 
-    **Guarantee.** The norms are those of what is written, every filter's in float32 and their sum in float64.
+    **Guarantee.** The norms are those of what is written, in float64; no term goes through more than
+    :func:`additions`.
 
     Args:
         images: ``[B, F, channels, *spatial]``, any strides.
@@ -82,7 +101,7 @@ def gradients_(images: Tensor, cotangents: Tensor, geometry: Geometry, out: Tens
         out: ``[B, filters, *kernel, channels of a group]``, contiguous.
 
     Returns:
-        Squared norms, ``[B]``.
+        Squared norms, ``[B]``, float64.
     """
     kernel = _kernel()
     assert kernel is not None
@@ -114,7 +133,7 @@ def _kernel() -> _Kernel | None:
         memory = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (work, out, norms)]
         inputs = [ctypes.c_void_p(x.data_ptr()) for x in (images, cotangents)]
         function(*inputs, sizes, ctypes.c_int64(parts), *memory, ctypes.c_int(threads))
-        return norms.sum(1).float()
+        return norms.sum(1)
 
     return kernel if _is_right(kernel) else None
 
@@ -162,4 +181,4 @@ def _is_right(kernel: _Kernel) -> bool:
     wanted = torch.einsum("nfcpqhw,nfopq->nohwc", seen, cotangents)
     alone = kernel(images, cotangents, geometry, None)
     squared = wanted.square().flatten(1).sum(1)
-    return torch.equal(found, wanted) and torch.equal(norms, squared) and torch.equal(alone, squared)
+    return torch.equal(found, wanted) and torch.equal(norms, squared.double()) and torch.equal(alone, squared.double())

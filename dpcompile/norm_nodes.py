@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dpcompile.cost import DIRECT_TILES
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.insert import behind, insert
 from dpcompile.joint import JointGraph
 from dpcompile.kernels.lowering import fused_norm, fusible
 from dpcompile.locate import where
 from dpcompile.norms.factors import alone, factored
-from dpcompile.norms.ghost import Sides, direct, ghost, ghost_of_gram, merge, outer
+from dpcompile.norms.ghost import Sides, ghost, merge, outer
 from dpcompile.norms.instantiate import per_example_site, tail_inputs, through_tail
 from dpcompile.norms.kept_op import FEW, norms_of_vectors, squared_norms
-from dpcompile.norms.product_op import product_with_norms
+from dpcompile.norms.product_op import product_norms, product_with_norms
 from dpcompile.norms.products import product
 from dpcompile.norms.slices import accumulation_dtype
 from dpcompile.plan import Choice, Plan
@@ -35,7 +34,8 @@ class Norm:
 
     Attributes:
         choice: of the plan.
-        squared: ``[B]``, of the gradients as they stand in the graph; of rule "later" the mask, which nobody reads.
+        squared: ``[B]``, float64, of the gradients as they stand in the graph; of rule "later" the mask, which nobody
+            reads.
         kept: ``[B, *parameter shape]``, where they are kept.
     """
 
@@ -47,8 +47,10 @@ class Norm:
 def find_norms(joint: JointGraph, plan: Plan) -> list[Norm]:
     """A norm for every gradient; those of kept vectors come out of one operation.
 
-    **Guarantee.** Every norm is that of the sum of all the parameter's uses in the graph, behind their tails, float32
-    or wider; but for rule "later", whose uses in other regions come first.
+    **Guarantee.** Every norm is that of the sum of all the parameter's uses in the graph, behind their tails; but for
+    rule "later", whose uses in other regions come first. It is right or too large whatever the values are: where a
+    gradient is kept it is that of the gradient which is summed, and elsewhere it is not below that of the real numbers.
+    Squares are float64: none is lost or overflows.
     """
     operations = [s.operation for c in plan.choices for s in c.gradient.sites]
     norms = [_norm(joint, choice, operations if choice.late else []) for choice in plan.choices]
@@ -97,7 +99,7 @@ def _norm(joint: JointGraph, choice: Choice, later_than: Sequence[fx.Node]) -> N
 
 
 def _whole_norm(gradient: Tensor) -> Tensor:
-    return gradient.to(accumulation_dtype(gradient.dtype)).square().sum().reshape(1)
+    return gradient.double().square().sum().reshape(1)
 
 
 def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
@@ -107,10 +109,8 @@ def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
     dtype = None if fused else sum_dtype(choice.gradient)
 
     def compute(mask: Tensor, *values: Tensor) -> Tensor:
-        if rule == "ghost" and len(forms) == 1 and forms[0].gram is not None:
-            wide = (widened(v, sum_dtype(choice.gradient)) for v in values)
-            width = 2 * int(forms[0].sizes[3])  # products of pixels, and sums over the filter's offsets
-            return ghost_of_gram(*forms[0].gram(*wide, mask.shape[0]), width)
+        if rule == "ghost" and len(forms) == 1 and (of_form := forms[0].ghost) is not None:
+            return of_form(*(widened(v, sum_dtype(choice.gradient)) for v in values), mask.shape[0])
         sides = _sides(choice, values, mask.shape[0], dtype)
         if fused:
             return fused_norm(rule, sides)
@@ -118,7 +118,7 @@ def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
             return outer(sides[0])
         if rule == "direct":
             (merged,) = merge(sides)
-            return direct(merged, DIRECT_TILES)
+            return product_norms(merged.rows, merged.cols)
         return ghost(sides, choice.panels)
 
     nodes = [joint.mask, *(n for f in forms for n in f.operands)]
@@ -149,21 +149,27 @@ def _instantiation(
     single = alone(forms) if forms is not None and choice.rule == "redo" else None
     if single is not None and (norms := single.norms) is not None:
         return list(single.operands), lambda batch, values: (norms(*(widened(v, dtype) for v in values), batch), None)
+    if choice.rule == "redo" and forms is not None and all(f.one_hot == (forms[0].one_hot or "") for f in forms):
+
+        def looked_up(batch: int, values: Sequence[Any]) -> tuple[Tensor, None]:
+            return ghost(_sides(choice, values, batch, dtype)), None
+
+        return [n for f in forms for n in f.operands], looked_up
     if forms is not None and forms[0].aligned and all(f.one_hot is None and f.each is None for f in forms):
 
-        def merged_product(batch: int, values: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        def merged_product(batch: int, values: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
             (merged,) = merge(_sides(choice, values, batch, dtype))
-            if merged.rows.device.type == "cpu":
-                each, squared = product_with_norms(merged.rows, merged.cols, choice.reuse)
-            else:
-                each = torch.matmul(merged.rows.mT, merged.cols)
-                squared = squared_norms(each)
+            if choice.rule == "redo":
+                return product_norms(merged.rows, merged.cols), None
+            each, squared = product_with_norms(merged.rows, merged.cols, choice.reuse)
             return squared, each.reshape(batch, *gradient.gradient.meta["val"].shape)
 
         return [n for f in forms for n in f.operands], merged_product
     needed = dict.fromkeys(n for s in gradient.sites for n in s.operation.all_input_nodes)
     operands = [*needed, *(n for n in tail_inputs(gradient) if n not in needed)]
     own_forms = [factored(s, batch) for s in gradient.sites]
+    if choice.rule == "redo" and (forms is None or len(forms) > 1 or forms[0].each is None):
+        dtype = torch.float64  # the sum is another than the one whose norm is taken: that is one of the real numbers
 
     def through_sites(batch: int, values: Sequence[Any]) -> tuple[Tensor, Tensor]:
         known = {n: widened(v, dtype) for n, v in zip(operands, values, strict=True)}
@@ -172,7 +178,8 @@ def _instantiation(
             if form is None or form.one_hot is not None:
                 sites.append(per_example_site(site, known, batch, dtype))
             elif form.each is not None:
-                value, norm = form.each(*(known[n] for n in form.operands), batch, choice.reuse)
+                kept = choice.rule == "keep"
+                value, norm = form.each(*(known[n] for n in form.operands), batch, choice.reuse, kept)
                 sites.append(value)
                 squared.append(norm)
             else:

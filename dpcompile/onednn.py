@@ -1,4 +1,4 @@
-"""The C++ kernels of `kernels/product.cpp`: products of float32 matrices by oneDNN, and sums of such and their norms.
+"""The C++ kernels of `kernels/product.cpp`: products of float32 matrices by oneDNN, and sums and their norms.
 
 Torch has oneDNN in it, and multiplies matrices by it in narrower dtypes only.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor
 from dpcompile._torch import compile_cpp, onednn_matmul, tensor_address
 
 __all__ = [
+    "gram_sums",
     "has_onednn",
     "has_sums_by_index",
     "multiply_",
     "norms_by_index",
-    "sum_of_products",
+    "squares",
     "sums_by_index",
     "weighted_sum",
 ]
@@ -46,22 +47,44 @@ def multiply_(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.matmul(a, b, out=out)
 
 
-def sum_of_products(matrices: Sequence[Tensor], lengths: Sequence[Tensor], out: Tensor) -> None:
-    """Write to ``out`` what :func:`dpcompile.norms.gram_op.gram_norms` returns.
-
-    Contract: :func:`has_onednn`.
+def gram_sums(rows: Tensor, cols: Tensor, panels: int) -> tuple[Tensor, Tensor] | None:
+    """What :func:`dpcompile.norms.gram_op.gram_norms` returns; None where the kernel cannot do it.
 
     Args:
-        matrices: rows and columns, ``[B, K, T, T']``, float32, contiguous.
-        lengths: left and right of the rows, ``[B, K, T]`` and ``[B, K, T']``, then of the columns.
-        out: ``[B]``.
+        rows: ``[B, K, T, T]``, float64, the lower part.
+        cols: the same.
+        panels: of both.
     """
-    memory = [ctypes.c_void_p(x.data_ptr()) for x in (*matrices, *lengths)]
-    sizes = [ctypes.c_int64(n) for n in matrices[0].shape]
-    threads = ctypes.c_int(torch.get_num_threads())
-    library = _library()
-    assert library is not None
-    library.dp_gram_norms(*memory, *sizes, ctypes.c_void_p(out.data_ptr()), threads)
+    library = _library() if rows.device.type == "cpu" else None
+    if library is None:
+        return None
+    rows, cols = rows.contiguous(), cols.contiguous()
+    totals, sizes = rows.new_empty(rows.shape[0]), rows.new_empty(rows.shape[0])
+    memory = [ctypes.c_void_p(x.data_ptr()) for x in (rows, cols)]
+    numbers = [ctypes.c_int64(n) for n in (*rows.shape[:3], panels)]
+    results = [ctypes.c_void_p(x.data_ptr()) for x in (totals, sizes)]
+    library.dp_gram_norms(*memory, *numbers, *results, ctypes.c_int(torch.get_num_threads()))
+    return totals, sizes
+
+
+def squares(values: Tensor) -> Tensor | None:
+    """Sums of squares over the last axis, in float64, in one pass.
+
+    Args:
+        values: ``[.., n]``, up to four axes, of any strides.
+
+    Returns:
+        ``[..]``, float64; None where the kernel cannot do it: in other dtypes than float32, or without a compiler.
+    """
+    library = _library() if values.dtype == torch.float32 and values.device.type == "cpu" else None
+    if library is None:
+        return None
+    whole = values.reshape(*[1] * (4 - values.ndim), *values.shape)
+    result = torch.empty(values.shape[:-1], dtype=torch.float64)
+    sizes, strides = ((ctypes.c_int64 * 4)(*numbers) for numbers in (whole.shape, whole.stride()))
+    target, threads = ctypes.c_void_p(result.data_ptr()), ctypes.c_int(torch.get_num_threads())
+    library.dp_squares(ctypes.c_void_p(whole.data_ptr()), sizes, strides, target, threads)
+    return result
 
 
 def weighted_sum(rows: Tensor, used: Tensor, weights: Tensor) -> Tensor | None:
@@ -91,23 +114,24 @@ def has_sums_by_index(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and _library() is not None
 
 
-def norms_by_index(index: Tensor, values: Tensor) -> Tensor | None:
-    """What :func:`dpcompile.norms.index_op.index_norms` returns, summed in float64, without further memory.
+def norms_by_index(index: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What :func:`dpcompile.norms.index_op.sums_and_sizes` returns, without further memory.
 
     Args:
         index: integers ``[B, T]``.
         values: ``[B, T, D]``, of any strides.
 
     Returns:
-        ``[B]``; None where the kernel cannot do it.
+        ``[B]`` twice, float64; None where the kernel cannot do it.
     """
     library = _library() if has_sums_by_index(values.device, values.dtype) else None
     if library is None:
         return None
-    result, index = values.new_empty(values.shape[0]), index.long().contiguous()
-    target, threads = ctypes.c_void_p(result.data_ptr()), ctypes.c_int(torch.get_num_threads())
-    library.dp_norms_by_index(ctypes.c_void_p(index.data_ptr()), *_strided(values), *_sizes(values), target, threads)
-    return result
+    found = [torch.empty(values.shape[0], dtype=torch.float64) for _ in range(2)]
+    index, threads = index.long().contiguous(), ctypes.c_int(torch.get_num_threads())
+    place, targets = ctypes.c_void_p(index.data_ptr()), [ctypes.c_void_p(x.data_ptr()) for x in found]
+    library.dp_norms_by_index(place, *_strided(values), *_sizes(values), *targets, threads)
+    return found[0], found[1]
 
 
 def sums_by_index(weights: Tensor, index: Tensor, values: Tensor, rows: int) -> Tensor | None:

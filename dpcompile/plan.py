@@ -256,7 +256,7 @@ def _options(
         why = "its sites are sums" if all(s.kind == "sum" for s in gradient.sites) else "through the tail"
         rule = "redo" if mode_name == "redo" and not later else "keep"
         return [option(rule, summed_cost(batch, weight, element, fresh=True), f"per-example gradients, {why}")]
-    shape = _together(forms, value, element, hints, rates)
+    shape = _together(forms, value, element, hints)
     allowed = {"outer"} if is_one(shape.t) else {"ghost"}
     allowed |= {"keep", "redo"} | ({"direct"} if all(f.one_hot is None for f in forms) else set())
     _, t, p, d = (hinted(n, hints) for n in (1, shape.t, shape.p, shape.d))
@@ -281,9 +281,7 @@ def _fallback(mode: Mode) -> str:
     return "redo" if mode.drop else "keep"
 
 
-def _together(
-    forms: Sequence[Factored], value: torch.Tensor, element: int, hints: Mapping[sympy.Symbol, int], rates: Rates
-) -> Shape:
+def _together(forms: Sequence[Factored], value: torch.Tensor, element: int, hints: Mapping[sympy.Symbol, int]) -> Shape:
     k, _, p, d = forms[0].sizes
     if any(f.one_hot == "cols" for f in forms):
         p, d = d, p
@@ -302,18 +300,13 @@ def _together(
         grouped=filled == 0 and any(f.each is not None for f in forms),
         filled=filled,
         alone=alone(forms) is not None,
-        panels=panels_of(hinted(t, hints), rates),
+        panels=panels_of(hinted(t, hints)),
         products=element == 4 and all(f.site.kind in ("mm", "bmm") and f.one_hot is None for f in forms),
     )  # fmt: skip
 
 
-def panels_of(positions: float, rates: Rates) -> int:
-    """Parts of a Gram matrix: as many as leave each part large enough for a product to run at full speed.
-
-    oneDNN makes a whole matrix in the time of half of one, unless it is large (``python -m benchmarks.products``).
-    """
-    if rates.own_products:
-        return 1 if positions < 1024 else 2
+def panels_of(positions: float) -> int:
+    """Parts of a Gram matrix: as many as leave each part large enough for a product to run at full speed."""
     return 1 if positions < 64 else 2 if positions < 128 else 4 if positions < 1024 else 8
 
 

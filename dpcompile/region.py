@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from dpcompile._torch import compile_joint
 from dpcompile.axis import Examples, Label, Mixed, Shared, Summed, Whole
 from dpcompile.cachekey import cache_key
-from dpcompile.capture import Roles, assign_roles, deferred_dtype, extend, written_inputs
+from dpcompile.capture import Roles, assign_roles, extend, written_inputs
 from dpcompile.errors import ExampleMixingError, UnsupportedGraphError
 from dpcompile.flow import Untrained, compile_untrained
 from dpcompile.joint import OverRanks
@@ -74,7 +74,6 @@ class Artifact:
         labels: of the outputs.
         transformed: of a graph with trainable parameters.
         unowned: positions of outputs that depend on no example.
-        dtype: of squared norms and weights.
         written: positions of the inputs that it writes to.
         untrained: of a graph that runs without gradients.
     """
@@ -84,7 +83,6 @@ class Artifact:
     labels: tuple[Label, ...] = ()
     transformed: Transformed | None = None
     unowned: Mapping[int, str | None] = field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
     symbols: Mapping[sympy.Symbol, tuple[int, int]] = field(default_factory=dict)
     written: frozenset[int] = frozenset()
     lowering: Lowering = Lowering()
@@ -162,7 +160,6 @@ def compile_region(
         transformed.output_labels,
         transformed,
         transformed.unowned,
-        deferred_dtype(live[p].dtype for p in roles.parameters),
         symbols,
         frozenset(written),
         lowering,

@@ -357,7 +357,7 @@ class RegionGraphs:
         memory = frozenset(memory_of(memory_holder(p)) for p in gathered)
         uses = artifact.transformed.uses
         handed = {n: uses[o] for n, o in zip(names, own, strict=True) if o in uses}
-        return whole.run(names, touched, artifact.dtype, artifact.lowering, frame.unit.path, memory, handed)
+        return whole.run(names, touched, artifact.lowering, frame.unit.path, memory, handed)
 
     def _lowering(self, live: Sequence[Any]) -> Lowering:
         known = self.frames[-1].scope.parameters

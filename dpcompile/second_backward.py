@@ -11,11 +11,12 @@ from collections.abc import Iterable
 from torch import fx
 
 from dpcompile.axis import Examples, Shared
+from dpcompile.clipping import narrowed
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.insert import insert, last_of
 from dpcompile.joint import JointGraph
 from dpcompile.locate import where
-from dpcompile.norms.slices import scaled
+from dpcompile.norms.slices import accumulation_dtype, scaled
 from dpcompile.proof import Proof
 
 __all__ = ["repeat_backward"]
@@ -57,7 +58,12 @@ def repeat_backward(
         point = point.prev
     for tangent, axis in axes.items():
         copies[tangent] = point = insert(
-            joint.graph, point, lambda value, w, axis=axis: scaled(value, axis, w).to(value.dtype), [tangent, weights]
+            joint.graph,
+            point,
+            lambda value, w, axis=axis: scaled(value, axis, narrowed(w, accumulation_dtype(value.dtype))).to(
+                value.dtype
+            ),
+            [tangent, weights],
         )
         point = last_of(joint.graph, [n for n in joint.graph.nodes if n.op != "output"])
     for node in needed:

@@ -74,21 +74,24 @@ class HandedOut:
     use: Use
     values: Sequence[Tensor]
 
-    def sides(self, batch: int) -> list[Sides]:
-        """Rows and columns of every site, in the dtype to compute in."""
+    def sides(self, batch: int, dtype: torch.dtype | None = None) -> list[Sides]:
+        """Rows and columns of every site, in ``dtype`` or the dtype to compute in."""
         remaining, found = list(self.values), []
         for form in self.use.forms or ():
             own = [remaining.pop(0) for _ in form.operands]
-            own = [v.to(self.use.dtype) if v.is_floating_point() else v for v in own]
+            own = [v.to(dtype or self.use.dtype) if v.is_floating_point() else v for v in own]
             found.append(Sides(*form.build(*own, batch), one_hot=form.one_hot))
         return found
 
     def gradients(self, batch: int) -> Callable[[int, int], Tensor]:
-        """A function from a range of examples to their gradients ``[n, *shape]``."""
+        """A function from a range of examples to their gradients ``[n, *shape]``, in float64.
+
+        The clipped sum is another than the one whose norm is taken, so that is one of the real numbers.
+        """
         forms, shape = self.use.forms, self.use.shape
         if forms is None:
-            return lambda start, end: self.values[0][start:end].to(self.use.dtype)
-        sides = self.sides(batch)
+            return lambda start, end: self.values[0][start:end].double()
+        sides = self.sides(batch, torch.float64)
 
         def some(start: int, end: int) -> Tensor:
             total: Any = 0
@@ -117,7 +120,7 @@ class Redone:
 
         def some(start: int, end: int) -> Tensor:
             chosen = torch.eye(batch, device=self.like.device, dtype=self.like.dtype)
-            return torch.stack([self.weighted(chosen[i]).clone() for i in range(start, end)])
+            return torch.stack([self.weighted(chosen[i]).to(torch.float64, copy=True) for i in range(start, end)])
 
         return some
 
@@ -130,9 +133,9 @@ def joint_norm(parts: Sequence[Part], batch: int, mode: str) -> Tensor:
 
     Contract: ``parts`` are all uses that the backward reached, at least one.
 
-    **Guarantee.** The result is ``|sum_u g_iu|^2``, cross terms included: ghost norms of rows and columns concatenated
-    along T (an embedding with a linear layer in closed form), or the norm of the sum itself, some examples at a time.
-    Squared norms of uses are never added.
+    **Guarantee.** The result, float64, is ``|sum_u g_iu|^2`` or too large, cross terms included: ghost norms of rows
+    and columns concatenated along T (an embedding with a linear layer in closed form), or the norm of the sum itself,
+    some examples at a time. Squared norms of uses are never added.
     """
     handed = [p for p in parts if isinstance(p, HandedOut)]
     layouts = {f.layout for p in handed for f in p.use.forms or ()}
@@ -146,7 +149,7 @@ def joint_norm(parts: Sequence[Part], batch: int, mode: str) -> Tensor:
             found = [ghost(_some(sides, start, end), shape.panels) for start, end in chunks]
             return torch.cat(found)
     functions = [p.gradients(batch) for p in parts]
-    size = max((prod(p.use.shape) * p.use.dtype.itemsize for p in handed), default=0)
+    size = max((prod(p.use.shape) * torch.float64.itemsize for p in handed), default=0)
     chunks = _chunks(batch, 2 * size, size) if len(handed) == len(parts) else [(i, i + 1) for i in range(batch)]
     found = []
     for start, end in chunks:
@@ -181,7 +184,7 @@ def _shape(sides: Sequence[Sides], use: Use) -> Shape:
         use.dtype.itemsize,
         one_hot=hot,
         indexed=all(s.one_hot is not None for s in sides),
-        panels=panels_of(positions, rates_for(sides[0].cols.device)),
+        panels=panels_of(positions),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from dpcompile.axis import Examples
+from dpcompile.clipping import narrowed
 from dpcompile.insert import behind, insert
 from dpcompile.joint import JointGraph
 from dpcompile.norm_nodes import Norm, sum_dtype, widened
@@ -50,11 +51,12 @@ def clipped_sums(
     Args:
         joint: the graph.
         norms: of its parameters.
-        weights: ``[B]`` for each of them.
+        weights: ``[B]``, float64, for each of them.
         second: what a second backward made, see :func:`repeated`.
     """
     together: dict[torch.dtype, list[tuple[Norm, fx.Node]]] = {}
-    for norm, row in zip(norms, weights, strict=True):
+    rows = _narrowed(joint, norms, weights)
+    for norm, row in zip(norms, rows, strict=True):
         value = None if norm.kept is None else norm.kept.meta["val"]
         if value is None or value.device.type != "cpu" or value.dtype != row.meta["val"].dtype:
             yield norm, _clipped_sum(joint, norm, row, second)
@@ -67,6 +69,17 @@ def clipped_sums(
             yield from _weighted_sums(joint, members)
         else:
             yield from ((norm, _clipped_sum(joint, norm, row, second)) for norm, row in members)
+
+
+def _narrowed(joint: JointGraph, norms: Sequence[Norm], weights: Sequence[fx.Node]) -> list[fx.Node]:
+    """The weights in the dtype of each norm's sum; one node for all that are the same."""
+    known: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+    keys = [(row, sum_dtype(norm.choice.gradient)) for norm, row in zip(norms, weights, strict=True)]
+    for row, dtype in keys:
+        if (row, dtype) not in known:
+            point = behind(joint.graph, [row])
+            known[row, dtype] = insert(joint.graph, point, lambda w, dtype=dtype: narrowed(w, dtype), [row])
+    return [known[key] for key in keys]
 
 
 def _weighted_sums(joint: JointGraph, members: Sequence[tuple[Norm, fx.Node]]) -> Iterator[tuple[Norm, fx.Node]]:
@@ -116,7 +129,7 @@ def _redone_sum(
 
     def redo(w: Tensor, *values: Any) -> Tensor:
         known = {n: widened(v, dtype) for n, v in zip(operands, values, strict=True)}
-        sums, w = {}, w.to(dtype)  # wider, where another parameter is
+        sums = {}
         for site in gradient.sites:
             reweighted = any(n in second for n in site.operation.all_input_nodes)
             own = (w != 0).to(w.dtype) if reweighted else w

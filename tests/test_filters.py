@@ -99,7 +99,7 @@ def test_any_convolution(case: dict[str, Any]) -> None:
         each, norms = filter_gradients(*arguments, own, False)
         assert each.movedim(2, -1).is_contiguous()
         torch.testing.assert_close(each, wanted.float(), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(norms, wanted.flatten(1).square().sum(1).float(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norms, wanted.flatten(1).square().sum(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(filter_norms(*arguments), norms, rtol=1e-4, atol=1e-5)
 
 
@@ -167,7 +167,7 @@ def test_any_number_of_threads(threads: int, batch: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(each, filter_gradients(*arguments, True, False)[0])
-    torch.testing.assert_close(norms, wanted.flatten(1).square().sum(1).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norms, wanted.flatten(1).square().sum(1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(filters, "compile_cpp", lambda code, source=source, **options: source())
         assert not has_kernel()
         torch.testing.assert_close(filter_gradients(*arguments, True, False)[0], wanted.float())
-        torch.testing.assert_close(filter_norms(*arguments), wanted.flatten(1).square().sum(1).float())
+        torch.testing.assert_close(filter_norms(*arguments), wanted.flatten(1).square().sum(1))
 
 
 @pytest.mark.parametrize(

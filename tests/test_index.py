@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dpcompile
 from dpcompile import onednn
-from dpcompile.norms.index_op import clipped_sums_by_index, norms_by_index, norms_by_sums
+from dpcompile.norms.index_op import clipped_sums_by_index, norms_by_index, sums_and_sizes
 
 dp_compile: Any = dpcompile.dp_compile
 WORDS = 11
@@ -51,11 +51,11 @@ def test_norms(shape: tuple[int, int, int], dtype: torch.dtype, layout: str, com
     index = torch.randint(0, WORDS, shape[:2])
     cotangents = LAYOUTS[layout](torch.randn(shape, dtype=dtype))
     assert onednn.has_sums_by_index(cotangents.device, dtype) == (compiled and dtype == torch.float32)
-    wanted = dense(index, cotangents).to(dtype)
+    wanted = dense(index, cotangents)
     torch.testing.assert_close(norms_by_index(index, cotangents), wanted)
     torch.testing.assert_close(norms_by_index(index.int() - 5, cotangents), wanted)
     torch.testing.assert_close(norms_by_index(index.T.contiguous().T, cotangents), wanted)
-    torch.testing.assert_close(norms_by_sums(index, cotangents), wanted)
+    torch.testing.assert_close(sums_and_sizes(index, cotangents)[0], wanted)
     torch.library.opcheck(norms_by_index, (index, cotangents))
 
 
@@ -72,7 +72,7 @@ def test_what_is_not_finite_stays_in_its_example(bad: float) -> None:
     cotangents[2, 4, 1] = bad
     found = norms_by_index(index, cotangents)
     assert found.isfinite().tolist() == [True, True, False, True]
-    torch.testing.assert_close(found[:2], dense(index, cotangents)[:2].float())
+    torch.testing.assert_close(found[:2], dense(index, cotangents)[:2])
 
 
 @pytest.mark.usefixtures("compiled")
@@ -81,7 +81,7 @@ def test_sums_that_cancel() -> None:
     cotangents = torch.randn(2, 1, 64).repeat(1, 8, 1)
     cotangents[0, ::2] *= -1
     found = norms_by_index(torch.full((2, 8), 3), cotangents)
-    torch.testing.assert_close(found, torch.stack([torch.tensor(0.0), 64 * cotangents[1, 0].square().sum()]))
+    torch.testing.assert_close(found, torch.stack([torch.tensor(0.0), 64 * cotangents[1, 0].square().sum()]).double())
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

@@ -51,7 +51,7 @@ def test_weighted_sums_of_long_rows(number: int) -> None:
 
 def test_norms_of_vectors() -> None:
     each = [torch.randn(4, 3), torch.randn(4, 700), torch.randn(5, 4).T]
-    torch.testing.assert_close(norms_of_vectors(each), torch.stack([e.square().sum(1) for e in each]))
+    torch.testing.assert_close(norms_of_vectors(each), torch.stack([e.double().square().sum(1) for e in each]))
     each[1][2, 0] = torch.inf
     assert not norms_of_vectors(each)[1, 2].isfinite()
 

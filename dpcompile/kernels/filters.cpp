@@ -23,7 +23,8 @@ constexpr int64_t LANES = 8, VECTORS = 2, ROWS = 6;
 constexpr int64_t LANES = 4, VECTORS = 4, ROWS = 4;
 #endif
 constexpr int64_t COLS = LANES * VECTORS;
-constexpr int64_t PLACES = 1024;  // that are added up before a tile goes back to memory: their numbers stay in the cache
+// Places that are added up from zero, about, before a tile is added to memory: `additions` in filters.py counts on it.
+constexpr int64_t PLACES = 128;
 
 typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
@@ -110,7 +111,7 @@ void add_places(
 #pragma GCC unroll 8
   for (int64_t r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < V; ++v) sum[r][v] = *(const Vector*)(sums + r * apart + v * LANES);
+    for (int64_t v = 0; v < V; ++v) sum[r][v] = Vector{};
   int64_t d = first / s.places[1], h = first % s.places[1];
   for (int64_t l = first; l < last; ++l) {
     const float* col = cols + layout.at(s, d * s.stride[0], h * s.stride[1], 0);
@@ -128,7 +129,7 @@ void add_places(
 #pragma GCC unroll 8
   for (int64_t r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < V; ++v) *(Vector*)(sums + r * apart + v * LANES) = sum[r][v];
+    for (int64_t v = 0; v < V; ++v) *(Vector*)(sums + r * apart + v * LANES) += sum[r][v];
 }
 
 // Adds one image's share to the gradients of `count` filters, `layout.row` numbers each.
@@ -159,14 +160,11 @@ void add_image(
   }
 }
 
-double squared_norm(const float* rows, int64_t count, int64_t length) {
+// In double: no square of a float is too small for it or too large.
+double squared_norm(const float* values, int64_t length) {
   double total = 0;
-  for (int64_t r = 0; r < count; ++r) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < length; ++i) sum += rows[r * length + i] * rows[r * length + i];
-    total += sum;
-  }
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < length; ++i) total += double(values[i]) * values[i];
   return total;
 }
 
@@ -205,7 +203,7 @@ extern "C" void dp_filter_gradients(
         lay_out_cotangents(source, s, first, count, cotangent);
         add_image(image + group * layout.channels, cotangent, s, layout, count, sums);
       }
-      norm += squared_norm(sums, count, layout.row);
+      norm += squared_norm(sums, count * layout.row);
     }
     norms[task] = norm;
   }

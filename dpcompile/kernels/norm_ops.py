@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from dpcompile.kernels import torch_norms
-from dpcompile.norms.slices import accumulation_dtype
 
 __all__ = ["direct_norm", "ghost_norm", "ghost_norm_one_hot", "triton_runs"]
 
-_ANY_STRIDES = (torch.Tag.flexible_layout,)
+_ANY_STRIDES = (torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)  # examples are counted that are done again
 
 
 @torch.library.custom_op("dpcompile::direct_norm", mutates_args=(), tags=_ANY_STRIDES)
@@ -30,9 +29,11 @@ def direct_norm(rows: Tensor, cols: Tensor) -> Tensor:
         rows: ``[B, K, T, P]``.
         cols: ``[B, K, T, D]``.
 
+    **Guarantee.** The result is right, or too large: what rounding can move is added, and where that is not little the
+    example is done again in float64.
+
     Returns:
-        ``[B]``, float32 or wider. Products are torch's float32 matrix products: TF32 where torch is allowed to use it.
-        Values that are not finite give a result that is not.
+        ``[B]``, float64. Values that are not finite give a result that is not.
     """
     _check("direct_norm", rows, cols)
     return torch_norms.direct_norm(rows, cols) if _any(rows, cols) else _zeros(rows, cols)
@@ -44,15 +45,14 @@ def ghost_norm(rows: Tensor, cols: Tensor) -> Tensor:
 
     Neither matrix is stored, and both are symmetric: pairs of tiles off the diagonal are made once and counted twice.
 
-    **Guarantee.** The result is not below the true squared norm where terms cancel: what rounding can move is added.
-    See :func:`dpcompile.kernels.rounding.gram_unit`.
+    **Guarantee.** As for :func:`direct_norm`; see :func:`dpcompile.kernels.rounding.gram_unit`.
 
     Args:
         rows: ``[B, K, T, P]``.
         cols: ``[B, K, T, D]``.
 
     Returns:
-        ``[B]``, float32 or wider. Values that are not finite give a result that is not.
+        ``[B]``, float64. Values that are not finite give a result that is not.
     """
     _check("ghost_norm", rows, cols)
     return torch_norms.ghost_norm(rows, cols) if _any(rows, cols) else _zeros(rows, cols)
@@ -67,7 +67,7 @@ def ghost_norm_one_hot(index: Tensor, cols: Tensor) -> Tensor:
         cols: ``[B, K, T, D]``.
 
     Returns:
-        ``[B]``, float32 or wider, with the guarantee of :func:`ghost_norm`.
+        ``[B]``, float64, with the guarantee of :func:`ghost_norm`.
     """
     _check_index(index, cols)
     return torch_norms.ghost_norm(None, cols, index) if cols.numel() else _zeros(cols)
@@ -136,10 +136,7 @@ def _has_triton() -> bool:
 
 
 def _zeros(*operands: Tensor) -> Tensor:
-    dtype = operands[0].dtype
-    for other in operands[1:]:
-        dtype = torch.promote_types(dtype, other.dtype)
-    return operands[0].new_zeros(operands[0].shape[0], dtype=accumulation_dtype(dtype))
+    return operands[0].new_zeros(operands[0].shape[0], dtype=torch.float64)
 
 
 def _any(rows: Tensor, cols: Tensor) -> bool:

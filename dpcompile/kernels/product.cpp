@@ -1,10 +1,9 @@
-// What norms and sums on CPUs need besides torch's operations: its matrix product by oneDNN, sums over two Gram matrices,
-// weighted sums of rows, and sums by an index and their norms.
+// What norms and sums on CPUs need besides torch's operations: its matrix product by oneDNN, sums over two Gram
+// matrices, sums of squares, weighted sums of rows, and sums by an index and their norms.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <utility>
 #include <vector>
 
@@ -21,32 +20,63 @@ extern "C" int dp_multiply(Matmul multiply, void* left, void* right, void* resul
   }
 }
 
-// Of every example: the sum of R C, and of eps |R C| + |R| cols_left cols_right + rows_left rows_right |C|.
+// Of every example: the sum of R C, and the sum over all blocks of (sum over the diagonal of sqrt(R C))^2. Of both
+// matrices only a lower part is there: rows [start, end) of panel n of `panels` up to column `end`; what lies left of
+// `start` counts twice.
 extern "C" void dp_gram_norms(
-    const float* rows, const float* cols, const float* rows_left, const float* rows_right, const float* cols_left,
-    const float* cols_right, int64_t batch, int64_t blocks, int64_t positions, int64_t others, float* result,
-    int threads) {
-  constexpr double eps = std::numeric_limits<float>::epsilon();
+    const double* rows, const double* cols, int64_t batch, int64_t blocks, int64_t positions, int64_t panels,
+    double* result, double* sizes, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (batch > 1)
   for (int64_t b = 0; b < batch; ++b) {
-    double total = 0, slack = 0;
-    for (int64_t i = b * blocks * positions; i < (b + 1) * blocks * positions; ++i) {
-      const int64_t block = i / positions;
-      const float *r = rows + i * others, *c = cols + i * others;
-      const float *to_r = rows_right + block * others, *to_c = cols_right + block * others;
-      float sum = 0, size = 0, by_rows = 0, by_cols = 0;
-#pragma omp simd reduction(+ : sum, size, by_rows, by_cols)
-      for (int64_t j = 0; j < others; ++j) {
-        const float both = r[j] * c[j];
-        sum += both;
-        size += std::fabs(both);
-        by_rows += std::fabs(r[j]) * to_c[j];
-        by_cols += std::fabs(c[j]) * to_r[j];
+    double total = 0, size = 0;
+    for (int64_t k = b * blocks; k < (b + 1) * blocks; ++k) {
+      double length = 0;
+      for (int64_t n = 0; n < panels; ++n) {
+        const int64_t start = positions * n / panels, end = positions * (n + 1) / panels;
+        for (int64_t t = start; t < end; ++t) {
+          const double *r = rows + (k * positions + t) * positions, *c = cols + (k * positions + t) * positions;
+          double left = 0, own = 0;
+#pragma omp simd reduction(+ : left)
+          for (int64_t j = 0; j < start; ++j) left += r[j] * c[j];
+#pragma omp simd reduction(+ : own)
+          for (int64_t j = start; j < end; ++j) own += r[j] * c[j];
+          total += 2 * left + own;
+          length += std::sqrt(r[t]) * std::sqrt(c[t]);
+        }
       }
-      total += sum;
-      slack += eps * size + double(cols_left[i]) * by_rows + double(rows_left[i]) * by_cols;
+      size += length * length;
     }
-    result[b] = float(total + slack);
+    result[b] = total, sizes[b] = size;
+  }
+}
+
+// result[i, j, k] = sum over l of values[i, j, k, l]^2, in double: no square of a float is too small or large for it.
+extern "C" void dp_squares(
+    const float* values, const int64_t* sizes, const int64_t* strides, double* result, int threads) {
+  const int64_t outer = sizes[0] * sizes[1], rows = sizes[2], length = sizes[3];
+#pragma omp parallel for num_threads(threads) schedule(static) if (outer > 1)
+  for (int64_t i = 0; i < outer; ++i) {
+    const float* from = values + i / sizes[1] * strides[0] + i % sizes[1] * strides[1];
+    double* to = result + i * rows;
+    if (strides[3] == 1 || rows == 1) {
+      for (int64_t k = 0; k < rows; ++k) {
+        const float* row = from + k * strides[2];
+        double sum = 0;
+        if (strides[3] == 1) {
+#pragma omp simd reduction(+ : sum)
+          for (int64_t l = 0; l < length; ++l) sum += double(row[l]) * row[l];
+        } else {
+          for (int64_t l = 0; l < length; ++l) sum += double(row[l * strides[3]]) * row[l * strides[3]];
+        }
+        to[k] = sum;
+      }
+      continue;
+    }
+    std::fill(to, to + rows, 0.0);
+    for (int64_t l = 0; l < length; ++l) {
+      const float* column = from + l * strides[3];
+      for (int64_t k = 0; k < rows; ++k) to[k] += double(column[k * strides[2]]) * column[k * strides[2]];
+    }
   }
 }
 
@@ -87,11 +117,22 @@ static void add(Sum* to, float weight, const float* from, int64_t step, int64_t 
   }
 }
 
-// Of every example: the sum, over the distinct numbers of its index, of |the sum of the values at their positions|^2.
-// Values lie at value[b * strides[0] + t * strides[1] + i * strides[2]].
+static double length_of(const float* from, int64_t step, int64_t width) {
+  double sum = 0;
+  if (step == 1) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; ++i) sum += double(from[i]) * from[i];
+  } else {
+    for (int64_t i = 0; i < width; ++i) sum += double(from[i * step]) * from[i * step];
+  }
+  return std::sqrt(sum);
+}
+
+// Of every example: the sum, over the distinct numbers of its index, of |the sum of the values at their positions|^2,
+// and of (the sum of their lengths)^2. Values lie at value[b * strides[0] + t * strides[1] + i * strides[2]].
 extern "C" void dp_norms_by_index(
     const int64_t* index, const float* values, const int64_t* strides, int64_t batch, int64_t positions, int64_t width,
-    float* result, int threads) {
+    double* result, double* sizes, int threads) {
 #pragma omp parallel num_threads(threads) if (batch > 1)
   {
     std::vector<std::pair<int64_t, int64_t>> order(positions);
@@ -101,16 +142,20 @@ extern "C" void dp_norms_by_index(
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t t = 0; t < positions; ++t) order[t] = {index[b * positions + t], t};
       std::sort(order.begin(), order.end());
-      double total = 0;
+      double total = 0, size = 0;
       for (int64_t first = 0, last; first < positions; first = last) {
         std::fill(sum.begin(), sum.end(), 0.0);
+        double lengths = 0;
         for (last = first; last < positions && order[last].first == order[first].first; ++last) {
-          add(to, 1.0f, values + b * strides[0] + order[last].second * strides[1], strides[2], width);
+          const float* value = values + b * strides[0] + order[last].second * strides[1];
+          add(to, 1.0f, value, strides[2], width);
+          lengths += length_of(value, strides[2], width);
         }
+        size += lengths * lengths;
 #pragma omp simd reduction(+ : total)
         for (int64_t i = 0; i < width; ++i) total += to[i] * to[i];
       }
-      result[b] = float(total);
+      result[b] = total, sizes[b] = size;
     }
   }
 }

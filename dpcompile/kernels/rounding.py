@@ -1,15 +1,58 @@
-"""How far inner products may be off: which products torch's settings allow, and the bound that follows."""
+"""How far sums of products may be off, whatever the values are, and when a norm can be relied on.
+
+**Guarantee.** Every bound here holds for all values and for every order of additions (Higham 2002, "Accuracy and
+Stability of Numerical Algorithms", section 3.1: ``n`` roundings of ``u`` each are off by ``n u / (1 - n u)`` at most).
+None is the likely size of an error: a layer can be crafted whose roundings all go one way.
+
+``S`` is the *size* of an example's gradient: the sum over positions of ``|row_t| |col_t|``, which its norm would be if
+no two positions cancelled. What rounding moves is a multiple of it.
+"""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-__all__ = ["FMA", "TENSOR_CORE", "gram_unit", "products_on"]
+import torch
+from torch import Tensor
+
+__all__ = ["CLOSE", "FMA", "TENSOR_CORE", "TINY", "WIDE", "gamma", "gram_unit", "products_on", "unit_of", "with_floor"]
 
 FMA = "ieee"
 TENSOR_CORE = "tensor core"
+WIDE = 2.0**-53  # of float64
+TINY = 2.0**-126  # products below it may vanish in float32
+CLOSE = 9e-4  # a squared norm that is off by no more, relative to itself, is good enough: the bound is then added
 _LOST = {FMA: 0.0, "tf32": 2.0**-9, "bf16": 2.0**-7, TENSOR_CORE: 0.0, "tf32x3": 3 * 2.0**-20}
 _STEP = {TENSOR_CORE: 16, "tf32x3": 8 / 3}  # terms that a tensor core adds to its sum at once
+_SUMMED = 2.0**-24  # the unit of the float32 sums that gradients are added up in
+
+
+def unit_of(dtype: torch.dtype) -> float:
+    """What rounding to nearest moves a number by, relative to it."""
+    return torch.finfo(dtype).eps / 2
+
+
+def gamma(roundings: Any, unit: float) -> Any:
+    """How far a sum of products may be off, relative to the sum of their absolute values.
+
+    Args:
+        roundings: that the term with most of them goes through, a number or a symbol: n, in a sum of n terms in any
+            order.
+        unit: of one.
+    """
+    return roundings * unit / (1 - roundings * unit)
+
+
+def with_floor(squared: Tensor, sizes: Tensor) -> Tensor:
+    """Squared norms that are not below what rounding leaves of terms that cancel in a float32 sum.
+
+    One unit of the size is added. It is 2e-5 of a norm that is 1e-5 of the size, and less of all others.
+
+    Args:
+        squared: ``[B]``, float64.
+        sizes: ``[B]``, the squared sizes ``S**2``.
+    """
+    return squared + _SUMMED**2 * sizes
 
 
 def products_on(device: torch.device) -> str:
@@ -28,9 +71,8 @@ def gram_unit(width: int, dtype: torch.dtype, products: str) -> float:
 
     **Guarantee.** Three errors are added. Operands that lose bits before they are multiplied (both of them by less than
     2**-10 for TF32 that is cut off, 2**-8 for bfloat16) move the result by at most twice that, whatever the values.
-    Sums that round to nearest are off by ``sqrt(width) eps / 2`` but for improbable alignments of the rounding (Higham
-    and Mary 2019, doi:10.1137/18M1226312, theorem 2.4). Tensor cores cut off: the running sum then loses up to ``eps``
-    in every step, always in one direction, so that the steps count and not their square root.
+    Sums that round to nearest are off by :func:`gamma`. Tensor cores cut off: the running sum then loses up to ``eps``
+    in every step.
 
     Args:
         width: terms of the inner product.
@@ -41,7 +83,7 @@ def gram_unit(width: int, dtype: torch.dtype, products: str) -> float:
     eps = torch.finfo(dtype).eps
     if dtype == torch.float64:
         products = FMA
-    unit = eps * max(1.0, width**0.5 / 2) + _LOST[products]
+    unit = gamma(width + 2, eps / 2) + _LOST[products]
     if products != FMA:
-        unit += eps * (2 + width**0.5 / 2 + width / _STEP.get(products, 8))
+        unit += eps * (2 + width / _STEP.get(products, 8))
     return unit * 1.001  # the lengths |a| and |b| are rounded themselves

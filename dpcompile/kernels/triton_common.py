@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpcompile.kernels.rounding import FMA, TENSOR_CORE, products_on
 
-__all__ = ["WARPS", "index_type", "power", "precision", "rounding_of", "widened"]
+__all__ = ["WARPS", "adding", "index_type", "power", "precision", "rounding_of", "widened"]
 
 WARPS = 4
 
@@ -31,15 +31,17 @@ def widened(*operands: Tensor) -> bool:
     return len({o.dtype for o in operands}) > 1 or triton.knobs.runtime.interpret  # type: ignore[attr-defined]
 
 
-def precision(operand: Tensor, *, cancels: bool) -> str:
-    """How float32 tiles are multiplied: as IEEE says, or where torch may use TF32, with it.
+def precision(operand: Tensor) -> str:
+    """How float32 tiles are multiplied: as IEEE says, or where torch may use TF32, in three TF32 products.
 
-    Where terms cancel, one TF32 product would need a bound larger than many norms: then it is three, which are nearly
-    as exact as float32.
+    One would need a bound larger than many norms.
     """
-    if products_on(operand.device) == FMA or torch.version.hip is not None:
-        return FMA
-    return "tf32x3" if cancels else "tf32"
+    return FMA if products_on(operand.device) == FMA or torch.version.hip is not None else "tf32x3"
+
+
+def adding(tile: int, warps: int) -> float:
+    """What the square of an element, or the product of two, and the sum over a tile may be off, relative to them."""
+    return torch.finfo(torch.float32).eps / 2 * (tile * tile / (32 * warps) + 20)
 
 
 def rounding_of(operand: Tensor, products: str) -> str:

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpcompile.kernels.triton_common import WARPS, index_type, power, precision, widened
+from dpcompile.kernels.rounding import TINY, gram_unit
+from dpcompile.kernels.triton_common import WARPS, adding, index_type, power, precision, rounding_of, widened
+from dpcompile.norms.exact import exact_norms, linear_slack, settled, sizes_of
 
 __all__ = ["direct_norm"]
 
@@ -72,6 +74,9 @@ def direct_norm(rows: Tensor, cols: Tensor) -> Tensor:
 
     Every program writes a number of its own and torch adds them, in float64: no atomics, the same result every time.
     Tiles are chosen from the sizes, and the positions are never divided between programs.
+
+    **Guarantee.** What rounding may have moved, and what may have vanished in float32, is added; where that is not
+    little the norm is taken in float64.
     """
     batch, blocks, positions, p_size = rows.shape
     d_size = cols.shape[-1]
@@ -80,6 +85,7 @@ def direct_norm(rows: Tensor, cols: Tensor) -> Tensor:
     tile_t = power(positions, 64 if narrow else 32)
     if narrow and p_size >= 128 and d_size >= 128:
         tile_p = tile_d = 128
+    products, warps = precision(rows), 8 if tile_p == tile_d == 128 else WARPS
     tiles = -(-p_size // tile_p) * -(-d_size // tile_d)
     sums = torch.empty(batch, blocks * tiles, dtype=torch.float32, device=rows.device)
     with torch.cuda.device_of(rows):
@@ -97,9 +103,15 @@ def direct_norm(rows: Tensor, cols: Tensor) -> Tensor:
             TILE_D=tile_d,
             TILE_T=tile_t,
             INDEX=index_type(rows, cols),
-            PRECISION=precision(rows, cancels=False),
+            PRECISION=products,
             WIDEN=widened(rows, cols),
-            num_warps=8 if tile_p == tile_d == 128 else WARPS,
+            num_warps=warps,
             num_stages=3,
         )
-    return sums.sum(1, dtype=torch.float64).to(torch.float32)
+    totals, sizes = sums.sum(1, dtype=torch.float64), sizes_of(rows, cols)
+    elements = blocks * p_size * d_size
+    unit = gram_unit(positions, torch.float32, rounding_of(rows, products))
+    slack = linear_slack(totals, unit, sizes) + adding(max(tile_p, tile_d), warps) * totals
+    slack += TINY * elements + linear_slack(totals, TINY * positions, torch.full_like(sizes, elements))
+    slack = torch.where(sizes == 0, 0.0, slack)  # an example of zeros has nothing to lose
+    return settled(totals, slack, sizes, lambda which: exact_norms([rows[which]], [cols[which]], ""))

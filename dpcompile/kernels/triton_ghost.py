@@ -5,6 +5,7 @@ Importing this module imports Triton.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -12,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpcompile.kernels.rounding import gram_unit
-from dpcompile.kernels.triton_common import WARPS, index_type, power, precision, rounding_of, widened
+from dpcompile.kernels import torch_norms
+from dpcompile.kernels.rounding import TINY, gram_unit
+from dpcompile.kernels.triton_common import WARPS, adding, index_type, power, precision, rounding_of, widened
+from dpcompile.norms.exact import settled, squares_of
 
 __all__ = ["ghost_norm", "ghost_norm_one_hot"]
 
@@ -179,20 +182,21 @@ def _one_hot_kernel(
 def ghost_norm(rows: Tensor, cols: Tensor) -> Tensor:
     """See :func:`dpcompile.kernels.norm_ops.ghost_norm`. No size is zero, no operand wider than float32.
 
-    **Guarantee.** The bound is that of :func:`dpcompile.kernels.torch_norms.ghost_norm`, for the products that the
-    kernel takes and for its way to add: a thread adds its elements of a tile one after the other, and programs are
-    added by torch in float64, without atomics.
+    **Guarantee.** ``|R| slack_C + slack_R |C|`` bounds what rounding moves, for the products that the kernel takes and
+    for its way to add: a thread adds its elements of a tile one after the other, and programs are added by torch in
+    float64, without atomics. What vanishes in float32 is in the bound too. Where it is not little, the example is done
+    again (:func:`dpcompile.kernels.torch_norms.ghost_norm`).
     """
     tile, warps = _tile(rows, cols)
     batch, blocks, positions, _ = rows.shape
-    products = precision(rows, cancels=True)
+    products = precision(rows)
     sums = _sums(rows, blocks, positions, tile)
+    lengths = [squares_of(side).sqrt() for side in (rows, cols)]
     with torch.cuda.device_of(rows):
         cast(Any, _kernel)[(sums.shape[0] * sums.shape[1],)](
             rows,
             cols,
-            _lengths(rows),
-            _lengths(cols),
+            *(n.float().contiguous() for n in lengths),
             sums,
             blocks,
             positions,
@@ -201,7 +205,7 @@ def ghost_norm(rows: Tensor, cols: Tensor) -> Tensor:
             *rows.stride(),
             *cols.stride(),
             gram_unit(rows.shape[-1], torch.float32, rounding_of(rows, products)),
-            gram_unit(cols.shape[-1], torch.float32, rounding_of(cols, products)) + _adding(tile, warps),
+            gram_unit(cols.shape[-1], torch.float32, rounding_of(cols, products)) + adding(tile, warps),
             TILE_T=tile,
             TILE_F=_features(rows, cols),
             INDEX=index_type(rows, cols),
@@ -210,27 +214,31 @@ def ghost_norm(rows: Tensor, cols: Tensor) -> Tensor:
             num_warps=warps,
             num_stages=3,
         )
-    return _total(sums)
+    r, c = (n.sum(2).square().sum(1) for n in lengths)
+    lost = 2 * TINY * (cols.shape[-1] * r + rows.shape[-1] * c + blocks * positions**2)
+    sizes = (lengths[0] * lengths[1]).sum(2).square().sum(1)
+    return _settled(sums, lost, sizes, lambda which: torch_norms.ghost_norm(rows[which], cols[which]))
 
 
 def ghost_norm_one_hot(index: Tensor, cols: Tensor) -> Tensor:
     """See :func:`dpcompile.kernels.norm_ops.ghost_norm_one_hot`, and :func:`ghost_norm` for the guarantee."""
     tile, warps = _tile(cols)
     _, blocks, positions, d_size = cols.shape
-    products = precision(cols, cancels=True)
+    products = precision(cols)
     sums = _sums(cols, blocks, positions, tile)
+    lengths = squares_of(cols).sqrt()
     with torch.cuda.device_of(cols):
         cast(Any, _one_hot_kernel)[(sums.shape[0] * sums.shape[1],)](
             index,
             cols,
-            _lengths(cols),
+            lengths.float().contiguous(),
             sums,
             blocks,
             positions,
             d_size,
             *index.stride(),
             *cols.stride(),
-            gram_unit(d_size, torch.float32, rounding_of(cols, products)) + _adding(tile, warps),
+            gram_unit(d_size, torch.float32, rounding_of(cols, products)) + adding(tile, warps),
             TILE_T=tile,
             TILE_F=_features(cols),
             INDEX=index_type(index, cols),
@@ -239,7 +247,9 @@ def ghost_norm_one_hot(index: Tensor, cols: Tensor) -> Tensor:
             num_warps=warps,
             num_stages=3,
         )
-    return _total(sums)
+    sizes = lengths.sum(2).square().sum(1)
+    lost = torch.full_like(sizes, 2 * TINY * (d_size + 1) * blocks * positions**2)
+    return _settled(sums, lost, sizes, lambda which: torch_norms.ghost_norm(None, cols[which], index[which]))
 
 
 def _tile(*sides: Tensor) -> tuple[int, int]:
@@ -255,20 +265,13 @@ def _features(*sides: Tensor) -> int:
     return power(max(s.shape[-1] for s in sides), 64 if narrow else 32)
 
 
-def _adding(tile: int, warps: int) -> float:
-    """What the product of the two entries and the sum over a tile may be off, relative to the entries' size."""
-    return torch.finfo(torch.float32).eps / 2 * (tile * tile / (32 * warps) + 20)
-
-
-def _lengths(side: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(side, dim=-1, dtype=torch.float32).contiguous()
-
-
 def _sums(side: Tensor, blocks: int, positions: int, tile: int) -> Tensor:
     """``[B, programs of an example, 2]``: a sum and its slack for every program."""
     tiles = -(-positions // tile)
     return torch.empty(side.shape[0], blocks * (tiles * (tiles + 1) // 2), 2, dtype=torch.float32, device=side.device)
 
 
-def _total(sums: Tensor) -> Tensor:
-    return sums.flatten(1).sum(1, dtype=torch.float64).clamp_min(0).to(torch.float32)
+def _settled(sums: Tensor, lost: Tensor, sizes: Tensor, redo: Callable[[Tensor], Tensor]) -> Tensor:
+    totals, slack = sums.double().sum(1).unbind(1)
+    # An example of zeros has nothing to lose.
+    return settled(totals, torch.where(sizes == 0, 0.0, 1.001 * slack + lost), sizes, redo)

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from dpcompile.axis import Examples
 from dpcompile.filters import Geometry, fullness
-from dpcompile.norms.filter_op import filter_gradients, filter_norms, grouped_convolution
+from dpcompile.norms.filter_op import certain_filter_norms, filter_gradients, filter_norms, grouped_convolution
+from dpcompile.norms.gram_op import gram, gram_norms
 from dpcompile.norms.kept_op import squared_norms
 from dpcompile.norms.patches import patches
-from dpcompile.norms.products import product
 from dpcompile.norms.slices import in_front
 from dpcompile.rates import rates_for
 
-__all__ = ["Window", "each_gradient", "each_norm", "filled", "patch_columns", "patch_gram"]
+__all__ = ["Window", "each_gradient", "each_norm", "filled", "ghost_of_patches", "patch_columns", "patch_gram"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,15 @@ def filled(value: Tensor, shape: Sequence[int], window: Window) -> float:
 
 
 def each_gradient(
-    cotangent: Tensor, source: Tensor, axis: Examples, batch: int, shape: Any, options: Any, own: bool, reuse: bool
+    cotangent: Tensor,
+    source: Tensor,
+    axis: Examples,
+    batch: int,
+    shape: Any,
+    options: Any,
+    own: bool,
+    reuse: bool,
+    kept: bool,
 ) -> tuple[Tensor, Tensor]:
     """Every example's gradient of the filters, and its squared norm.
 
@@ -71,13 +79,14 @@ def each_gradient(
             groups.
         own: whether by our kernel, on CPUs.
         reuse: whether the result's memory stays mapped for the next step, on CPUs.
+        kept: whether the clipped sum is made of the result; if not, the norm is one of the real numbers, on CPUs.
 
     Returns:
-        ``[B, *shape]`` and ``[B]``.
+        ``[B, *shape]``, and ``[B]``, float64.
     """
     front, images = in_front(cotangent, axis, batch), in_front(source, axis, batch)
     if source.device.type == "cpu":
-        return filter_gradients(front, images, list(shape), *options, own, reuse)
+        return filter_gradients(front, images, list(shape), *options, own, reuse, kept)
     each = grouped_convolution(front, images, list(shape), *options)
     return each, squared_norms(each)
 
@@ -100,8 +109,19 @@ def positions_in_rows(value: Tensor, axis: Examples, batch: int) -> Tensor:
     return front.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
 
+def ghost_of_patches(
+    cotangent: Tensor, source: Tensor, window: Window, axis: Examples, batch: int, shape: Any, options: Any
+) -> Tensor:
+    """The norms of :func:`each_gradient` from the Gram matrices of cotangents and patches: ``[B]``, float64."""
+    small, large = (source, cotangent) if options[3] else (cotangent, source)
+    rows = positions_in_rows(small.flatten(2).unflatten(1, (window.groups, -1)), axis, batch)
+    totals, sizes = gram_norms(gram(rows, 1), patch_gram(large, window, axis, batch, small.shape[2:]), 1)
+    front, images = in_front(cotangent, axis, batch), in_front(source, axis, batch)
+    return certain_filter_norms(totals, sizes, front, images, list(shape), *options)
+
+
 def patch_gram(large: Tensor, window: Window, axis: Examples, batch: int, spatial: Sequence[int]) -> Tensor:
-    """All inner products of patches, ``[B, G, F * S, F * S]``, from those of pixels.
+    """All inner products of patches, ``[B, G, F * S, F * S]``, in float64, from those of pixels.
 
     ``<patch_s, patch_s'> = sum over offsets o of the filter of <pixel_(s+o), pixel_(s'+o)>``: the Gram matrix of the
     pixels, looked at through the filter's window, offset by offset.
@@ -110,11 +130,11 @@ def patch_gram(large: Tensor, window: Window, axis: Examples, batch: int, spatia
     images = in_front(F.pad(large, amounts) if any(amounts) else large, axis, batch)  # [B, F, C, *padded]
     frames, padded = images.shape[1], images.shape[3:]
     pixels = images.unflatten(2, (window.groups, -1)).flatten(4).permute(0, 2, 1, 4, 3).flatten(2, 3)
-    gram = product(pixels, pixels.mT).unflatten(3, (frames, *padded)).unflatten(2, (frames, *padded))
+    products = gram(pixels, 1).unflatten(3, (frames, *padded)).unflatten(2, (frames, *padded))
     count = len(window.kernel)
     total: Tensor | None = None
     for offset in itertools.product(*(range(k) for k in window.kernel)):
-        seen = gram
+        seen = products
         for d in range(count):
             start = offset[d] * window.dilation[d]
             end = start + window.stride[d] * (spatial[d] - 1) + 1

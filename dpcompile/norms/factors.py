@@ -20,8 +20,8 @@ from dpcompile.norms.convolutions import (
     each_gradient,
     each_norm,
     filled,
+    ghost_of_patches,
     patch_columns,
-    patch_gram,
     positions_in_rows,
 )
 from dpcompile.norms.slices import in_front
@@ -45,12 +45,13 @@ class Factored:
         unfolded: elements per example of the copy that a ghost norm makes (the patches of a convolution, or the Gram
             matrix of its pixels).
         aligned: rows and columns are those of the parameter itself, not only of the site.
-        each: from the operands' values, B and whether memory may stay mapped to every example's value of the site,
-            ``[B, *shape]``, and its squared norm, where there is a better way than the product of the sides.
+        each: from the operands' values, B, whether memory may stay mapped and whether the result is kept to every
+            example's value of the site, ``[B, *shape]``, and its squared norm, where there is a better way than the
+            product of the sides.
         norms: from the operands' values and B to the squared norms, where they come without the values.
         filled: how full the tiles of our filter kernel are, which makes both; 0 where it does not.
-        gram: from the same to the rows and the Gram matrix ``[B, K, T, T]`` of the columns, where that is cheaper than
-            building the columns.
+        ghost: from the same to the squared norms by Gram matrices, where those of the columns are cheaper than building
+            the columns.
         flipped: rows and columns were exchanged: the first operand is the columns'.
         chain: what the tail does to the site's value (rows and columns of a flipped site are exchanged already).
         layout: how rows and columns lie in the parameter; sites of equal layouts add up along T.
@@ -66,7 +67,7 @@ class Factored:
     each: Callable[..., tuple[Tensor, Tensor]] | None = None
     norms: Callable[..., Tensor] | None = None
     filled: float = 0.0
-    gram: Callable[..., tuple[Tensor, Tensor]] | None = None
+    ghost: Callable[..., Tensor] | None = None
     flipped: bool = False
     chain: tuple[Any, ...] = ("identity",)
     layout: Hashable = None
@@ -81,7 +82,7 @@ class Factored:
             build=lambda *a: build(*a)[::-1],
             sizes=(k, t, d, p),
             one_hot=swapped,
-            gram=None,
+            ghost=None,
             flipped=not self.flipped,
         )
 
@@ -269,17 +270,17 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
 
     full = filled(source.meta["val"], shape, window)
 
-    def each(small: Tensor, large: Tensor, b: int, reuse: bool = False) -> tuple[Tensor, Tensor]:
+    def each(small: Tensor, large: Tensor, b: int, reuse: bool, kept: bool) -> tuple[Tensor, Tensor]:
         source, cotangent = (small, large) if transposed else (large, small)
-        return each_gradient(cotangent, source, layout, b, shape, options, full > 0, reuse)
+        return each_gradient(cotangent, source, layout, b, shape, options, full > 0, reuse, kept)
 
     def norms(small: Tensor, large: Tensor, b: int) -> Tensor:
         source, cotangent = (small, large) if transposed else (large, small)
         return each_norm(cotangent, source, layout, b, shape, options)
 
-    def gram(small: Tensor, large: Tensor, b: int) -> tuple[Tensor, Tensor]:
-        rows = positions_in_rows(small.flatten(2).unflatten(1, (groups, -1)), layout, b)
-        return rows, patch_gram(large, window, layout, b, small.shape[2:])
+    def ghost(small: Tensor, large: Tensor, b: int) -> Tensor:
+        source, cotangent = (small, large) if transposed else (large, small)
+        return ghost_of_patches(cotangent, source, window, layout, b, shape, options)
 
     frames, seen = product([layout.outer, layout.inner]), shape_of(small.meta["val"])[2:]
     positions, columns = product([frames, *seen]), product(shape[1:])
@@ -295,6 +296,6 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
     slim = shape[0] < _BLOCK and whole and positions <= _BLOCK  # type: ignore[operator]
     narrow = groups == 1 and (columns <= _NARROW or patched or slim)
     return Factored(
-        site, (small, large), build, sizes, unfolded=unfolded, gram=gram if cheaper else None, filled=full,
+        site, (small, large), build, sizes, unfolded=unfolded, ghost=ghost if cheaper else None, filled=full,
         each=each if full or not narrow else None, norms=norms if full else None,
     )  # fmt: skip

@@ -12,50 +12,65 @@ import torch
 from torch import Tensor
 
 from dpcompile.axis import Examples
+from dpcompile.kernels.rounding import WIDE, gamma, with_floor
 from dpcompile.norms.slices import scaled
 from dpcompile.onednn import norms_by_index as norms_by_kernel
 from dpcompile.onednn import sums_by_index as sums_by_kernel
 
-__all__ = ["clipped_sums_by_index", "index_norms", "norms_by_index", "norms_by_sums"]
+__all__ = ["clipped_sums_by_index", "index_norms", "norms_by_index", "sums_and_sizes"]
 
 
 def index_norms(index: Tensor, cotangents: Tensor) -> Tensor:
     """Squared norms, for tracing; by one operation on CPUs, in a pass over the cotangents.
 
-    **Guarantee.** Positions of equal index are added up before a norm is taken. NaN and infinity stay in their example.
+    **Guarantee.** Positions of equal index are added up, in float64, before a norm is taken; what rounding may move is
+    added to it. NaN and infinity stay in their example.
 
     Args:
         index: integers ``[B, T]``; any numbers, only whether they are equal counts.
         cotangents: ``[B, T, D]``, float32 or float64.
 
     Returns:
-        ``[B]``, of the dtype of the cotangents.
+        ``[B]``, float64.
     """
-    return norms_by_index(index, cotangents) if cotangents.device.type == "cpu" else norms_by_sums(index, cotangents)
+    if cotangents.device.type == "cpu":
+        return norms_by_index(index, cotangents)
+    return _bounded(*sums_and_sizes(index, cotangents), index.shape[1])
 
 
 @torch.library.custom_op("dpcompile::norms_by_index", mutates_args=(), tags=[torch.Tag.flexible_layout])
 def norms_by_index(index: Tensor, cotangents: Tensor) -> Tensor:
     """:func:`index_norms` on CPUs."""
     found = norms_by_kernel(index, cotangents)
-    return norms_by_sums(index, cotangents) if found is None else found
+    return _bounded(*(sums_and_sizes(index, cotangents) if found is None else found), index.shape[1])
 
 
 @norms_by_index.register_fake
 def _(index: Tensor, cotangents: Tensor) -> Tensor:
     """Shapes only."""
-    return cotangents.new_empty(index.shape[0])
+    return cotangents.new_empty(index.shape[0], dtype=torch.float64)
 
 
-def norms_by_sums(index: Tensor, cotangents: Tensor) -> Tensor:
-    """The same by torch's operations: the sums of an example stand where its distinct indices would, in order."""
+def _bounded(squared: Tensor, sizes: Tensor, positions: int | torch.SymInt) -> Tensor:
+    moved = gamma(positions + 2, WIDE) * sizes.sqrt()
+    return with_floor((squared.sqrt() + moved).square(), sizes)
+
+
+def sums_and_sizes(index: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms by torch's operations, and sums over the index of squared sums of lengths: ``[B]``, float64.
+
+    The sums of an example stand where its distinct indices would, in order.
+    """
     batch, positions, width = cotangents.shape
     ordered, order = index.sort(dim=1)
     first = torch.cat([ordered.new_zeros(batch, 1), (ordered[:, 1:] != ordered[:, :-1]).long()], 1)
     place = torch.zeros_like(order).scatter(1, order, first[:, :positions].cumsum(1))
-    place = place + positions * torch.arange(batch, device=index.device).unsqueeze(1)
-    sums = cotangents.new_zeros(batch * positions, width).index_add(0, place.flatten(), cotangents.flatten(0, 1))
-    return sums.square().sum(1).reshape(batch, positions).sum(1)
+    place = (place + positions * torch.arange(batch, device=index.device).unsqueeze(1)).flatten()
+    values = cotangents.double()
+    sums = values.new_zeros(batch * positions, width).index_add(0, place, values.flatten(0, 1))
+    lengths = values.square().sum(2).sqrt().flatten()
+    sizes = values.new_zeros(batch * positions).index_add(0, place, lengths).square()
+    return sums.square().sum(1).reshape(batch, positions).sum(1), sizes.reshape(batch, positions).sum(1)
 
 
 @torch.library.custom_op("dpcompile::clipped_sums_by_index", mutates_args=(), tags=[torch.Tag.flexible_layout])

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpcompile.norms.exact import norms_of, squares_of
 from dpcompile.norms.slices import order_in_memory
 from dpcompile.onednn import weighted_sum
 
@@ -27,42 +28,37 @@ def norms_of_vectors(each: Sequence[Tensor]) -> Tensor:
         each: per-example gradients of k parameters, ``[B, n]`` each, of one dtype: float32 or float64.
 
     Returns:
-        ``[k, B]``.
+        ``[k, B]``, float64.
     """
-    return torch.stack([torch.linalg.vector_norm(vectors, dim=1) for vectors in each]).square_()
+    return torch.stack([squares_of(vectors) for vectors in each])
 
 
 @norms_of_vectors.register_fake
 def _(each: Sequence[Tensor]) -> Tensor:
     """Shapes only."""
-    return each[0].new_empty(len(each), each[0].shape[0])
+    return each[0].new_empty((len(each), each[0].shape[0]), dtype=torch.float64)
 
 
 def squared_norms(each: Tensor) -> Tensor:
-    """``[B, ...]`` to ``[B]``: a norm for every row of every example's value, then the sum of their squares.
+    """``[B, ...]`` to ``[B]``, float64, for tracing.
 
-    Rows are summed apart, so that rounding grows with the length of a row and not of the whole.
+    **Guarantee.** No square is lost or overflows: those of float32 numbers lie within float64.
     """
-    if each.ndim < 3:
-        return each.square().reshape(each.shape[0], -1).sum(1)
-    rows = each.flatten(2)
-    return norms_of_rows(rows) if each.device.type == "cpu" else _norms_of_rows(rows)
+    if each.ndim < 3 or each.device.type != "cpu":
+        return each.double().square().reshape(each.shape[0], -1).sum(1)
+    return norms_of_rows(each.flatten(2))
 
 
 @torch.library.custom_op("dpcompile::norms_of_rows", mutates_args=())
 def norms_of_rows(rows: Tensor) -> Tensor:
-    """Squared norms of every example's ``[P, D]``, by torch's own kernel: ``[B, P, D]`` to ``[B]``."""
-    return _norms_of_rows(rows)
+    """Squared norms of every example's ``[P, D]``, in one pass: ``[B, P, D]`` to ``[B]``, float64."""
+    return norms_of(rows)
 
 
 @norms_of_rows.register_fake
 def _(rows: Tensor) -> Tensor:
     """Shapes only."""
-    return rows.new_empty(rows.shape[0])
-
-
-def _norms_of_rows(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=2).square().sum(1)
+    return rows.new_empty(rows.shape[0], dtype=torch.float64)
 
 
 @torch.library.custom_op("dpcompile::weighted_sums", mutates_args=())

@@ -1,4 +1,4 @@
-"""Every example's product and its squared norm as one operation, for CPUs.
+"""Every example's product and its squared norm as one operation.
 
 Inductor's own code for the norm, a reduction over one long row, is slower than torch's kernel for short ones, and a
 fresh result waits for the operating system (see :mod:`dpcompile.workspace`): `python -m benchmarks.products` prints it.
@@ -9,17 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpcompile.norms.kept_op import squared_norms
-from dpcompile.norms.products import quicker
-from dpcompile.onednn import multiply_
+from dpcompile.kernels.torch_norms import direct_norm
+from dpcompile.norms.exact import rounded_again, sizes_of
+from dpcompile.norms.products import product_
 from dpcompile.workspace import kept_gradients
 
-__all__ = ["product_with_norms"]
+__all__ = ["product_norms", "product_with_norms"]
 
 
-@torch.library.custom_op("dpcompile::product_with_norms", mutates_args=())
+_ANY_STRIDES = (torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)  # examples are counted that are done again
+
+
+@torch.library.custom_op("dpcompile::product_with_norms", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
 def product_with_norms(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor, Tensor]:
-    """``rows^T cols`` of every example and block, and every example's squared norm.
+    """``rows^T cols`` of every example and block, to be kept, and every example's squared norm.
+
+    **Guarantee.** The norm is that of the result, which is what the clipped sum is made of. Where rounding is likely to
+    have moved the result by more than :data:`dpcompile.kernels.rounding.CLOSE` of itself, it is made in float64 and
+    rounded once.
 
     Args:
         rows: ``[B, K, T, P]``, float32 or float64, any strides.
@@ -27,19 +34,37 @@ def product_with_norms(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor,
         reuse: whether the result's memory stays mapped for the next step.
 
     Returns:
-        ``[B, K, P, D]`` and ``[B]``.
+        ``[B, K, P, D]``, and ``[B]``, float64.
     """
-    batch, blocks, _, p = rows.shape
+    batch, blocks, positions, p = rows.shape
     shape = (batch * blocks, p, cols.shape[-1])
-    products = kept_gradients.take(shape, rows) if reuse else rows.new_empty(shape)
-    multiply = multiply_ if quicker(rows) else torch.bmm
-    multiply(rows.flatten(0, 1).mT, cols.flatten(0, 1), out=products)
+    products = kept_gradients.take(shape, rows) if reuse and rows.device.type == "cpu" else rows.new_empty(shape)
+    product_(rows.flatten(0, 1).mT, cols.flatten(0, 1), products)
     result = products.view(batch, blocks, *shape[1:])
-    return result, squared_norms(products.view(batch, blocks * p, -1))
+
+    def redo(i: int) -> Tensor:
+        return torch.matmul(rows[i].double().mT, cols[i].double())
+
+    return result, rounded_again(result, sizes_of(rows, cols), positions, redo)
 
 
 @product_with_norms.register_fake
 def _(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor, Tensor]:
     """Shapes only."""
     batch, blocks, _, p = rows.shape
-    return rows.new_empty(batch, blocks, p, cols.shape[-1]), rows.new_empty(batch)
+    return rows.new_empty(batch, blocks, p, cols.shape[-1]), rows.new_empty(batch, dtype=torch.float64)
+
+
+@torch.library.custom_op("dpcompile::product_norms", mutates_args=(), tags=_ANY_STRIDES)
+def product_norms(rows: Tensor, cols: Tensor) -> Tensor:
+    """The squared norms of :func:`product_with_norms` where the products are dropped: right or too large.
+
+    Arguments and result as for :func:`dpcompile.kernels.torch_norms.direct_norm`, which it is, on all devices.
+    """
+    return direct_norm(rows, cols)
+
+
+@product_norms.register_fake
+def _(rows: Tensor, cols: Tensor) -> Tensor:
+    """Shapes only."""
+    return rows.new_empty(rows.shape[0], dtype=torch.float64)
