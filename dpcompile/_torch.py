@@ -12,8 +12,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch._decomp.decompositions
@@ -36,10 +37,12 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import CompileContext, detect_fake_mode
+from torch._inductor import inductor_prims
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner, record_original_output_strides
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.replace_random import replace_random_passes
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -81,9 +84,11 @@ __all__ = [
     "current_backward",
     "detect_fake_mode",
     "disable",
+    "drawn_by_inductor",
     "BackwardCompiler",
     "Boxed",
     "GraphCompiler",
+    "Watcher",
     "flat_graph",
     "inner_tensor",
     "has_gradient_hooks",
@@ -96,6 +101,7 @@ __all__ = [
     "mark_stepped",
     "onednn_matmul",
     "partition",
+    "plain_graph",
     "is_gradient_of_input",
     "make_boxed",
     "fake_like",
@@ -120,6 +126,23 @@ GraphPass = Callable[[fx.GraphModule], None]
 Boxed = Callable[[list[Any]], Sequence[Any]]
 GraphCompiler = Callable[[fx.GraphModule, Sequence[Any]], Boxed]
 BackwardCompiler = Callable[[fx.GraphModule, GraphCompiler], Boxed]
+
+
+class Watcher(Protocol):
+    """Sees what a joint graph is compiled to run."""
+
+    def take(self, joint: fx.GraphModule) -> None:
+        """The graph, rewritten, before the compiler changes anything; what it draws is Inductor's to draw."""
+        ...
+
+    def forward(self, gm: fx.GraphModule) -> Callable[[Boxed], Boxed]:
+        """A forward graph is about to be compiled; what is compiled is replaced."""
+        ...
+
+    def backward(self, gm: fx.GraphModule) -> Callable[[Boxed], Boxed]:
+        """The same for a backward graph."""
+        ...
+
 
 
 def current_backward() -> int:
@@ -452,6 +475,67 @@ def is_selective(body: fx.GraphModule) -> bool:
     return "_checkpoint_context_fn" in body.meta
 
 
+def plain_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph with flat inputs and outputs, under the names that they have."""
+    graph = copy_graph(module.graph)
+    graph._codegen = CodeGen()
+    return fx.GraphModule(module, graph)
+
+
+def drawn_by_inductor(target: Any) -> Callable[..., torch.Tensor] | None:
+    """What gives the random numbers that compiled code has for one of Inductor's own operations; None for others.
+
+    Inductor draws seeds from torch's generator and the numbers from a generator of its own, a function of seed and
+    position. Run uncompiled, its operations would draw from torch's generator instead.
+    """
+    return _DRAWN.get(target)
+
+
+def _seeds(count: int, device: Any) -> torch.Tensor:
+    limits = torch.iinfo(torch.int64)
+    return torch.randint(limits.min, limits.max, [count], device=device)
+
+
+def _numbers(size: Sequence[int], seed: torch.Tensor, mode: str, **options: Any) -> torch.Tensor:
+    return _by_position(inductor_prims.random, size, seed, mode, **options)
+
+
+def _integers(low: int, high: int, size: Sequence[int], seed: torch.Tensor) -> torch.Tensor:
+    return _by_position(inductor_prims.randint, size, seed, low, high)
+
+
+def _by_position(prim: Any, size: Sequence[int], seed: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+    """A number depends on its seed and on its position alone: those of a longer row begin with those of a shorter."""
+    count = 1
+    for n in size:
+        count *= int(n)
+    length = max(2 ** (count - 1).bit_length(), 1024) if count else 0
+    found = _row_of_numbers(prim, length, seed.device, rest, tuple(sorted(options.items())))([seed])[0]
+    return found[:count].reshape(tuple(size)).clone()
+
+
+@lru_cache(maxsize=256)
+def _row_of_numbers(
+    prim: Any, length: int, device: torch.device, rest: tuple[Any, ...], options: tuple[tuple[str, Any], ...]
+) -> Boxed:
+    graph = fx.Graph()
+    seed = graph.placeholder("seed")
+    bounds = rest if prim is inductor_prims.randint else ()
+    given = (*bounds, [length], seed, *(() if bounds else rest))
+    graph.output((graph.call_function(prim, given, dict(options)),))
+    example = torch.zeros((), dtype=torch.int64, device=device)
+    with ThreadPoolExecutor(1) as own:  # of whatever mode the running backward is in, tracing must know nothing
+        compiled = own.submit(cast(Any, compile_fx), fx.GraphModule({}, graph), [example]).result()
+    return lambda arguments: compiled(*arguments)
+
+
+_DRAWN: dict[Any, Callable[..., torch.Tensor]] = {
+    inductor_prims.seeds: _seeds,
+    inductor_prims.random: _numbers,
+    inductor_prims.randint: _integers,
+}
+
+
 def flat_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int | None]]:
     """A joint graph as a plain function of flat inputs.
 
@@ -514,6 +598,7 @@ def compile_joint(
     transform: GraphPass,
     key: str,
     backward: BackwardCompiler | None = None,
+    watcher: Watcher | None = None,
 ) -> Callable[..., Any]:
     """Trace the joint graph of ``gm``, apply ``transform`` to it, and compile forward and backward.
 
@@ -529,6 +614,7 @@ def compile_joint(
         backward: compiles the backward graph instead of the backend. It gets the graph and the backend's compiler, may
             call that on several graphs, and returns a function from a list of inputs to the backward's outputs. Saved
             values then stay alive while it runs: none is written over.
+        watcher: under Inductor, of a graph with a backward.
     """
     take_apart(gm.graph)
     gm.recompile()
@@ -537,32 +623,59 @@ def compile_joint(
         settings["donated_buffer"] = False
     with functorch_config.patch(settings), _lstm_step_by_step(), _decompositions() as table:
         if backend == "inductor":
-            patches = {"joint_custom_pre_pass": _Pass(transform, key)}
-            inner: dict[str, Any] = {} if backward is None else {"inner_compile": _inner_compile(backward)}
+            patches = {"joint_custom_pre_pass": _Pass(_watched(transform, watcher), key)}
+            plain = backward is None and watcher is None
+            inner: dict[str, Any] = {} if plain else {"inner_compile": _inner_compile(backward, watcher)}
             return cast(Any, compile_fx)(gm, list(inputs), config_patches=patches, **inner)
         return _compile_eager(gm, inputs, transform, dict(table), backward)
 
 
-def _inner_compile(backward: BackwardCompiler) -> Callable[..., Any]:
-    """Inductor's compiler of one graph, with another way for backward graphs."""
+def _watched(transform: GraphPass, watcher: Watcher | None) -> GraphPass:
+    if watcher is None:
+        return transform
+
+    def both(joint: fx.GraphModule) -> None:
+        transform(joint)
+        copied = plain_graph(joint)
+        replace_random_passes(copied)  # as Inductor does behind its own passes
+        watcher.take(copied)
+
+    return both
+
+
+def _inner_compile(backward: BackwardCompiler | None, watcher: Watcher | None) -> Callable[..., Any]:
+    """Inductor's compiler of one graph, with another way for backward graphs, or watched."""
 
     def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-        if not options.get("is_backward"):
-            return compile_fx_inner(gm, inputs, **options)
-        for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
-            if isinstance(value, torch.Tensor):  # laid out as the compiled forward saves it, channels last for one
-                node.meta["val"] = value
-
-        def part(gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
-            output = gm.graph.output_node()
-            values = cast(Sequence[Any], output.args[0])
-            output.meta["user_visible_output_idxs"] = [i for i, v in enumerate(values) if isinstance(v, fx.Node)]
-            record_original_output_strides(gm)
-            return cast(Any, compile_fx_inner)(gm, list(inputs), **{**options, "static_input_idxs": ()})
-
-        return make_boxed(backward(gm, part))
+        is_backward = options.get("is_backward")
+        watched = None
+        if watcher is not None and not options.get("is_inference"):
+            watched = watcher.backward(gm) if is_backward else watcher.forward(gm)
+        compiled: Any
+        if backward is not None and is_backward:
+            compiled = _compile_backward(backward, gm, inputs, options)
+        else:
+            compiled = compile_fx_inner(gm, inputs, **options)
+        return compiled if watched is None else make_boxed(watched(compiled))
 
     return compile_graph
+
+
+def _compile_backward(
+    backward: BackwardCompiler, gm: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]
+) -> Boxed:
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        if isinstance(value, torch.Tensor):  # laid out as the compiled forward saves it, channels last for one
+            node.meta["val"] = value
+
+    def part(gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
+        output = gm.graph.output_node()
+        values = cast(Sequence[Any], output.args[0])
+        output.meta["user_visible_output_idxs"] = [i for i, v in enumerate(values) if isinstance(v, fx.Node)]
+        record_original_output_strides(gm)
+        return cast(Any, compile_fx_inner)(gm, list(inputs), **{**options, "static_input_idxs": ()})
+
+    return make_boxed(backward(gm, part))
 
 
 def make_boxed(function: Boxed) -> Boxed:

@@ -52,6 +52,7 @@ class Options:
     memory_budget: float | int | None
     check: bool
     regions: str | None = None
+    verify: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ def _cut(joint: JointGraph, plan: Plan) -> Cut | None:
     chosen = plan.rules()
     sums = tuple(joint.sum_slots[name] if name in chosen else None for name in joint.parameters)
     values: Sequence[object] = joint.graph.output_node().args[0]  # type: ignore[assignment]
-    return Cut(joint.norm_slot, sums, joint.weights.name, len(values))
+    return Cut(joint.norm_slot, sums, joint.weights.name, len(values), joint.mask.name)
 
 
 def _limit(
