@@ -43,6 +43,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner, record_orig
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.replace_random import replace_random_passes
+from torch._inductor.virtualized import V
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -84,6 +85,7 @@ __all__ = [
     "current_backward",
     "detect_fake_mode",
     "disable",
+    "drawing_as_inductor",
     "drawn_by_inductor",
     "BackwardCompiler",
     "Boxed",
@@ -142,7 +144,6 @@ class Watcher(Protocol):
     def backward(self, gm: fx.GraphModule) -> Callable[[Boxed], Boxed]:
         """The same for a backward graph."""
         ...
-
 
 
 def current_backward() -> int:
@@ -482,6 +483,15 @@ def plain_graph(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
+def drawing_as_inductor(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that draws its random numbers as Inductor makes it do, behind its own passes."""
+    copied = plain_graph(module)
+    values = [n.meta.get("val") for n in copied.graph.nodes]
+    with V.set_fake_mode(fake_mode_of([v for v in values if isinstance(v, torch.Tensor)])):
+        replace_random_passes(copied)
+    return copied
+
+
 def drawn_by_inductor(target: Any) -> Callable[..., torch.Tensor] | None:
     """What gives the random numbers that compiled code has for one of Inductor's own operations; None for others.
 
@@ -636,9 +646,7 @@ def _watched(transform: GraphPass, watcher: Watcher | None) -> GraphPass:
 
     def both(joint: fx.GraphModule) -> None:
         transform(joint)
-        copied = plain_graph(joint)
-        replace_random_passes(copied)  # as Inductor does behind its own passes
-        watcher.take(copied)
+        watcher.take(drawing_as_inductor(joint))
 
     return both
 

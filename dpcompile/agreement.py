@@ -75,7 +75,7 @@ def suspects(wrong: Collection[fx.Node], right: Collection[fx.Node]) -> list[fx.
         common = own if common is None else common & own
     left = (common or set()) - _ancestors(right)
     graph = next(iter(wrong)).graph
-    calls = [n for n in graph.nodes if n in left and n.op == "call_function" and not _is_view(n)]
+    calls = [n for n in graph.nodes if n in left and n.op == "call_function" and n.all_input_nodes and not _is_view(n)]
     telling = [n for n in calls if torch.Tag.pointwise not in getattr(n.target, "tags", ())]
     return telling or calls
 

@@ -337,7 +337,7 @@ class Engine:
         def transform(joint: fx.GraphModule) -> None:
             region.transformed = self.transformed = found = privatize(joint, roles, self.options, parts, copied)
             if verifier is not None:
-                verifier.describe(found.norm_slot, found.sum_slots, None)
+                verifier.describe(found)
 
         region.compiled = compile_joint(
             extended,

@@ -35,14 +35,12 @@ class Cut:
         sums: the positions of the clipped sums, in the order of the parameters; None where it is zero.
         weights: the name of the placeholder that stands for the clip weights, ``[parameters, B]``.
         outputs: how many outputs the joint graph has.
-        mask: the name of the placeholder of the padding mask.
     """
 
     norms: int
     sums: tuple[int | None, ...]
     weights: str
     outputs: int
-    mask: str = ""
 
 
 @dataclass(frozen=True, slots=True)

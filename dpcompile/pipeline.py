@@ -70,6 +70,7 @@ class Transformed:
         cut: of a region: what stands where in its backward.
         memory: of a region, where there is a budget.
         uses: of parameters that other regions use too, what is handed out.
+        mask: the name of the placeholder of the padding mask.
     """
 
     graph: fx.GraphModule
@@ -82,6 +83,7 @@ class Transformed:
     cut: Cut | None = None
     memory: RegionMemory | None = None
     uses: Mapping[str, Use] = field(default_factory=dict)
+    mask: str = ""
 
 
 def privatize(
@@ -158,6 +160,7 @@ def privatize(
         _cut(joint, plan),
         memory,
         uses_of(plan),
+        joint.mask.name,
     )
 
 
@@ -167,7 +170,7 @@ def _cut(joint: JointGraph, plan: Plan) -> Cut | None:
     chosen = plan.rules()
     sums = tuple(joint.sum_slots[name] if name in chosen else None for name in joint.parameters)
     values: Sequence[object] = joint.graph.output_node().args[0]  # type: ignore[assignment]
-    return Cut(joint.norm_slot, sums, joint.weights.name, len(values), joint.mask.name)
+    return Cut(joint.norm_slot, sums, joint.weights.name, len(values))
 
 
 def _limit(

@@ -147,7 +147,7 @@ def compile_region(
         written.update(written_inputs(joint))
         found.append(privatize(joint, roles, options, 1))
         if verifier is not None:
-            verifier.describe(found[0].norm_slot, found[0].sum_slots, found[0].cut)
+            verifier.describe(found[0])
 
     compiled = compile_joint(
         extended,

@@ -15,12 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dpcompile._torch import Boxed, WeakMemory, is_fake, is_gradient_of_input, memory_of, weak_memory
+from dpcompile._torch import (
+    Boxed,
+    WeakMemory,
+    drawing_as_inductor,
+    is_fake,
+    is_gradient_of_input,
+    memory_of,
+    weak_memory,
+)
 from dpcompile.agreement import described, distance, largest, norms_scale, scale_of, suspects, tolerances
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.locate import where
 from dpcompile.lower import Cut, Late, late_sums
 from dpcompile.lowering import TWO_PASS, Lowering
+from dpcompile.pipeline import Transformed
 from dpcompile.random_state import RandomState
 from dpcompile.reference import Reference
 
@@ -51,7 +60,7 @@ class _Forward:
 
     def unchanged(self) -> bool:
         """Whether the inputs are what they were."""
-        return all(self.values[n]._version == v for n, v in self.versions.items())
+        return all(_version(self.values[n]) == v for n, v in self.versions.items())
 
 
 class Verifier:
@@ -74,6 +83,7 @@ class Verifier:
     clip weights that are not known yet                          the sums for weights of the verifier's own
     two passes                                                   each at its own time
     no memory left for the eager run                             a warning
+    a graph that cannot be run uncompiled                        refused
     ===========================================================  =================================================
 
     Args:
@@ -85,6 +95,7 @@ class Verifier:
         self._place, self._lowering = place, lowering
         self._cut: Cut | None = None
         self._norms: int | None = None
+        self._mask = ""
         self._sums: dict[int, str] = {}
         self._reference: Reference | None = None
         self._forwards: list[_Forward] = []
@@ -100,9 +111,10 @@ class Verifier:
         self._first = max(forward, default=-1) + 1  # an input without a gradient has a place, and no descriptor
         self._left = {i for i, n in enumerate(self._reference.outputs) if i >= self._first and n is not None}
 
-    def describe(self, norms: int, sums: Mapping[str, int], cut: Cut | None) -> None:
-        """Where the norms and the clipped sums stand among the outputs of the joint graph."""
-        self._norms, self._sums, self._cut = norms, {slot: name for name, slot in sums.items()}, cut
+    def describe(self, transformed: Transformed) -> None:
+        """What stands where in the joint graph; before :meth:`take`."""
+        self._norms, self._mask, self._cut = transformed.norm_slot, transformed.mask, transformed.cut
+        self._sums = {slot: name for name, slot in transformed.sum_slots.items()}
 
     def forward(self, gm: fx.GraphModule) -> Callable[[Boxed], Boxed]:
         """See :class:`dpcompile._torch.Watcher`."""
@@ -144,19 +156,47 @@ class Verifier:
 
         return watched
 
+    def whole(self, run: Callable[..., Sequence[Any]], graph: fx.GraphModule) -> Callable[..., Sequence[Any]]:
+        """In place of ``run``, what a whole joint graph was compiled to: forward, cotangents and backward in one.
+
+        Args:
+            run: takes the graph's inputs and returns its outputs.
+            graph: rewritten; with flat inputs and outputs (:func:`dpcompile._torch.flat_graph`).
+        """
+        self.take(drawing_as_inductor(graph))
+        names = [n.name for n in graph.graph.find_nodes(op="placeholder")]
+
+        def watched(*arguments: Any) -> Sequence[Any]:
+            reference = self._reference
+            if reference is None:
+                return run(*arguments)
+            given = dict(zip(names, arguments, strict=True))
+            ran = self._before(reference, given)
+            outputs = run(*arguments)
+            self._after(ran, outputs)
+            self._forwards = []
+            try:
+                self._compare(ran, ran.values, outputs[self._first :])
+            except PrivacyError:
+                for name in reference.written & given.keys():  # buffers, as if the call had not been
+                    given[name].copy_(ran.values[name])
+                raise
+            return outputs
+
+        return watched
+
     # --- a run ---------------------------------------------------------------------------------------------------
 
     def _before(self, reference: Reference, given: dict[str, Any]) -> _Forward:
         values = {n: v.detach() if isinstance(v, Tensor) else v for n, v in given.items()}
         values |= {n: values[n].clone() for n in reference.written if n in values}
-        versions = {
-            n: v._version for n, v in values.items() if isinstance(v, Tensor) and n not in reference.written
-        }
+        versions = {n: _version(v) for n, v in values.items() if isinstance(v, Tensor) and n not in reference.written}
         random = RandomState.now(given.values()) if reference.draws else None
         return _Forward(values, versions, [], {}, random)
 
     def _after(self, ran: _Forward, results: Sequence[Any]) -> None:
-        ran.outputs.extend((x.detach(), x._version) if isinstance(x, Tensor) else (x, 0) for x in results[: self._first])
+        outputs = [x.detach() if isinstance(x, Tensor) else x for x in results[: self._first]]
+        ran.outputs.extend((x, _version(x)) for x in outputs)
         tensors = [x for x in results[self._first :] if isinstance(x, Tensor)]
         ran.saved.update((memory_of(x), weak_memory(x)) for x in tensors)
         self._forwards = [f for f in self._forwards if not any(m.expired() for m in f.saved.values())]
@@ -183,7 +223,7 @@ class Verifier:
             wanted = reference.run(values, ran.random)
             scales = self._scales(wanted[0])
             errors = self._errors(found, late, wanted, scales)
-            allowed = tolerances(reference.graph, [] if self._cut is None else [self._cut.mask])
+            allowed = tolerances(reference.graph, [self._mask])
             wrong = {slot: error for slot, error in errors.items() if error > allowed[slot]}
             if wrong:
                 moved = self._moved(ran, values, wanted, scales)
@@ -197,6 +237,12 @@ class Verifier:
                 stacklevel=2,
             )
             return
+        except Exception as error:
+            raise UnsupportedGraphError(
+                f"verify=True: the graph of {self._place} cannot be run uncompiled, to compare its compiled code with: "
+                f"{type(error).__name__}: {error}",
+                remedy="pass verify=False, and report it",
+            ) from error
         if wrong:
             raise self._fault(wrong, errors)
         self._tries += 1
@@ -215,14 +261,14 @@ class Verifier:
         if self._cut is None:
             return None
         assert self._lowering is not None
-        return late_sums(self._lowering, results[self._cut.norms - self._first], values[self._cut.mask])
+        return late_sums(self._lowering, results[self._cut.norms - self._first], values[self._mask])
 
     def _found(self, ran: _Forward, results: Sequence[Any], late: Late | None) -> dict[int, Any]:
         """Slot of the joint graph's outputs -> what the compiled code gives for it, where it can be compared."""
         found: dict[int, Any] = {}
         if self._tries == 0:
-            kept = {i: x for i, (x, version) in enumerate(ran.outputs) if isinstance(x, Tensor) and x._version == version}
-            found |= {i: x for i, x in kept.items() if x.is_floating_point() or x.is_complex()}
+            kept = {i: x for i, (x, version) in enumerate(ran.outputs) if _version(x) == version}
+            found |= {i: x for i, x in kept.items() if isinstance(x, Tensor) and _has_rounding(x)}
         found |= {i: x for i, x in enumerate(results, start=self._first)}
         if self._cut is not None:
             for slot in self._cut.sums:
@@ -305,3 +351,12 @@ class Verifier:
         if slot in self._sums:
             return f"the clipped sum of '{self._sums[slot]}'"
         return f"output {slot}" if slot < self._first else "the gradient of an input"
+
+
+def _version(value: Any) -> int:
+    """How often it was written to; tensors of inference mode do not count."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+def _has_rounding(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
