@@ -58,6 +58,10 @@ class _Forward:
     saved: dict[int, WeakMemory]
     random: RandomState | None
 
+    def on(self, inputs: Mapping[str, Any], same: Callable[[Tensor, Tensor], bool]) -> bool:
+        """Whether it ran on these inputs, as far as they are told and the graph does not write to them."""
+        return all(same(inputs[n], self.values[n]) for n in self.versions.keys() & inputs.keys())
+
     def unchanged(self) -> bool:
         """Whether the inputs are what they were."""
         return all(_version(self.values[n]) == v for n, v in self.versions.items())
@@ -144,8 +148,8 @@ class Verifier:
                     return compiled(arguments)
                 of_joint = {n.name for n in self._reference.graph.find_nodes(op="placeholder")}
                 given = dict(zip(names, arguments, strict=True))
-                ran = self._forward_of([v for n, v in given.items() if n not in of_joint])
                 own = {n: v for n, v in given.items() if n in of_joint}
+                ran = self._forward_of([v for n, v in given.items() if n not in of_joint], own)
                 del given
                 results = compiled(arguments)
                 if ran is not None and ran.unchanged():
@@ -202,12 +206,15 @@ class Verifier:
         self._forwards = [f for f in self._forwards if not any(m.expired() for m in f.saved.values())]
         self._forwards = [*self._forwards, ran][-_HELD:]
 
-    def _forward_of(self, saved: Sequence[Any]) -> _Forward | None:
-        """The forward that saved these values; the only one there is, if hooks put others in their place."""
+    def _forward_of(self, saved: Sequence[Any], inputs: Mapping[str, Any]) -> _Forward | None:
+        """The forward that saved these values and ran on these inputs; None if it is not known."""
         memory = {memory_of(x) for x in saved if isinstance(x, Tensor)}
-        matching = [f for f in self._forwards if memory <= f.saved.keys()]
-        found = matching or (self._forwards if len(self._forwards) == 1 else [])
-        return found[-1] if found else None
+        for ran in reversed(self._forwards):
+            if memory <= ran.saved.keys() and ran.on(inputs, lambda a, b: memory_of(a) == memory_of(b)):
+                return ran
+        if len(self._forwards) == 1 and self._forwards[0].on(inputs, torch.equal):  # hooks may put copies in place
+            return self._forwards[0]
+        return None
 
     # --- the comparison --------------------------------------------------------------------------------------------
 

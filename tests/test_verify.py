@@ -156,12 +156,14 @@ def test_a_padded_batch_does_not_count(compiler: Any) -> None:
         step(model)
 
 
-def test_two_forwards_before_their_backwards(compiler: Any) -> None:
+@pytest.mark.parametrize("make", [Blocks, lambda: nn.Linear(8, 3)], ids=["dropout", "saves its inputs alone"])
+def test_two_forwards_before_their_backwards(compiler: Any, make: Callable[[], nn.Module]) -> None:
     compiler(right)
-    model = dp_compile(Blocks())
+    model = dp_compile(make())
     torch.manual_seed(0)
     first, second = model(torch.randn(6, 8)), model(torch.randn(6, 8) * 3)
     first.square().mean().backward()
+    model.zero_grad()
     second.square().mean().backward()
     with torch.no_grad():
         model(torch.randn(6, 8))
