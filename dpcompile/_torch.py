@@ -12,8 +12,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch._decomp.decompositions
@@ -40,12 +41,15 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import CompileContext, TracingContext, detect_fake_mode
+from torch._inductor import inductor_prims
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner, record_original_output_strides
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.replace_random import replace_random_passes
 from torch._inductor.loop_body import LoopBody
 from torch._inductor.scheduler import SchedulerNode
+from torch._inductor.virtualized import V
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, SymNumberMemoDescriptor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -89,9 +93,12 @@ __all__ = [
     "current_backward",
     "detect_fake_mode",
     "disable",
+    "drawing_as_inductor",
+    "drawn_by_inductor",
     "BackwardCompiler",
     "Boxed",
     "GraphCompiler",
+    "Watcher",
     "flat_graph",
     "inner_tensor",
     "guarded_names",
@@ -106,6 +113,7 @@ __all__ = [
     "mark_stepped",
     "onednn_matmul",
     "partition",
+    "plain_graph",
     "is_gradient_of_input",
     "is_number",
     "make_boxed",
@@ -135,6 +143,22 @@ GraphPass = Callable[[fx.GraphModule], None]
 Boxed = Callable[[list[Any]], Sequence[Any]]
 GraphCompiler = Callable[[fx.GraphModule, Sequence[Any]], Boxed]
 BackwardCompiler = Callable[[fx.GraphModule, GraphCompiler], Boxed]
+
+
+class Watcher(Protocol):
+    """Sees what a joint graph is compiled to run."""
+
+    def take(self, joint: fx.GraphModule) -> None:
+        """The graph, rewritten, before the compiler changes anything; what it draws is Inductor's to draw."""
+        ...
+
+    def forward(self, gm: fx.GraphModule) -> Callable[[Boxed], Boxed]:
+        """A forward graph is about to be compiled; what is compiled is replaced."""
+        ...
+
+    def backward(self, gm: fx.GraphModule) -> Callable[[Boxed], Boxed]:
+        """The same for a backward graph."""
+        ...
 
 
 def current_backward() -> int:
@@ -575,6 +599,76 @@ def is_selective(body: fx.GraphModule) -> bool:
     return "_checkpoint_context_fn" in body.meta
 
 
+def plain_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph with flat inputs and outputs, under the names that they have."""
+    graph = copy_graph(module.graph)
+    graph._codegen = CodeGen()
+    return fx.GraphModule(module, graph)
+
+
+def drawing_as_inductor(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that draws its random numbers as Inductor makes it do, behind its own passes."""
+    copied = plain_graph(module)
+    values = [n.meta.get("val") for n in copied.graph.nodes]
+    with V.set_fake_mode(fake_mode_of([v for v in values if isinstance(v, torch.Tensor)])):
+        replace_random_passes(copied)
+    return copied
+
+
+def drawn_by_inductor(target: Any) -> Callable[..., torch.Tensor] | None:
+    """What gives the random numbers that compiled code has for one of Inductor's own operations; None for others.
+
+    Inductor draws seeds from torch's generator and the numbers from a generator of its own, a function of seed and
+    position. Run uncompiled, its operations would draw from torch's generator instead.
+    """
+    return _DRAWN.get(target)
+
+
+def _seeds(count: int, device: Any) -> torch.Tensor:
+    limits = torch.iinfo(torch.int64)
+    return torch.randint(limits.min, limits.max, [count], device=device)
+
+
+def _numbers(size: Sequence[int], seed: torch.Tensor, mode: str, **options: Any) -> torch.Tensor:
+    return _by_position(inductor_prims.random, size, seed, mode, **options)
+
+
+def _integers(low: int, high: int, size: Sequence[int], seed: torch.Tensor) -> torch.Tensor:
+    return _by_position(inductor_prims.randint, size, seed, low, high)
+
+
+def _by_position(prim: Any, size: Sequence[int], seed: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+    """A number depends on its seed and on its position alone: those of a longer row begin with those of a shorter."""
+    count = 1
+    for n in size:
+        count *= int(n)
+    length = max(2 ** (count - 1).bit_length(), 1024) if count else 0
+    found = _row_of_numbers(prim, length, seed.device, rest, tuple(sorted(options.items())))([seed])[0]
+    return found[:count].reshape(tuple(size)).clone()
+
+
+@lru_cache(maxsize=256)
+def _row_of_numbers(
+    prim: Any, length: int, device: torch.device, rest: tuple[Any, ...], options: tuple[tuple[str, Any], ...]
+) -> Boxed:
+    graph = fx.Graph()
+    seed = graph.placeholder("seed")
+    bounds = rest if prim is inductor_prims.randint else ()
+    given = (*bounds, [length], seed, *(() if bounds else rest))
+    graph.output((graph.call_function(prim, given, dict(options)),))
+    example = torch.zeros((), dtype=torch.int64, device=device)
+    with ThreadPoolExecutor(1) as own:  # of whatever mode the running backward is in, tracing must know nothing
+        compiled = own.submit(cast(Any, compile_fx), fx.GraphModule({}, graph), [example]).result()
+    return lambda arguments: compiled(*arguments)
+
+
+_DRAWN: dict[Any, Callable[..., torch.Tensor]] = {
+    inductor_prims.seeds: _seeds,
+    inductor_prims.random: _numbers,
+    inductor_prims.randint: _integers,
+}
+
+
 def flat_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int | None]]:
     """A joint graph as a plain function of flat inputs.
 
@@ -637,6 +731,7 @@ def compile_joint(
     transform: GraphPass,
     key: str,
     backward: BackwardCompiler | None = None,
+    watcher: Watcher | None = None,
 ) -> Callable[..., Any]:
     """Trace the joint graph of ``gm``, apply ``transform`` to it, and compile forward and backward.
 
@@ -652,6 +747,7 @@ def compile_joint(
         backward: compiles the backward graph instead of the backend. It gets the graph and the backend's compiler, may
             call that on several graphs, and returns a function from a list of inputs to the backward's outputs. Saved
             values then stay alive while it runs: none is written over.
+        watcher: under Inductor, of a graph with a backward.
     """
     take_apart(gm.graph)
     gm.recompile()
@@ -660,8 +756,9 @@ def compile_joint(
         settings["donated_buffer"] = False
     with functorch_config.patch(settings), _lstm_step_by_step(), _decompositions() as table:
         if backend == "inductor":
-            patches = {"joint_custom_pre_pass": _Pass(transform, key)}
-            inner = _compile_graph if backward is None else _inner_compile(backward)
+            patches = {"joint_custom_pre_pass": _Pass(_watched(transform, watcher), key)}
+            plain = backward is None and watcher is None
+            inner = _compile_graph if plain else _inner_compile(backward, watcher)
             return cast(Any, compile_fx)(gm, list(inputs), config_patches=patches, inner_compile=inner)
         return _compile_eager(gm, inputs, transform, dict(table), backward)
 
@@ -718,26 +815,50 @@ def _compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) ->
         return cast(Any, compile_fx_inner)(gm, inputs, **options)
 
 
-def _inner_compile(backward: BackwardCompiler) -> Callable[..., Any]:
-    """Inductor's compiler of one graph, with another way for backward graphs."""
+def _watched(transform: GraphPass, watcher: Watcher | None) -> GraphPass:
+    if watcher is None:
+        return transform
+
+    def both(joint: fx.GraphModule) -> None:
+        transform(joint)
+        watcher.take(drawing_as_inductor(joint))
+
+    return both
+
+
+def _inner_compile(backward: BackwardCompiler | None, watcher: Watcher | None) -> Callable[..., Any]:
+    """Inductor's compiler of one graph, with another way for backward graphs, or watched."""
 
     def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-        if not options.get("is_backward"):
-            return _compile_graph(gm, inputs, **options)
-        for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
-            if isinstance(value, torch.Tensor):  # laid out as the compiled forward saves it, channels last for one
-                node.meta["val"] = value
-
-        def part(gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
-            output = gm.graph.output_node()
-            values = cast(Sequence[Any], output.args[0])
-            output.meta["user_visible_output_idxs"] = [i for i, v in enumerate(values) if isinstance(v, fx.Node)]
-            record_original_output_strides(gm)
-            return _compile_graph(gm, list(inputs), **{**options, "static_input_idxs": ()})
-
-        return make_boxed(backward(gm, part))
+        is_backward = options.get("is_backward")
+        watched = None
+        if watcher is not None and not options.get("is_inference"):
+            watched = watcher.backward(gm) if is_backward else watcher.forward(gm)
+        compiled: Any
+        if backward is not None and is_backward:
+            compiled = _compile_backward(backward, gm, inputs, options)
+        else:
+            compiled = _compile_graph(gm, inputs, **options)
+        return compiled if watched is None else make_boxed(watched(compiled))
 
     return compile_graph
+
+
+def _compile_backward(
+    backward: BackwardCompiler, gm: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]
+) -> Boxed:
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        if isinstance(value, torch.Tensor):  # laid out as the compiled forward saves it, channels last for one
+            node.meta["val"] = value
+
+    def part(gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
+        output = gm.graph.output_node()
+        values = cast(Sequence[Any], output.args[0])
+        output.meta["user_visible_output_idxs"] = [i for i, v in enumerate(values) if isinstance(v, fx.Node)]
+        record_original_output_strides(gm)
+        return _compile_graph(gm, list(inputs), **{**options, "static_input_idxs": ()})
+
+    return make_boxed(backward(gm, part))
 
 
 def make_boxed(function: Boxed) -> Boxed:

@@ -42,6 +42,7 @@ def dp_compile(  # type: ignore[misc]
     memory_budget: float | int | None = None,
     check: bool = False,
     regions: str | None = None,
+    verify: bool = True,
 ) -> Any:
     """Compile a model so that its backward clips every example's gradient.
 
@@ -76,6 +77,9 @@ def dp_compile(  # type: ignore[misc]
             (``ModuleList``, ``Sequential``), equal ones once, and clips when the whole backward is over; "breaks"
             allows graph breaks, between which Python runs that computes nothing with examples. A model under FSDP2's
             ``fully_shard`` is always compiled in its units.
+        verify: under Inductor, compare what each graph was compiled to with the graph itself, run uncompiled, on its
+            first batch, and raise in the backward where they differ by more than rounding can explain
+            (:mod:`dpcompile.verify`). It costs one uncompiled step per graph.
 
     Returns:
         A module of the model's own class and signature with, in addition, ``grad_norms``, ``plan``, ``graph``,
@@ -93,7 +97,7 @@ def dp_compile(  # type: ignore[misc]
         _one_of("regions", regions, ("blocks", "breaks"))
     _validate_budget(memory_budget)
     options = Options(
-        max_grad_norm, clipping, norm, in_dims, loss_reduction, backend, dynamic, memory_budget, check, regions
+        max_grad_norm, clipping, norm, in_dims, loss_reduction, backend, dynamic, memory_budget, check, regions, verify
     )
     if model is None:
         return lambda decorated: _private(decorated, options)

@@ -43,6 +43,7 @@ from dpcompile.surroundings import no_second_derivatives, refuse_tracers
 from dpcompile.translate import translated
 from dpcompile.turns import Ran, in_turns
 from dpcompile.unowned import guarded
+from dpcompile.verify import Verifier
 from dpcompile.workspace import keep_freed_memory, kept_gradients
 
 __all__ = ["Engine", "with_own_code"]
@@ -456,8 +457,12 @@ class Engine:
             copied = copied_bytes(gm, inputs, filters, parts or 1)
             region.filters = filters if parts is not None else {}
 
+        verifier = Verifier(f"the model ({type(self.module).__name__})") if self.options.verify else None
+
         def transform(joint: fx.GraphModule) -> None:
-            region.transformed = self.transformed = privatize(joint, roles, self.options, parts, copied)
+            region.transformed = self.transformed = found = privatize(joint, roles, self.options, parts, copied)
+            if verifier is not None:
+                verifier.describe(found)
 
         region.compiled = compile_joint(
             extended,
@@ -465,6 +470,7 @@ class Engine:
             backend=self.options.backend,
             transform=transform,
             key=cache_key(self.options, roles, parts or 1),
+            watcher=verifier,
         )
         if region.transformed is None:
             raise UnsupportedGraphError(

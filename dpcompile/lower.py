@@ -23,7 +23,7 @@ from dpcompile.locate import where
 from dpcompile.lowering import AT_ONCE, DEFERRED, TWO_PASS, Lowering
 from dpcompile.memory import storage_of
 
-__all__ = ["Cut", "Rest", "lower_backward", "second_pass", "take_rest", "take_sums"]
+__all__ = ["Cut", "Late", "Rest", "late_sums", "lower_backward", "second_pass", "take_rest", "take_sums"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,43 @@ def take_sums(marker: Tensor) -> list[Tensor | None]:
     """The clipped sums of the second backward that returned this in place of norms; none if no weight was asked for."""
     rest = _RESTS.pop(marker, None)
     return [] if rest is None else rest(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """What a lowered backward has besides what it returned.
+
+    Attributes:
+        sums: the clipped sums, in the order of the parameters.
+        handed: see :class:`Rest`.
+        weights: what they were computed for; None if the graph had the weights itself.
+        again: this was the second of two passes, which returns the weights in place of norms.
+    """
+
+    sums: list[Tensor | None]
+    handed: dict[int, list[Tensor]]
+    weights: Tensor | None
+    again: bool = False
+
+
+def late_sums(lowering: Lowering, norms: Tensor, mask: Tensor) -> Late | None:
+    """The clipped sums of the backward that returned these norms, of which nothing is taken away.
+
+    Where the weights are not known yet, they are for weights that differ from example to example, and that give each
+    of them about the same say. None after the first of two passes.
+    """
+    rest: Rest | None = _RESTS.get(norms)
+    if rest is None:
+        return None
+    if lowering.kind == DEFERRED:
+        total = norms.sum(0)
+        usable = torch.isfinite(total) & (total > 0) & (mask > 0)
+        uneven = torch.linspace(1.0, 0.5, max(len(total), 1), dtype=norms.dtype, device=norms.device)
+        weights = torch.where(usable, uneven / total.clamp_min(torch.finfo(norms.dtype).tiny).sqrt(), 0.0)
+        weights = weights.expand(norms.shape).contiguous()
+        return Late(rest.preview(weights), rest.handed, weights)
+    again = lowering.kind == TWO_PASS
+    return Late(list(rest.live), {}, norms if again else None, again)
 
 
 @contextmanager

@@ -53,6 +53,7 @@ class Options:
     memory_budget: float | int | None
     check: bool
     regions: str | None = None
+    verify: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class Transformed:
         cut: of a region: what stands where in its backward.
         memory: of a region, where there is a budget.
         uses: of parameters that other regions use too, what is handed out.
+        mask: the name of the placeholder of the padding mask.
     """
 
     graph: fx.GraphModule
@@ -82,6 +84,7 @@ class Transformed:
     cut: Cut | None = None
     memory: RegionMemory | None = None
     uses: Mapping[str, Use] = field(default_factory=dict)
+    mask: str = ""
 
 
 def privatize(
@@ -160,6 +163,7 @@ def privatize(
         _cut(joint, plan),
         memory,
         uses_of(plan),
+        joint.mask.name,
     )
 
 

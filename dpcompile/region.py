@@ -23,6 +23,7 @@ from dpcompile.outputs import separate_outputs
 from dpcompile.passing import label_outputs
 from dpcompile.pipeline import Options, Transformed, privatize
 from dpcompile.sizes import shape_of
+from dpcompile.verify import Verifier
 
 __all__ = ["Artifact", "Scope", "compile_region", "concrete"]
 
@@ -103,6 +104,7 @@ def compile_region(
     lowering: Lowering,
     over_ranks: Callable[[Roles], OverRanks | None],
     proving: bool,
+    place: str = "",
 ) -> Artifact:
     """Prove a graph, rewrite it, and compile it.
 
@@ -115,6 +117,7 @@ def compile_region(
         lowering: of the region.
         over_ranks: what inputs of these roles are on the other ranks of tensor parallelism.
         proving: a backward of the model will follow.
+        place: what to call the region.
 
     Raises:
         ExampleMixingError: examples mix, or an input is a sum over them.
@@ -129,11 +132,12 @@ def compile_region(
     roles = replace(roles, ranks=over_ranks(roles), alike=_alike(live, scope))
     symbols = _symbols(gm)
     if not trained:
-        return _label_only(gm, examples, roles, options, symbols)
+        return _label_only(gm, examples, roles, options, symbols, place)
     shared = frozenset(n for n in roles.parameters.values() if n in scope.shared)
     roles = replace(roles, narrow=(), lowering=lowering, shared=shared)
     extended, extra = extend(gm, roles)
     found: list[Transformed] = []
+    verifier = _verifier(options, roles, place, lowering)
 
     def backward(graph: fx.GraphModule, compile_graph: Any) -> Any:
         assert found[0].cut is not None
@@ -144,6 +148,8 @@ def compile_region(
     def transform(joint: fx.GraphModule) -> None:
         written.update(written_inputs(joint))
         found.append(privatize(joint, roles, options, 1))
+        if verifier is not None:
+            verifier.describe(found[0])
 
     compiled = compile_joint(
         extended,
@@ -152,6 +158,7 @@ def compile_region(
         transform=transform,
         key=cache_key(options, roles),
         backward=backward,
+        watcher=verifier,
     )
     (transformed,) = found
     return Artifact(
@@ -166,8 +173,18 @@ def compile_region(
     )
 
 
+def _verifier(options: Options, roles: Roles, place: str, lowering: Lowering | None) -> Verifier | None:
+    """None where nothing is to be compared: under tensor parallelism ranks could part ways in a graph's collectives."""
+    return Verifier(place, lowering) if options.verify and roles.ranks is None else None
+
+
 def _label_only(
-    gm: fx.GraphModule, examples: Sequence[Any], roles: Roles, options: Options, symbols: Mapping[Any, Any]
+    gm: fx.GraphModule,
+    examples: Sequence[Any],
+    roles: Roles,
+    options: Options,
+    symbols: Mapping[Any, Any],
+    place: str,
 ) -> Artifact:
     found: list[Any] = []
     written: set[int] = set()
@@ -179,7 +196,12 @@ def _label_only(
         found.append(label_outputs(graph, roles, mean=options.loss_reduction == "mean"))
 
     compiled = compile_joint(
-        gm, examples, backend=options.backend, transform=transform, key=cache_key(options, roles) + "passing"
+        gm,
+        examples,
+        backend=options.backend,
+        transform=transform,
+        key=cache_key(options, roles) + "passing",
+        watcher=_verifier(options, roles, place, None),
     )
     ((labels, unowned),) = found
     return Artifact(compiled, roles, labels, None, unowned, symbols=symbols, written=frozenset(written))

@@ -250,8 +250,9 @@ class RegionGraphs:
             self.compilations += 1
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.proving):
                 over_ranks = partial(self.parts.over_ranks, live)
+                place = f"'{frame.unit.path}'" if frame.unit.path else "what lies around the model's blocks"
                 artifact = compile_region(
-                    gm, live, examples(), frame.scope, self._options, lowering, over_ranks, self.proving
+                    gm, live, examples(), frame.scope, self._options, lowering, over_ranks, self.proving, place
                 )
             if artifact.transformed is not None:
                 self.transformed = artifact.transformed

@@ -30,6 +30,7 @@ from dpcompile.region_engine import RegionEngine
 from dpcompile.runtime import engine_of
 from dpcompile.shards import zeros_for
 from dpcompile.translate import translated
+from dpcompile.verify import Verifier
 
 __all__ = ["CompiledStep", "compile_step"]
 
@@ -309,6 +310,10 @@ def _program(gm: fx.GraphModule, inputs: Sequence[Any], roles: Roles, options: O
     run: Callable[..., Any] = graph
     if options.backend != "eager":
         run = torch.compile(graph, backend=options.backend, fullgraph=True, dynamic=symbolic)
+        if options.verify:
+            verifier = Verifier("compile_step's graph")
+            verifier.describe(transformed)
+            run = verifier.whole(run, graph)
     return _Program(
         run=run,
         sources=sources,

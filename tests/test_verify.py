@@ -1,0 +1,249 @@
+"""``verify=True``: the first step of compiled code against the graph that was compiled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import dpcompile
+from dpcompile import PrivacyError, UnsupportedGraphError, _torch
+from dpcompile.reference import Reference
+from dpcompile.verify import Verifier
+
+dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
+Fault = Callable[[list[Any], bool], None]
+
+
+class Blocks(nn.Module):
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.inp = nn.Linear(8, 16)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Dropout(dropout), nn.Tanh()) for _ in range(3))
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.out(x)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault], None]:
+    """In place of Inductor's code generator: it runs what is to be compiled as it stands, and then does harm."""
+
+    def use(fault: Fault) -> None:
+        def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+            graph = Reference(gm)
+            names = [n.name for n in graph.graph.find_nodes(op="placeholder")]
+
+            def run(arguments: list[Any]) -> list[Any]:
+                given = dict(zip(names, arguments, strict=True))
+                arguments.clear()
+                results, _ = graph.run(given, None)
+                fault(results, bool(options.get("is_backward")))
+                return results
+
+            return _torch.make_boxed(run)
+
+        monkeypatch.setattr(_torch, "compile_fx_inner", compile_graph)
+
+    return use
+
+
+def right(results: list[Any], backward: bool) -> None:
+    """No harm."""
+
+
+def scaled(shape: tuple[int, ...], factor: float) -> Fault:
+    """The first result of the backward with this shape is multiplied."""
+
+    def fault(results: list[Any], backward: bool) -> None:
+        for i, x in enumerate(results):
+            if backward and isinstance(x, Tensor) and tuple(x.shape) == shape:
+                results[i] = x * factor
+                return
+
+    return fault
+
+
+def swapped(results: list[Any], backward: bool) -> None:
+    """Two results of one shape change places."""
+    found = [i for i, x in enumerate(results) if backward and isinstance(x, Tensor) and tuple(x.shape) == (16, 16)]
+    if len(found) > 1:
+        results[found[0]], results[found[1]] = results[found[1]], results[found[0]]
+
+
+def without_an_example(results: list[Any], backward: bool) -> None:
+    """The norm of the second example is lost."""
+    for x in results:
+        if backward and isinstance(x, Tensor) and x.ndim <= 2 and x.shape[-1:] == (6,) and x.dtype == torch.float32:
+            x[..., 1] = 0
+
+
+def another_output(results: list[Any], backward: bool) -> None:
+    """The model computes something else."""
+    if not backward:
+        results[0] = results[0] + 0.01
+
+
+def step(model: Any, x: Tensor | None = None) -> None:
+    torch.manual_seed(0)
+    model(torch.randn(6, 8) if x is None else x).square().mean().backward()
+
+
+HARM = [scaled((16, 16), 0.0), scaled((16, 16), 1.002), swapped, without_an_example, another_output]
+LOWERINGS = [
+    {"regions": "blocks", "clipping": "per_layer"}, {"regions": "breaks"}, {"regions": "blocks", "norm": "two_pass"},
+    {"dynamic": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [*(({}, fault) for fault in HARM), *((options, HARM[1]) for options in LOWERINGS),
+     *(({"regions": "blocks"}, fault) for fault in HARM if fault is not swapped)],
+)  # fmt: skip
+def test_harm_is_seen(compiler: Any, options: dict[str, Any], fault: Fault) -> None:
+    compiler(fault)
+    model = dp_compile(Blocks(), **options)
+    with pytest.raises(PrivacyError, match="does not compute what its graph says"):
+        step(model)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"regions": "blocks"}, {"memory_budget": 1}, *LOWERINGS], ids=str)
+def test_no_harm_no_alarm(compiler: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each graph is compared once, and then let go; random numbers are the same."""
+    verifiers: list[Verifier] = []
+    before = Verifier.take
+    monkeypatch.setattr(Verifier, "take", lambda self, joint: (verifiers.append(self), before(self, joint))[1])
+    compiler(right)
+    model = dp_compile(Blocks(0.5), **options)
+    for _ in range(2):
+        step(model)
+        model.zero_grad()
+    assert verifiers
+    assert all(v._reference is None and v._tries > 0 for v in verifiers)
+
+
+def test_switched_off(compiler: Any) -> None:
+    compiler(scaled((16, 16), 0.0))
+    model = dp_compile(Blocks(), verify=False)
+    step(model)
+    assert not model.blocks[2][0].weight.grad.any() or not model.blocks[0][0].weight.grad.any()
+
+
+def test_the_message_names_what_is_wrong(compiler: Any) -> None:
+    compiler(scaled((3, 16), 0.9))
+    with pytest.raises(PrivacyError, match=r"the model \(Blocks\).*the clipped sum of 'out.weight' by 0.1.*`mm`"):
+        step(dp_compile(Blocks()))
+
+
+def test_a_padded_batch_does_not_count(compiler: Any) -> None:
+    """Sums of nothing are zero whatever the code does: the next batch is looked at."""
+    compiler(scaled((16, 16), 0.5))
+    model = dp_compile(Blocks())
+    dpcompile.runtime.engine_of(model).set_mask(torch.zeros(6, dtype=torch.bool))
+    step(model)
+    dpcompile.runtime.engine_of(model).set_mask(torch.ones(6, dtype=torch.bool))
+    with pytest.raises(PrivacyError, match="does not compute what its graph says"):
+        step(model)
+
+
+@pytest.mark.parametrize("make", [Blocks, lambda: nn.Linear(8, 3)], ids=["dropout", "saves its inputs alone"])
+def test_two_forwards_before_their_backwards(compiler: Any, make: Callable[[], nn.Module]) -> None:
+    compiler(right)
+    model = dp_compile(make())
+    torch.manual_seed(0)
+    first, second = model(torch.randn(6, 8)), model(torch.randn(6, 8) * 3)
+    first.square().mean().backward()
+    model.zero_grad()
+    second.square().mean().backward()
+    with torch.no_grad():
+        model(torch.randn(6, 8))
+
+
+def test_inputs_that_change_in_between(compiler: Any) -> None:
+    """The graph cannot be run on them again; the next batch is looked at."""
+    compiler(scaled((16, 16), 0.5))
+    model = dp_compile(Blocks(0.0))
+    x = torch.randn(6, 8)
+    out = model(x)
+    x.copy_(torch.randn(6, 8))
+    with pytest.raises((PrivacyError, RuntimeError)):
+        out.square().mean().backward()
+        step(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes(compiler: Any, dtype: torch.dtype) -> None:
+    compiler(right)
+    step(dp_compile(Blocks().to(dtype)), torch.randn(6, 8, dtype=dtype))
+    compiler(scaled((16, 16), 1 + 1e-6 if dtype == torch.float64 else 0.9))
+    with pytest.raises(PrivacyError, match="does not compute what its graph says"):
+        step(dp_compile(Blocks().to(dtype)), torch.randn(6, 8, dtype=dtype))
+
+
+def test_an_example_that_is_not_finite(compiler: Any) -> None:
+    compiler(right)
+    x = torch.randn(6, 8)
+    x[2] = float("inf")
+    with pytest.warns(RuntimeWarning, match="1 of 6 examples"):
+        step(dp_compile(Blocks()), x)
+
+
+def test_a_whole_graph(compiler: Any) -> None:
+    """Forward and backward in one function, as `compile_step` has them."""
+    model = dp_compile(Blocks(0.0), backend="eager")
+    model.trace(torch.randn(6, 8))
+    graph, sources = _torch.flat_graph(model.graph)
+    transformed = dpcompile.runtime.engine_of(model).transformed
+    torch.manual_seed(0)
+    values: list[Any] = []
+    for node, source in zip(graph.graph.find_nodes(op="placeholder"), sources, strict=True):
+        ones = source is None or node.name == transformed.mask  # the cotangents, and no padding
+        values.append((torch.ones if ones else torch.randn)(node.meta["val"].shape))
+
+    def verified(factor: float) -> Any:
+        verifier = Verifier("the step")
+        verifier.describe(transformed)
+        slot = transformed.sum_slots["out.weight"]
+        run = lambda *v: [x * factor if i == slot else x for i, x in enumerate(graph(*v))]  # noqa: E731
+        return verifier.whole(run, graph)
+
+    verified(1.0)(*values)
+    with pytest.raises(PrivacyError, match="the step.*'out.weight' by 0.01"):
+        verified(1.01)(*values)
+
+
+def test_through_inductor() -> None:
+    """Dropout and all: what Inductor draws is drawn again."""
+    for options in ({}, {"regions": "blocks"}):
+        torch._dynamo.reset()
+        model = dp_compile(Blocks(0.5), **options)
+        step(model)
+        assert model.grad_norms.isfinite().all()
+
+
+def test_pools_on_torch_with_the_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the workaround of `_torch` the pool's backward may come too late: then the step is stopped."""
+    monkeypatch.setattr(_torch, "_FORGETS_WRITES", False, raising=False)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(4096, 10)]
+    net, x = nn.Sequential(*layers), torch.randn(4, 3, 32, 32)
+    plain = copy.deepcopy(net)
+    plain(x).square().flatten(1).mean(1).sum().backward()
+    model = dp_compile(net, max_grad_norm=1e9, loss_reduction="sum")
+    try:
+        model(x).square().flatten(1).mean(1).sum().backward()
+    except (PrivacyError, UnsupportedGraphError) as error:
+        assert "scatter" in str(error)
+        return
+    for own, wanted in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, wanted.grad, rtol=1e-4, atol=1e-5)
