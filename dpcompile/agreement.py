@@ -28,7 +28,9 @@ def tolerances(graph: fx.Graph, exact: Collection[str]) -> list[float]:
     for node in graph.nodes:
         own = max((_epsilon(v) for v in _tensors(node.meta.get("val"))), default=0.0)
         own = 0.0 if node.op == "placeholder" and node.name in exact else own
-        epsilon[node] = max([own, *(epsilon[n] for n in node.all_input_nodes)])
+        floats = any(v.is_floating_point() or v.is_complex() for v in _tensors(node.meta.get("val")))
+        passed_on = [epsilon[n] for n in node.all_input_nodes] if floats or node.op == "output" else []
+        epsilon[node] = max([own, *passed_on])
     outputs: Sequence[Any] = graph.output_node().args[0]  # type: ignore[assignment]
     return [_allowed(epsilon[n]) if isinstance(n, fx.Node) else 0.0 for n in outputs]
 

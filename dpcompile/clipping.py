@@ -111,8 +111,8 @@ def own_norms(squared: Sequence[Tensor], mask: Tensor, mean_of: int | None) -> T
 
 
 def unscaled(mask: Tensor) -> Tensor:
-    """``[B]``: what a gradient in the graph must be multiplied by to be that of the loss without its loss scale."""
-    return torch.where(mask > 0, mask, torch.ones_like(mask))
+    """``[B]``, float64: what makes a gradient in the graph that of the loss without its loss scale, as a factor."""
+    return torch.where(mask > 0, mask.double(), 1.0)
 
 
 def _scale(mask: Tensor, mean_of: int | None) -> Tensor:

@@ -147,8 +147,8 @@ class CompiledStep:
     def __call__(self, inputs: Any, targets: Any) -> Tensor:
         """Run one step, or one of :meth:`dpcompile.PoissonLoader.parts`; returns its examples' mean loss, detached."""
         engine, optimizer = self._engine, self._optimizer
-        optimizer.checked_parameters()
         optimizer.zero_grad()  # nothing, while a logical step is under way
+        optimizer.checked_parameters()
         found = self._drawn(inputs, targets) if engine.claims else [self._delivered(inputs, targets, Given())]
         losses, mask = (torch.cat([getattr(f, name) for f in found]) for name in ("losses", "mask"))
         optimizer.step()

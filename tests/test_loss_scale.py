@@ -62,7 +62,7 @@ def updated(scaler: Any, explicit: bool = False, **options: Any) -> tuple[list[T
         {"regions": "blocks", "clipping": "per_layer"},
         {"regions": "blocks", "norm": "two_pass"},
     ],
-    ids=str,
+    ids=["automatic", "a function", "per_layer", "two_pass"],
 )
 def test_the_update_is_that_of_the_unscaled_loss(options: dict[str, Any]) -> None:
     plain, norms = updated(None, **options)

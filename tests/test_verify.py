@@ -82,7 +82,7 @@ def swapped(results: list[Any], backward: bool) -> None:
 def without_an_example(results: list[Any], backward: bool) -> None:
     """The norm of the second example is lost."""
     for x in results:
-        if backward and isinstance(x, Tensor) and x.ndim <= 2 and x.shape[-1:] == (6,) and x.dtype == torch.float32:
+        if backward and isinstance(x, Tensor) and x.ndim <= 2 and x.shape[-1:] == (6,) and x.is_floating_point():
             x[..., 1] = 0
 
 
@@ -141,7 +141,7 @@ def test_switched_off(compiler: Any) -> None:
 
 def test_the_message_names_what_is_wrong(compiler: Any) -> None:
     compiler(scaled((3, 16), 0.9))
-    with pytest.raises(PrivacyError, match=r"the model \(Blocks\).*the clipped sum of 'out.weight' by 0.1.*`mm`"):
+    with pytest.raises(PrivacyError, match=r"the model \(Blocks\).*the clipped sum of 'out.weight' by 0.1.*`(mm|product)`"):
         step(dp_compile(Blocks()))
 
 
@@ -185,7 +185,7 @@ def test_inputs_that_change_in_between(compiler: Any) -> None:
 def test_other_dtypes(compiler: Any, dtype: torch.dtype) -> None:
     compiler(right)
     step(dp_compile(Blocks().to(dtype)), torch.randn(6, 8, dtype=dtype))
-    compiler(scaled((16, 16), 1 + 1e-6 if dtype == torch.float64 else 0.9))
+    compiler(scaled((16, 16), 1 + 1e-6 if dtype == torch.float64 else 0.5))
     with pytest.raises(PrivacyError, match="does not compute what its graph says"):
         step(dp_compile(Blocks().to(dtype)), torch.randn(6, 8, dtype=dtype))
 
