@@ -215,7 +215,7 @@ def tracing_config(*, regions: bool = False) -> Iterator[None]:
 
 def in_functorch() -> bool:
     """Whether a transform of ``torch.func`` is under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
 
 
 def is_compiling() -> bool:

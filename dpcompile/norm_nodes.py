@@ -168,7 +168,7 @@ def _instantiation(
     needed = dict.fromkeys(n for s in gradient.sites for n in s.operation.all_input_nodes)
     operands = [*needed, *(n for n in tail_inputs(gradient) if n not in needed)]
     own_forms = [factored(s, batch) for s in gradient.sites]
-    if choice.rule == "redo" and (forms is None or len(forms) > 1 or forms[0].each is None):
+    if choice.rule == "redo" and (forms is None or len(forms) > 1 or forms[0].each is None):  # type: ignore[misc]
         dtype = torch.float64  # the sum is another than the one whose norm is taken: that is one of the real numbers
 
     def through_sites(batch: int, values: Sequence[Any]) -> tuple[Tensor, Tensor]:

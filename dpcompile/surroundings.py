@@ -21,7 +21,7 @@ REBUILD = (
 
 def refuse_tracers() -> None:
     """Raise UnsupportedGraphError if the call is recorded or transformed by something that would lose its backward."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise UnsupportedGraphError("a private model cannot be traced by torch.jit", remedy=REBUILD)
     if torch.compiler.is_exporting():
         raise UnsupportedGraphError("a private model cannot be exported", remedy=REBUILD)

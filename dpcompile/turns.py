@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpcompile._torch import pytree
-from dpcompile.axis import Examples, Label, Shared, Summed
+from dpcompile.axis import Examples, Label, Shared, Summed, Whole
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.parts import split_call
 from dpcompile.random_state import RandomState
@@ -105,7 +105,7 @@ class _Turns:
                 ran = self.forward(index, args, kwargs, False)
             self._refuse_writes(before)
             leaves, self.structure = pytree.tree_flatten(ran.result)
-            self.labels = [ran.labels.get(id(x)) if isinstance(x, Tensor) else None for x in leaves]
+            self.labels = [_of_one(x, ran.labels.get(id(x))) if isinstance(x, Tensor) else None for x in leaves]
             self.needs = [isinstance(x, Tensor) and x.requires_grad for x in leaves]
             columns.append([x.detach() if isinstance(x, Tensor) else x for x in leaves])
             del ran, leaves
@@ -150,7 +150,8 @@ class _Turns:
             total = torch.stack(values).sum(0)
             return total / len(values) if self.mean else total
         same = isinstance(first, (type(None), bool, int, float, str)) and all(v == first for v in values)
-        if same or (isinstance(label, Shared) and all(torch.equal(v, first) for v in values)):
+        tensor = isinstance(first, Tensor) and isinstance(label, Shared)
+        if same or (tensor and all(torch.equal(v, first) for v in values)):
             return first
         raise UnsupportedGraphError(
             f"a draw larger than the physical batch runs in {len(values)} forwards, and what they return cannot be put "
@@ -192,6 +193,13 @@ class _Turns:
                     remedy="pass what changes as an argument, or give make_private a physical_batch_size as large as "
                     "the largest draw, or take the physical batches one by one: `for batch in loader.parts()`",
                 )
+
+
+def _of_one(value: Tensor, label: Label | None) -> Label | None:
+    """The label of what a part of one example returned, where everything belongs to that example."""
+    if not isinstance(label, Whole):
+        return label
+    return Summed() if value.ndim == 0 else Examples(0) if len(value) == 1 else label
 
 
 def _leaves_of_their_own(args: Any, kwargs: Any) -> tuple[Any, Any, list[Tensor]]:

@@ -18,7 +18,7 @@ def full_precision() -> Iterator[None]:
         torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
         torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
         torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,
+        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
     ]
     before = [b.fp32_precision for b in backends]
     changed = [(b, p) for b, p in zip(backends, before, strict=True) if p in ("tf32", "bf16")]
