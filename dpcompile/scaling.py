@@ -369,7 +369,7 @@ _RULES: dict[str, Rule] = {
         _first,
     ),
     **dict.fromkeys(("constant_pad_nd", "pad"), _padded),
-    "copy": _keeps("src"),
+    "copy": lambda d: d.of(d.arguments["src"]),
     "mul": _product("self", "other"),
     "mm": _product("self", "mat2"),
     "bmm": _product("self", "mat2"),

@@ -25,6 +25,7 @@ from dpcompile.rules.views import (
     permute,
     repeat,
     reshape,
+    scatter_diagonal,
     scatter_slice,
     select,
     slice_,
@@ -177,6 +178,15 @@ def _scatter_slice(call: Call, stripes: Stripes, result: int) -> Behind:
     if same_shape(call.shape(base), call.shape(source)):
         return [(source, stripes)]
     return None if dim == stripes.dim else [(base, stripes), (source, stripes)]
+
+
+@row_wise(scatter_diagonal)
+def _scatter_diagonal(call: Call, stripes: Stripes, result: int) -> Behind:
+    ndim = len(call.out_shape)
+    others = [d for d in range(ndim) if d not in (call.dim(call["dim1"], ndim), call.dim(call["dim2"], ndim))]
+    if stripes.dim not in others:
+        return None
+    return [(call["self"], stripes), (call["src"], stripes.at(others.index(stripes.dim)))]
 
 
 @row_wise(structured_view)
