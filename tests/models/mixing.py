@@ -338,7 +338,7 @@ class OneExampleReturned(Mixer):
         return h, h[0].expand_as(h)
 
 
-@register(vectors, refused="parameter 'offsets' has an example axis", reason="a parameter with a row per example")
+@register(vectors, refused="through 'offsets'", reason="a parameter with a row per example")
 class RowsOfItsOwn(Mixer):
     def __init__(self) -> None:
         super().__init__()
