@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from dpcompile.axis import Examples
+from dpcompile.axis import Examples, Shared
 from dpcompile.rules.attention import attention
 from dpcompile.rules.collectives import all_reduce, wait
 from dpcompile.rules.contractions import add_product, bmm, mm, mv
@@ -296,7 +296,14 @@ def _index(call: Call, stripes: Stripes, result: int) -> Behind:
         return None
     within = stripes.dim - geometry.start
     if 0 <= within < geometry.index_ndim:
-        return broadcast(call, geometry.index_nodes, stripes.at(within), geometry.index_ndim)
+        found = []
+        for dim, node in zip(geometry.indexed, geometry.index_nodes, strict=True):
+            label, own = call.label(node), within - geometry.index_ndim + len(call.shape(node))
+            if isinstance(label, Shared) and label.counts == own:  # every row looks up its own, which may be alike
+                found.append((call["self"], _whole_dim(call, call["self"], dim)))
+            else:
+                found += broadcast(call, [node], stripes.at(within), geometry.index_ndim)
+        return found
     kept = [d for d in range(len(call.shape(call["self"]))) if d not in geometry.indexed]
     return [(call["self"], stripes.at(next(d for d in kept if geometry.dim_of_base(d) == stripes.dim)))]
 
