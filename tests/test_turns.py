@@ -92,7 +92,8 @@ def test_dropout_is_the_same_when_a_part_runs_again(backend: str) -> None:
 class LossInside(Net):
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Any]:  # type: ignore[override]
         logits = super().forward(x)
-        return {"loss": F.cross_entropy(logits, y, reduction="none").mean(), "logits": logits, "nothing": None, "one": 1}
+        loss = F.cross_entropy(logits, y, reduction="none").mean()
+        return {"loss": loss, "logits": logits, "nothing": None, "one": 1}
 
 
 def test_a_loss_inside_is_the_mean_of_the_parts() -> None:

@@ -141,7 +141,8 @@ def test_switched_off(compiler: Any) -> None:
 
 def test_the_message_names_what_is_wrong(compiler: Any) -> None:
     compiler(scaled((3, 16), 0.9))
-    with pytest.raises(PrivacyError, match=r"the model \(Blocks\).*the clipped sum of 'out.weight' by 0.1.*`(mm|product)`"):
+    said = r"the model \(Blocks\).*the clipped sum of 'out.weight' by 0.1.*`(mm|product)`"
+    with pytest.raises(PrivacyError, match=said):
         step(dp_compile(Blocks()))
 
 

@@ -115,6 +115,7 @@ def evenly(cases: list[Case], count: int) -> list[Case]:
     return [cases[i * len(cases) // count] for i in range(count)]
 
 
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
 @pytest.mark.parametrize(("case", "norm"), sample())
 def test_sample_through_inductor(case: Case, norm: str, record: Record) -> None:
     right(case, norm, record, "inductor", torch.float64 if case.family == "modules" else torch.float32)
