@@ -72,7 +72,8 @@ def turned(value: Any, axis: Examples, batch: int) -> Any:
     for e in range(batch):
         for to, of in zip(rows_of(axis, e, batch, size), rows_of(axis, batch - 1 - e, batch, size), strict=True):
             order[to] = of
-    return value.index_select(axis.dim, torch.tensor(order, dtype=torch.long))
+    moved = value.index_select(axis.dim, torch.tensor(order, dtype=torch.long))
+    return torch.empty_like(value).copy_(moved)  # views further on rely on how it lies
 
 
 def same(a: Tensor, b: Tensor) -> bool:
