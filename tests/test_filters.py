@@ -99,8 +99,14 @@ def test_any_convolution(case: dict[str, Any]) -> None:
         each, norms = filter_gradients(*arguments, own, False)
         assert each.movedim(2, -1).is_contiguous()
         torch.testing.assert_close(each, wanted.float(), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(norms, wanted.flatten(1).square().sum(1), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(filter_norms(*arguments), norms, rtol=1e-4, atol=1e-5)
+        assert certain(norms, wanted)
+    assert certain(filter_norms(*arguments), wanted)
+
+
+def certain(squared: Tensor, gradients: Tensor) -> bool:
+    """Squared norms are right, or too large by a thousandth of the norm."""
+    wanted = gradients.flatten(1).square().sum(1)
+    return bool((squared >= wanted * (1 - 1e-5) - 1e-9).all() and (squared <= wanted * 1.002 + 1e-5).all())
 
 
 PLAIN: dict[str, Any] = {
@@ -196,7 +202,7 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(filters, "compile_cpp", lambda code, source=source, **options: source())
         assert not has_kernel()
         torch.testing.assert_close(filter_gradients(*arguments, True, False)[0], wanted.float())
-        torch.testing.assert_close(filter_norms(*arguments), wanted.flatten(1).square().sum(1))
+        assert certain(filter_norms(*arguments), wanted)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +245,7 @@ def test_one_number_for_all_dimensions() -> None:
         truth = clip(per_example_gradients(model, (x,), {}, loss), 0.5)
         private = dp_compile(model, max_grad_norm=0.5, backend="eager", norm=norm)
         train_step(private, (x,), {}, loss)
-        assert_right(private, truth, 1e-5)
+        assert_right(private, truth, 1e-3)  # a norm may be a little too large
 
 
 def test_fullness() -> None:
@@ -280,7 +286,7 @@ def test_models(norm: str, budget: float | None, monkeypatch: pytest.MonkeyPatch
     """Right by every rule and under a budget; an example that is not finite leaves no trace."""
     used = []
     whole = convolutions.filter_gradients
-    monkeypatch.setattr(convolutions, "filter_gradients", lambda *a: used.append(a[-2]) or whole(*a))
+    monkeypatch.setattr(convolutions, "filter_gradients", lambda *a: used.append(a[-3]) or whole(*a))
     torch.manual_seed(0)
     model, x, loss = Net(), torch.randn(4, 3, 6, 6), PseudoLoss(4)
     truth = clip(per_example_gradients(model, (x,), {}, loss), 0.5)

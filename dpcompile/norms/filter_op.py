@@ -200,8 +200,8 @@ def _sizes(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
     )
     for d, places in enumerate(small.shape[3:]):
         patches = patches.narrow(2 + d, 0, places)
-    lengths = patches.sqrt() * by_place(small).sqrt()
-    return lengths.view(batch, frames, groups, -1).sum((1, 3)).square().sum(1)
+    lengths = (patches.sqrt() * by_place(small).sqrt()).flatten(1)
+    return lengths.view(batch, frames, groups, lengths.shape[1]).sum((1, 3)).square().sum(1)
 
 
 def _wide(cotangent: Tensor, source: Tensor, shape: Sequence[int], *options: Any) -> Tensor:

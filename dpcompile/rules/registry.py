@@ -49,7 +49,7 @@ class Call:
 
     def shape(self, operand: Any) -> tuple[Size, ...]:
         """The shape of an operand; a number has none."""
-        if not isinstance(operand, fx.Node) or not isinstance(operand.meta["val"], torch.Tensor):
+        if not isinstance(operand, fx.Node) or not isinstance(operand.meta.get("val"), torch.Tensor):
             return ()
         return shape_of(operand.meta["val"])
 
