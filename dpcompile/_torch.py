@@ -187,12 +187,12 @@ def disable(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def tracing_config(*, regions: bool = False) -> Iterator[None]:
+def tracing_config(*, regions: bool = False, dynamic: bool | None = None) -> Iterator[None]:
     """Settings of a private compilation.
 
     Recurrent layers are traced step by step. Python numbers that were seen to change, also those that a module holds,
-    become inputs of the graph. Hooks of modules are guarded. Where ``torch.compile`` would break the
-    graph to warn or to write to a log, it does neither; and ``requires_grad = True`` on an intermediate value is passed
+    become inputs of the graph (not integers of modules where everything is ``dynamic``). Hooks of modules are guarded.
+    Where ``torch.compile`` would break the graph to warn or to write to a log, it does neither; and ``requires_grad = True`` on an intermediate value is passed
     over. Packed sequences stay padded (:mod:`dpcompile.packed`). DistributedDataParallel does not cut the graph into
     its buckets. With ``regions``, one function is compiled for many modules: as often as they differ, and with every
     guard that tells them apart, also under FSDP.
@@ -203,7 +203,7 @@ def tracing_config(*, regions: bool = False) -> Iterator[None]:
         allow_rnn=True,
         skip_nnmodule_hook_guards=False,
         specialize_float=False,
-        allow_unspec_int_on_nn_module=True,
+        allow_unspec_int_on_nn_module=dynamic is not True,  # else every size that a module holds is a symbol at once
         optimize_ddp=False,
         ignore_logging_functions={*config.ignore_logging_functions, *loggers, warnings.warn},
         **_MANY_MODULES if regions else {},

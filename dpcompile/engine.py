@@ -253,7 +253,7 @@ class Engine:
         self._graph_ran = False
         self.first_step = self._recorder()
         args, kwargs = self._current
-        with tracing_config():
+        with tracing_config(dynamic=self.options.dynamic):
             result = self._compiled_call()(self.module, args, kwargs)
         if not self._graph_ran and self.trainable() and torch.is_grad_enabled():
             raise UnsupportedGraphError(

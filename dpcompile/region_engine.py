@@ -111,7 +111,7 @@ class RegionEngine(Engine):
         try:
             if self._given.reduces is None:
                 self.replicas.notice(tracing=self._tracing)
-            with tracing_config(regions=True):
+            with tracing_config(regions=True, dynamic=self.options.dynamic):
                 return self._run_model(args, kwargs) if self._decided() else self._decide(args, kwargs)
         except Exception as error:
             refusal = translated(error, self._example_dims)

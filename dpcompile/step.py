@@ -204,7 +204,7 @@ class CompiledStep:
                 own, backend=constants_where_needed(self._backend), fullgraph=True, dynamic=dynamic
             )
         try:
-            with tracing_config(), torch.inference_mode(False), torch.enable_grad():
+            with tracing_config(dynamic=self._engine.options.dynamic), torch.inference_mode(False), torch.enable_grad():
                 losses = self._compiled[names](self._losses, *self._current)
             found = self._found
             if found is not None:
