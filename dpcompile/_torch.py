@@ -192,9 +192,10 @@ def tracing_config(*, regions: bool = False, dynamic: bool | None = None) -> Ite
 
     Recurrent layers are traced step by step. Python numbers that were seen to change, also those that a module holds,
     become inputs of the graph (not integers of modules where everything is ``dynamic``). Hooks of modules are guarded.
-    Where ``torch.compile`` would break the graph to warn or to write to a log, it does neither; and ``requires_grad = True`` on an
-    intermediate value is passed over. Packed sequences stay padded (:mod:`dpcompile.packed`). DistributedDataParallel does not cut the graph into
-    its buckets. With ``regions``, one function is compiled for many modules: as often as they differ, and with every
+    Where ``torch.compile`` would break the graph to warn or to write to a log, it does neither; and
+    ``requires_grad = True`` on an intermediate value is passed over. Packed sequences stay padded
+    (:mod:`dpcompile.packed`). DistributedDataParallel does not cut the graph into its buckets. With ``regions``, one
+    function is compiled for many modules: as often as they differ, and with every
     guard that tells them apart, also under FSDP.
     """
     config = torch._dynamo.config
