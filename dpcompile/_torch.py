@@ -257,7 +257,9 @@ def is_gradient_of_input(descriptor: Any) -> int | None:
 
 def is_number(placeholder: fx.Node) -> bool:
     """Whether an input of Dynamo's graph is a Python number that Dynamo passes as a tensor without dimensions."""
-    return bool(getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False))
+    value = placeholder.meta.get("example_value")  # arrays of NumPy are passed as tensors too
+    passed = bool(getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False))
+    return passed and isinstance(value, torch.Tensor) and value.ndim == 0
 
 
 def fix_numbers(gm: fx.GraphModule) -> bool:
@@ -566,7 +568,7 @@ def add_inputs(gm: fx.GraphModule, values: dict[str, torch.Tensor]) -> fx.GraphM
         source = getattr(before, "_dynamo_source", None)
         if source is not None:
             after._dynamo_source = source
-    last = new[-1]
+    last = new[-1] if new else extended.graph._root  # a graph of constants has no inputs
     for name, value in values.items():
         with extended.graph.inserting_after(last):
             last = extended.graph.placeholder(name)

@@ -25,6 +25,12 @@ def _is_accountant(x: Any) -> bool:
     return True
 
 
+def _are_draws(x: Any) -> bool:
+    if x is None:
+        return True
+    return isinstance(x, Mapping) and isinstance(x.get("stream"), str) and _whole(x.get("next"), 2**32 + 1)
+
+
 def _positive(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < math.inf
 
@@ -43,6 +49,7 @@ OPTIMIZER: Mapping[str, _Kind] = {
     "expected_batch_size": _SIZE,
     "secure": _FLAG,
     "accountant": ("a PrivacyAccountant's state or None", _is_accountant),
+    "draws": ("how far a loader's draws were used, or None", _are_draws),
 }
 LOADER: Mapping[str, _Kind] = {
     "seed": _SEED,

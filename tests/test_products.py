@@ -195,9 +195,3 @@ def test_a_plan_may_expect_less_time_than_without_privacy(monkeypatch: pytest.Mo
     private.trace(torch.randn(B, T, 64))
     assert private.plan.prediction.extra_seconds < 0
     assert "less than without privacy (by its products)" in str(private.plan)
-
-
-def test_a_machine_without_it_has_torchs_products() -> None:
-    private = dp_compile(nn.Linear(D, D), backend="eager", norm="ghost")
-    private(torch.randn(B, T, D)).square().flatten(1).sum(1).mean().backward()
-    assert "dpcompile.product" not in private.graph.code

@@ -464,11 +464,6 @@ def test_what_to_do_about_graph_breaks(function: Any, remedy: str) -> None:
     names_line_of(message, function)
 
 
-def test_what_to_do_about_packing() -> None:
-    message = refused(UnsupportedGraphError, "one graph", Packs(), torch.randn(B, T, D), torch.tensor([3, 2, 1, 3]))
-    assert "padded tensor" in message.split("what to do: ")[1]
-    names_line_of(message, Packs)
-
 
 def test_what_to_do_about_backward_hooks() -> None:
     model = Net(linear)
