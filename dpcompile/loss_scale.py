@@ -18,7 +18,7 @@ from torch.amp.grad_scaler import GradScaler
 from dpcompile._torch import current_backward, scale_tensor
 from dpcompile.errors import PrivacyError
 
-__all__ = ["Unscaling", "check_scaler", "notice_scalers", "scales_of"]
+__all__ = ["Unscaling", "check_scaler", "notice_scalers", "scaled_like_this", "scales_of"]
 
 _STARTED: dict[int, list[Tensor]] = {}  # of the latest backwards: the scales of the losses that each came through
 _REMEMBERED = 16
@@ -56,6 +56,13 @@ def scales_of(backward: int) -> list[Tensor]:
             remedy="scale the sum of the losses with one gradient scaler",
         )
     return found[:1]
+
+
+def scaled_like_this(outputs: Sequence[Tensor]) -> None:
+    """A backward that starts at these tensors, within the one that is running, runs at its scale."""
+    for scale in scales_of(current_backward()):
+        for tensor in outputs:
+            tensor.register_hook(lambda _, scale=scale: _note(scale))
 
 
 class Unscaling:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dpcompile._torch import pytree
 from dpcompile.axis import Examples, Label, Shared, Summed, Whole
 from dpcompile.errors import UnsupportedGraphError
+from dpcompile.loss_scale import scaled_like_this
 from dpcompile.parts import split_call
 from dpcompile.random_state import RandomState
 
@@ -130,6 +131,7 @@ class _Turns:
                     if c is not None
                 ]
                 del ran, leaves
+                scaled_like_this([x for x, _ in pairs])
                 torch.autograd.backward([x for x, _ in pairs], [c for _, c in pairs])
                 del pairs
             found.append([torch.zeros_like(x) if x.grad is None else x.grad for x in inputs])
