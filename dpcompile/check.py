@@ -64,7 +64,7 @@ class FirstStep:
         squared = {n: g.to(accumulation_dtype(g.dtype)).square().reshape(len(mask), -1).sum(1) for n, g in each.items()}
         scale = unscaled(mask)
         expected = torch.stack(list(squared.values())).sum(0).sqrt() * scale
-        _same("the gradient norms", norms.to(expected.dtype), expected)
+        _same("the gradient norms", norms, expected.to(norms.dtype))
         groups: dict[str, list[str]] = {}
         for name in squared:
             groups.setdefault(group_of(self._options.clipping, name), []).append(name)
@@ -75,8 +75,8 @@ class FirstStep:
             weights = clip_weights(total, mask, clipping=self._options.clipping, bound=bound, scale=scale)
             for name in members:
                 wanted = torch.einsum("b,b...->...", weights, torch.nan_to_num(each[name]).to(weights.dtype))
-                found = actual.get(name, torch.zeros_like(wanted))
-                _same(f"the clipped gradient of parameter '{name}'", found.to(wanted.dtype), wanted)
+                found = actual.get(name, torch.zeros_like(wanted, dtype=each[name].dtype))
+                _same(f"the clipped gradient of parameter '{name}'", found, wanted.to(found.dtype))
 
     def _per_example(self, batch: int) -> dict[str, Tensor]:
         """Every example's gradient ``[B, *shape]`` by parameter, of its own loss."""

@@ -41,8 +41,7 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[Tensor]:
         groups.setdefault(tensor.device, []).append(i)
     for device, members in groups.items():
         flat = [_flat(tensors[i].detach()) for i in members]
-        native = _library() if device.type == "cpu" else None
-        own = _by_torch(flat, device) if native is None else _by_kernel(flat, native)
+        own = contents(flat) if device.type == "cpu" and _library() is not None else _by_torch(flat, device)
         for i, value in zip(members, own.unbind(), strict=True):
             found[i] = value
     return found
@@ -56,6 +55,8 @@ def different(before: Sequence[Tensor], now: Sequence[Tensor]) -> list[int]:
     found: list[int] = []
     for members in groups.values():
         differ = torch.stack([before[i] for i in members]) != torch.stack([now[i] for i in members])
+        if not bool(differ.any()):
+            continue
         found += [i for i, d in zip(members, differ.tolist(), strict=True) if d]
     return sorted(found)
 
@@ -71,14 +72,23 @@ def _flat(tensor: Tensor) -> Tensor:
     return ordered.view(-1) if ordered.is_contiguous() else tensor.reshape(-1)
 
 
-def _by_kernel(flat: Sequence[Tensor], library: ctypes.CDLL) -> Tensor:
-    n = len(flat)
+@torch.library.custom_op("dpcompile::contents", mutates_args=())
+def contents(flat: Sequence[Tensor]) -> Tensor:
+    """The numbers of :func:`fingerprints` by the compiled kernel, of contiguous tensors ``[..]``: int64 ``[len(flat)]``."""
+    library, n = _library(), len(flat)
+    assert library is not None
     memory = (ctypes.c_void_p * n)(*(t.data_ptr() for t in flat))
     sizes = (ctypes.c_int64 * n)(*(t.numel() * t.element_size() for t in flat))
     found = torch.empty(n, dtype=torch.int64)
     threads = ctypes.c_int(torch.get_num_threads())
     library.dp_content(ctypes.c_int64(n), memory, sizes, ctypes.c_void_p(found.data_ptr()), threads)
     return found
+
+
+@contents.register_fake
+def _(flat: Sequence[Tensor]) -> Tensor:
+    """Shapes only."""
+    return torch.empty(len(flat), dtype=torch.int64)
 
 
 def _by_torch(flat: Sequence[Tensor], device: torch.device) -> Tensor:

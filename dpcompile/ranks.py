@@ -111,11 +111,11 @@ def refuse_other_place(place: Sequence[int], device: torch.device, group: Any = 
         return
     ends = torch.tensor([*place, *(-n for n in place)], dtype=torch.int64, device=device)
     dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
-    largest, smallest = ends[: len(place)].tolist(), (-ends[len(place) :]).tolist()
-    if largest != smallest:
+    largest, smallest = ends[: len(place)], -ends[len(place) :]
+    if bool((largest != smallest).any()):
         raise PrivacyError(
             f"the ranks are at different steps or draws of the loader: this one at {list(place)}, others from "
-            f"{smallest} to {largest}; their clipped sums do not belong together",
+            f"{smallest.tolist()} to {largest.tolist()}; their clipped sums do not belong together",
             remedy="run every batch on every rank: no `continue` or `break` that one rank alone takes (to skip a draw, "
             "agree on it first, with torch.distributed.all_reduce, on a condition that is not private)",
         )

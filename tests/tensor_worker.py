@@ -348,7 +348,7 @@ def communication(mesh: DeviceMesh) -> None:
         found.append({k: n for k, n in counter.seen.items() if "wait_tensor" not in k and "wrap_tensor" not in k})
     more = {k: n - found[0].get(k, 0) for k, n in found[1].items() if n != found[0].get(k, 0)}
     rows = 2 * len(x) + 8  # norms of cut and of whole parameters, and a fingerprint of the batch
-    assert more == {"c10d.allreduce_.default": 1, "c10d.allreduce_.default bytes": 4 * rows}, (more, found)
+    assert more == {"c10d.allreduce_.default": 1, "c10d.allreduce_.default bytes": 8 * rows}, (more, found)
     assert found[0].keys() <= found[1].keys(), found
 
 

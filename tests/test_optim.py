@@ -669,7 +669,7 @@ def test_a_state_that_lacks_entries_is_refused():
     optimizer = wrapped(model_of())
     state = optimizer.state_dict()
     del state["dpcompile"]["seed"]
-    with pytest.raises(PrivacyError, match="lacks seed"):
+    with pytest.raises(PrivacyError, match="the DPOptimizer's state lacks 'seed'"):
         optimizer.load_state_dict(state)
 
 
