@@ -123,6 +123,8 @@ class Verifier:
     def forward(self, gm: fx.GraphModule) -> Callable[[Boxed], Boxed]:
         """See :class:`dpcompile._torch.Watcher`."""
         names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
+        output = gm.graph.output_node()
+        absent = len(output.meta["desc"]) - len(output.args[0])  # type: ignore[arg-type]  # tokens that order effects
 
         def watched(compiled: Boxed) -> Boxed:
             def run(arguments: list[Any]) -> Sequence[Any]:
@@ -131,7 +133,7 @@ class Verifier:
                     return compiled(arguments)
                 ran = self._before(reference, dict(zip(names, arguments, strict=True)))
                 outputs = compiled(arguments)
-                self._after(ran, outputs)
+                self._after(ran, [*[None] * absent, *outputs])
                 return outputs
 
             return run

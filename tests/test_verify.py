@@ -223,6 +223,29 @@ def test_a_whole_graph(compiler: Any) -> None:
         verified(1.01)(*values)
 
 
+class Solved(nn.Module):
+    """Its graph checks for errors, so that it takes and returns a token that orders effects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square, self.out = nn.Parameter(torch.randn(8, 8) + 4 * torch.eye(8)), nn.Parameter(torch.randn(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.linalg.solve(self.square, self.out)
+
+
+def test_tokens_have_no_place_in_what_is_compiled(compiler: Any) -> None:
+    def harm(results: list[Any], backward: bool) -> None:
+        if not backward:
+            results[0] *= 1.01
+
+    compiler(right)
+    step(dp_compile(Solved()))
+    compiler(harm)
+    with pytest.raises(PrivacyError, match="output 1 by 0.01"):
+        step(dp_compile(Solved()))
+
+
 def test_through_inductor() -> None:
     """Dropout and all: what Inductor draws is drawn again."""
     for options in ({}, {"regions": "blocks"}):
