@@ -210,7 +210,8 @@ def tracing_config(*, regions: bool = False, dynamic: bool | None = None) -> Ite
         **_MANY_MODULES if regions else {},
     )
     packed_as_padded = _packed_sequences_stay_padded()
-    with settings, _intermediates_stay_as_they_are(), written_numbers_forgotten(), packed_as_padded:
+    values = _intermediates_stay_as_they_are(), written_numbers_forgotten(), _gradients_through_views()
+    with settings, values[0], values[1], values[2], packed_as_padded:
         yield
 
 
@@ -494,6 +495,35 @@ def _intermediates_stay_as_they_are() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _gradients_through_views() -> Iterator[None]:
+    """Let Dynamo see that a tensor needs a gradient since something that does was written to it through a view.
+
+    Dynamo (to 2.14 at least) notes ``requires_grad`` when a tensor is made, and anew when it is itself written to. For
+    a tensor that it takes not to need a gradient it inlines the forward of an ``autograd.Function`` and drops its
+    backward: the gradient is another one than in eager, silently.
+    """
+
+    def requires_grad(self: TensorVariable) -> bool | None:
+        noted = self.__dict__["requires_grad"]
+        value = self.proxy.node.meta.get("example_value") if noted is False else None
+        return value.requires_grad if isinstance(value, torch.Tensor) else noted
+
+    def note(self: TensorVariable, value: bool | None) -> None:
+        self.__dict__["requires_grad"] = value
+
+    kind: Any = TensorVariable
+    before = vars(kind).get("requires_grad")
+    kind.requires_grad = property(requires_grad, note)
+    try:
+        yield
+    finally:
+        if before is None:
+            del kind.requires_grad
+        else:
+            kind.requires_grad = before
+
+
+@contextlib.contextmanager
 def written_numbers_forgotten() -> Iterator[None]:
     """Let Dynamo forget the value of a float64 tensor of one number where the model writes to it.
 
@@ -514,6 +544,8 @@ def written_numbers_forgotten() -> Iterator[None]:
         yield
     finally:
         memo.__get__ = before
+
+
 class _Replaced(UserFunctionVariable):
     """A function of torch's in whose place Dynamo traces one of ours."""
 

@@ -74,7 +74,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 @torch.library.custom_op("dpcompile::contents", mutates_args=())
 def contents(flat: Sequence[Tensor]) -> Tensor:
-    """The numbers of :func:`fingerprints` by the compiled kernel, of contiguous tensors ``[..]``: int64 ``[len(flat)]``."""
+    """The numbers of :func:`fingerprints` by the compiled kernel, for contiguous tensors: int64 ``[len(flat)]``."""
     library, n = _library(), len(flat)
     assert library is not None
     memory = (ctypes.c_void_p * n)(*(t.data_ptr() for t in flat))

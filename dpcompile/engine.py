@@ -167,6 +167,7 @@ class Engine:
             yield
         finally:
             self._given = Given()
+
     def place(self) -> tuple[int, ...]:
         """Where training stands: logical steps taken, and the draw of the loader (-1: none); ``()`` without optimizer.
 

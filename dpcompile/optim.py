@@ -269,6 +269,7 @@ class DPOptimizer(HookedOptimizer):
     def plan(self, steps: int | None, on_exceed: OnExceed = "raise") -> None:
         """Say for how many logical steps the noise was calibrated (None: for any number), and what comes beyond."""
         self._planned = PlannedSteps(steps, on_exceed)
+
     def fed_by(self, loader: Any) -> None:
         """Step on the draws of a loader; no other optimizer of the model does from now on."""
         self.engine.feed = Feed(loader, self)

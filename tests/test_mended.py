@@ -1,4 +1,4 @@
-"""What Inductor gets wrong is mended while it compiles for us, and for nobody else."""
+"""What Dynamo and Inductor get wrong is mended while they compile for us, and for nobody else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import ALL
 from oracle import PseudoLoss, clip, error_of, per_example_gradients, train_step
-from torch import Tensor
+from torch import Tensor, nn
 from torch._inductor.loop_body import LoopBody
 from torch._inductor.scheduler import SchedulerNode
 
@@ -41,6 +41,57 @@ def test_only_our_compilations_are_mended() -> None:
         assert (SchedulerNode.recompute_size_and_body is not before[0]) == (torch.__version__ < "2.14")
         raise ZeroDivisionError
     assert before == (SchedulerNode.recompute_size_and_body, LoopBody.get_read_expr)
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        return g[0] * -0.7
+
+
+def multiplied(y: Tensor, w: Tensor) -> Tensor:
+    y.unsqueeze(0).mul_(w)
+    return Scaled.apply(y)  # type: ignore[return-value]
+
+
+def multiplied_below_a_view(y: Tensor, w: Tensor) -> Tensor:
+    z = y.transpose(0, 1)
+    y.mul_(w)
+    return Scaled.apply(z).transpose(0, 1)  # type: ignore[union-attr]
+
+
+def copied_to_a_part(y: Tensor, w: Tensor) -> Tensor:
+    y[:, 0].copy_(w.expand(len(y)))
+    return Scaled.apply(y)  # type: ignore[return-value]
+
+
+def asked(y: Tensor, w: Tensor) -> Tensor:
+    y.unsqueeze(0).mul_(w)
+    return y * 2 if y.requires_grad else y * 3
+
+
+class Written(nn.Module):
+    def __init__(self, write: Any) -> None:
+        super().__init__()
+        self.weight, self.write = nn.Parameter(torch.tensor(1.3)), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.write(x * 1.0, self.weight)
+
+
+@pytest.mark.parametrize("write", [multiplied, multiplied_below_a_view, copied_to_a_part, asked])
+def test_a_gradient_that_came_in_through_a_view(write: Any) -> None:
+    """Dynamo takes the tensor not to need one, and drops the backward of the Function behind it."""
+    model, x, loss = Written(write), torch.randn(5, 3), PseudoLoss(5)
+    private = dp_compile(copy.deepcopy(model), max_grad_norm=0.1, backend="eager")
+    train_step(private, (x,), {}, loss)
+    assert max(error_of(private, clip(per_example_gradients(model, (x,), {}, loss), 0.1))) < 1e-5
+    own = "requires_grad" in vars(torch._dynamo.variables.TensorVariable)
+    assert not own
 
 
 @pytest.mark.slow

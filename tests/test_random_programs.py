@@ -422,14 +422,11 @@ def run(seed: int, outcomes: Counter[str]) -> None:
         raise AssertionError(f"seed {seed}: {steps} {options}: {type(error).__name__}: {error}") from error
 
 
-KNOWN = {35}  # open fault: a write through a view behind a function of its own (to be mended, not forgotten)
-
-
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_random_programs() -> None:
     """A share of what the command runs; refusing everything is no way to pass."""
     outcomes: Counter[str] = Counter()
-    for seed in sorted(set(range(SHARE_OF_CI)) - KNOWN):
+    for seed in range(SHARE_OF_CI):
         run(seed, outcomes)
     assert outcomes["right"] >= 0.4 * SHARE_OF_CI, dict(outcomes)
     assert outcomes["right, though an operation mixes"] <= 0.2 * outcomes["refused, mixing"] + 4, dict(outcomes)

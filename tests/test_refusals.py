@@ -464,7 +464,6 @@ def test_what_to_do_about_graph_breaks(function: Any, remedy: str) -> None:
     names_line_of(message, function)
 
 
-
 def test_what_to_do_about_backward_hooks() -> None:
     model = Net(linear)
     model.layer.register_full_backward_hook(lambda module, before, after: None)
