@@ -236,6 +236,13 @@ def error_of(private: nn.Module, truth: Truth) -> tuple[float, float]:
     return of_norms, of_sums
 
 
+def assert_safe(private: nn.Module, truth: Truth, over: float) -> None:
+    """Norms are right or too large by no more than ``over``, never too small; clipped sums are as far off as that."""
+    ratio = engine_of(private).row_norms.to(torch.float64) / truth.norms
+    assert ratio.min() >= 1 - 3e-7, f"a norm is too small: {ratio.min()} of the true one"
+    assert_right(private, truth, over)
+
+
 def assert_right(private: nn.Module, truth: Truth, tolerance: float) -> None:
     """Norms and clipped sums agree; the norms are reported in float32, whatever the tolerance."""
     of_norms, of_sums = error_of(private, truth)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_step
+from oracle import PseudoLoss, assert_right, assert_safe, clip, per_example_gradients, train_step
 from torch import Tensor, nn
 
 import dpcompile
@@ -245,7 +245,7 @@ def test_one_number_for_all_dimensions() -> None:
         truth = clip(per_example_gradients(model, (x,), {}, loss), 0.5)
         private = dp_compile(model, max_grad_norm=0.5, backend="eager", norm=norm)
         train_step(private, (x,), {}, loss)
-        assert_right(private, truth, 1e-3)  # a norm may be a little too large
+        assert_safe(private, truth, 1e-3)
 
 
 def test_fullness() -> None:

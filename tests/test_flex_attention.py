@@ -87,6 +87,20 @@ def first_documents(_: Any, x: Tensor, ids: Tensor) -> dict[str, Any]:
     return {"score_mod": lambda score, b, h, i, j: score * ids[0, j]}
 
 
+def by_number(_: Any, x: Tensor, ids: Tensor) -> dict[str, Any]:
+    return {"score_mod": lambda score, b, h, i, j: torch.where(b % 2 == 0, score, 0.5 * score)}
+
+
+def by_number_in_a_table(_: Any, x: Tensor, ids: Tensor) -> dict[str, Any]:
+    table = torch.arange(1.0 * len(x))
+    return {"score_mod": lambda score, b, h, i, j: score + table[b]}
+
+
+def by_number_in_blocks(_: Any, x: Tensor, ids: Tensor) -> dict[str, Any]:
+    mask = flex.create_block_mask(lambda b, h, i, j: (i >= j) | (b < 2), len(x), None, T, T, device="cpu")
+    return {"block_mask": mask}
+
+
 def call() -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     return torch.randn(B, T, E), torch.arange(T).repeat(B, 1) // torch.tensor([[5], [8], [3]])
@@ -127,6 +141,9 @@ def test_grouped_queries() -> None:
         (slopes, "gradient of a tensor that score_mod captures.*the gradient of parameter 'slopes'"),
         (anothers_documents, "reads a captured tensor at other examples than its own"),
         (first_documents, "reads a captured tensor at other examples than its own"),
+        (by_number, "computes with the number of the example in the batch"),
+        (by_number_in_a_table, "row number"),
+        (by_number_in_blocks, "number of the example|row number"),
     ],
 )
 def test_refused(options: Any, message: str) -> None:
