@@ -126,7 +126,7 @@ def test_dynamic(case: Case) -> None:
     private.load_state_dict(model.state_dict())
     train_step(private, args, kwargs, PseudoLoss(7, case.out_dim))
     assert_right(private, clip(gradients, engine_of(private).max_grad_norm), 1e-4)
-    # torch's own decomposition of bilinear fixes its sizes; so does opt_einsum, where it is installed, in an einsum of three
+    # torch's decomposition of bilinear fixes its sizes; so does opt_einsum, where it is installed, in longer einsums
     if case.name not in ("Bilinear", "Einsums"):
         assert engine_of(private).transformed is compiled, "recompiled for another batch size"
 
