@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from dpcompile._torch import compile_joint, disable, has_gradient_hooks, tracing_config
 from dpcompile.arguments import example_dims
 from dpcompile.axis import Label
+from dpcompile.bystanders import watch
 from dpcompile.cachekey import cache_key
 from dpcompile.capture import Roles, assign_roles, extend
 from dpcompile.changing_numbers import constants_where_needed
@@ -88,6 +89,7 @@ class Engine:
         self.module, self.options = module, options
         self._parameters = dict(module.named_parameters())
         self.ledger = GradientLedger(self._parameters)
+        watch(self.ledger, self._parameters.values())
         self.replicas = Replicas(self.ledger, lambda: {n: self._parameters[n] for n in self.trainable()}, self.place)
         self.transformed: Transformed | None = None
         self.feed: Feed | None = None

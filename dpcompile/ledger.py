@@ -56,6 +56,8 @@ class GradientLedger:
 
     Attributes:
         scales: loss scales of the backwards since the last step or :meth:`clear`, where there were any.
+        owned: a DPOptimizer was made for these parameters.
+        applied: a DPOptimizer is applying the sums, with their noise.
     """
 
     def __init__(self, named_parameters: Mapping[str, nn.Parameter]) -> None:
@@ -69,6 +71,12 @@ class GradientLedger:
         self._held: dict[str, Tensor] = {}
         self._kept = False
         self.scales: list[Tensor] = []
+        self.owned = self.applied = False
+
+    def waiting(self, parameter: nn.Parameter) -> str | None:
+        """The name of a parameter in whose ``p.grad`` a clipped sum stands that no step has used; None for others."""
+        grad = None if self.applied else parameter.grad
+        return None if grad is None else next((n for n, e in self._entries.items() if e.grad is grad), None)
 
     @property
     def deliveries(self) -> int:

@@ -7,7 +7,8 @@ batch size as the divisor (the drawn size is private).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -133,6 +134,7 @@ class DPOptimizer(HookedOptimizer):
             part.register_step_pre_hook(_only_from(weakref.ref(self)))
         carried_state.mark_groups(inner.param_groups)
         self.engine.steps = self.engine.steps or 0
+        self.engine.ledger.owned = True
         notice_scalers()
         # Not __init__, which would build groups and state of its own: this sets up the step hooks and no more.
         super().__setstate__({})
@@ -224,13 +226,19 @@ class DPOptimizer(HookedOptimizer):
         names = self.checked_parameters()
         self.engine.ledger.verify(names)
         self._agree()
-        self._stepping = True
-        try:
+        with self._applying():
             self._update(names, self.use_noise())
-        finally:
-            self._stepping = False
         self.finish()
         return loss
+
+    @contextmanager
+    def _applying(self) -> Iterator[None]:
+        """Let the inner optimizer step."""
+        self._stepping = self.engine.ledger.applied = True
+        try:
+            yield
+        finally:
+            self._stepping = self.engine.ledger.applied = False
 
     def _agree(self) -> None:
         """Before the first step, and the first after a checkpoint, compare with the other ranks."""
@@ -383,11 +391,10 @@ class DPOptimizer(HookedOptimizer):
             group["lr"] = 0.0
             for p in group["params"]:
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
-        self._stepping = True
         try:
-            inner.step()
+            with self._applying():
+                inner.step()
         finally:
-            self._stepping = False
             for group, rate in zip(inner.param_groups, rates, strict=True):
                 group["lr"] = rate
             self.discard()

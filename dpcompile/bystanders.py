@@ -1,0 +1,78 @@
+"""Optimizers that are no DPOptimizer: they must not apply clipped sums, which have no noise yet."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from dpcompile.errors import PrivacyError, PrivacyWarning
+from dpcompile.ledger import GradientLedger
+from dpcompile.optim_hooks import HookedOptimizer
+
+__all__ = ["watch"]
+
+_OF: dict[int, weakref.ref[GradientLedger]] = {}  # id of a parameter -> what stands in its p.grad
+_TOLD: weakref.WeakSet[GradientLedger] = weakref.WeakSet()
+
+
+def watch(ledger: GradientLedger, parameters: Iterable[nn.Parameter]) -> None:
+    """From now on steps of torch optimizers on sums of this ledger are seen.
+
+    **Guarantee.** A ``torch.optim.Optimizer`` that steps while a clipped sum stands in the ``p.grad`` of one of its
+    parameters raises PrivacyError before it changes anything, or, where no DPOptimizer was made for the model, warns.
+
+    ===============================================  ============================================
+    edge case                                        outcome
+    ===============================================  ============================================
+    a DPOptimizer, or one that holds one to step it  nothing
+    the inner optimizer, stepped by its DPOptimizer  nothing
+    what a DPOptimizer left in ``p.grad``            nothing: it has its noise
+    gradients of the undecorated model, public data  nothing, as long as no sum waits in ``p.grad``
+    no DPOptimizer: noise of one's own, or none      a PrivacyWarning, once for a model
+    an update that no torch optimizer makes          not seen
+    ===============================================  ============================================
+    """
+    _hook_steps()
+    reference = weakref.ref(ledger)
+    _OF.update((id(p), reference) for p in parameters)
+
+
+@functools.lru_cache(maxsize=1)
+def _hook_steps() -> None:
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    if isinstance(optimizer, HookedOptimizer) or any(isinstance(v, HookedOptimizer) for v in vars(optimizer).values()):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            reference = _OF.get(id(parameter))
+            ledger = None if reference is None else reference()
+            name = None if ledger is None else ledger.waiting(parameter)
+            if ledger is not None and name is not None:
+                _refuse(ledger, name, optimizer)
+                return
+
+
+def _refuse(ledger: GradientLedger, name: str, optimizer: Optimizer) -> None:
+    kind = type(optimizer).__name__
+    what = f"{kind}.step() on the clipped sum of parameter '{name}': its update would have no noise"
+    remedy = "step the DPOptimizer, and no other optimizer over the parameters of the private model"
+    if ledger.owned:
+        raise PrivacyError(what, remedy=remedy)
+    if ledger not in _TOLD:
+        _TOLD.add(ledger)
+        warnings.warn(
+            f"{what}. Right if you add noise of your own to p.grad; else DPOptimizer({kind.lower()}, model, "
+            "noise_multiplier=.., expected_batch_size=..)",
+            PrivacyWarning,
+            stacklevel=4,
+        )
