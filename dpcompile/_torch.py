@@ -508,7 +508,7 @@ def _gradients_through_views() -> Iterator[None]:
         value = self.proxy.node.meta.get("example_value") if noted is False else None
         return value.requires_grad if isinstance(value, torch.Tensor) else noted
 
-    def note(self: TensorVariable, value: bool | None) -> None:
+    def note(self: Any, value: bool | None) -> None:
         self.__dict__["requires_grad"] = value
 
     kind: Any = TensorVariable

@@ -152,8 +152,9 @@ class _Turns:
             total = torch.stack(values).sum(0)
             return total / len(values) if self.mean else total
         same = isinstance(first, (type(None), bool, int, float, str)) and all(v == first for v in values)
-        tensor = isinstance(first, Tensor) and isinstance(label, Shared)
-        if same or (tensor and all(torch.equal(v, first) for v in values)):
+        if isinstance(first, Tensor) and isinstance(label, Shared):
+            same = all(torch.equal(v, first) for v in values)
+        if same:
             return first
         raise UnsupportedGraphError(
             f"a draw larger than the physical batch runs in {len(values)} forwards, and what they return cannot be put "
