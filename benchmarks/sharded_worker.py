@@ -105,7 +105,7 @@ class Opacus(Sharded):
         self.model.positions.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
         with unittest.mock.patch.object(fsdp_utils, "fully_shard", functools.partial(fully_shard, mesh=mesh)):
             _plain_sums(fsdp_utils.FSDP2Wrapper(self.model))
-        bound = self.problem.max_grad_norm
+        bound: Any = self.problem.max_grad_norm  # an int by its annotation there
         self.model = GradSampleModuleFastGradientClippingFSDP(self.model, max_grad_norm=bound, loss_reduction="mean")
         size = self.problem.batch * dist.get_world_size()
         self.optimizer = FSDPOptimizerFastGradientClipping(

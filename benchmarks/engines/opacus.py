@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.engines.base import Engine
 from benchmarks.problem import Problem
@@ -29,8 +29,9 @@ class PerSample(Engine):
         warnings.filterwarnings("ignore", message="Full backward hook")
         wrapped = wrap_model(problem.model, grad_sample_mode=mode, batch_first=True, loss_reduction="mean")
         self.calls = _with_loss(wrapped, problem)
+        bound: Any = problem.max_grad_norm  # an int by its annotation there
         self.optimizer = DPOptimizer(
-            self.adamw(), noise_multiplier=1.0, max_grad_norm=problem.max_grad_norm, expected_batch_size=problem.batch
+            self.adamw(), noise_multiplier=1.0, max_grad_norm=bound, expected_batch_size=problem.batch
         )
 
     def zero(self) -> None:
@@ -65,10 +66,11 @@ class Ghost(Engine):
         )
 
         warnings.filterwarnings("ignore", message="Full backward hook")
-        self.wrapped = GradSampleModuleFastGradientClipping(problem.model, max_grad_norm=problem.max_grad_norm)
+        bound: Any = problem.max_grad_norm  # an int by its annotation there
+        self.wrapped = GradSampleModuleFastGradientClipping(problem.model, max_grad_norm=bound)
         self.calls = _with_loss(self.wrapped, problem)
         self.optimizer = DPOptimizerFastGradientClipping(
-            self.adamw(), noise_multiplier=1.0, max_grad_norm=problem.max_grad_norm, expected_batch_size=problem.batch
+            self.adamw(), noise_multiplier=1.0, max_grad_norm=bound, expected_batch_size=problem.batch
         )
         self.kind = DPTensorFastGradientClipping
 
@@ -88,7 +90,7 @@ class Ghost(Engine):
         self.optimizer.step()
 
 
-def _with_loss(wrapped: nn.Module, problem: Problem) -> Any:
+def _with_loss(wrapped: Any, problem: Problem) -> Any:
     def losses(inputs: Tensor, targets: Tensor) -> Tensor:
         return problem.case.loss(wrapped(inputs), targets)
 

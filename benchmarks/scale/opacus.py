@@ -22,7 +22,7 @@ def prepare(large: Large, parameters: list[nn.Parameter], *, sharded: bool) -> t
         FSDPOptimizerFastGradientClipping,
     )
 
-    make = FSDPOptimizerFastGradientClipping if sharded else DPOptimizerFastGradientClipping
+    make: Any = FSDPOptimizerFastGradientClipping if sharded else DPOptimizerFastGradientClipping
     optimizer = make(
         torch.optim.AdamW(parameters, foreach=True),
         noise_multiplier=1.0,
