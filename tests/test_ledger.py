@@ -53,8 +53,10 @@ def test_none_or_zeroed_starts_anew(ledger: GradientLedger, parameter: nn.Parame
         lambda p: p.grad.numpy().__imul__(0.5),
         lambda p: p.grad.data[:2].neg_(),
         lambda p: p.grad.data[2].fill_(1 + 2**-23),
-        lambda p: torch._foreach_mul_([p.grad.data], 3.0),
-        lambda p: torch._amp_foreach_non_finite_check_and_unscale_([p.grad], torch.zeros(()), torch.full((), 1 / 1024)),
+        lambda p: torch._foreach_mul_([p.grad.data], 3.0),  # type: ignore[reportPrivateImportUsage]
+        lambda p: torch._amp_foreach_non_finite_check_and_unscale_(  # type: ignore[reportPrivateImportUsage]
+            [p.grad], torch.zeros(()), torch.full((), 1 / 1024)
+        ),
     ],
 )
 def test_any_other_change_is_seen(ledger: GradientLedger, parameter: nn.Parameter, change) -> None:

@@ -31,6 +31,11 @@ class Inner(nn.Module):
 class Net(nn.Module):
     """Leaves something in ``collect`` and reads it in training, by one of the pairs below."""
 
+    running: Tensor
+    rows: Tensor
+    count: Tensor
+    wide: Tensor
+
     def __init__(self, way: str) -> None:
         super().__init__()
         self.way = way
@@ -207,7 +212,7 @@ class Eager(Net):
         h = self.layer(x)
         if mode == "collect":
             torch._dynamo.graph_break()
-            keep(self, h)
+            keep(self, h)  # type: ignore[call-arg]
             return self.head(h)
         return self.head(h + self.centre) * (1 + self.number)
 
@@ -295,6 +300,10 @@ def test_the_remedy_works() -> None:
 class Shared(nn.Module):
     """Keeps a counter, an average of its weights, and returns a number."""
 
+    count: Tensor
+    average: Tensor
+    heat: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(D, 3)
@@ -331,6 +340,8 @@ def test_what_depends_on_no_example_is_kept_and_read() -> None:
 
 
 class Scalar(nn.Module):
+    value: Tensor
+
     def __init__(self, write: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.layer, self.write = nn.Linear(D, 3), write

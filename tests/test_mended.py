@@ -10,6 +10,7 @@ import torch
 from models import ALL
 from oracle import PseudoLoss, clip, error_of, per_example_gradients, train_step
 from torch import Tensor, nn
+from torch._dynamo.variables import TensorVariable
 from torch._inductor.loop_body import LoopBody
 from torch._inductor.scheduler import SchedulerNode
 
@@ -90,7 +91,7 @@ def test_a_gradient_that_came_in_through_a_view(write: Any) -> None:
     private = dp_compile(copy.deepcopy(model), max_grad_norm=0.1, backend="eager")
     train_step(private, (x,), {}, loss)
     assert max(error_of(private, clip(per_example_gradients(model, (x,), {}, loss), 0.1))) < 1e-5
-    own = "requires_grad" in vars(torch._dynamo.variables.TensorVariable)
+    own = "requires_grad" in vars(TensorVariable)
     assert not own
 
 

@@ -200,7 +200,7 @@ def test_weights_of_any_norms(clipping: Any, bound: float) -> None:
     """No weight times norm above C; a norm that is no float32 number has weight 0."""
     norms = torch.tensor([0.0, 1e-45, 1e-30, 1e-19, 1.0, 1e19, 3e38, 4e38, 1e60, torch.inf, torch.nan]).double()
     norms[8] = 1e60
-    weights = clip_weights(norms.square(), torch.ones(11), clipping=clipping, bound=bound, scale=1)
+    weights = clip_weights(norms.square(), torch.ones(11), clipping=clipping, bound=bound, scale=torch.ones(11))
     for found in (weights, narrowed(weights, torch.float32)):
         assert found.isfinite().all() and (found >= 0).all()
         assert (found.double() * norms.clamp_max(1e60).nan_to_num() <= bound * (1 + 1e-7)).all()

@@ -707,7 +707,7 @@ def test_several_optimizers_step_on_one_private_gradient():
             part.param_groups[0]["lr"] *= 0.5
     assert torch.equal(model.a, plain.a) and torch.equal(model.b, plain.b)
     with pytest.raises(PrivacyError, match="the wrapped optimizer was stepped directly"):
-        optimizer.optimizer.parts[1].step()
+        optimizer.optimizer.parts[1].step()  # type: ignore[attr-defined]
 
 
 def test_several_optimizers_are_resumed():

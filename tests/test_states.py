@@ -93,11 +93,11 @@ def test_through_a_distributed_checkpoint(tmp_path: Path, options: str) -> None:
     model, optimizer = fresh()
     train(model, optimizer, 2)
     weights, state = get_state_dict(model, optimizer, options=OPTIONS[options])
-    checkpoint.save({"model": weights, "optim": state}, checkpoint_id=tmp_path)
+    checkpoint.save({"model": weights, "optim": state}, checkpoint_id=tmp_path)  # type: ignore[attr-defined]
     model, optimizer = fresh(seed=None)
     weights, state = get_state_dict(model, optimizer, options=OPTIONS[options])
     loaded = {"model": weights, "optim": state}
-    checkpoint.load(loaded, checkpoint_id=tmp_path)
+    checkpoint.load(loaded, checkpoint_id=tmp_path)  # type: ignore[attr-defined]
     set_state_dict(
         model, optimizer, model_state_dict=weights, optim_state_dict=loaded["optim"], options=OPTIONS[options]
     )

@@ -253,6 +253,8 @@ def test_inductor() -> None:
 class Configured(Net):
     """Reads what the user may change between two steps."""
 
+    shift: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.temperature, self.scales, self.scale = 1.0, [1.0], torch.ones(3)

@@ -80,7 +80,7 @@ def test_an_ordinary_model_with_the_private_weights_is_exported() -> None:
     private, x = dp_compile(Critic(), backend="eager"), torch.randn(B, D)
     ordinary = Critic()
     ordinary.load_state_dict(private.state_dict())
-    assert torch.equal(torch.jit.trace(ordinary, x)(x), private(x))
+    assert torch.equal(torch.jit.trace(ordinary, x)(x), private(x))  # type: ignore[operator]
     assert torch.equal(torch.export.export(ordinary, (x,)).module()(x), private(x))
 
 

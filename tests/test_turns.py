@@ -66,6 +66,7 @@ def test_every_draw_gives_what_one_backward_per_example_gives(physical: int, opt
         if "clipping" not in options:
             torch.testing.assert_close(model.grad_norms.double(), truth.norms[real], rtol=1e-4, atol=1e-7)
             for n, p in net.named_parameters():
+                assert p.grad is not None
                 torch.testing.assert_close(p.grad.double(), truth.sums[n], rtol=1e-4, atol=1e-6)
         optimizer.step()
         optimizer.zero_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import dpcompile
 from dpcompile import PrivacyError, UnsupportedGraphError, _torch
 from dpcompile.reference import Reference
+from dpcompile.runtime import engine_of
 from dpcompile.verify import Verifier
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
@@ -150,9 +151,9 @@ def test_a_padded_batch_does_not_count(compiler: Any) -> None:
     """Sums of nothing are zero whatever the code does: the next batch is looked at."""
     compiler(scaled((16, 16), 0.5))
     model = dp_compile(Blocks())
-    dpcompile.runtime.engine_of(model).set_mask(torch.zeros(6, dtype=torch.bool))
+    engine_of(model).set_mask(torch.zeros(6, dtype=torch.bool))
     step(model)
-    dpcompile.runtime.engine_of(model).set_mask(torch.ones(6, dtype=torch.bool))
+    engine_of(model).set_mask(torch.ones(6, dtype=torch.bool))
     with pytest.raises(PrivacyError, match="does not compute what its graph says"):
         step(model)
 
@@ -204,7 +205,8 @@ def test_a_whole_graph(compiler: Any) -> None:
     model = dp_compile(Blocks(0.0), backend="eager")
     model.trace(torch.randn(6, 8))
     graph, sources = _torch.flat_graph(model.graph)
-    transformed = dpcompile.runtime.engine_of(model).transformed
+    transformed = engine_of(model).transformed
+    assert transformed is not None
     torch.manual_seed(0)
     values: list[Any] = []
     for node, source in zip(graph.graph.find_nodes(op="placeholder"), sources, strict=True):
