@@ -125,6 +125,7 @@ def assign_roles(
     hints: dict[sympy.Symbol, int] = {}
     layouts: dict[int, Examples] = {}
     batch: Size | None = None
+    plain: int | torch.SymInt | None = None  # the same as torch has it, where the examples are a dimension
     for position, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
         fake = node.meta.get("example_value")
         if not isinstance(value, Tensor) or not isinstance(fake, Tensor):
@@ -161,12 +162,17 @@ def assign_roles(
                         f"input '{names[position]}' holds no example",
                         remedy="pad an empty draw to a physical batch and mask it, as PoissonLoader does",
                     )
+                if (
+                    plain is not None and layout is None and plain == fake.shape[dim]
+                ):  # for symbols that differ, a guard
+                    here = batch = size(plain)
                 if batch is not None and not same(batch, here):
                     raise UnsupportedGraphError(
-                        f"the example axis of '{names[position]}' has the symbolic size {here}, others have {batch}",
-                        remedy="compile with dynamic=False, or pass inputs whose batch sizes are equal from the start",
+                        f"the example axis of '{names[position]}' has the size {here}, others have {batch}",
+                        remedy="pass inputs that hold the same number of examples; in_dims says where they are",
                     )
                 batch = here
+                plain = fake.shape[dim] if layout is None else plain
         else:
             names[position] = _source_name(node)
             if is_number(node):

@@ -864,3 +864,28 @@ def test_memory_budget_changes_the_plan() -> None:
             changed.append(positions)
             assert peaks[1] < peaks[0] and ("budget" in str(tight.plan) or "parts" in str(tight.plan))
     assert changed
+
+
+class Apart(nn.Module):
+    """Two inputs whose sizes never meet, with the examples along another dimension of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(7, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x.transpose(0, 1)), self.table(ids)
+
+
+def test_example_axes_that_got_symbols_of_their_own() -> None:
+    """Dynamo gives every size that changed a symbol of its own, also where all are the batch size."""
+    torch.manual_seed(0)
+    model = Apart()
+    private = dp_compile(copy.deepcopy(model), in_dims=(1, 0), dynamic=True, backend="eager")
+    for batch in (3, 2, 5):
+        args, loss = (torch.randn(3, batch, 4), torch.randint(0, 7, (batch, 3))), PseudoLoss(batch)
+        private.zero_grad()
+        train_step(private, args, {}, loss)
+        assert_right(private, clip(per_example_gradients(model, args, {}, loss, in_dims=(1, 0)), 1.0), 1e-5)
+    with pytest.raises(DPCompileError, match="disagree about the number of examples: 'x' has 4, 'ids' has 3"):
+        private(torch.randn(3, 4, 4), torch.randint(0, 7, (3, 3)))
