@@ -24,6 +24,11 @@ from dpcompile.random_state import RandomState
 
 __all__ = ["Ran", "in_turns"]
 
+_LARGER = (
+    "give make_private a physical_batch_size as large as the largest draw, or take the physical batches one by one: "
+    "`for batch in loader.parts()`"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Ran:
@@ -105,7 +110,14 @@ class _Turns:
             with torch.enable_grad():
                 ran = self.forward(index, args, kwargs, False)
             self._refuse_writes(before)
-            leaves, self.structure = pytree.tree_flatten(ran.result)
+            leaves, structure = pytree.tree_flatten(ran.result)
+            if index and structure != self.structure:
+                raise UnsupportedGraphError(
+                    "a draw larger than the physical batch runs in several forwards, and they return values in other "
+                    f"containers: {self.structure}, then {structure}",
+                    remedy=_LARGER,
+                )
+            self.structure = structure
             self.labels = [_of_one(x, ran.labels.get(id(x))) if isinstance(x, Tensor) else None for x in leaves]
             self.needs = [isinstance(x, Tensor) and x.requires_grad for x in leaves]
             columns.append([x.detach() if isinstance(x, Tensor) else x for x in leaves])
@@ -151,16 +163,15 @@ class _Turns:
         if isinstance(label, Summed):
             total = torch.stack(values).sum(0)
             return total / len(values) if self.mean else total
-        same = isinstance(first, (type(None), bool, int, float, str)) and all(v == first for v in values)
+        same = isinstance(first, (type(None), bool, int, float, str)) and all(_equal(v, first) for v in values)
         if isinstance(first, Tensor) and isinstance(label, Shared):
-            same = all(torch.equal(v, first) for v in values)
+            same = all(isinstance(v, Tensor) and torch.equal(v, first) for v in values)
         if same:
             return first
         raise UnsupportedGraphError(
             f"a draw larger than the physical batch runs in {len(values)} forwards, and what they return cannot be put "
             f"together: {f'a tensor that is {label}' if isinstance(first, Tensor) else type(first).__name__}",
-            remedy="return tensors with an example axis, or give make_private a physical_batch_size as large as the "
-            "largest draw; `for batch in loader.parts()` gives the physical batches one by one",
+            remedy=f"return tensors with an example axis, or {_LARGER}",
         )
 
     def _part_of(self, cotangent: Tensor, place: int, index: int) -> Tensor:
@@ -178,8 +189,7 @@ class _Turns:
                 raise UnsupportedGraphError(
                     f"the model writes to its buffer '{name}', and a draw larger than the physical batch runs forward "
                     "several times: it would be written more than once a step",
-                    remedy="give make_private a physical_batch_size as large as the largest draw, or take the physical "
-                    "batches one by one: `for batch in loader.parts()`",
+                    remedy=_LARGER,
                 )
 
     def _refuse_other_result(self, index: int, leaves: Sequence[Any]) -> None:
@@ -193,9 +203,13 @@ class _Turns:
                 raise UnsupportedGraphError(
                     "a draw larger than the physical batch runs forward twice, and the second time the model returned "
                     "something else: it depends on what changes from call to call (a counter, a generator of its own)",
-                    remedy="pass what changes as an argument, or give make_private a physical_batch_size as large as "
-                    "the largest draw, or take the physical batches one by one: `for batch in loader.parts()`",
+                    remedy=f"pass what changes as an argument, or {_LARGER}",
                 )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Of numbers, strings and None; not a number is equal to itself."""
+    return type(a) is type(b) and (a == b or (a != a and b != b))
 
 
 def _of_one(value: Tensor, label: Label | None) -> Label | None:

@@ -161,3 +161,27 @@ def test_what_cannot_be_put_together_is_refused() -> None:
     x, _ = next(iter(loader))
     with pytest.raises(UnsupportedGraphError, match=r"cannot be put together.*\n.*example axis"):
         model(x)
+
+
+def test_parts_that_return_other_containers_are_refused() -> None:
+    class Moody(Net):
+        def forward(self, x: Tensor) -> Any:
+            out = super().forward(x)
+            return {"odd" if self.calls % 2 else "even": out}
+
+    model, _, loader = private(Moody(), 3)
+    x, _ = next(iter(loader))
+    with pytest.raises(UnsupportedGraphError, match=r"in other containers: .*'odd'.*'even'.*\n.*loader.parts\(\)"):
+        model(x)
+
+
+def test_numbers_beside_the_outputs_stay_numbers() -> None:
+    class Reporting(Net):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), 2, float("nan"), None, "name"
+
+    model, _, loader = private(Reporting(), 3)
+    x, y = next(iter(loader))
+    out, *rest = model(x)
+    assert rest[0] == 2 and rest[1] != rest[1] and rest[2:] == [None, "name"]
+    F.cross_entropy(out, y).backward()
