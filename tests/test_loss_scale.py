@@ -187,3 +187,24 @@ def test_the_ordinary_loop_with_padding_and_check() -> None:
         scaler.update()
         optimizer.zero_grad()
     assert engine_of(model).ledger.scales == [] and optimizer.logical_step == len(loader)
+
+
+def test_a_scaler_of_ones_own_is_refused_where_it_divides() -> None:
+    x, y = batch()
+    model, optimizer = private(net())
+    (1024.0 * F.cross_entropy(model(x), y)).backward()
+    for p in model.parameters():
+        p.grad /= 1024.0
+    with pytest.raises(PrivacyError, match=r"clipped backward alone.*\n.*use torch.amp.GradScaler"):
+        optimizer.step()
+
+
+def test_a_loss_scaled_by_hand_is_a_larger_loss() -> None:
+    x, y = batch()
+    norms = []
+    for scale in (1.0, 1024.0):
+        model, optimizer = private(net())
+        (scale * F.cross_entropy(model(x), y)).backward()
+        optimizer.step()
+        norms.append(model.grad_norms)
+    torch.testing.assert_close(1024.0 * norms[0], norms[1])

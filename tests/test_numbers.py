@@ -301,3 +301,18 @@ def test_clipped_sums_keep_their_precision(norm: str) -> None:
     found = private.weight.grad.double()
     # The cotangents are the model's own; they are float32 here, as the forward was.
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["ghost_clipping", "mixed_ghost_clipping", "two_pass"])
+def test_a_second_backward_in_bfloat16_is_off_by_less_than_a_hundredth(norm: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)).bfloat16()
+    options = {"regions": "blocks"} if norm == "two_pass" else {}
+    private, x = dp_compile(net, norm=norm, backend="eager", max_grad_norm=0.1, **options), torch.randn(4, 64)
+    for i in range(4):
+        engine_of(private).set_mask(torch.arange(4) == i)
+        private(x.bfloat16()).float().square().sum(1).mean().backward()
+        shares = [engine_of(private).ledger.total(n) for n in engine_of(private).trainable()]
+        assert 0.099 <= torch.cat([s.double().flatten() for s in shares]).norm() <= 0.101
+        private.zero_grad()
+        engine_of(private).ledger.clear()

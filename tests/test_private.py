@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-from dpcompile import dp_compile
+from dpcompile import compile_step, dp_compile
 from dpcompile.data import PoissonLoader
 from dpcompile.errors import PrivacyError
 from dpcompile.noise import gaussian
@@ -128,6 +130,49 @@ def test_a_target_is_met_at_the_end(length):
     assert 2.99 < accountant_of(optimizer).epsilon(1e-4) <= 3.0
 
 
+def test_more_steps_than_a_target_was_calibrated_for_are_refused():
+    target = {"target_epsilon": 3.0, "target_delta": 1e-4, "epochs": 1, "accountant": "rdp"}
+    for whole in (False, True):
+        model, optimizer, loader = private(None, **target)
+        step = compile_step(model, nn.functional.cross_entropy, optimizer)
+        epoch(model, optimizer, loader)
+        with pytest.raises(PrivacyError, match="step 6 of a run whose noise is calibrated for 5"):
+            for x, y in loader:
+                if whole:
+                    step(x, y)
+                else:
+                    nn.functional.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+        assert accountant_of(optimizer).steps == 5
+
+
+def test_a_resumed_run_knows_how_many_steps_are_left():
+    target = {"target_epsilon": 3.0, "target_delta": 1e-4, "steps": 7, "accountant": "rdp"}
+    first = private(None, **target)
+    epoch(*first)
+    second = private(None, **target)
+    for part, saved in zip(second, first, strict=True):
+        part.load_state_dict(saved.state_dict())
+    with pytest.raises(PrivacyError, match="step 8 of a run whose noise is calibrated for 7"):
+        epoch(*second)
+
+
+@pytest.mark.filterwarnings("error")
+def test_more_steps_may_be_asked_for():
+    target = {"target_epsilon": 3.0, "target_delta": 1e-4, "epochs": 1, "accountant": "rdp"}
+    model, optimizer, loader = private(None, **target, on_exceed="warn", seed=None)
+    epoch(model, optimizer, loader)
+    with pytest.warns(RuntimeWarning, match="epsilon is above the target; report what the accountant says"):
+        epoch(model, optimizer, loader)
+    epoch(model, optimizer, loader)
+    model, optimizer, loader = private(None, **target, on_exceed="ignore", seed=None)
+    for _ in range(2):
+        epoch(model, optimizer, loader)
+    assert accountant_of(optimizer).steps == 10
+    with pytest.raises(PrivacyError, match="on_exceed is 'log'"):
+        private(None, **target, on_exceed="log")
+
+
 def test_no_noise_is_infinite_epsilon():
     model, optimizer, loader = private(0.0)
     epoch(model, optimizer, loader, n=1)
@@ -208,3 +253,59 @@ def test_parts_that_do_not_fit_are_refused():
     assert isinstance(wrapped, DPOptimizer)
     with pytest.raises(PrivacyError, match="is a DPOptimizer already"):
         make_private(model, wrapped, loader, noise_multiplier=1.0, backend="eager")
+
+
+@pytest.mark.parametrize("how", ["the DataLoader of before", "its dataset", "all of it", "a cycle"])
+def test_batches_that_are_no_draws_are_refused(how):
+    plain, inner, before = parts()
+    model, optimizer, loader = make_private(plain, inner, before, noise_multiplier=1.0, backend="eager")
+    batches: Any = {
+        "the DataLoader of before": before,
+        "its dataset": DataLoader(loader.dataset, 16),
+        "all of it": [before.dataset.tensors],  # type: ignore[attr-defined]
+        "a cycle": itertools.cycle(loader),
+    }[how]
+    with pytest.raises(PrivacyError, match="a backward on what is no batch of the loader, or on one a second time"):
+        epoch(model, optimizer, batches)
+
+
+def test_all_of_the_data_in_the_place_of_a_draw_are_refused():
+    model, optimizer, loader = private()
+    with pytest.raises(PrivacyError, match="has 16 rows, and the model was called with 40"):
+        for _ in loader:
+            model(loader.dataset.tensors[0])
+
+
+@pytest.mark.parametrize("how", ["itself", "its class", "a scaler"])
+def test_the_optimizer_of_before_is_refused(how):
+    plain, inner, before = parts()
+    model, optimizer, loader = make_private(plain, inner, before, noise_multiplier=1.0, backend="eager")
+    scaler = torch.amp.GradScaler("cpu")
+    step = {
+        "itself": inner.step,
+        "its class": lambda: torch.optim.SGD.step(inner),
+        "a scaler": lambda: scaler.step(inner),
+    }
+    x, y = next(iter(loader))
+    scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+    weights = [p.detach().clone() for p in plain.parameters()]
+    with pytest.raises(
+        PrivacyError, match="the wrapped optimizer was stepped directly: its update would have no noise"
+    ):
+        step[how]()
+    assert all(map(torch.equal, weights, plain.parameters()))
+
+
+def test_the_number_of_examples_drawn_recompiles_nothing():
+    model, optimizer, loader = private(physical_batch_size=3)
+    torch._dynamo.utils.counters.clear()
+    epoch(model, optimizer, loader)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_seeds_do_not_come_from_torchs_generator():
+    seeds = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        seeds.append(private(seed=None)[1].seed)
+    assert seeds[0] != seeds[1]

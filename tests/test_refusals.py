@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 import inspect
 import re
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -469,3 +473,78 @@ def test_what_to_do_about_backward_hooks() -> None:
     model.layer.register_full_backward_hook(lambda module, before, after: None)
     message = refused(UnsupportedGraphError, "one graph", model, torch.randn(B, D))
     assert "hooks" in message.split("what to do: ")[1]
+
+
+# --- experts, and parts left out by chance ----------------------------------------------------------------------------
+
+
+def sorted_by_expert(net: Net, x: Tensor) -> Any:
+    h = net.layer(x)
+    order = x.argmax(1).argsort()
+    return torch.empty_like(h).index_copy(0, order, h[order])
+
+
+def experts_that_are_asked_for(net: Net, x: Tensor) -> Any:
+    h = net.layer(x)
+    for expert in range(2):
+        chosen = x.argmax(1) == expert
+        if chosen.any():
+            h = h + chosen[:, None] * expert
+    return h
+
+
+def rows_of_an_expert(net: Net, x: Tensor) -> Any:
+    h = net.layer(x)
+    rows = torch.where(x.argmax(1) == 0)[0]
+    return h.index_add(0, rows, h[rows])
+
+
+def drops_a_layer(net: Net, x: Tensor) -> Any:
+    return net.layer(x) if torch.rand([]) > 0.5 else x * net.layer.bias
+
+
+@pytest.mark.parametrize(
+    ("function", "match"),
+    [
+        (sorted_by_expert, "`sort` mixes examples"),
+        (experts_that_are_asked_for, "branches on the values of tensors"),
+        (rows_of_an_expert, "no rule for `nonzero`"),
+        (drops_a_layer, "branches on the values of tensors"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_experts_and_random_depth(function: Any, match: str) -> None:
+    names_line_of(refused(DPCompileError, match, Net(function), torch.randn(B, D)), function)
+
+
+# --- arguments that hold tensors --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Box:
+    x: Any
+
+
+@pytest.mark.parametrize(
+    ("hide", "find"),
+    [
+        (Box, lambda box: box.x),
+        (lambda x: types.SimpleNamespace(x=x), lambda box: box.x),
+        (lambda x: collections.UserDict(x=x), lambda box: box["x"]),
+        (lambda x: [Box([x])], lambda box: box[0].x[0]),
+        (lambda x: functools.partial(torch.neg, x), lambda box: box()),
+        (lambda x: lambda: x, lambda box: box()),
+        (lambda x: lambda y=x: y, lambda box: box()),
+        (lambda x: weakref.ref(x), lambda box: box()),
+        (lambda x: x.numpy(), torch.from_numpy),
+        (lambda x: Box(x.numpy()), lambda box: torch.from_numpy(box.x)),
+        (lambda x: Net(linear, x), lambda box: box.extra),
+    ],
+    ids=["dataclass", "namespace", "UserDict", "list", "partial", "closure", "default", "weakref", "NumPy",
+         "NumPy in an object", "module"],
+)  # fmt: skip
+def test_tensors_hidden_in_arguments(hide: Any, find: Any) -> None:
+    hidden = torch.randn(B, D)
+    model = Net(lambda net, x, box: net.layer(x) - find(box).mean(0))
+    match = "which is inside an object or an array of NumPy: it is not known whether it has an example axis"
+    refused(UnsupportedGraphError, match, model, torch.randn(B, D), hide(hidden))

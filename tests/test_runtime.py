@@ -828,6 +828,16 @@ def test_check_notices_a_wrong_norm(monkeypatch: pytest.MonkeyPatch) -> None:
         step(private, batch())
 
 
+def test_plan_certificate_and_graph_do_not_depend_on_values() -> None:
+    seen = []
+    for scale in (1.0, 1e6, 0.0):
+        private = private_net()
+        step(private, scale * batch())
+        code = "\n".join(map(str, private.graph.graph.nodes))
+        seen.append((str(private.plan), str(private.certificate), code))
+    assert seen[0] == seen[1] == seen[2]
+
+
 # --- gradient accumulation dtype, empty batches -----------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import dpcompile
 from dpcompile import UnsupportedGraphError
+from dpcompile.runtime import engine_of
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
 
@@ -96,3 +97,15 @@ def test_a_second_backward_needs_proportion_whatever_the_loss() -> None:
     with pytest.raises(UnsupportedGraphError, match="`sign`.*second backward"):
         assert_trains(NOT["signs"][1], False, loss_reduction="sum", norm="ghost_clipping")
     assert_trains(PROPORTIONAL["guided"], False, loss_reduction="sum", norm="ghost_clipping")
+
+
+@pytest.mark.parametrize(("loss", "said"), [("mean", "sum"), ("sum", "mean")])
+def test_a_wrong_loss_reduction_never_exceeds_the_bound(loss: str, said: str) -> None:
+    """A weight times a norm is at most C either way."""
+    bound, x, y = 0.1, 10 * torch.randn(B, 5), torch.randint(0, 3, (B,))
+    private: Any = dpcompile.dp_compile(nn.Linear(5, 3), backend="eager", max_grad_norm=bound, loss_reduction=said)
+    for i in range(B):
+        engine_of(private).set_mask(torch.arange(B) == i)
+        torch.nn.functional.cross_entropy(private(x), y, reduction=loss).backward()
+        assert torch.cat([p.grad.flatten() for p in private.parameters()]).norm() <= bound * (1 + 1e-6)
+        private.zero_grad()
