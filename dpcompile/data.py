@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from dpcompile import loader_checks as checks
-from dpcompile.draws import DrawnBatch, Draws
+from dpcompile.draws import Draws
 from dpcompile.errors import PrivacyError
+from dpcompile.matching import DrawnBatch
 from dpcompile.noise import Stream, check_seed, fresh_seed, uniform
 from dpcompile.optim import DPOptimizer
 from dpcompile.padding import Collated, PaddedCollate, RequestedExamples, rows_of

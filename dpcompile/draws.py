@@ -12,38 +12,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from dpcompile.errors import PrivacyError
+from dpcompile.matching import DrawnBatch, recognised, refuse_moved_rows
+from dpcompile.seen_rows import SeenRows
 
 __all__ = ["Claim", "DrawnBatch", "Draws", "Given", "nothing"]
 
 _USED = 2  # batches whose content is kept after their use, to tell a copy of one from something new
 _WAITING = 16  # batches that may wait for their use
-
-
-@dataclass(eq=False, slots=True)
-class DrawnBatch:
-    """A batch that the loader handed out.
-
-    Attributes:
-        rows: its tensors that have a row for each example, and the dimension of the rows.
-        mask: bool ``[B]``, False for padding.
-        turns: in how many forwards it runs, one after the other.
-        step: the loader's logical step.
-        part: which of the step's batches it is.
-        parts: how many these are.
-        of_pass: the pass over the loader that it is from.
-    """
-
-    rows: list[tuple[Tensor, int]]
-    mask: Tensor
-    turns: int = 1
-    step: int = 0
-    part: int = 0
-    parts: int = 1
-    of_pass: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +75,12 @@ class Draws:
     edge case                                              outcome
     =====================================================  =======================================================
     batches taken ahead, reordered, copied to a device     each call gets the mask of its own batch
-    rows reordered by the loop, otherwise as drawn         the mask follows
+    rows reordered by the loop, in place or not            the mask follows
     a batch changed by the loop, used before the next      its mask; refused if rows evidently moved
     a batch changed by the loop, others taken meanwhile    refused: it could be any of them
+    rows reordered, and other tensors computed anew        refused where padding is not told from examples
     a batch used a second time, or from somewhere else     its backward is refused
+    the same, computed anew from it                        refused where half of its rows came before
     tensors of two batches in one call                     refused
     a draw that was not stepped on                         the next backward is refused
     a batch given up (``continue``, ``discard()``)         right; its draw is lost
@@ -118,6 +98,7 @@ class Draws:
     _hand: DrawnBatch | None = None  # a call came, and no backward since
     _step: int | None = None  # the logical step under way
     _done: int = 0  # its parts that had their backward
+    _seen: SeenRows = field(default_factory=SeenRows)
     _used_pass: object = None  # of which a batch was used last
     _broken: bool = False  # one of them had its backward half
 
@@ -125,6 +106,7 @@ class Draws:
         """The loader gives this batch to the loop."""
         self._waiting = [*self._waiting, batch][-_WAITING:]
         self._fresh = batch
+        self._seen.hand_out(batch)
 
     def new_pass(self) -> None:
         """The pass before was broken off, and another begins: what is left of it is dropped."""
@@ -151,19 +133,25 @@ class Draws:
         Raises:
             PrivacyError: it could be one of several batches, is made of several, or has other rows than were drawn.
         """
-        found = _recognised(self._waiting, tensors)
+        found = recognised(self._waiting, tensors)
         if found is None and not self._could_only_be_fresh():
             return Claim(None, refused=self._why_not(tensors))
-        if found is None and _recognised(list(self._used), tensors) is not None:
+        if found is None and recognised(list(self._used), tensors) is not None:
             return Claim(None, refused=_used_already())
-        batch, order = found if found is not None else (self._waiting[0], None)
+        batch, order = (self._waiting[0], None) if found is None else (found.batch, found.order)
         _check_rows(batch, tensors)
+        mask = batch.mask if order is None else batch.mask[order]
+        refuse_moved_rows(mask, tensors if found is None else found.rest)
         if found is None:
-            _refuse_moved_rows(batch.mask, tensors)
+            try:
+                self._seen.refuse_others(batch, tensors)
+            except PrivacyError as error:
+                return Claim(None, refused=error)
+            self._seen.note(batch, tensors)
         self._waiting.remove(batch)
         self._used.append(batch)
         self._fresh, self._hand, self._used_pass = None, batch, batch.of_pass
-        return Claim(batch, batch.mask if order is None else batch.mask[order])
+        return Claim(batch, mask)
 
     def begin(self, batch: DrawnBatch) -> None:
         """The backward of a batch begins to deliver.
@@ -221,7 +209,7 @@ class Draws:
         return len(self._waiting) == 1 and self._waiting[0] is self._fresh
 
     def _why_not(self, tensors: Sequence[tuple[Tensor, int]]) -> PrivacyError:
-        if _recognised(list(self._used), tensors) is not None:
+        if recognised(list(self._used), tensors) is not None:
             return _used_already()
         if not self._waiting:
             return PrivacyError(
@@ -254,84 +242,6 @@ def _broken_off() -> PrivacyError:
     )
 
 
-def _recognised(
-    batches: Sequence[DrawnBatch], tensors: Iterable[tuple[Tensor, int]]
-) -> tuple[DrawnBatch, Tensor | None] | None:
-    """The batch that these tensors are, and the order of its rows (None: as drawn); None if they are none."""
-    orders: list[dict[DrawnBatch, tuple[int, ...] | None]] = []
-    for tensor, dim in tensors:
-        same = {b: (None,) for b in batches if any(_shares_memory(tensor, dim, *row) for row in b.rows)}
-        if not same:
-            found = ((b, next(filter(None, (_same_content(tensor, dim, *r) for r in b.rows)), None)) for b in batches)
-            same = {b: order for b, order in found if order is not None}
-        if same:
-            orders.append(same)  # type: ignore[arg-type]
-    if not orders:
-        return None
-    candidates = [b for b in batches if all(b in same for same in orders)]
-    if not candidates:
-        raise PrivacyError(
-            "the tensors of this call are those of several batches of the loader",
-            remedy="pass tensors of one batch",
-        )
-    if len(candidates) > 1 and any(not _equal(candidates[0], other) for other in candidates[1:]):
-        raise PrivacyError(
-            "the tensors of this call are the same in several batches of the loader: it cannot be told which rows are "
-            "padding",
-            remedy="where batches are taken ahead, pass at least one tensor by which they can be told apart",
-        )
-    found_orders = {same[candidates[0]] for same in orders}
-    if len(found_orders) > 1:
-        raise PrivacyError(
-            "the tensors of this call have the rows of a batch in different orders",
-            remedy="reorder all tensors of a batch alike",
-        )
-    (order,) = found_orders
-    return candidates[0], None if order == (None,) else torch.tensor(order)
-
-
-def _shares_memory(tensor: Tensor, dim: int, drawn: Tensor, along: int) -> bool:
-    """Whether ``tensor`` is ``drawn``, or a view of it with the same rows in the same order."""
-    if tensor is drawn:
-        return True
-    same = tensor.untyped_storage().data_ptr() == drawn.untyped_storage().data_ptr() != 0
-    if not same or tensor.dtype != drawn.dtype or tensor.shape[dim] != drawn.shape[along]:
-        return False
-    step, offset = drawn.stride(along), tensor.storage_offset() - drawn.storage_offset()
-    return tensor.stride(dim) == step and 0 <= offset < max(step, 1)
-
-
-def _same_content(tensor: Tensor, dim: int, drawn: Tensor, along: int) -> tuple[int | None, ...] | None:
-    """The order of ``drawn``'s rows in ``tensor``: ``(None,)`` for their own; None if these are other rows."""
-    if tensor.shape != drawn.shape or tensor.dtype != drawn.dtype or dim % tensor.ndim != along:
-        return None
-    if _bits_equal(tensor, drawn):
-        return (None,)
-    here, there = (_row_bytes(x.detach(), along) for x in (tensor, drawn))
-    if sorted(here) != sorted(there) or len(set(there)) == 1:
-        return None
-    places: dict[bytes, list[int]] = {}
-    for i in reversed(range(len(there))):
-        places.setdefault(there[i], []).append(i)
-    return tuple(places[row].pop() for row in here)
-
-
-def _bits_equal(a: Tensor, b: Tensor) -> bool:
-    a, b = a.detach(), b.detach().to(a.device)
-    return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _row_bytes(tensor: Tensor, along: int) -> list[bytes]:
-    rows = tensor.movedim(along, 0).reshape(tensor.shape[along], -1).cpu().contiguous()
-    return [row.tobytes() for row in rows.view(torch.uint8).numpy()] if rows.numel() else [b""] * len(rows)
-
-
-def _equal(a: DrawnBatch, b: DrawnBatch) -> bool:
-    """Whether two batches are the same rows with the same mask (those of two empty draws are)."""
-    same = len(a.rows) == len(b.rows) and len(a.mask) == len(b.mask) and torch.equal(a.mask, b.mask)
-    return same and all(x.shape == y.shape and _bits_equal(x, y) for (x, _), (y, _) in zip(a.rows, b.rows, strict=True))
-
-
 def _check_rows(batch: DrawnBatch, tensors: Iterable[tuple[Tensor, int]]) -> None:
     for tensor, dim in tensors:
         if tensor.shape[dim] != len(batch.mask):
@@ -340,20 +250,4 @@ def _check_rows(batch: DrawnBatch, tensors: Iterable[tuple[Tensor, int]]) -> Non
                 f"{tensor.shape[dim]}",
                 remedy="call the model on the batch that the loader gave, whole (other calls under torch.no_grad()); "
                 "every view of an example is part of the example: give it a dimension of its own",
-            )
-
-
-def _refuse_moved_rows(mask: Tensor, tensors: Iterable[tuple[Tensor, int]]) -> None:
-    """Padding rows are alike, and so is what is computed from each: alike rows elsewhere show that rows moved."""
-    padding = int((~mask).sum())
-    if padding < 2 or padding == len(mask):
-        return
-    for tensor, dim in tensors:
-        rows = _row_bytes(tensor.detach(), dim % tensor.ndim)
-        if len({row for row, real in zip(rows, mask.tolist(), strict=True) if not real}) == 1:
-            continue
-        if max(rows.count(row) for row in set(rows)) >= padding:
-            raise PrivacyError(
-                "the rows of the batch have moved since the loader gave it: padding rows are not where they were",
-                remedy="leave the order of the rows as it is, or reorder them in collate_fn (padding comes after it)",
             )

@@ -289,9 +289,7 @@ def test_the_optimizer_of_before_is_refused(how):
     x, y = next(iter(loader))
     scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
     weights = [p.detach().clone() for p in plain.parameters()]
-    with pytest.raises(
-        PrivacyError, match="the wrapped optimizer was stepped directly: its update would have no noise"
-    ):
+    with pytest.raises(PrivacyError, match="its update would have no noise"):
         step[how]()
     assert all(map(torch.equal, weights, plain.parameters()))
 
