@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dpcompile._torch import compile_joint, disable, has_gradient_hooks, tracing_config
+from dpcompile._torch import compile_joint, current_backward, disable, has_gradient_hooks, tracing_config
 from dpcompile.arguments import example_dims
 from dpcompile.axis import Label
 from dpcompile.bystanders import watch
@@ -325,6 +325,11 @@ class Engine:
             "loader, finish its loop first",
         )
 
+    def within_backward(self) -> int | None:
+        """The backward in which the forward is being run, as a reentrant checkpoint runs it: its sums come in that."""
+        running = current_backward() if self._given.reduces is None else -1  # a draw's turns are told apart by the draw
+        return None if running == -1 else running
+
     def delivery(self, names: list[str], like: Tensor, dim: int) -> Delivery:
         """For the forward that is being run on examples along ``dim`` of ``like``."""
         turn, batch = self._turn or Turn(1), like.shape[dim]
@@ -332,7 +337,7 @@ class Engine:
         if turn.mask is None:
             turn.mask = self.take_mask(batch * turn.parts, like.device)
         rows = slice(turn.index * batch, (turn.index + 1) * batch)
-        recorder, given = self.first_step, self._given
+        recorder, given, within = self.first_step, self._given, self.within_backward()
         reduces = self.replicas.reduces if given.reduces is None else given.reduces
 
         def keep(norms: Tensor | None, mask: Tensor, sums: list[tuple[str, Tensor]], graph_task: int) -> None:
@@ -343,7 +348,7 @@ class Engine:
             sums = [(n, s.contiguous() if self._parameters[n].is_contiguous() else s) for n, s in sums]
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
             zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]
-            self.replicas.deliver(sums, zeros, graph_task=graph_task, call=turn, reduces=reduces)
+            self.replicas.deliver(sums, zeros, graph_task=within or graph_task, call=turn, reduces=reduces)
             if norms is not None:
                 assert turn.mask is not None
                 self.note_norms(turn.with_norms(norms.detach(), rows), turn.mask, more=given.more)

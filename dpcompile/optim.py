@@ -121,7 +121,7 @@ class DPOptimizer(HookedOptimizer):
         self.secure, self._accountant = secure, accountant
         self._logical_step = 0
         self._planned = PlannedSteps(None, "raise")
-        self._counted = 0 if accountant is None else accountant.steps  # by the accountant, as far as is known here
+        self._counted = [] if accountant is None else accountant.history  # as far as is known here
         self._accumulating = False
         self._stepping = False
         self._agreed = False  # whether all ranks are known to mean the same
@@ -177,7 +177,7 @@ class DPOptimizer(HookedOptimizer):
     @accountant.setter
     def accountant(self, value: PrivacyAccountant | None) -> None:
         checks.refuse_replaced(self._accountant, value, self._logical_step)
-        self._accountant, self._counted = value, 0 if value is None else value.steps
+        self._accountant, self._counted = value, [] if value is None else value.history
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -294,7 +294,7 @@ class DPOptimizer(HookedOptimizer):
         self.engine.steps = (self.engine.steps or 0) + 1
         if self.accountant is not None:
             self.accountant.step()
-            self._counted = self.accountant.steps
+            self._counted = self.accountant.history
         return used
 
     def finish(self) -> None:
@@ -361,7 +361,7 @@ class DPOptimizer(HookedOptimizer):
         self._load(rest)
         if self.accountant is not None and own["accountant"] is not None:
             self.accountant.load_state_dict(own["accountant"])
-            self._counted = self.accountant.steps
+            self._counted = self.accountant.history
         self.seed, self._logical_step = own["seed"], own["logical_step"]
         self._used_draws = own.get("draws")
         self._agreed = False

@@ -76,14 +76,21 @@ def refuse_other_rate(accountant: PrivacyAccountant | None, sample_rate: float) 
         )
 
 
-def refuse_forgetful(accountant: PrivacyAccountant | None, counted: int) -> None:
-    """Steps that were counted stay so."""
-    if accountant is not None and accountant.steps < counted:
-        raise PrivacyError(
-            f"the accountant counts {accountant.steps} steps, and counted {counted} after the last one: epsilon would "
-            "leave some out",
-            remedy="load accountant states through load_state_dict of a new DPOptimizer only",
-        )
+def refuse_forgetful(accountant: PrivacyAccountant | None, counted: Sequence[tuple[float, float, int]]) -> None:
+    """Steps that were counted stay so, each as what it was."""
+    if accountant is None:
+        return
+    now, before = ({}, {})
+    for runs, found in ((accountant.history, now), (counted, before)):
+        for sigma, rate, steps in runs:
+            found[sigma, rate] = found.get((sigma, rate), 0) + steps
+    for (sigma, rate), steps in before.items():
+        if now.get((sigma, rate), 0) < steps:
+            raise PrivacyError(
+                f"the accountant counts {now.get((sigma, rate), 0)} steps of noise multiplier {sigma} and sample rate "
+                f"{rate}, and counted {steps} after the last one: epsilon would leave some out",
+                remedy="load accountant states through load_state_dict of a new DPOptimizer only",
+            )
 
 
 def refuse_replaced(old: PrivacyAccountant | None, new: PrivacyAccountant | None, steps: int) -> None:

@@ -375,7 +375,7 @@ class RegionEngine(Engine):
             self._clipping_proved = True
         refused = self.refused_backward()
         mask = self.take_mask(*batch)
-        recorder, given = self.first_step, self._given
+        recorder, given, within = self.first_step, self._given, self.within_backward()
         reduces = self.replicas.reduces if given.reduces is None else given.reduces
 
         def deliver(outcome: Outcome) -> None:
@@ -385,7 +385,7 @@ class RegionEngine(Engine):
             reached = {name for name, _ in outcome.sums}
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
             zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]
-            self.replicas.deliver(outcome.sums, zeros, graph_task=outcome.graph_task, reduces=reduces)
+            self.replicas.deliver(outcome.sums, zeros, graph_task=within or outcome.graph_task, reduces=reduces)
             self.note_norms(outcome.norms, outcome.mask, more=given.more)
             if recorder is not None:
                 recorder.compare(outcome.norms, outcome.mask, outcome.sums)

@@ -596,15 +596,19 @@ def test_another_accountant_is_refused(other, said):
     assert optimizer.accountant.steps == 2
 
 
-def test_an_accountant_that_forgets_is_refused():
+@pytest.mark.parametrize("history", [[], [(9.0, 0.001, 1)], [(9.0, 0.001, 7)]])
+def test_an_accountant_that_forgets_is_refused(history):
     model = model_of()
     optimizer = wrapped(model, accountant=counted())
     one_step(model, optimizer)
     assert optimizer.accountant is not None
-    optimizer.accountant.load_state_dict({"history": []})
+    own = optimizer.accountant.history
+    optimizer.accountant.load_state_dict({"history": history})
     model.engine.deliver()
-    with pytest.raises(PrivacyError, match="counts 0 steps, and counted 1"):
+    with pytest.raises(PrivacyError, match="counts 0 steps of noise multiplier .* and sample rate .*, and counted 1"):
         optimizer.step()
+    optimizer.accountant.load_state_dict({"history": [*history, *own]})
+    optimizer.step()
 
 
 def test_an_accountant_given_later_must_know_the_steps_and_the_rate_of_the_loader():

@@ -15,6 +15,7 @@ import torch
 from models import B, Block, D, LanguageModel, T, V
 from oracle import PseudoLoss, Truth, assert_right, clip, per_example_gradients, train_step
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dpcompile
 from dpcompile import DPCompileError, PrivacyError, UnsupportedGraphError
@@ -541,6 +542,21 @@ def test_two_calls_in_one_backward() -> None:
         out.backward()
     with pytest.raises(PrivacyError):
         engine_of(private).ledger.verify(engine_of(private).trainable())
+
+
+@pytest.mark.parametrize("options", [{}, {"regions": "blocks"}])
+def test_two_calls_under_reentrant_checkpoints(options: dict[str, Any]) -> None:
+    """Each has a backward of its own, within the one that was called."""
+
+    def both(calls: int) -> None:
+        private = dp_compile(nn.Sequential(nn.Linear(D, D), nn.Tanh()), backend="eager", **options)
+        x = batch().requires_grad_()
+        outs = [checkpoint(private, x, use_reentrant=True).square().sum() for _ in range(calls)]
+        sum(outs[1:], outs[0]).backward()
+
+    both(1)
+    with pytest.raises(PrivacyError, match="called twice before one backward"):
+        both(2)
 
 
 def test_own_output_as_input_in_one_backward() -> None:
