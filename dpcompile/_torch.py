@@ -11,7 +11,7 @@ import platform
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, Protocol, cast
@@ -429,14 +429,20 @@ def compile_cpp(source: str, *, contract: bool = False) -> ctypes.CDLL:
     raise AssertionError
 
 
-def is_stepped_as_made(optimizer: torch.optim.Optimizer, *, hooks: int) -> bool:
-    """Whether ``step()`` does what its class says, and nothing else, ``hooks`` pre-hooks of its own apart."""
+def is_stepped_as_made(optimizer: torch.optim.Optimizer, *, hooks: int, everywhere: Collection[Any]) -> bool:
+    """Whether ``step()`` does what its class says, and nothing else, ``hooks`` pre-hooks of its own apart.
+
+    Args:
+        optimizer: what is to be stepped.
+        hooks: how many pre-hooks of its own change nothing.
+        everywhere: pre-hooks of all optimizers that change nothing.
+    """
     replaced = optimizer.__dict__.get("step")  # learning-rate schedulers put a wrapper there that counts calls
     return (
         (replaced is None or getattr(replaced, "_wrapped_by_lr_sched", False))
         and len(optimizer._optimizer_step_pre_hooks) == hooks
         and not optimizer._optimizer_step_post_hooks
-        and not _global_optimizer_pre_hooks
+        and all(hook in everywhere for hook in _global_optimizer_pre_hooks.values())
         and not _global_optimizer_post_hooks
         and not hasattr(optimizer, "grad_scale")
         and not hasattr(optimizer, "found_inf")

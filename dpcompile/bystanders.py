@@ -16,7 +16,7 @@ from dpcompile.errors import PrivacyError, PrivacyWarning
 from dpcompile.ledger import GradientLedger
 from dpcompile.optim_hooks import HookedOptimizer
 
-__all__ = ["watch"]
+__all__ = ["refuse_bystander", "watch"]
 
 _OF: dict[int, weakref.ref[GradientLedger]] = {}  # id of a parameter -> what stands in its p.grad
 _TOLD: weakref.WeakSet[GradientLedger] = weakref.WeakSet()
@@ -46,10 +46,11 @@ def watch(ledger: GradientLedger, parameters: Iterable[nn.Parameter]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _hook_steps() -> None:
-    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_pre_hook(refuse_bystander)
 
 
-def _before_step(optimizer: Optimizer, *_: Any) -> None:
+def refuse_bystander(optimizer: Optimizer, *_: Any) -> None:
+    """Before a step of any optimizer: see :func:`watch`."""
     if isinstance(optimizer, HookedOptimizer) or any(isinstance(v, HookedOptimizer) for v in vars(optimizer).values()):
         return
     for group in optimizer.param_groups:

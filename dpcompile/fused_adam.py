@@ -13,6 +13,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from dpcompile import native
 from dpcompile._torch import adam_state, add_one_, is_stepped_as_made, mark_stepped
+from dpcompile.bystanders import refuse_bystander
 from dpcompile.noise import Stream, counter_tag
 
 __all__ = ["update_"]
@@ -59,7 +60,9 @@ def update_(
     =============================================================  ============
     """
     groups = optimizer.param_groups
-    if type(optimizer) not in (Adam, AdamW) or not is_stepped_as_made(optimizer, hooks=1):
+    if type(optimizer) not in (Adam, AdamW) or not is_stepped_as_made(
+        optimizer, hooks=1, everywhere=[refuse_bystander]
+    ):
         return False
     if any(group[name] for group in groups for name in _OFF):
         return False
