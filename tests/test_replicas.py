@@ -23,10 +23,16 @@ CHECKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_replicas_come_to_what_one_process_comes_to(world: int) -> None:
     """Gradients, and weights after steps with noise, are those of one process on the ranks' batches together."""
     assert passed(launch(world, "replicated_worker.py")) == CHECKS | {"inductor" if world == 2 else "some ranks"}
+
+
+def test_what_four_replicas_do_otherwise() -> None:
+    """Replicas of shards, sums over some of the ranks; the rest of their checks is slow."""
+    few = {"some ranks", "mesh of replicas", "a rank that skips", "training with noise"}
+    assert passed(launch(4, "replicated_worker.py", *few)) == few
 
 
 def test_what_rests_on_the_cpu_has_its_gradient_there() -> None:

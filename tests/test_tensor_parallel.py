@@ -23,11 +23,17 @@ CHECKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_that_share_layers_come_to_what_one_process_does(ranks: int, tmp_path: Path) -> None:
     """Two ranks: tensor parallelism alone. Four: with FSDP2, two by two."""
     found = passed(launch(ranks, "tensor_worker.py", str(tmp_path)))
     assert found == CHECKS | ({"regions", "cut embedding"} if ranks == 2 else set())
+
+
+def test_what_layers_that_are_cut_twice_do_otherwise(tmp_path: Path) -> None:
+    """Two by two, with FSDP2; the rest of their checks is slow."""
+    few = {"gradients of GPT", "clipping by layer", "training with noise", "communication", "refusals"}
+    assert passed(launch(4, "tensor_worker.py", str(tmp_path), *few)) == few
 
 
 BOXES = [
