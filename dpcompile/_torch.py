@@ -10,11 +10,12 @@ import pathlib
 import platform
 import sys
 import traceback
+import types
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch._decomp.decompositions
@@ -26,8 +27,19 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError, TorchDynamoException, Unsupported
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis as NumbersAreConstants
 from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import LocalSource
-from torch._dynamo.symbolic_convert import TensorifyState
+from torch._dynamo.source import (
+    AttrSource,
+    ChainedSource,
+    ClosureSource,
+    ConstDictKeySource,
+    DictGetItemSource,
+    DictSubclassGetItemSource,
+    GenericAttrSource,
+    GetItemSource,
+    GlobalSource,
+    LocalSource,
+)
+from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch._dynamo.variables import TensorVariable, UserFunctionVariable, builtin
 from torch._functorch._aot_autograd.descriptors import (
@@ -53,6 +65,7 @@ from torch._inductor.virtualized import V
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, SymNumberMemoDescriptor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.graph import CodeGen
 from torch.multiprocessing.reductions import StorageWeakRef as WeakMemory
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -100,8 +113,11 @@ __all__ = [
     "GraphCompiler",
     "Watcher",
     "flat_graph",
+    "free_unbacked_symbols",
     "inner_tensor",
-    "guarded_names",
+    "Key",
+    "guarded_places",
+    "is_whole_call",
     "has_gradient_hooks",
     "in_functorch",
     "is_compiling",
@@ -225,10 +241,45 @@ def is_compiling() -> bool:
     return CompileContext.try_get() is not None
 
 
-def guarded_names() -> frozenset[str]:
-    """What the graph that is being compiled was made for, by the names that Dynamo reads it under."""
+class Key(NamedTuple):
+    """One step from an object to what it holds: an attribute, an entry, or the entry of a dict's n-th key."""
+
+    kind: str
+    key: Any
+
+
+def guarded_places() -> Iterator[tuple[str, Any, tuple[Key, ...], bool]]:
+    """What the graph that is being compiled was made for, as Dynamo reads it.
+
+    Yields:
+        The name of the local variable that it is reached from (empty: of none), that object now, the way from there,
+        and whether the graph was made for this value; else only for its type, its length or the like.
+    """
     context = TracingContext.try_get()
-    return frozenset() if context is None else frozenset(g.name for g in context.guards_context.dynamo_guards)
+    output = InstructionTranslator.current_tx().output if context is not None else None
+    for guard in context.guards_context.dynamo_guards if context is not None else ():
+        source, steps = guard.originating_source, []
+        while isinstance(source, ChainedSource):
+            if isinstance(source, (AttrSource, GenericAttrSource)):
+                steps.append(Key(".", source.member))
+            elif isinstance(source, ClosureSource):
+                steps.append(Key(".", "__closure__"))
+            elif isinstance(source, (DictGetItemSource, DictSubclassGetItemSource, GetItemSource)):
+                nth = isinstance(source.index, ConstDictKeySource)
+                steps.append(Key("nth" if nth else "[]", source.index.index if nth else source.index))
+            source = source.base
+        name, root = "", None
+        if isinstance(source, LocalSource):
+            name, root = source.local_name, output.local_scope.get(source.local_name)
+        elif isinstance(source, GlobalSource):
+            root = output.global_scope.get(source.global_name)
+        yield name, root, tuple(steps[::-1]), guard.create_fn_name() in ("CONSTANT_MATCH", "EQUALS_MATCH")
+
+
+def is_whole_call(codes: Container[types.CodeType]) -> bool:
+    """Whether the graph that is being compiled is all that runs of one of these functions."""
+    output = InstructionTranslator.current_tx().output
+    return output.root_tx.f_code in codes and not output.compile_subgraph_reason.graph_break
 
 
 def is_entered(mode: TorchDispatchMode) -> bool:

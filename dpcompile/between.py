@@ -20,13 +20,14 @@ from dpcompile._torch import (
     is_compiling,
     is_entered,
     is_fsdp_hook,
+    memory_of,
     on_top,
     pytree,
     running_place,
 )
 from dpcompile.errors import DPCompileError, ExampleMixingError, UnsupportedGraphError
 from dpcompile.kept import Kept
-from dpcompile.operations import operation_name
+from dpcompile.operations import has_size_of_values, operation_name
 
 __all__ = ["Between", "Following", "check_hooks_between", "check_inputs_between", "compiled_alone"]
 
@@ -177,9 +178,15 @@ class Following(Between):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Follow examples through every operation."""
         result = func(*args, **(kwargs or {}))
-        if self._watching and not is_compiling() and self._any_holds((args, kwargs)):
+        if self._watching and not is_compiling() and (self._kept.numbers.spread or self._any_holds((args, kwargs))):
             written = [x for a, x in zip(func._schema.arguments, args, strict=False) if a.is_write]
-            self._note((result, written, (kwargs or {}).get("out")))
+            written.append((kwargs or {}).get("out"))
+            own = {memory_of(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            made = [x for x in pytree.tree_leaves(result) if not (isinstance(x, Tensor) and memory_of(x) in own)]
+            if has_size_of_values(func, args):
+                self._kept.numbers.note(None, None)
+            self._note(made, sized=self._kept.numbers.spread)
+            self._note(written)
         return result
 
     def _seen(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -189,6 +196,8 @@ class Following(Between):
             result = method(tensor, *args, **kwargs)
             if self._watching and not is_compiling() and self._any_holds(tensor):
                 self._note(result)
+                if name != "data_ptr":
+                    self._kept.numbers.note(None, None)
             return result
 
         return read
@@ -196,11 +205,11 @@ class Following(Between):
     def _any_holds(self, operands: Any) -> bool:
         return any(self._kept.holds(x) for x in pytree.tree_leaves(operands))
 
-    def _note(self, results: Any) -> None:
+    def _note(self, results: Any, *, sized: bool = False) -> None:
         leaves = pytree.tree_leaves(results)
-        self._kept.note_arguments(leaves, trained=False)
+        self._kept.note_arguments(leaves, trained=False, sized=sized)
         for number in leaves:
-            if isinstance(number, (int, float)):
+            if isinstance(number, (int, float, complex)):
                 self._kept.numbers.note(number, None)
 
 

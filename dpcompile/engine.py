@@ -256,6 +256,7 @@ class Engine:
         self._graph_ran = False
         self.first_step = self._recorder()
         args, kwargs = self._current
+        self.kept.numbers.begin()
         with tracing_config(dynamic=self.options.dynamic):
             result = self._compiled_call()(self.module, args, kwargs)
         if not self._graph_ran and self.trainable() and torch.is_grad_enabled():
@@ -265,7 +266,7 @@ class Engine:
             )
         if torch.is_grad_enabled():
             self.kept.check_buffers(self.module)
-        self.kept.numbers.settle(result)
+        self.kept.numbers.settle(result, ran=self._graph_ran)
         if self.first_step is not None:
             self.first_step.watch(result)
         return result
@@ -429,11 +430,12 @@ class Engine:
         check_model(self.module, sharded=self.distributed)
         return example_dims(self.module.forward, args, kwargs, self.options.in_dims)
 
-    def _run_untrained(self, graph: Untrained, *inputs: Any) -> Sequence[Any]:
+    def _run_untrained(self, graph: Untrained, reads: Reads, *inputs: Any) -> Sequence[Any]:
         """A graph without a private backward: what it leaves of examples is remembered."""
         if self.tracing:
             raise _TraceOnly
         self.note_given([inputs[p] for p in graph.arguments])
+        self.kept.numbers.read(reads, self.module)
         outputs = self.kept.run(graph, inputs)
         self.ran(None, outputs)
         return outputs
@@ -451,7 +453,8 @@ class Engine:
         names = {id(p): name for name, p in self._parameters.items()}
         trainable = any(id(v) in names and v.requires_grad for v in inputs if isinstance(v, Tensor))
         if not (trainable and torch.is_grad_enabled()):
-            return partial(self._run_untrained, compile_untrained(gm, inputs, self.options.backend))
+            reads = reads_of(self.module)
+            return partial(self._run_untrained, compile_untrained(gm, inputs, self.options.backend), reads)
         if self.options.memory_budget is None and self.options.backend == "inductor":
             keep_freed_memory()
         leaves = {id(t): (name, dim) for name, t, dim in self._example_dims()}
@@ -513,7 +516,7 @@ class _Region:
         kept.note_arguments(inputs[p] for p in self.roles.examples)
         for p, name in self.outside.items():
             kept.check_input(name, inputs[p])
-        kept.check_constants(self.reads)
+        kept.check_constants(self.reads, self.engine.module)
         position, dim = self.roles.batch_from
         self.engine.check_parameters(self.roles, inputs)
         names = [*self.roles.parameters.values(), *(self.roles.parameters[p] for p in self.roles.narrow)]

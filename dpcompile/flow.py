@@ -7,9 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from dpcompile._torch import InputMutationAOTOutput, PlainAOTInput, PlainAOTOutput, TangentAOTInput, compile_joint
+from dpcompile._torch import (
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+    TangentAOTInput,
+    compile_joint,
+    free_unbacked_symbols,
+    pytree,
+)
 from dpcompile.capture import arguments_of
 from dpcompile.joint import mutations
 from dpcompile.locate import where
@@ -18,6 +26,7 @@ from dpcompile.operations import takes_only_shapes
 __all__ = ["Flow", "Untrained", "compile_untrained", "reaches"]
 
 _UNKNOWN = -1
+_ANYTHING = frozenset({_UNKNOWN})
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +36,13 @@ class Flow:
     Attributes:
         outputs: output -> inputs.
         written: input that the graph writes to -> inputs that the new value depends on.
+        sizes: output -> inputs whose values its shape goes by.
         numbers: output -> inputs of which a Python number was read out on the way to it, and the user's line.
     """
 
     outputs: Mapping[int, frozenset[int]]
     written: Mapping[int, frozenset[int]]
+    sizes: Mapping[int, frozenset[int]]
     numbers: Mapping[int, tuple[frozenset[int], str | None]]
 
 
@@ -71,9 +82,10 @@ def _flow_of(module: fx.GraphModule) -> Flow:
     """Follow values through a decomposed graph without in-place operations but those that write to inputs.
 
     **Guarantee.** A value that is not said to depend on an input does not change with the values of that input; it may
-    with its shape.
+    with its shape. A size that depends on values (``x[x > 0].shape[0]``) depends on what they do.
     """
     comes_from: dict[fx.Node, frozenset[int]] = {}
+    symbols: dict[Any, frozenset[int]] = {}  # of a size -> inputs whose values it goes by
     read: dict[fx.Node, frozenset[int]] = {}
     for node in module.graph.nodes:
         descriptor = node.meta.get("desc")
@@ -83,10 +95,13 @@ def _flow_of(module: fx.GraphModule) -> Flow:
             plain = isinstance(descriptor, TangentAOTInput)
             comes_from[node], read[node] = frozenset() if plain else frozenset({_UNKNOWN}), frozenset()
         elif node.op != "output":
-            sources = [] if takes_only_shapes(node.target) else node.all_input_nodes
-            comes_from[node] = frozenset().union(*(comes_from[n] for n in sources))
+            value, operands = node.meta.get("val"), node.all_input_nodes
+            sources = [n for n in operands if _is_number(n)] if takes_only_shapes(node.target) else operands
+            own = frozenset().union(*(comes_from[n] for n in operands))
+            sized = frozenset().union(*(symbols.setdefault(s, own) for s in _sizes_of_values(value)))
+            comes_from[node] = frozenset().union(sized, *(comes_from[n] for n in sources))
             read[node] = frozenset().union(*(read[n] for n in sources))
-            if sources and isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            if _is_number(node):
                 read[node] |= comes_from[node]
     written: dict[int, frozenset[int]] = {}
     for destination, source in mutations(module.graph):
@@ -95,6 +110,7 @@ def _flow_of(module: fx.GraphModule) -> Flow:
     output = module.graph.output_node()
     values: Sequence[Any] = output.args[0]  # type: ignore[assignment]
     outputs: dict[int, frozenset[int]] = {}
+    sizes: dict[int, frozenset[int]] = {}
     numbers: dict[int, tuple[frozenset[int], str | None]] = {}
     for descriptor, value in zip(output.meta["desc"], values, strict=True):
         if not isinstance(value, fx.Node):
@@ -104,6 +120,18 @@ def _flow_of(module: fx.GraphModule) -> Flow:
             written[position] = written.get(position, frozenset()) | comes_from[value]
         elif isinstance(descriptor, PlainAOTOutput):
             outputs[descriptor.idx] = comes_from[value]
+            found = (symbols.get(s, _ANYTHING) for s in _sizes_of_values(value.meta.get("val")))
+            sizes[descriptor.idx] = frozenset().union(*found)
             if read[value]:
                 numbers[descriptor.idx] = read[value], where(value)
-    return Flow(outputs, written, numbers)
+    return Flow(outputs, written, sizes, numbers)
+
+
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _sizes_of_values(value: Any) -> set[Any]:
+    """The symbols in sizes that torch cannot tell from those of the inputs."""
+    leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, (Tensor, torch.SymInt, torch.SymFloat))]
+    return set().union(*(free_unbacked_symbols(x) for x in leaves))

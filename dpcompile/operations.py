@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dpcompile._torch import OpOverload, OpOverloadPacket
+from typing import Any
 
-__all__ = ["operation_name", "takes_only_shapes"]
+import torch
+
+from dpcompile._torch import OpOverload, OpOverloadPacket, pytree
+
+__all__ = ["has_size_of_values", "operation_name", "takes_only_shapes"]
 
 _OWN = ("aten", "prims", "dpcompile")
 _FACTORIES = {
@@ -31,3 +35,11 @@ def operation_name(target: object) -> str:
 def takes_only_shapes(target: object) -> bool:
     """Whether an operation takes only the shape of its operands, not their values."""
     return operation_name(target) in _FACTORIES
+
+
+def has_size_of_values(target: Any, args: Any) -> bool:
+    """Whether the size of an operation's result goes by the values of its operands."""
+    if torch.Tag.dynamic_output_shape not in getattr(target, "tags", ()):
+        return False
+    masks = (x for x in pytree.tree_leaves(args[1:]) if isinstance(x, torch.Tensor))
+    return operation_name(target) != "index" or any(x.dtype in (torch.bool, torch.uint8) for x in masks)

@@ -193,8 +193,10 @@ class RegionEngine(Engine):
         elif self.graphs.breaks:
             self.graphs.follow_anew()
         self.kept.note_arguments((t for _, t, dim in dims if dim is not None), trained=self.graphs.proving)
+        self.kept.numbers.begin()
+        self.graphs.ran = False
         result, labels = self._run_unit(self._root, args, kwargs, given)
-        self.kept.numbers.settle(result)
+        self.kept.numbers.settle(result, ran=self.graphs.ran)
         if self.graphs.whole is not None:
             self.graphs.whole.seal()
             self.graphs.shared |= self.graphs.whole.repeated
@@ -342,6 +344,7 @@ class RegionEngine(Engine):
         )
         if key not in self._functions:
             copied = with_own_code(function, type(unit.module).__name__)
+            self.graphs.codes.add(copied.__code__)
             breaks = self.graphs.breaks
             dynamic = False if unit.children or breaks else self.options.dynamic
             self._functions[key] = torch.compile(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import CodeType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
 
-from dpcompile._torch import add_inputs, memory_of
+from dpcompile._torch import add_inputs, is_whole_call, memory_of
 from dpcompile.axis import Label, Shared
 from dpcompile.between import Between, Following, check_inputs_between
 from dpcompile.capture import arguments_of
@@ -97,6 +98,8 @@ class RegionGraphs:
         breaks: whether graph breaks are allowed.
         between: watches what runs between graphs, where graph breaks are allowed.
         held: tensors that the modules held when the call began, by identity.
+        codes: of the functions that call units.
+        ran: whether a graph ran in the current forward.
     """
 
     def __init__(
@@ -127,6 +130,8 @@ class RegionGraphs:
         self.breaks = options.regions == "breaks"
         self.between = Between(self._holds_examples, self._parameter_behind)
         self.held: dict[int, Tensor] = {}
+        self.codes: set[CodeType] = set()
+        self.ran = False
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -170,11 +175,15 @@ class RegionGraphs:
         local = self.parts.localise(unwrapped if whole else gm if inside is None else inside, inputs)
 
         arguments, reads = arguments_of(gm), reads_of(self.frames[-1].unit.module)
+        whole_call = not self.breaks or is_whole_call(self.codes)
 
         def look(live: Sequence[Any]) -> None:
+            self.ran, module = True, self.frames[-1].unit.module
             if self.proving:
-                self._kept.check_constants(reads)
-            elif not self.frames[-1].unit.path:
+                self._kept.check_constants(reads, module, whole=whole_call)
+                return
+            self._kept.numbers.read(reads, module, whole=whole_call)
+            if not self.frames[-1].unit.path:
                 self._note_given([live[p] for p in arguments])
 
         def plain(live: Sequence[Any]) -> list[Any]:

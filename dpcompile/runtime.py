@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 from dpcompile._torch import pytree
 from dpcompile.engine import Engine
 from dpcompile.errors import DPCompileError, PrivacyError, UnsupportedGraphError
-from dpcompile.kept import Left
 from dpcompile.packed import refuse_returned
 from dpcompile.pipeline import Options, Transformed
 from dpcompile.region_engine import RegionEngine
@@ -30,9 +29,8 @@ class PrivateModule:
     state-dict keys are the model's own.
     """
 
-    __slots__ = ("_engine", "_left")
+    __slots__ = ("_engine",)
     _engine: Engine
-    _left: Left  # of a copy that was not called yet
     _options: ClassVar[Options]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,53 +81,39 @@ class PrivateModule:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        left = _left_in(self)
         if hasattr(type(self), "_options"):  # an instance of a decorated class
             copied = type(self).__new__(type(self))
             memo[id(self)] = copied
             object.__setattr__(copied, "__dict__", copy.deepcopy(self.__dict__, memo))
-            object.__setattr__(copied, "_left", copy.deepcopy(left, memo))
             return copied
         engine = engine_of(self)
-        return private_view(copy.deepcopy(engine.module, memo), engine.options, copy.deepcopy(left, memo))
+        return private_view(copy.deepcopy(engine.module, memo), engine.options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        left = _left_in(self)
         if hasattr(type(self), "_options"):
-            return _private_instance, (type(self), left), dict(self.__dict__)
+            return _private_instance, (type(self),), dict(self.__dict__)
         engine = engine_of(self)
-        return private_view, (engine.module, engine.options, left)
+        return private_view, (engine.module, engine.options)
 
 
-def private_view(module: nn.Module, options: Options, left: Left | None = None) -> Any:
+def private_view(module: nn.Module, options: Options) -> Any:
     """An object of a subclass of the module's class that shares its state and compiles its calls.
 
     Args:
         module: of the user.
         options: of the user.
-        left: what of examples it holds already, as a copy of a module that was called.
     """
     kind = type(module)
     private = type(kind.__name__, (PrivateModule, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
     view = object.__new__(private) if is_sharded(module) else private.__new__(private)
     object.__setattr__(view, "__dict__", module.__dict__)
     object.__setattr__(view, "_engine", _engine(module, options))
-    if left is not None:
-        view._engine.kept.take(left)
     return view
 
 
-def _private_instance(kind: Any, left: Left | None) -> Any:
+def _private_instance(kind: Any) -> Any:
     """An instance of a decorated class, without its state."""
-    instance = kind.__new__(kind)
-    object.__setattr__(instance, "_left", left)
-    return instance
-
-
-def _left_in(model: Any) -> Left | None:
-    """What a private module holds of examples; None if it was never called."""
-    engine: Engine | None = getattr(model, "_engine", None)
-    return getattr(model, "_left", None) if engine is None else engine.kept.left()
+    return kind.__new__(kind)
 
 
 def private_class(kind: type[nn.Module], options: Options) -> type:
@@ -173,8 +157,6 @@ def engine_of(model: Any) -> Engine:
         if engine is None:  # an instance of a decorated class, used for the first time
             engine = _engine(_undecorated(model), model._options)
             object.__setattr__(model, "_engine", engine)
-            if (left := getattr(model, "_left", None)) is not None:
-                engine.kept.take(left)
     if engine is None:
         raise PrivacyError(
             f"{type(model).__name__} is not a private model: nothing clips its gradients",

@@ -21,6 +21,7 @@ from dpcompile.draws import Given, nothing
 from dpcompile.engine import Engine, with_own_code
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.example_losses import ExampleLosses
+from dpcompile.kept_numbers import reads_of
 from dpcompile.kinds import check_model
 from dpcompile.optim import DPOptimizer
 from dpcompile.outputs import detach_all_but
@@ -203,6 +204,7 @@ class CompiledStep:
             self._compiled[names] = torch.compile(
                 own, backend=constants_where_needed(self._backend), fullgraph=True, dynamic=dynamic
             )
+        self._engine.kept.numbers.begin()
         try:
             with tracing_config(dynamic=self._engine.options.dynamic), torch.inference_mode(False), torch.enable_grad():
                 losses = self._compiled[names](self._losses, *self._current)
@@ -242,6 +244,7 @@ class CompiledStep:
         detach_all_but(gm, 0)  # the losses: what else the model keeps has no part in them
         leaves = {id(t): (name, dim) for name, t, dim in self._example_dims()}
         roles = assign_roles(gm, inputs, {id(p): n for n, p in engine.parameters().items()}, leaves)
+        reads = reads_of(engine.module)
         program = _program(gm, inputs, roles, replace(engine.options, loss_reduction="sum"))
 
         @disable
@@ -249,6 +252,7 @@ class CompiledStep:
             engine.kept.note_arguments(values[p] for p in roles.examples)
             for p, name in roles.outside.items():
                 engine.kept.check_input(name, values[p])
+            engine.kept.check_constants(reads, engine.module)
             engine.check_parameters(roles, values)
             position, dim = roles.batch_from
             mask = engine.take_mask(values[position].shape[dim], values[position].device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import pickle
 from typing import Any
@@ -398,3 +399,225 @@ def test_numpy_argument() -> None:
 
     with pytest.raises(UnsupportedGraphError, match="an array of NumPy"):
         dp_compile(Two(), backend="eager")(torch.randn(B, D), numpy.ones((B, D), dtype=numpy.float32))
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+Pair = collections.namedtuple("Pair", ["low", "high"])
+
+
+class Holder:
+    mean = 0.0
+
+
+class Numbers(nn.Module):
+    """Keeps numbers of the examples of a call without gradients; reads them in training."""
+
+    buf: Tensor
+    count: Tensor
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.layer, self.head = way, nn.Linear(D, D), nn.Linear(D, 3)
+        self.k, self.l, self.flag, self.text, self.z, self.steps = 1.0, [1.0, 2.0], False, "1", 1j, 0
+        self.pair, self.keyed, self.queue = Pair(1.0, 2.0), {0: 1.0, (1, 2): 1.0, 3: 2.0}, collections.deque([1.0])
+        self.holder, self.rows, self.drop, self.array = Holder(), torch.zeros(2), nn.Dropout(0.0), numpy.ones(2)
+        self.drop.train(False)
+        self.register_buffer("buf", torch.ones(()))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor, mode: str = "train") -> Tensor:
+        write, read = NUMBERS[self.way][:2]
+        self.steps += 1
+        if mode == "collect":
+            write(self, x)
+        elif mode == "move":
+            MOVES[self.way](self)
+        elif mode == "train":
+            return self.head(self.layer(x) * read(self))
+        elif mode == "public":
+            return self.head(self.layer(x) * (self.l[1] + self.keyed[3] + self.steps + self.count))
+        return self.head(self.layer(x))
+
+
+def put(name: str, value: Any = lambda x: x.mean().item()) -> Any:
+    return lambda net, x: setattr(net, name, value(x))
+
+
+def put_in(name: str, key: Any) -> Any:
+    return lambda net, x: getattr(net, name).__setitem__(key, x.mean().item())
+
+
+def positive(x: Tensor) -> bool:
+    return bool(abs(x.mean()) >= 0)
+
+
+def size_in_a_buffer(net: Numbers, x: Tensor) -> None:
+    size = len(x.nonzero())
+    net.buf.add_(size)
+
+
+def read_k(net: Numbers) -> float:
+    return net.k
+
+
+NUMBERS: dict[str, tuple[Any, Any, str]] = {
+    "tuple": (put("pair", lambda x: (x.mean().item(), 1.0)), lambda net: net.pair[0], "pair.0"),
+    "namedtuple": (put("pair", lambda x: Pair(1.0, x.mean().item())), lambda net: net.pair.high, "pair.1"),
+    "tuple in a dict": (
+        lambda net, x: net.keyed.update(k=(x.mean().item(),)), lambda net: net.keyed["k"][0], "keyed.k.0"
+    ),
+    "key 0": (put_in("keyed", 0), lambda net: net.keyed[0], "keyed.0"),
+    "key (1, 2)": (put_in("keyed", (1, 2)), lambda net: net.keyed[1, 2], "keyed.(1, 2)"),
+    "key a.b": (put_in("keyed", "a.b"), lambda net: net.keyed["a.b"], "keyed.a.b"),
+    "key a'b": (put_in("keyed", "a'b"), lambda net: net.keyed["a'b"], "keyed.a'b"),
+    "deque": (lambda net, x: net.queue.append(x.mean().item()), lambda net: net.queue[-1], "queue.1"),
+    "object": (lambda net, x: setattr(net.holder, "mean", x.mean().item()), lambda net: net.holder.mean, "holder.mean"),
+    "sum of a list": (put_in("l", 0), lambda net: sum(net.l), "l.0"),
+    "size": (put("k", lambda x: x[x > 0].shape[0]), read_k, "k"),
+    "nonzero": (put("k", lambda x: len(x.nonzero())), read_k, "k"),
+    "unique": (put("k", lambda x: x.round().unique().numel()), read_k, "k"),
+    "size in a buffer": (size_in_a_buffer, lambda net: net.buf, "buf"),
+    "ones": (put("buf", lambda x: torch.ones(x[x > 0].shape[0]).sum()), lambda net: net.buf, "buf"),
+    "rows": (put("rows", lambda x: x[x > 0]), lambda net: len(net.rows), "rows"),
+    "array": (lambda net, x: net.array.fill(x.mean().numpy()), lambda net: torch.from_numpy(net.array)[0], "array"),
+    "number": (put("k"), read_k, "k"),
+}  # fmt: skip
+EXACT = tuple(NUMBERS)
+NUMBERS |= {
+    "item in a buffer": (lambda net, x: net.buf.fill_(x.mean().item()), lambda net: net.buf, "buf"),
+    "item added": (lambda net, x: net.buf.add_(x.mean().item()), lambda net: net.buf, "buf"),
+    "tensor of an item": (put("buf", lambda x: torch.tensor(x.mean().item())), lambda net: net.buf, "buf"),
+    "bool": (put("flag", positive), lambda net: 5.0 if net.flag else 7.0, "flag"),
+    "bool for a number": (put("k", positive), lambda net: 5.0 if net.k else 7.0, "k"),
+    "str": (put("text", lambda x: str(x.mean().item())), lambda net: float(net.text), "text"),
+    "complex": (put("z", lambda x: complex(x.mean().item(), 1)), lambda net: net.z.real, "z"),
+    "mode of a part": (
+        lambda net, x: net.drop.train(positive(x)), lambda net: 5.0 if net.drop.training else 7.0, "drop.training"
+    ),
+    "numpy": (put("k", lambda x: float(numpy.mean(x.numpy()))), read_k, "k"),
+}  # fmt: skip
+MOVES: dict[str, Any] = {
+    "number": lambda net: net.buf.fill_(net.k),
+    "tuple": lambda net: net.l.__setitem__(0, net.pair[0] * 2),
+}
+
+
+def with_numbers(way: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return dp_compile(Numbers(way), backend="eager", **options)
+
+
+def check_number_refused(model: Any, path: str) -> None:
+    with pytest.raises(ExampleMixingError) as refused:
+        train(model)
+    assert f"'{path}'" in str(refused.value) and "earlier call without gradients" in str(refused.value)
+    assert "what to do: " in str(refused.value)
+
+
+@pytest.mark.parametrize("way", EXACT)
+def test_a_number_however_it_is_kept(way: str) -> None:
+    model = with_numbers(way)
+    collect(model)
+    check_number_refused(model, NUMBERS[way][2])
+
+
+@pytest.mark.parametrize("way", [w for w in NUMBERS if w != "array"])
+def test_a_number_behind_a_graph_break(way: str) -> None:
+    model = with_numbers(way, regions="breaks")
+    collect(model)
+    check_number_refused(model, NUMBERS[way][2])
+
+
+@pytest.mark.parametrize(("way", "read"), [("number", "buf"), ("tuple", "l")])
+@pytest.mark.parametrize("regions", [None, "breaks"])
+def test_a_kept_number_written_on_without_gradients(way: str, read: str, regions: Any) -> None:
+    model = with_numbers(way, regions=regions)
+    collect(model)
+    with torch.no_grad():
+        model(torch.randn(B, D), mode="move")
+    model.k, model.pair, model.steps = 1.0, Pair(1.0, 2.0), 0
+    model.way = "item in a buffer" if read == "buf" else "sum of a list"
+    check_number_refused(model, "buf" if read == "buf" else "l.0")
+
+
+def test_compile_step_reads_a_number() -> None:
+    model = with_numbers("number")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, noise_multiplier=1.0, expected_batch_size=B
+    )
+    step = compile_step(model, F.cross_entropy, optimizer)
+    collect(model)
+    with pytest.raises(ExampleMixingError, match="reads the number in 'k'"):
+        step(torch.randn(B, D), torch.randint(0, 3, (B,)))
+
+
+def helper(model: nn.Module, h: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    if not torch.is_grad_enabled():
+        model.k = float(h.sum())
+        return h
+    return h * model.k
+
+
+@torch._dynamo.disable
+def unseen(model: nn.Module) -> Any:
+    return 2 * model.k
+
+
+class Helped(nn.Module):
+    """Reads its number in a function, as a local variable, or where torch does not look."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.layer, self.k = way, nn.Linear(D, 3), 1.0
+
+    def forward(this, x: Tensor, mode: str = "train") -> Tensor:  # noqa: N805
+        h = this.layer(x)
+        if mode == "collect" or this.way == "helper":
+            return helper(this, h)
+        if this.way == "local":
+            k = 2 * this.k
+            torch._dynamo.graph_break()
+            return h * k
+        return h * unseen(this)
+
+
+@pytest.mark.parametrize("way", ["helper", "local", "unseen"])
+def test_a_number_that_python_reads_between_graphs(way: str) -> None:
+    model = dp_compile(Helped(way), backend="eager", regions="breaks")
+    train(model)
+    collect(model)
+    check_number_refused(model, "k")
+    model.k = 1.0
+    train(model)
+
+
+@pytest.mark.parametrize("way", ["centre", "running", "number"])
+@pytest.mark.parametrize("again", [lambda net: net, copy.deepcopy, lambda net: nn.Sequential(net)], ids=str)
+def test_compiled_anew(way: str, again: Any) -> None:
+    """What was left stays with the model, whoever compiles it next."""
+    torch.manual_seed(0)
+    net = Net(way)
+    collect(dp_compile(net, backend="eager"))
+    model = dp_compile(again(net), backend="eager")
+    check_refused(model, way)
+
+
+def test_two_private_views_of_one_model() -> None:
+    net = Net("running")
+    one, other = (dp_compile(net, backend="eager") for _ in range(2))
+    train(other)
+    collect(one)
+    check_refused(other, "running")
+
+
+@pytest.mark.parametrize("regions", [None, "blocks", "breaks"])
+@pytest.mark.parametrize("way", ["number", "sum of a list", "key 0"])
+def test_other_numbers_are_read_while_one_is_kept(way: str, regions: Any) -> None:
+    """Another entry, a counter of calls, one in a buffer."""
+    model = with_numbers(way, regions=regions)
+    collect(model)
+    model(torch.randn(B, D), mode="public").square().sum(1).mean().backward()
+    model.k, model.l, model.keyed = 1.0, [1.0, 2.0], {0: 1.0, 3: 2.0}
+    train(model)
