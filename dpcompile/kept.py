@@ -96,9 +96,11 @@ class Kept:
     read again without gradients                      allowed; what comes of it holds examples too
     written with what depends on no example           allowed (counters, schedules, averages of weights)
     memory written in part, or written over later     holds examples as long as it lives
-    a copy of the model (deepcopy, pickle)            holds examples where the model did
+    a copy of the model (deepcopy, pickle), also of   holds examples where the model did
+    the plain module; a second ``dp_compile``
     passed in again as an argument                    an input like any other
     a copy made outside of the model's calls          not recognised (docs/sharp_edges.md)
+    a NumPy array in a copy of the model              not recognised
     written by the undecorated model                  not recognised (docs/sharp_edges.md)
     ================================================  ====================================================
 

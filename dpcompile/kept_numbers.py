@@ -35,7 +35,8 @@ class KeptNumbers:
                                                         flags, texts and lengths too
     the same, with gradients                            refused while there is any kept number, read or not
     it is set to a value of no example                  allowed again
-    kept outside of the model's attributes              refused at once, unless Python runs between graphs
+    kept outside of the model's attributes              refused at once; where Python runs between graphs, not
+                                                        seen, nor a flag that is set to what it was
     ==================================================  ==============================================================
 
     Args:
