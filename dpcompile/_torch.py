@@ -22,7 +22,7 @@ import torch._decomp.decompositions
 import torch._dynamo
 import torch._functorch.config as functorch_config
 from torch import fx
-from torch._dispatch.python import no_python_dispatcher
+from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError, TorchDynamoException, Unsupported
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis as NumbersAreConstants
@@ -65,7 +65,12 @@ from torch._inductor.virtualized import V
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, SymNumberMemoDescriptor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    free_unbacked_symbols,
+)
 from torch.fx.graph import CodeGen
 from torch.multiprocessing.reductions import StorageWeakRef as WeakMemory
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -131,9 +136,11 @@ __all__ = [
     "partition",
     "plain_graph",
     "is_gradient_of_input",
+    "lengths_of",
     "is_number",
     "make_boxed",
-    "fake_like",
+    "enable_python_dispatcher",
+    "fake_vector",
     "fake_mode_of",
     "fix_numbers",
     "memory_of",
@@ -363,10 +370,18 @@ def taking_real_tensors(mode: Any) -> Iterator[None]:
         mode.allow_non_fake_inputs = before
 
 
-def fake_like(shape: Sequence[int]) -> torch.Tensor:
-    """A float32 tensor without values."""
-    with FakeTensorMode():
-        return torch.empty(tuple(shape))
+def fake_vector(length: int, device: torch.device) -> torch.Tensor:
+    """A float64 vector without values: what is traced with it holds for :func:`lengths_of` it, this one among them."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    real = torch.empty(length, dtype=torch.float64, device=device)
+    return mode.from_tensor(real, symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC]))
+
+
+def lengths_of(vector: torch.Tensor) -> Callable[[int], bool]:
+    """Whether all that was traced with a :func:`fake_vector` holds for a length."""
+    env = cast(Any, vector).fake_mode.shape_env
+    code = env.produce_guards_expression([vector], ignore_static=False)
+    return lambda length: bool(env.evaluate_guards_expression(code, [torch.empty(length, device="meta")]))
 
 
 def inner_tensor(tensor: torch.Tensor) -> torch.Tensor:

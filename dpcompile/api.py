@@ -59,7 +59,7 @@ def dp_compile(  # type: ignore[misc]
         model: the model, or its class. It is not changed; the result shares its parameters and buffers.
         max_grad_norm: C.
         clipping: "flat", "automatic", "per_layer", "per_block", or a function from norms ``[B]`` to weights ``[B]``;
-            see :func:`dpcompile.clipping.clip_weights`.
+            see :func:`dpcompile.clipping.clip_weights` and :func:`dpcompile.clipping.proven`.
         norm: "auto" chooses the fastest rule per parameter; "ghost", "instantiate" (per-example gradients, kept),
             "redo" (the same, dropped) and "direct" (the same, a tile at a time) force one where it exists; other names
             are those of published algorithms (:data:`dpcompile.modes.MODES`).

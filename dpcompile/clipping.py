@@ -13,24 +13,26 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
-from dpcompile._torch import trace_like
+from dpcompile._torch import enable_python_dispatcher, fake_mode_of, fake_vector, lengths_of, trace_like
 from dpcompile.axis import Examples, Shared, Whole
 from dpcompile.errors import PrivacyError
 from dpcompile.joint import JointGraph
 from dpcompile.proof import prove
-from dpcompile.sizes import Size
+from dpcompile.sizes import size
 
 __all__ = [
     "Clipping",
     "ClippingFunction",
+    "ProvenClipping",
     "clip_group",
     "clip_weights",
     "group_bound",
     "group_of",
     "narrowed",
     "own_norms",
-    "prove_function",
+    "proven",
     "unscaled",
     "validate_clipping",
 ]
@@ -39,6 +41,7 @@ ClippingFunction: TypeAlias = Callable[..., Tensor]
 Clipping: TypeAlias = "str | ClippingFunction"
 
 NAMES = ("flat", "automatic", "per_layer", "per_block")
+_READS = ("__array__", "__dlpack__", "data_ptr", "numpy", "storage", "tolist", "untyped_storage")
 _STABILITY = 0.01  # gamma of Bu et al. 2023, section 4
 # Products below 1e-38 vanish in float32: of a norm as small as this it is only known that it is not larger.
 _UNKNOWN = 1e-28
@@ -185,14 +188,77 @@ def _takes_bound(function: ClippingFunction) -> bool:
     return len(required) >= 2
 
 
-def check_function(function: ClippingFunction, norms: Tensor, bound: float) -> tuple[fx.GraphModule, Any]:
-    """Trace a user's clipping function for the proof: its weights may depend on each example's own norm alone.
+def proven(clipping: Clipping, norms: Tensor, bound: float) -> Clipping:
+    """What runs in place of a user's clipping function: the graph that it is traced into here, which is proved.
+
+    **Guarantee.** The graph gives every example a weight from its own norm alone. The function itself sees no norms.
+
+    ===================================================  ====================================================
+    edge case                                            outcome
+    ===================================================  ====================================================
+    Python state that the function reads                 stays as it was here
+    NumPy, ``.tolist()``, DLPack, branches on values     refused
+    a tensor from outside, or made of Python numbers     refused
+    ``torch.rand_like``                                  drawn anew in every backward
+    ===================================================  ====================================================
+
+    Args:
+        clipping: any; a name stays as it is.
+        norms: fake, ``[B]``.
+        bound: C.
+
+    Raises:
+        DPCompileError: it is not traced into such a graph.
+    """
+    if not callable(clipping):
+        return clipping
+    return _proved(*_traced(clipping, norms.double(), bound))
+
+
+class ProvenClipping:
+    """:func:`proven` for batches as they come: a function is traced once for all sizes that it treats alike.
+
+    **Guarantee.** What was traced runs only on sizes of the batch that it was proved for; others are traced anew.
+    """
+
+    def __init__(self, clipping: Clipping, bound: float) -> None:
+        self._clipping, self._bound = clipping, bound
+        self._found: dict[torch.device, list[tuple[Callable[[int], bool], Clipping]]] = {}
+
+    def of(self, count: int, device: torch.device) -> Clipping:
+        """For a batch of ``count`` examples.
+
+        Raises:
+            DPCompileError: see :func:`proven`.
+        """
+        if not callable(self._clipping):
+            return self._clipping
+        known = self._found.setdefault(device, [])
+        for fits, graph in known:
+            if fits(count):
+                return graph
+        norms = fake_vector(count, device)
+        graph = _proved(*_traced(self._clipping, norms, self._bound))
+        known.append((lengths_of(norms), graph))
+        return graph
+
+
+def _traced(function: ClippingFunction, norms: Tensor, bound: float) -> tuple[fx.GraphModule, fx.Node]:
+    """The graph of a user's clipping function, and its result.
 
     Raises:
         PrivacyError: it cannot be traced, or does not return one weight per example.
     """
+
+    def apply(norms: Tensor) -> Any:
+        with _NoReads():
+            return _apply(function, norms, bound)
+
     try:
-        traced = trace_like(lambda n: _apply(function, n, bound), norms)
+        with fake_mode_of([norms]), enable_python_dispatcher():
+            traced = trace_like(apply, norms)
+        if traced.graph.find_nodes(op="get_attr"):
+            raise TypeError("it uses a tensor that is not made from the norms")
     except Exception as error:
         raise PrivacyError(
             f"the clipping function could not be traced: {type(error).__name__}: {error}",
@@ -200,7 +266,7 @@ def check_function(function: ClippingFunction, norms: Tensor, bound: float) -> t
         ) from error
     result = traced.graph.output_node().args[0]
     value = result.meta.get("val") if isinstance(result, fx.Node) else None
-    if not isinstance(value, Tensor) or tuple(value.shape) != tuple(norms.shape):
+    if not (isinstance(result, fx.Node) and isinstance(value, Tensor) and tuple(value.shape) == tuple(norms.shape)):
         raise PrivacyError(
             "the clipping function must return one weight per example, shape [B]",
             remedy="return a tensor of the shape of the norms",
@@ -208,33 +274,31 @@ def check_function(function: ClippingFunction, norms: Tensor, bound: float) -> t
     return traced, result
 
 
-def prove_function(clipping: Clipping, norms: Tensor, bound: float, batch: Size) -> None:
-    """A user's clipping function must give every example a weight from its own norm alone.
-
-    Args:
-        clipping: any; only a function is looked at.
-        norms: fake, ``[B]``.
-        bound: C.
-        batch: B.
-
-    Raises:
-        PrivacyError: it does not.
-    """
-    if not callable(clipping):
-        return
-    traced, result = check_function(clipping, norms, bound)
-    label = prove(_as_joint(traced, result, batch)).of(result)
+def _proved(traced: fx.GraphModule, result: fx.Node) -> ClippingFunction:
+    label = prove(_as_joint(traced, result)).of(result)
     if not isinstance(label, (Shared, Whole)) and label != Examples(0):
         raise PrivacyError(
             f"the clipping function does not give every example its own weight: its result is {label}",
             remedy="let weight i depend on norm i alone",
         )
+    return traced
 
 
-def _as_joint(traced: fx.GraphModule, result: fx.Node, batch: Size) -> JointGraph:
+class _NoReads(TorchFunctionMode):
+    """Refuses what would read a tensor's memory past torch: while tracing there is none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _READS:
+            raise TypeError(f"`{name}` reads the norms past torch")
+        return func(*args, **(kwargs or {}))
+
+
+def _as_joint(traced: fx.GraphModule, result: fx.Node) -> JointGraph:
     """A traced clipping function in the form that the proof takes: its result is the one output to be per example."""
     norms = next(n for n in traced.graph.nodes if n.op == "placeholder")
     return JointGraph(
         module=traced, parameters={}, gradients={}, example_axes={norms: Examples(0)}, tangent_of={norms: result},
-        outputs=(result,), mask=norms, names={}, norm_slot=0, gradient_slots={}, sum_slots={}, batch=batch,
+        outputs=(result,), mask=norms, names={}, norm_slot=0, gradient_slots={}, sum_slots={},
+        batch=size(norms.meta["val"].shape[0]),
     )  # fmt: skip

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpcompile._torch import fake_like, pytree, tracing_config
+from dpcompile._torch import pytree, tracing_config
 from dpcompile.axis import Examples, Label, Shared
 from dpcompile.between import check_hooks_between, compiled_alone
 from dpcompile.changing_numbers import constants_where_needed
-from dpcompile.clipping import prove_function
+from dpcompile.clipping import ProvenClipping
 from dpcompile.deferral import Outcome, Pass, WholeSums
 from dpcompile.draws import Given
 from dpcompile.enclosed import end_forward
@@ -102,7 +103,7 @@ class RegionEngine(Engine):
         self._trained: tuple[str, ...] = ()
         self._lowerings: dict[Any, tuple[Lowering, tuple[str, ...]]] = {}
         self._functions: dict[Any, Callable[..., Any]] = {}
-        self._clipping_proved = False
+        self._clipping = ProvenClipping(options.clipping, options.max_grad_norm)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Given | None = None) -> Any:
         """One call of the compiled module."""
@@ -372,10 +373,7 @@ class RegionEngine(Engine):
                 remedy="pass the batch as a tensor argument of the call; in_dims says which dimension holds the "
                 "examples",
             )
-        if not self._clipping_proved:
-            count = max(batch[0], 2)
-            prove_function(self.options.clipping, fake_like((count,)), self.options.max_grad_norm, count)
-            self._clipping_proved = True
+        options = replace(self.options, clipping=self._clipping.of(*batch))
         refused = self.refused_backward()
         mask = self.take_mask(*batch)
         recorder, given, within = self.first_step, self._given, self.within_backward()
@@ -398,7 +396,7 @@ class RegionEngine(Engine):
         ranks = None
         if self._rank_parts.parallel is not None:
             ranks = NormsOverRanks.of(self._rank_parts.parallel, [t for _, t, dim in dims if dim is not None] + [mask])
-        return Pass(self.options, mask, sums, deliver, refused, ranks)
+        return Pass(options, mask, sums, deliver, refused, ranks)
 
     def check_live(self, names: Sequence[str], parameters: Sequence[Tensor], sharded: bool) -> None:
         """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from dpcompile.clipping import Clipping, clip_group, group_bound, group_of, own_norms, prove_function
+from dpcompile.clipping import Clipping, clip_group, group_bound, group_of, own_norms, proven
 from dpcompile.insert import behind, insert, last_of
 from dpcompile.joint import JointGraph
 from dpcompile.lowering import Lowering
@@ -59,7 +59,8 @@ def rewrite(
     for slot in joint.gradient_slots.values():  # whatever follows, no unclipped gradient is returned
         outputs[slot] = None
     if norms:
-        prove_function(options.clipping, norms[0].squared.meta["val"], options.max_grad_norm, joint.batch)
+        clipping = proven(options.clipping, norms[0].squared.meta["val"], options.max_grad_norm)
+        options = replace(options, clipping=clipping)
     bound = group_bound(options.max_grad_norm, len(groups))
     totals = []
     for members in groups.values():

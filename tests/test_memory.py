@@ -594,7 +594,7 @@ def test_a_number_that_python_reads_between_graphs(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["centre", "running", "number"])
-@pytest.mark.parametrize("again", [lambda net: net, copy.deepcopy, lambda net: nn.Sequential(net)], ids=["itself", "copied", "wrapped"])
+@pytest.mark.parametrize("again", [lambda m: m, copy.deepcopy, nn.Sequential], ids=["itself", "copied", "wrapped"])
 def test_compiled_anew(way: str, again: Any) -> None:
     """What was left stays with the model, whoever compiles it next."""
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from dpcompile.runtime import engine_of
 
 dp_compile: Any = dpcompile.dp_compile
 B, T, D, V = 4, 5, 8, 11
+OUTSIDE = torch.tensor(0.5)
 
 
 class Block(nn.Module):
@@ -164,6 +166,75 @@ def test_a_clipping_function_that_mixes_examples_is_refused() -> None:
     private = dp_compile(MLP(), backend="eager", regions="blocks", clipping=lambda norms: 1 / norms.sum().expand(B))
     with pytest.raises(ExampleMixingError, match="not linear in a sum over the examples"):
         private(rows())
+
+
+@pytest.mark.parametrize("regions", [None, "blocks", "breaks"])
+def test_a_clipping_function_that_begins_to_mix_examples_has_no_effect(regions: Any) -> None:
+    calls = []
+
+    def function(norms: Tensor) -> Tensor:
+        calls.append(norms)
+        return 0.01 * norms.mean().expand_as(norms) if len(calls) > 1 else torch.full_like(norms, 0.01)
+
+    private = dp_compile(MLP(), backend="eager", regions=regions, clipping=function, max_grad_norm=100.0)
+    x, found = rows(), []
+    for size in (1.0, 300.0):
+        x[0] *= size  # an example that is not in the sum
+        private.zero_grad()
+        engine_of(private).set_mask(torch.arange(B) != 0)
+        train_step(private, (x,), {}, PseudoLoss(B))
+        found.append([p.grad.clone() for p in private.parameters()])
+    assert found[0][0].norm() > 0
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("regions", [None, "blocks", "breaks"])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda norms: torch.from_numpy(0 * norms.numpy() + norms.numpy().mean()),
+            "`numpy` reads the norms past torch",
+        ),
+        (lambda norms: norms * float(np.mean(np.asarray(norms))), "`__array__` reads the norms past torch"),
+        (lambda norms: torch.from_dlpack(norms), "`__dlpack__` reads the norms past torch"),
+        (lambda norms: torch.tensor(norms.tolist()), "`tolist` reads the norms past torch"),
+        (lambda norms: norms * torch.tensor(0.5), "a tensor that is not made from the norms"),
+        (lambda norms: norms * OUTSIDE, "convert all Tensors to FakeTensors"),
+        (lambda norms: norms if norms.max() > 1 else 2 * norms, "data-dependent"),
+    ],
+)
+def test_clipping_functions_that_cannot_be_traced(function: Any, message: str, regions: Any) -> None:
+    private = dp_compile(MLP(), backend="eager", regions=regions, clipping=function)
+    with pytest.raises(PrivacyError, match=f"the clipping function could not be traced: .*{message}"):
+        private(rows())
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda norms: torch.where(norms > 1, 1 / norms, torch.ones_like(norms)), 1),
+        (lambda norms: 1 / (1 + norms.float()), 1),
+        (lambda norms: norms.new_full(norms.shape, 1.0) / len(norms), 3),
+        (lambda norms: (1 / norms).mul_(0.5).clamp_(max=0.5), 1),
+    ],
+)
+@pytest.mark.parametrize("norm", ["auto", "two_pass"])
+def test_a_clipping_function_is_right_for_every_size_of_the_batch(function: Any, expected: int, norm: str) -> None:
+    model, calls = MLP(), []
+
+    def counted(norms: Tensor) -> Tensor:
+        calls.append(norms)
+        return function(norms)
+
+    private = dp_compile(model, backend="eager", regions="blocks", clipping=counted, max_grad_norm=0.7, norm=norm)
+    for batch in (B, B + 3, B, 2 * B):
+        x, loss = torch.randn(batch, *rows().shape[1:]), PseudoLoss(batch)
+        private.zero_grad()
+        train_step(private, (x,), {}, loss)
+        wanted = clip(per_example_gradients(model, (x,), {}, loss), 0.7, clipping=function)
+        assert_right(private, wanted, 1e-4)
+    assert len(calls) == expected
 
 
 def test_inductor_compiles_both_parts_of_the_backward() -> None:
