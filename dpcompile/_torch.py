@@ -29,7 +29,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis as NumbersAreConsta
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import (
     AttrSource,
-    ChainedSource,
+    ChainedSource,  # type: ignore[reportPrivateImportUsage]
     ClosureSource,
     ConstDictKeySource,
     DictGetItemSource,
@@ -277,15 +277,15 @@ def guarded_places() -> Iterator[tuple[str, Any, tuple[Key, ...], bool]]:
             source = source.base
         name, root = "", None
         if isinstance(source, LocalSource):
-            name, root = source.local_name, output.local_scope.get(source.local_name)
+            name, root = source.local_name, cast(Any, output).local_scope.get(source.local_name)
         elif isinstance(source, GlobalSource):
-            root = output.global_scope.get(source.global_name)
+            root = cast(Any, output).global_scope.get(source.global_name)
         yield name, root, tuple(steps[::-1]), guard.create_fn_name() in ("CONSTANT_MATCH", "EQUALS_MATCH")
 
 
 def is_whole_call(codes: Container[types.CodeType]) -> bool:
     """Whether the graph that is being compiled is all that runs of one of these functions."""
-    output = InstructionTranslator.current_tx().output
+    output: Any = InstructionTranslator.current_tx().output
     return output.root_tx.f_code in codes and not output.compile_subgraph_reason.graph_break
 
 

@@ -102,7 +102,8 @@ def follow(root: Any, way: Sequence[Key]) -> tuple[Any, Any, Any]:
                 key = list(owner)[step] if kind == "nth" else step
                 value = owner[key]
             elif isinstance(owner, (list, tuple, deque)):
-                key = type(owner)._fields.index(step) if hasattr(type(owner), "_fields") and kind == "." else step
+                fields = getattr(type(owner), "_fields", None)
+                key = fields.index(step) if fields is not None and kind == "." else step
                 value = owner[key]
                 key %= len(owner)
             else:

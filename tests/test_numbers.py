@@ -313,6 +313,6 @@ def test_a_second_backward_in_bfloat16_is_off_by_less_than_a_hundredth(norm: str
         engine_of(private).set_mask(torch.arange(4) == i)
         private(x.bfloat16()).float().square().sum(1).mean().backward()
         shares = [engine_of(private).ledger.total(n) for n in engine_of(private).trainable()]
-        assert 0.099 <= torch.cat([s.double().flatten() for s in shares]).norm() <= 0.101
+        assert 0.099 <= torch.cat([s.double().flatten() for s in shares if s is not None]).norm() <= 0.101
         private.zero_grad()
         engine_of(private).ledger.clear()
