@@ -80,7 +80,7 @@ class Draws:
     a batch changed by the loop, others taken meanwhile    refused: it could be any of them
     rows reordered, and other tensors computed anew        refused where padding is not told from examples
     a batch used a second time, or from somewhere else     its backward is refused
-    the same, computed anew from it                        refused where half of its rows came before
+    the same, computed anew from it                        refused where three quarters came before
     tensors of two batches in one call                     refused
     a draw that was not stepped on                         the next backward is refused
     a batch given up (``continue``, ``discard()``)         right; its draw is lost

@@ -349,7 +349,8 @@ class Engine:
             sums = [(n, s.contiguous() if self._parameters[n].is_contiguous() else s) for n, s in sums]
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
             zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]
-            self.replicas.deliver(sums, zeros, graph_task=within or graph_task, call=turn, reduces=reduces)
+            task = graph_task if within is None else within
+            self.replicas.deliver(sums, zeros, graph_task=task, call=turn, reduces=reduces)
             if norms is not None:
                 assert turn.mask is not None
                 self.note_norms(turn.with_norms(norms.detach(), rows), turn.mask, more=given.more)

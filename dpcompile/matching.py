@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -174,7 +175,7 @@ def _order(batch: DrawnBatch, pairs: Sequence[_Pair], *, ambiguous: bool) -> Ten
     still = any(pair.arriving is None for pair in pairs)
     arriving = list(zip(*(pair.arriving for pair in moved if pair.arriving is not None), strict=True))
     drawn = list(zip(*(pair.drawn for pair in moved if pair.drawn is not None), strict=True))
-    if (still and arriving != drawn) or sorted(map(repr, arriving)) != sorted(map(repr, drawn)):
+    if (still and arriving != drawn) or Counter(arriving) != Counter(drawn):
         raise PrivacyError(
             "the tensors of this call have the rows of a batch in different orders",
             remedy="reorder all tensors of a batch alike",

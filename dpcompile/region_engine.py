@@ -386,7 +386,8 @@ class RegionEngine(Engine):
             reached = {name for name, _ in outcome.sums}
             untouched = [n for n in self.trainable() if n not in reached and self._parameters[n].grad is None]
             zeros = [(n, zeros_for(self._parameters[n])) for n in untouched]
-            self.replicas.deliver(outcome.sums, zeros, graph_task=within or outcome.graph_task, reduces=reduces)
+            task = outcome.graph_task if within is None else within
+            self.replicas.deliver(outcome.sums, zeros, graph_task=task, reduces=reduces)
             self.note_norms(outcome.norms, outcome.mask, more=given.more)
             if recorder is not None:
                 recorder.compare(outcome.norms, outcome.mask, outcome.sums)
