@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -18,11 +16,11 @@ from dpcompile.optim_hooks import HookedOptimizer
 
 __all__ = ["refuse_bystander", "watch"]
 
-_OF: dict[int, weakref.ref[GradientLedger]] = {}  # id of a parameter -> what stands in its p.grad
+_LEDGERS: weakref.WeakSet[GradientLedger] = weakref.WeakSet()
 _TOLD: weakref.WeakSet[GradientLedger] = weakref.WeakSet()
 
 
-def watch(ledger: GradientLedger, parameters: Iterable[nn.Parameter]) -> None:
+def watch(ledger: GradientLedger) -> None:
     """From now on steps of torch optimizers on sums of this ledger are seen.
 
     **Guarantee.** A ``torch.optim.Optimizer`` that steps while a clipped sum stands in the ``p.grad`` of one of its
@@ -35,13 +33,13 @@ def watch(ledger: GradientLedger, parameters: Iterable[nn.Parameter]) -> None:
     the inner optimizer, stepped by its DPOptimizer  nothing
     what a DPOptimizer left in ``p.grad``            nothing: it has its noise
     gradients of the undecorated model, public data  nothing, as long as no sum waits in ``p.grad``
+    several private models over one module           each one's sums are seen
     no DPOptimizer: noise of one's own, or none      a PrivacyWarning, once for a model
     an update that no torch optimizer makes          not seen
     ===============================================  ============================================
     """
     _hook_steps()
-    reference = weakref.ref(ledger)
-    _OF.update((id(p), reference) for p in parameters)
+    _LEDGERS.add(ledger)
 
 
 @functools.lru_cache(maxsize=1)
@@ -53,14 +51,14 @@ def refuse_bystander(optimizer: Optimizer, *_: Any) -> None:
     """Before a step of any optimizer: see :func:`watch`."""
     if isinstance(optimizer, HookedOptimizer) or any(isinstance(v, HookedOptimizer) for v in vars(optimizer).values()):
         return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            reference = _OF.get(id(parameter))
-            ledger = None if reference is None else reference()
-            name = None if ledger is None else ledger.waiting(parameter)
-            if ledger is not None and name is not None:
-                _refuse(ledger, name, optimizer)
-                return
+    ledgers = [ledger for ledger in _LEDGERS if ledger.deliveries and not ledger.applied]
+    if not ledgers:
+        return
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for ledger in ledgers:
+        name = ledger.waiting(stepped)
+        if name is not None:
+            _refuse(ledger, name, optimizer)
 
 
 def _refuse(ledger: GradientLedger, name: str, optimizer: Optimizer) -> None:

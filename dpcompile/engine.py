@@ -89,7 +89,7 @@ class Engine:
         self.module, self.options = module, options
         self._parameters = dict(module.named_parameters())
         self.ledger = GradientLedger(self._parameters)
-        watch(self.ledger, self._parameters.values())
+        watch(self.ledger)
         self.replicas = Replicas(self.ledger, lambda: {n: self._parameters[n] for n in self.trainable()}, self.place)
         self.transformed: Transformed | None = None
         self.feed: Feed | None = None

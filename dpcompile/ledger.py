@@ -73,10 +73,10 @@ class GradientLedger:
         self.scales: list[Tensor] = []
         self.owned = self.applied = False
 
-    def waiting(self, parameter: nn.Parameter) -> str | None:
-        """The name of a parameter in whose ``p.grad`` a clipped sum stands that no step has used; None for others."""
-        grad = None if self.applied else parameter.grad
-        return None if grad is None else next((n for n, e in self._entries.items() if e.grad is grad), None)
+    def waiting(self, among: Collection[int]) -> str | None:
+        """The name of a parameter, its ``id`` among these, in whose ``p.grad`` a sum stands that no step has used."""
+        own = ((n, self._parameters[n], entry.grad) for n, entry in self._entries.items())
+        return next((n for n, p, grad in own if id(p) in among and p.grad is grad), None)
 
     @property
     def deliveries(self) -> int:

@@ -79,3 +79,14 @@ def test_what_has_its_noise_or_is_public_may_be_used() -> None:
     frozen = nn.Linear(2, 2)
     frozen(torch.randn(5, 2)).sum().backward()
     torch.optim.SGD(frozen.parameters(), lr=0.1).step()
+
+
+def test_two_private_models_over_one_module() -> None:
+    net = nn.Linear(3, 2)
+    first = dp_compile(net, backend="eager")
+    optimizer = owned(first, torch.optim.SGD(net.parameters(), lr=0.1))
+    second = dp_compile(net, backend="eager")
+    backward(first)
+    with pytest.raises(PrivacyError, match="SGD.step.* on the clipped sum of parameter 'weight'"):
+        torch.optim.SGD(second.parameters(), lr=0.1).step()
+    optimizer.step()
