@@ -59,7 +59,8 @@ class Match:
     Attributes:
         batch: the batch.
         order: which row of the batch each arriving row is, int64 ``[B]``; None: as drawn.
-        rest: tensors of the call that are not recognised, or were changed in place.
+        rest: tensors of the call that are not recognised, or were changed in place, where the recognised ones do not
+            tell padding from examples.
     """
 
     batch: DrawnBatch
@@ -97,8 +98,10 @@ def recognised(batches: Sequence[DrawnBatch], tensors: Sequence[Located]) -> Mat
     batch = _only([b for b in batches if all(b in found for _, found in known)])
     pairs = [found[batch] for _, found in known]
     rest += [located for (located, _), pair in zip(known, pairs, strict=True) if pair is None]
-    order = _order(batch, [pair for pair in pairs if pair is not None], ambiguous=not rest)
-    return Match(batch, order, rest)
+    recognised_ones = [(located, pair) for (located, _), pair in zip(known, pairs, strict=True) if pair is not None]
+    order = _order(batch, [pair for _, pair in recognised_ones], ambiguous=not rest)
+    tells = order is not None or any(_tells(batch, *located) for located, _ in recognised_ones)
+    return Match(batch, order, [] if tells else rest)
 
 
 def refuse_moved_rows(mask: Tensor, tensors: Sequence[Located]) -> None:
@@ -191,6 +194,13 @@ def _order(batch: DrawnBatch, pairs: Sequence[_Pair], *, ambiguous: bool) -> Ten
             remedy="leave the order of the rows as it is, or reorder them in collate_fn (padding comes after it)",
         )
     return torch.tensor([places[row].pop() for row in arriving])
+
+
+def _tells(batch: DrawnBatch, tensor: Tensor, dim: int) -> bool:
+    """Whether a tensor as it was drawn shows that no padding row took the place of an example."""
+    keys, mask = row_keys(tensor, dim % tensor.ndim).tolist(), batch.mask.tolist()
+    real, padding = ({k for k, m in zip(keys, mask, strict=True) if m is which} for which in (True, False))
+    return not real & padding
 
 
 def _shares_memory(tensor: Tensor, dim: int, drawn: Tensor, along: int) -> bool:

@@ -145,6 +145,34 @@ def test_rows_that_moved_beside_inputs_computed_anew() -> None:
         step(2 * x[order], y[order])
 
 
+class Steps(nn.Module):
+    """Inputs, and a number for each that the loop draws, as the time of a diffusion model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.times = nn.Linear(D, 3), nn.Embedding(3, 3)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layer(x) + self.times(t)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_random_numbers_beside_inputs_as_drawn(copy: bool) -> None:
+    """That some are alike is chance, and no sign that rows moved."""
+    torch.manual_seed(0)
+    net, data = Steps(), TensorDataset(torch.randn(N, D))
+    model, optimizer, loader = make_private(
+        net, torch.optim.SGD(net.parameters(), lr=0.1), DataLoader(data, batch_size=8), noise_multiplier=1.0,
+        max_grad_norm=1.0, seed=3, backend="eager", physical_batch_size=24,
+    )  # fmt: skip
+    for _ in range(3):
+        for (x,) in loader:
+            model(x.clone() if copy else x, torch.randint(0, 3, (len(x),))).square().sum(1).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert optimizer.logical_step == 15
+
+
 def test_rows_in_different_orders() -> None:
     model, optimizer, loader = private(24)
     step = compile_step(model, F.cross_entropy, optimizer)
