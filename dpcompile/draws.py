@@ -144,10 +144,9 @@ class Draws:
         refuse_moved_rows(mask, tensors if found is None else found.rest)
         if found is None:
             try:
-                self._seen.refuse_others(batch, tensors)
+                self._seen.take(batch, tensors)
             except PrivacyError as error:
                 return Claim(None, refused=error)
-            self._seen.note(batch, tensors)
         self._waiting.remove(batch)
         self._used.append(batch)
         self._fresh, self._hand, self._used_pass = None, batch, batch.of_pass

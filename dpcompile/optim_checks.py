@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -80,14 +81,14 @@ def refuse_forgetful(accountant: PrivacyAccountant | None, counted: Sequence[tup
     """Steps that were counted stay so, each as what it was."""
     if accountant is None:
         return
-    now, before = ({}, {})
+    now, before = Counter[tuple[float, float]](), Counter[tuple[float, float]]()
     for runs, found in ((accountant.history, now), (counted, before)):
         for sigma, rate, steps in runs:
-            found[sigma, rate] = found.get((sigma, rate), 0) + steps
+            found[sigma, rate] += steps
     for (sigma, rate), steps in before.items():
-        if now.get((sigma, rate), 0) < steps:
+        if now[sigma, rate] < steps:
             raise PrivacyError(
-                f"the accountant counts {now.get((sigma, rate), 0)} steps of noise multiplier {sigma} and sample rate "
+                f"the accountant counts {now[sigma, rate]} steps of noise multiplier {sigma} and sample rate "
                 f"{rate}, and counted {steps} after the last one: epsilon would leave some out",
                 remedy="load accountant states through load_state_dict of a new DPOptimizer only",
             )

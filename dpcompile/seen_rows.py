@@ -41,39 +41,39 @@ class SeenRows:
                 self._handed_out[row] = None
         _shorten(self._handed_out)
 
-    def refuse_others(self, batch: DrawnBatch, tensors: Sequence[Located]) -> None:
-        """Raise PrivacyError if these are evidently not rows of this batch."""
-        own = set(batch.identities)
-        enough = max(2.0, 0.75 * int(batch.mask.sum()))
+    def take(self, batch: DrawnBatch, tensors: Sequence[Located]) -> None:
+        """A call trains on these tensors, which it takes for computed from this batch.
+
+        Raises:
+            PrivacyError: they are evidently not its rows.
+        """
         self._grow(len(tensors))
-        for (tensor, dim), made_of, alike in zip(tensors, self._made_of, self._alike, strict=False):
-            if len(alike) > _ALIKE or not _tells(tensor, dim):
-                continue
-            arrived = set(row_keys(tensor, dim % tensor.ndim).tolist()) - alike
-            others = [k for k in arrived if k in self._handed_out and k not in own]
-            others += [k for k in arrived if k in made_of and made_of[k] not in own]
-            if len(set(others)) >= enough:
+        places = [
+            (row_keys(tensor, dim % tensor.ndim).tolist(), made_of, alike)
+            for (tensor, dim), made_of, alike in zip(tensors, self._made_of, self._alike, strict=False)
+            if len(alike) <= _ALIKE and _tells(tensor, dim)
+        ]
+        drawn, mask = batch.identities, batch.mask.tolist()
+        own, enough = set(drawn), max(2.0, 0.75 * sum(mask))
+        for keys, made_of, alike in places:
+            if len({k for k in keys if k not in alike and self._is_another(k, made_of, own)}) >= enough:
                 raise PrivacyError(
                     "a backward on rows that came with other batches of the loader: they are not those of the batch "
                     "that was drawn last, and the accountant counts its draws, each once",
                     remedy="iterate over the loader that make_private returned, and call the model with gradients once "
                     "per batch, on this batch (other calls under torch.no_grad())",
                 )
-
-    def note(self, batch: DrawnBatch, tensors: Sequence[Located]) -> None:
-        """These tensors were computed from a batch."""
-        drawn, mask = batch.identities, batch.mask.tolist()
-        self._grow(len(tensors))
-        for (tensor, dim), made_of, alike in zip(tensors, self._made_of, self._alike, strict=False):
-            if len(alike) > _ALIKE or not _tells(tensor, dim):
-                continue
-            keys = row_keys(tensor, dim % tensor.ndim).tolist()
+        for keys, made_of, alike in places:
             rows = {(key, row) for key, row, real in zip(keys, drawn, mask, strict=True) if real}
             often = Counter(key for key, _ in rows)
             alike |= {key for key, count in often.items() if count > 1}
             for key, row in rows:
                 made_of.setdefault(key, row)
             _shorten(made_of)
+
+    def _is_another(self, key: int, made_of: dict[int, int], own: set[int]) -> bool:
+        """Whether a row came before, with a row that is none of these."""
+        return (key in self._handed_out and key not in own) or (key in made_of and made_of[key] not in own)
 
     def _grow(self, tensors: int) -> None:
         while len(self._made_of) < tensors:
