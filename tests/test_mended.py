@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import ALL
+from models.autograd import Reverse
 from oracle import PseudoLoss, clip, error_of, per_example_gradients, train_step
 from torch import Tensor, nn
 from torch._dynamo.variables import TensorVariable
@@ -44,30 +45,20 @@ def test_only_our_compilations_are_mended() -> None:
     assert before == (SchedulerNode.recompute_size_and_body, LoopBody.get_read_expr)
 
 
-class Scaled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *g: Tensor) -> Tensor:
-        return g[0] * -0.7
-
-
 def multiplied(y: Tensor, w: Tensor) -> Tensor:
     y.unsqueeze(0).mul_(w)
-    return Scaled.apply(y)  # type: ignore[return-value]
+    return Reverse.apply(y, 0.7)  # type: ignore[return-value]
 
 
 def multiplied_below_a_view(y: Tensor, w: Tensor) -> Tensor:
     z = y.transpose(0, 1)
     y.mul_(w)
-    return Scaled.apply(z).transpose(0, 1)  # type: ignore[union-attr]
+    return Reverse.apply(z, 0.7).transpose(0, 1)  # type: ignore[union-attr]
 
 
 def copied_to_a_part(y: Tensor, w: Tensor) -> Tensor:
     y[:, 0].copy_(w.expand(len(y)))
-    return Scaled.apply(y)  # type: ignore[return-value]
+    return Reverse.apply(y, 0.7)  # type: ignore[return-value]
 
 
 def asked(y: Tensor, w: Tensor) -> Tensor:
