@@ -40,6 +40,7 @@ PAGES = (
     "docs/design.md",
 )
 _BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+_ON_THE_PINNED_RELEASE = torch.__version__.startswith("2.13")
 # What a reader need not wait for in a test.
 _SHORTER = {"for epoch in range(20):": "for epoch in range(1):"}
 
@@ -97,9 +98,14 @@ def _given(page: str) -> dict[str, Any]:
     }
 
 
+def _of_any_release(output: str) -> str:
+    """Without the expected time and peak of a step: another release's backward has other operations."""
+    return re.sub(r"^expected: .*", "expected: -", output, flags=re.MULTILINE)
+
+
 def _as_on_the_page() -> bool:
     packages = ("transformers", "peft")
-    return torch.__version__.startswith("2.13") and all(importlib.util.find_spec(p) is not None for p in packages)
+    return _ON_THE_PINNED_RELEASE and all(importlib.util.find_spec(p) is not None for p in packages)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -108,7 +114,8 @@ def test_the_page_prints_what_it_says(page: str) -> None:
     for block, printed in run_page(page):
         count += 1
         if block["output"] is not None:
-            assert printed == block["output"], f"run `python tests/test_docs.py` if the new output of {page} is right"
+            read = str if _ON_THE_PINNED_RELEASE else _of_any_release
+            assert read(printed) == read(block["output"]), f"run `python tests/test_docs.py` if the new {page} is right"
         else:
             assert "Error: " not in printed
     assert count or page == "docs/design.md"

@@ -33,6 +33,7 @@ pytestmark = [  # what plain torch and transformers say of these models
     pytest.mark.filterwarnings("ignore:Unsupported layer type.*encountered:UserWarning"),  # PEFT
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Dynamo's own, of Functions
+    pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning"),
 ]
 
 
@@ -116,7 +117,6 @@ def evenly(cases: list[Case], count: int) -> list[Case]:
     return [cases[i * len(cases) // count] for i in range(count)]
 
 
-@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
 @pytest.mark.parametrize(("case", "norm"), sample())
 def test_sample_through_inductor(case: Case, norm: str, record: Record) -> None:
     right(case, norm, record, "inductor", torch.float64 if case.family == "modules" else torch.float32)
