@@ -21,14 +21,13 @@ from torch import Tensor, nn
 import dpcompile
 from benchmarks.machine import describe_machine
 from benchmarks.markdown import markdown
-from dpcompile.kernels import torch_norms
+from dpcompile.kernels import filter_op, gram_op, norms_torch
 from dpcompile.kernels.fused_rates import unfused_ghost
+from dpcompile.kernels.product_op import product_with_norms
+from dpcompile.kernels.products import own_product
 from dpcompile.kernels.rounding import CLOSE
-from dpcompile.norms import filter_op, gram_op
 from dpcompile.norms.ghost import Sides, ghost
-from dpcompile.norms.product_op import product_with_norms
-from dpcompile.norms.products import own_product
-from dpcompile.plan import panels_of
+from dpcompile.planning.plan import panels_of
 
 SHAPES = [(16, 64, 768, 768), (8, 128, 768, 3072), (16, 197, 384, 1536), (8, 256, 512, 2048), (2, 1024, 768, 768)]
 
@@ -104,7 +103,7 @@ def images() -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
 @contextmanager
 def counted(found: list[int]) -> Iterator[None]:
     """Count the norms that are looked at, and those that are done again."""
-    modules: list[Any] = [gram_op, torch_norms, filter_op]
+    modules: list[Any] = [gram_op, norms_torch, filter_op]
     before = gram_op.settled
 
     def settled(squared: Tensor, slack: Tensor, sizes: Tensor, redo: Any) -> Tensor:

@@ -12,9 +12,9 @@ import argparse
 import torch
 
 from dpcompile.kernels.fused_rates import seconds, unfused_direct, unfused_ghost
-from dpcompile.kernels.norm_ops import direct_norm, ghost_norm
+from dpcompile.kernels.norms import direct_norm, ghost_norm
+from dpcompile.kernels.product_op import product_norms
 from dpcompile.norms.ghost import Sides, ghost
-from dpcompile.norms.product_op import product_norms
 
 SHAPES = [  # B, T, P, D
     (8, 64, 1024, 1024),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dpcompile import DPOptimizer, dp_compile
-from dpcompile.noise import gaussian
+from dpcompile.noise.normal import gaussian
 
 EXPECTED = 1000.0
 STEP: Any = {"lr": 1e-3, "weight_decay": 0.01}

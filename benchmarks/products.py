@@ -17,13 +17,13 @@ import torch
 from benchmarks.machine import describe_machine
 from benchmarks.markdown import markdown
 from benchmarks.measure import interleaved
-from dpcompile.norms.filter_op import filter_gradients, filter_norms
+from dpcompile.kernels.filter_op import filter_gradients, filter_norms
+from dpcompile.kernels.index_op import sums_and_sizes
+from dpcompile.kernels.kept_op import squared_norms, weighted_sums
+from dpcompile.kernels.onednn import multiply_
+from dpcompile.kernels.products import own_product
+from dpcompile.kernels.workspace import Workspace
 from dpcompile.norms.ghost import Sides, ghost
-from dpcompile.norms.index_op import sums_and_sizes
-from dpcompile.norms.kept_op import squared_norms, weighted_sums
-from dpcompile.norms.products import own_product
-from dpcompile.onednn import multiply_
-from dpcompile.workspace import Workspace
 
 WORDS = 8192
 TEXTS = [(64, 256, 64), (8, 256, 512), (4, 1024, 256), (8, 1024, 768)]

@@ -14,7 +14,7 @@ import torch
 from benchmarks.machine import describe_machine
 from benchmarks.models import CASES
 from dpcompile import dp_compile
-from dpcompile.verify import Verifier
+from dpcompile.runtime.verify import Verifier
 
 __all__ = ["main"]
 

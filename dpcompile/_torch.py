@@ -78,8 +78,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dpcompile import packed
-from dpcompile.decompositions import DECOMPOSITIONS, take_apart
+from dpcompile.capture import packed
+from dpcompile.graph.decompositions import DECOMPOSITIONS, take_apart
 
 __all__ = [
     "BackendCompilerFailed",
@@ -217,9 +217,9 @@ def tracing_config(*, regions: bool = False, dynamic: bool | None = None) -> Ite
     become inputs of the graph (not integers of modules where everything is ``dynamic``). Hooks of modules are guarded.
     Where ``torch.compile`` would break the graph to warn or to write to a log, it does neither; and
     ``requires_grad = True`` on an intermediate value is passed over. Packed sequences stay padded
-    (:mod:`dpcompile.packed`). DistributedDataParallel does not cut the graph into its buckets. With ``regions``, one
-    function is compiled for many modules: as often as they differ, and with every
-    guard that tells them apart, also under FSDP.
+    (:mod:`dpcompile.capture.packed`). DistributedDataParallel does not cut the graph into its buckets. With
+    ``regions``, one function is compiled for many modules: as often as they differ, and with every guard that tells
+    them apart, also under FSDP.
     """
     config = torch._dynamo.config
     loggers = {v for k, v in vars(logging.Logger).items() if k.startswith(_LOGS) and callable(v)}
@@ -633,7 +633,7 @@ _RECURRENT = {name: packed.recurrent(name, getattr(_VF, name)) for name in ("lst
 
 @contextlib.contextmanager
 def _packed_sequences_stay_padded() -> Iterator[None]:
-    """Let Dynamo trace :mod:`dpcompile.packed` for torch's packed sequences and the layers that run on them."""
+    """Let Dynamo trace :mod:`dpcompile.capture.packed` for torch's packed sequences and the layers that run on them."""
     rules: dict[Any, Any] = get_torch_obj_rule_map()
     before = {function: rules.get(function) for function in packed.REPLACED}
     layers = {name: vars(_VF).get(name) for name in _RECURRENT}

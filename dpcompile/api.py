@@ -8,13 +8,13 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from dpcompile.arguments import InDims
-from dpcompile.clipping import Clipping, validate_clipping
+from dpcompile.capture.arguments import InDims
+from dpcompile.clipping.groups import Clipping, validate_clipping
 from dpcompile.errors import DPCompileError, PrivacyError
-from dpcompile.modes import NORM_MODES
-from dpcompile.pipeline import Options
-from dpcompile.replicas import refuse_wrapped
-from dpcompile.runtime import PrivateModule, private_class, private_view
+from dpcompile.module import PrivateModule, private_class, private_view
+from dpcompile.options import Options
+from dpcompile.planning.modes import NORM_MODES
+from dpcompile.runtime.replicas import refuse_wrapped
 
 __all__ = ["dp_compile"]
 
@@ -59,19 +59,19 @@ def dp_compile(  # type: ignore[misc]
         model: the model, or its class. It is not changed; the result shares its parameters and buffers.
         max_grad_norm: C.
         clipping: "flat", "automatic", "per_layer", "per_block", or a function from norms ``[B]`` to weights ``[B]``;
-            see :func:`dpcompile.clipping.clip_weights` and :func:`dpcompile.clipping.proven`.
+            see :func:`dpcompile.clipping.weights.clip_weights` and :func:`dpcompile.proof.functions.proven`.
         norm: "auto" chooses the fastest rule per parameter; "ghost", "instantiate" (per-example gradients, kept),
             "redo" (the same, dropped) and "direct" (the same, a tile at a time) force one where it exists; other names
-            are those of published algorithms (:data:`dpcompile.modes.MODES`).
+            are those of published algorithms (:data:`dpcompile.planning.modes.MODES`).
         in_dims: the dimension of each input that holds the examples, as in ``torch.func.vmap``; None for an input that
             is the same for all. One entry for all, one per positional argument, or a dict by argument name.
         loss_reduction: "mean" if the loss is a mean over the batch (its 1/B is undone before clipping), or "sum".
         backend: "inductor", or "eager" to run the rewritten graph uncompiled.
         dynamic: as in ``torch.compile``: True for symbolic sizes and numbers, False for fixed ones, None to find out.
         memory_budget: None; a float: this multiple of the plain step's peak memory; an int: bytes for the whole step.
-            The batch may then run in parts (:mod:`dpcompile.parts`), a model in regions in two backward passes
-            (:mod:`dpcompile.region_memory`). With None, memory on CPUs stays mapped between
-            steps (:mod:`dpcompile.workspace`).
+            The batch may then run in parts (:mod:`dpcompile.planning.parts`), a model in regions in two backward passes
+            (:mod:`dpcompile.planning.region_memory`). With None, memory on CPUs stays mapped between
+            steps (:mod:`dpcompile.kernels.workspace`).
         check: compare the first step with ``torch.func.vmap(grad)`` and raise on a difference.
         regions: None compiles the model as one graph; "blocks" compiles each element of repeated containers by itself
             (``ModuleList``, ``Sequential``), equal ones once, and clips when the whole backward is over; "breaks"
@@ -79,7 +79,7 @@ def dp_compile(  # type: ignore[misc]
             ``fully_shard`` is always compiled in its units.
         verify: under Inductor, compare what each graph was compiled to with the graph itself, run uncompiled, on its
             first batch, and raise in the backward where they differ by more than rounding can explain
-            (:mod:`dpcompile.verify`). It costs one uncompiled step per graph.
+            (:mod:`dpcompile.runtime.verify`). It costs one uncompiled step per graph.
 
     Returns:
         A module of the model's own class and signature with, in addition, ``grad_norms``, ``plan``, ``graph``,

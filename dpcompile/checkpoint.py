@@ -14,12 +14,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from dpcompile import optim_checks
-from dpcompile.data import PoissonLoader
+from dpcompile.data.loader import PoissonLoader
+from dpcompile.distributed.ranks import from_first
 from dpcompile.errors import DPCompileError, PrivacyError
-from dpcompile.optim import DPOptimizer
-from dpcompile.ranks import from_first
-from dpcompile.runtime import engine_of
+from dpcompile.module import engine_of
+from dpcompile.optim import checks as optim_checks
+from dpcompile.optim.optimizer import DPOptimizer
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 

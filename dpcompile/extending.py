@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from dpcompile._torch import OpOverload, OpOverloadPacket
-from dpcompile.axis import Examples, Label, Shared, Summed
-from dpcompile.operations import operation_name
-from dpcompile.rules import AxisRule, Call, Labels, add_rule, find_rule
-from dpcompile.rules.pointwise import pointwise
-from dpcompile.site_kinds import SiteKind, add_site_kind
-from dpcompile.sizes import is_one, product, same
+from dpcompile.graph.labels import Examples, Label, Shared, Summed
+from dpcompile.graph.operations import operation_name
+from dpcompile.graph.sizes import is_one, product, same
+from dpcompile.proof.rules import AxisRule, Call, Labels, add_rule, find_rule
+from dpcompile.proof.rules.pointwise import pointwise
+from dpcompile.proof.site_kinds import SiteKind, add_site_kind
 
 __all__ = ["register_axis_rule", "register_site"]
 
@@ -38,8 +38,8 @@ def register_axis_rule(
         operator: ``"mylib::op"``, ``torch.ops.mylib.op``, or what ``torch.library.custom_op`` returned. Forward and
             backward operators each need a rule.
         rule: ``"pointwise"``: element by element, with broadcasting. Or a function from
-            :class:`dpcompile.rules.Call` to the label of the result, or a tuple of labels
-            (:mod:`dpcompile.axis`), for what cannot be said otherwise; it can be given by decoration.
+            :class:`dpcompile.proof.rules.Call` to the label of the result, or a tuple of labels
+            (:mod:`dpcompile.graph.labels`), for what cannot be said otherwise; it can be given by decoration.
         examples: operand -> the dimension that may hold the examples. The rule says: slices of these operands at one
             position make the slice of the result at that position, and no other. All other operands are shared.
         results: for each result, where the examples lie in it: a dimension, ``"sum"`` for a sum over examples of terms

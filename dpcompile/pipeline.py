@@ -4,56 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import fx
 
 from dpcompile._torch import copy_graph, real_tensors
-from dpcompile.axis import Label
-from dpcompile.capture import Roles, check_outputs, name_joint
-from dpcompile.certificate import Certificate, certify
-from dpcompile.choose import Limit
-from dpcompile.clipping import Clipping
-from dpcompile.joint import JointGraph
+from dpcompile.capture.joint import check_outputs, name_joint
+from dpcompile.capture.roles import Roles
+from dpcompile.graph.joint import JointGraph
+from dpcompile.graph.labels import Label
+from dpcompile.graph.matrix_exp import fold_matrix_exp
+from dpcompile.graph.normalise import (
+    copy_expanded_bases,
+    save_what_is_overwritten,
+    slices_for_splits,
+    split_convolution_bias,
+)
 from dpcompile.kernels.fused_rates import FusedRates, measure_fused_rates
-from dpcompile.lower import Cut
-from dpcompile.lowering import TWO_PASS
-from dpcompile.matrix_exp import fold_matrix_exp
-from dpcompile.memory import is_fused, replay
-from dpcompile.modes import MODES, without_keeping
-from dpcompile.normalise import copy_expanded_bases, save_what_is_overwritten, slices_for_splits, split_convolution_bias
-from dpcompile.parts import InParts, allowed_parts
-from dpcompile.plan import Plan, make_plan
-from dpcompile.proof import Proof, prove
-from dpcompile.rates import Rates, rates_for
-from dpcompile.region_memory import RegionMemory, region_memory
-from dpcompile.replication import agree_on_rates, check_replication
-from dpcompile.rewrite import ClipOptions, rewrite
-from dpcompile.scaling import check_scaling
-from dpcompile.shared_uses import Use, uses_of
-from dpcompile.sites import find_gradients
-from dpcompile.step_cost import plain_seconds
-from dpcompile.unowned import erase_cotangents
+from dpcompile.kernels.rates import Rates, rates_for
+from dpcompile.lowering.backward import Cut
+from dpcompile.options import TWO_PASS, Options
+from dpcompile.planning.modes import MODES, without_keeping
+from dpcompile.planning.parts import InParts, allowed_parts
+from dpcompile.planning.plan import Plan, make_plan
+from dpcompile.planning.region_memory import RegionMemory, region_memory
+from dpcompile.planning.replay import is_fused, replay
+from dpcompile.planning.search import Limit
+from dpcompile.planning.shared_uses import Use, uses_of
+from dpcompile.planning.step_cost import plain_seconds
+from dpcompile.proof.certificate import Certificate, certify
+from dpcompile.proof.prove import Proof, prove
+from dpcompile.proof.replication import agree_on_rates, check_replication
+from dpcompile.proof.scaling import check_scaling
+from dpcompile.proof.sites import find_gradients
+from dpcompile.proof.unowned import erase_cotangents
+from dpcompile.rewriting.rewrite import ClipOptions, rewrite
 
-__all__ = ["Options", "Transformed", "privatize"]
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the user asked of :func:`dpcompile.dp_compile`; its docstring explains each."""
-
-    max_grad_norm: float
-    clipping: Clipping
-    norm: str
-    in_dims: Any
-    loss_reduction: str
-    backend: str
-    dynamic: bool | None
-    memory_budget: float | int | None
-    check: bool
-    regions: str | None = None
-    verify: bool = True
+__all__ = ["Transformed", "privatize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +80,7 @@ def privatize(
     """Normalise, name, prove, find, plan, rewrite: ``module`` returns clipped sums and norms afterwards.
 
     Contract: ``module`` is a decomposed joint graph of AOTAutograd, rewritten in place; ``roles`` are those of its
-    inputs before :func:`dpcompile.capture.extend`.
+    inputs before :func:`dpcompile.capture.inputs.extend`.
 
     Args:
         module: see there.

@@ -10,16 +10,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from dpcompile.accounting.accountant import Method, PrivacyAccountant, calibrate_noise
+from dpcompile.accounting.planned_steps import OnExceed
 from dpcompile.api import dp_compile
-from dpcompile.data import PoissonLoader
+from dpcompile.data.loader import PoissonLoader
+from dpcompile.distributed.ranks import from_first, rank, world_size
 from dpcompile.errors import PrivacyError
-from dpcompile.noise import fresh_seed
-from dpcompile.optim import DPOptimizer
-from dpcompile.planned_steps import OnExceed
-from dpcompile.privacy import Method, PrivacyAccountant, calibrate_noise
-from dpcompile.ranks import from_first, rank, world_size
-from dpcompile.replicas import inner_module
-from dpcompile.runtime import Engine, PrivateModule, engine_of
+from dpcompile.module import Engine, PrivateModule, engine_of
+from dpcompile.noise.counter import fresh_seed
+from dpcompile.optim.optimizer import DPOptimizer
+from dpcompile.runtime.replicas import inner_module
 
 __all__ = ["make_private"]
 

@@ -13,25 +13,27 @@ import torch
 from torch import Tensor, fx, nn
 
 from dpcompile._torch import PlainAOTOutput, compile_joint, disable, flat_graph, memory_of, pytree, tracing_config
-from dpcompile.arguments import InDims, example_dims
-from dpcompile.capture import Roles, assign_roles, extend
-from dpcompile.changing_numbers import constants_where_needed
-from dpcompile.delivery import warn_of_lost_examples
-from dpcompile.draws import Given, nothing
-from dpcompile.engine import Engine, with_own_code
+from dpcompile.batches.draws import Given, nothing
+from dpcompile.capture.arguments import InDims, example_dims
+from dpcompile.capture.example_losses import ExampleLosses
+from dpcompile.capture.inputs import extend
+from dpcompile.capture.outputs import detach_all_but
+from dpcompile.capture.roles import Roles, assign_roles
+from dpcompile.capture.tensor_kinds import check_model
+from dpcompile.distributed.shards import zeros_for
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
-from dpcompile.example_losses import ExampleLosses
-from dpcompile.kept_numbers import reads_of
-from dpcompile.kinds import check_model
-from dpcompile.optim import DPOptimizer
-from dpcompile.outputs import detach_all_but
-from dpcompile.parts import split_call
-from dpcompile.pipeline import Options, Transformed, privatize
-from dpcompile.region_engine import RegionEngine
-from dpcompile.runtime import engine_of
-from dpcompile.shards import zeros_for
-from dpcompile.translate import translated
-from dpcompile.verify import Verifier
+from dpcompile.module import engine_of
+from dpcompile.optim.optimizer import DPOptimizer
+from dpcompile.options import Options
+from dpcompile.pipeline import Transformed, privatize
+from dpcompile.planning.parts import split_call
+from dpcompile.regions.engine import RegionEngine
+from dpcompile.runtime.changing_numbers import constants_where_needed
+from dpcompile.runtime.delivery import warn_of_lost_examples
+from dpcompile.runtime.engine import Engine, with_own_code
+from dpcompile.runtime.kept_numbers import reads_of
+from dpcompile.runtime.translate import translated
+from dpcompile.runtime.verify import Verifier
 
 __all__ = ["CompiledStep", "compile_step"]
 

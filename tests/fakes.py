@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpcompile.draws import Draws
+from dpcompile.batches.draws import Draws
 from dpcompile.errors import PrivacyError
-from dpcompile.ledger import GradientLedger
+from dpcompile.runtime.ledger import GradientLedger
 
 _tasks = itertools.count()
 

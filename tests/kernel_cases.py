@@ -129,7 +129,8 @@ def make(name: str) -> Case:
 
 def interpreted(name: str) -> dict[str, list[float]]:
     """Rule -> the norms by the kernels."""
-    from dpcompile.kernels import triton_direct, triton_ghost
+    from dpcompile.kernels.triton import direct as triton_direct
+    from dpcompile.kernels.triton import ghost as triton_ghost
 
     case = make(name)
     if case.one_hot:

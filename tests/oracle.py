@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dpcompile.runtime import engine_of
+from dpcompile.module import engine_of
 
 __all__ = [
     "Loss",

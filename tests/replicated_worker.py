@@ -44,7 +44,7 @@ from torch.utils.data import TensorDataset
 
 from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError, compile_step, make_private
 from dpcompile.checkpoint import load_checkpoint, save_checkpoint
-from dpcompile.ranks import from_first
+from dpcompile.distributed.ranks import from_first
 
 
 def replicated(make: Callable[[], nn.Module], **options: Any) -> Any:

@@ -34,7 +34,7 @@ from torch.utils.data import TensorDataset
 import dpcompile
 from dpcompile import DPOptimizer, PoissonLoader, PrivacyAccountant, PrivacyError, UnsupportedGraphError
 from dpcompile.checkpoint import load_checkpoint, save_checkpoint
-from dpcompile.runtime import engine_of
+from dpcompile.module import engine_of
 
 dp_compile: Any = dpcompile.dp_compile
 BATCH = 8

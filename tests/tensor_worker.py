@@ -31,9 +31,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpcompile
-from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError, make_private, rates
+from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError, make_private
 from dpcompile.checkpoint import load_checkpoint, save_checkpoint
-from dpcompile.runtime import engine_of
+from dpcompile.kernels import rates
+from dpcompile.module import engine_of
 
 dp_compile: Any = dpcompile.dp_compile
 B, T, D, V, C = 8, 3, 8, 11, 0.5

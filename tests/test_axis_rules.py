@@ -13,9 +13,9 @@ from torch import Tensor, fx
 
 from dpcompile import DPCompileError, dp_compile, pipeline
 from dpcompile._torch import trace_like
-from dpcompile.axis import Examples, Label, Mixed, Shared, Summed
-from dpcompile.joint import JointGraph
-from dpcompile.proof import Proof, prove
+from dpcompile.graph.joint import JointGraph
+from dpcompile.graph.labels import Examples, Label, Mixed, Shared, Summed
+from dpcompile.proof.prove import Proof, prove
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 

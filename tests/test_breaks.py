@@ -16,7 +16,7 @@ from test_regions import GPT, B, D, V, dp_compile, ids, right, rows
 from torch import Tensor, nn
 
 from dpcompile import DPCompileError, DPOptimizer, ExampleMixingError, UnsupportedGraphError
-from dpcompile.runtime import engine_of
+from dpcompile.module import engine_of
 
 graph_break = torch._dynamo.graph_break
 SEEN: list[Any] = []

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpcompile import DPCompileError, PrivacyError, dp_compile, norm_nodes, sum_nodes
+from dpcompile import DPCompileError, PrivacyError, dp_compile
+from dpcompile.rewriting import norm_nodes, sum_nodes
 
 B = 5
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpcompile import content
-from dpcompile.content import different, fingerprints
+from dpcompile.kernels import content
+from dpcompile.kernels.content import different, fingerprints
 
 CPU = torch.device("cpu")
 

@@ -24,12 +24,14 @@ from torch.utils.data import (
     default_collate,
 )
 
-from dpcompile import data, optim, sampling
-from dpcompile.data import PhysicalBatch, PoissonLoader
+from dpcompile.accounting.accountant import PrivacyAccountant
+from dpcompile.data import loader as data
+from dpcompile.data import sampling
+from dpcompile.data.loader import PhysicalBatch, PoissonLoader
+from dpcompile.data.sampling import default_physical_batch_size, poisson_draw
 from dpcompile.errors import PrivacyError
-from dpcompile.optim import DPOptimizer
-from dpcompile.privacy import PrivacyAccountant
-from dpcompile.sampling import default_physical_batch_size, poisson_draw
+from dpcompile.optim import optimizer as optim
+from dpcompile.optim.optimizer import DPOptimizer
 
 
 @pytest.fixture(autouse=True)

@@ -12,16 +12,10 @@ from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_
 from torch import Tensor, nn
 
 import dpcompile
-from dpcompile import (
-    DPCompileError,
-    UnsupportedGraphError,
-    extending,
-    register_axis_rule,
-    register_site,
-    site_kinds,
-)
-from dpcompile.axis import Examples, Label
-from dpcompile.rules import Call, registry
+from dpcompile import DPCompileError, UnsupportedGraphError, extending, register_axis_rule, register_site
+from dpcompile.graph.labels import Examples, Label
+from dpcompile.proof import site_kinds
+from dpcompile.proof.rules import Call, registry
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
 

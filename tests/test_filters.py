@@ -14,10 +14,10 @@ from oracle import PseudoLoss, assert_right, assert_safe, clip, per_example_grad
 from torch import Tensor, nn
 
 import dpcompile
-from dpcompile import filters
-from dpcompile.filters import Geometry, fullness, has_kernel
-from dpcompile.norms import convolutions, filter_op
-from dpcompile.norms.filter_op import filter_gradients, filter_norms, grouped_convolution
+from dpcompile.kernels import filter_op, filters
+from dpcompile.kernels.filter_op import filter_gradients, filter_norms, grouped_convolution
+from dpcompile.kernels.filters import Geometry, fullness, has_kernel
+from dpcompile.norms import convolutions
 
 dp_compile: Any = dpcompile.dp_compile
 CONVOLUTIONS = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}

@@ -12,8 +12,8 @@ from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_
 from torch import Tensor, nn
 
 import dpcompile
-from dpcompile import onednn
-from dpcompile.norms.index_op import clipped_sums_by_index, norms_by_index, sums_and_sizes
+from dpcompile.kernels import onednn
+from dpcompile.kernels.index_op import clipped_sums_by_index, norms_by_index, sums_and_sizes
 
 dp_compile: Any = dpcompile.dp_compile
 WORDS = 11

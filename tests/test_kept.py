@@ -10,8 +10,8 @@ from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_
 from torch import nn
 
 import dpcompile
-from dpcompile import onednn
-from dpcompile.norms.kept_op import FEW, norms_of_vectors, weighted_sums
+from dpcompile.kernels import onednn
+from dpcompile.kernels.kept_op import FEW, norms_of_vectors, weighted_sums
 
 dp_compile: Any = dpcompile.dp_compile
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dpcompile.layouts import copied_bytes, filters_of, laid_out
+from dpcompile.lowering.layouts import copied_bytes, filters_of, laid_out
 
 
 class Mixed(nn.Module):

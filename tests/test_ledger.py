@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dpcompile.errors import PrivacyError
-from dpcompile.ledger import GradientLedger
+from dpcompile.runtime.ledger import GradientLedger
 
 
 @pytest.fixture

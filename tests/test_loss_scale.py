@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpcompile import DPOptimizer, PrivacyError, dp_compile, make_private
-from dpcompile.runtime import engine_of
+from dpcompile.module import engine_of
 
 C, B = 0.5, 8
 

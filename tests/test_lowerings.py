@@ -21,8 +21,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from dpcompile import PrivacyError, UnsupportedGraphError, lower
-from dpcompile.runtime import engine_of
+from dpcompile import PrivacyError, UnsupportedGraphError
+from dpcompile.lowering import backward as lower
+from dpcompile.module import engine_of
 
 TWICE: dict[str, Any] = {"backend": "eager", "regions": "blocks", "norm": "two_pass"}
 

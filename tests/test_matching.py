@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpcompile import PrivacyError, compile_step, make_private
-from dpcompile.draws import Draws
-from dpcompile.row_keys import row_keys
+from dpcompile.batches.draws import Draws
+from dpcompile.batches.row_keys import row_keys
 
 N, D = 40, 4
 Batch = tuple[Tensor, Tensor]

@@ -12,10 +12,12 @@ import torch
 from fakes import PrivateModel, engine_of
 from scipy import stats
 
-from dpcompile import native, optim
-from dpcompile.mechanism import privatize_
-from dpcompile.noise import Stream, add_gaussian_, box_muller, counter_tag, fractions, gaussian
-from dpcompile.optim import DPOptimizer
+from dpcompile.kernels import gaussian as native
+from dpcompile.noise.counter import Stream, counter_tag
+from dpcompile.noise.mechanism import privatize_
+from dpcompile.noise.normal import add_gaussian_, box_muller, fractions, gaussian
+from dpcompile.optim import optimizer as optim
+from dpcompile.optim.optimizer import DPOptimizer
 
 
 def drawn(numel: int, *, parameter=0, step=0, seed=1, start=0, dtype=torch.float64, threads=1) -> torch.Tensor:

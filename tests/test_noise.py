@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dpcompile import noise
-from dpcompile.chacha import chacha20, derive_key
 from dpcompile.errors import PrivacyError
-from dpcompile.noise import Span, Stream, add_gaussian_, fresh_seed, gaussian, gaussians, uniform
-from dpcompile.philox import philox4x32
+from dpcompile.noise import normal as noise
+from dpcompile.noise.chacha import chacha20, derive_key
+from dpcompile.noise.counter import Span, Stream, fresh_seed
+from dpcompile.noise.normal import add_gaussian_, gaussian, gaussians, uniform
+from dpcompile.noise.philox import philox4x32
 
 MASK = 0xFFFFFFFF
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from dpcompile import dp_compile, pipeline
 from dpcompile._torch import trace_like
-from dpcompile.kernels import fused_rates, norm_ops, rounding, torch_norms
-from dpcompile.kernels.lowering import fusible
-from dpcompile.kernels.norm_ops import direct_norm, ghost_norm, ghost_norm_one_hot
+from dpcompile.kernels import fused_rates, norms, norms_torch, rounding
+from dpcompile.kernels.norms import direct_norm, ghost_norm, ghost_norm_one_hot
+from dpcompile.norms.fused import fusible
 
 ROOT = pathlib.Path(__file__).parent.parent
 ONE_HOT = [name for name in CASES if name.startswith("index")]
@@ -120,13 +120,13 @@ def test_float64_stays_float64() -> None:
     truth = Case(rows, cols).truth()
     for operator in (direct_norm, ghost_norm):
         torch.testing.assert_close(operator(rows, cols), truth, rtol=1e-10, atol=0)
-    assert not norm_ops.triton_runs(rows, cols)
+    assert not norms.triton_runs(rows, cols)
 
 
 def test_products_larger_than_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make("blocks")
     for limit in (1, 50, 400, 3000):
-        monkeypatch.setattr(torch_norms, "_scratch", lambda _, n=limit: n)
+        monkeypatch.setattr(norms_torch, "_scratch", lambda _, n=limit: n)
         torch.testing.assert_close(direct_norm(case.rows, case.cols), case.truth(), rtol=1e-3, atol=0)
         torch.testing.assert_close(ghost_norm(case.rows, case.cols), case.truth(), rtol=1e-5, atol=0)
 
@@ -147,7 +147,7 @@ def test_wrong_operands() -> None:
         direct_norm(side, side.to(torch.complex64))
     with pytest.raises(ValueError, match="on one device, not on cpu and meta"):
         torch_device = side.to("meta")
-        norm_ops._check_floating("ghost_norm", side, torch_device)
+        norms._check_floating("ghost_norm", side, torch_device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -212,7 +212,7 @@ def test_what_is_fusible() -> None:
 def test_the_package_does_not_need_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import dpcompile.kernels.norm_ops\n"
+        "import dpcompile.kernels.norms\n"
         "assert not [m for m in sys.modules if m.startswith('dpcompile.kernels.triton')]"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

@@ -18,17 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dpcompile
-from dpcompile import onednn
-from dpcompile.clipping import clip_weights, narrowed
-from dpcompile.kernels import rounding
-from dpcompile.kernels.norm_ops import direct_norm, ghost_norm
-from dpcompile.norms import exact
-from dpcompile.norms.filter_op import filter_gradients, filter_norms
+from dpcompile.clipping.weights import clip_weights, narrowed
+from dpcompile.kernels import exact, onednn, rounding
+from dpcompile.kernels.filter_op import filter_gradients, filter_norms
+from dpcompile.kernels.index_op import norms_by_index, sums_and_sizes
+from dpcompile.kernels.norms import direct_norm, ghost_norm
+from dpcompile.kernels.product_op import product_norms, product_with_norms
+from dpcompile.kernels.products import own_product
+from dpcompile.module import engine_of
 from dpcompile.norms.ghost import Sides, ghost, outer
-from dpcompile.norms.index_op import norms_by_index, sums_and_sizes
-from dpcompile.norms.product_op import product_norms, product_with_norms
-from dpcompile.norms.products import own_product
-from dpcompile.runtime import engine_of
 
 dp_compile: Any = dpcompile.dp_compile
 

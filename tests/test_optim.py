@@ -13,12 +13,12 @@ import torch
 from fakes import PrivateModel, engine_of
 from scipy import stats
 
-from dpcompile import optim
+from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.errors import PrivacyError, PrivacyWarning
-from dpcompile.mechanism import privatize_
-from dpcompile.noise import gaussian
-from dpcompile.optim import DPOptimizer
-from dpcompile.privacy import PrivacyAccountant
+from dpcompile.noise.mechanism import privatize_
+from dpcompile.noise.normal import gaussian
+from dpcompile.optim import optimizer as optim
+from dpcompile.optim.optimizer import DPOptimizer
 
 
 @pytest.fixture(autouse=True)

@@ -16,16 +16,17 @@ from hypothesis import strategies as st
 from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_step
 from torch import Tensor, nn
 
-from dpcompile import PrivacyError, UnsupportedGraphError, dp_compile, rates
-from dpcompile.axis import Examples
-from dpcompile.check import FirstStep
-from dpcompile.choose import Candidate, Limit, choose, fastest, seconds_of
-from dpcompile.memory import Holding, Replay, _Life
-from dpcompile.modes import MODES
+from dpcompile import PrivacyError, UnsupportedGraphError, dp_compile
+from dpcompile.graph.labels import Examples
+from dpcompile.kernels import rates
+from dpcompile.kernels.workspace import Workspace
+from dpcompile.module import engine_of
 from dpcompile.norms.convolutions import Window, patch_columns, patch_gram
 from dpcompile.norms.ghost import Sides, ghost
-from dpcompile.runtime import engine_of
-from dpcompile.workspace import Workspace
+from dpcompile.planning.modes import MODES
+from dpcompile.planning.replay import Holding, Replay, _Life
+from dpcompile.planning.search import Candidate, Limit, choose, fastest, seconds_of
+from dpcompile.runtime.first_step import FirstStep
 
 
 class Mixture(nn.Module):

@@ -9,9 +9,9 @@ import dp_accounting
 import pytest
 from dp_accounting import pld, rdp
 
-from dpcompile import privacy
+from dpcompile.accounting import accountant as privacy
+from dpcompile.accounting.accountant import PrivacyAccountant, calibrate_noise
 from dpcompile.errors import PrivacyError
-from dpcompile.privacy import PrivacyAccountant, calibrate_noise
 
 
 def accountant(sigma: float = 1.5, q: float = 0.04, method: Any = "pld", steps: int = 0) -> PrivacyAccountant:
@@ -60,7 +60,7 @@ def test_steps_one_by_one_are_one_run():
 
 
 def test_epsilon_is_computed_once_per_steps_and_delta(monkeypatch):
-    from dpcompile import privacy
+    from dpcompile.accounting import accountant as privacy
 
     calls = []
     original = privacy._compose

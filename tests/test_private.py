@@ -12,14 +12,14 @@ from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from dpcompile import compile_step, dp_compile
-from dpcompile.data import PoissonLoader
+from dpcompile.accounting.accountant import PrivacyAccountant, calibrate_noise
+from dpcompile.data.loader import PoissonLoader
+from dpcompile.data.sampling import poisson_draw
 from dpcompile.errors import PrivacyError
-from dpcompile.noise import gaussian
-from dpcompile.optim import DPOptimizer
-from dpcompile.privacy import PrivacyAccountant, calibrate_noise
+from dpcompile.module import engine_of
+from dpcompile.noise.normal import gaussian
+from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.private import make_private
-from dpcompile.runtime import engine_of
-from dpcompile.sampling import poisson_draw
 
 N = 40
 

@@ -13,11 +13,11 @@ from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_
 from torch import Tensor, nn
 
 import dpcompile
-from dpcompile import onednn, pipeline, rates
-from dpcompile.norms import products
-from dpcompile.norms.gram_op import gram, gram_norms
-from dpcompile.norms.products import own_product, product
-from dpcompile.onednn import has_onednn, multiply_
+from dpcompile import pipeline
+from dpcompile.kernels import onednn, products, rates
+from dpcompile.kernels.gram_op import gram, gram_norms
+from dpcompile.kernels.onednn import has_onednn, multiply_
+from dpcompile.kernels.products import own_product, product
 
 dp_compile: Any = dpcompile.dp_compile
 B, T, D = 4, 5, 6

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import dpcompile
 from dpcompile import DPCompileError
-from dpcompile.axis import Examples
-from dpcompile.runtime import engine_of
+from dpcompile.graph.labels import Examples
+from dpcompile.module import engine_of
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
 

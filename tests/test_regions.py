@@ -22,7 +22,7 @@ from dpcompile import (
     UnsupportedGraphError,
     compile_step,
 )
-from dpcompile.runtime import engine_of
+from dpcompile.module import engine_of
 
 dp_compile: Any = dpcompile.dp_compile
 B, T, D, V = 4, 5, 8, 11

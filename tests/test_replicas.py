@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from dpcompile.shards import as_gradient, computing_device, zeros_for
+from dpcompile.distributed.shards import as_gradient, computing_device, zeros_for
 
 CHECKS = {
     "gradients of GPT", "gradients of ViT", "gradients of LoRA", "regions", "unused parameters looked for",

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dpcompile
 from dpcompile import DPCompileError, PrivacyError, UnsupportedGraphError
-from dpcompile.runtime import engine_of
+from dpcompile.module import engine_of
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
 
@@ -835,7 +835,7 @@ def test_check_passes_on_a_right_model() -> None:
 
 
 def test_check_notices_a_wrong_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpcompile import norm_nodes
+    from dpcompile.rewriting import norm_nodes
 
     right = norm_nodes.outer
     monkeypatch.setattr(norm_nodes, "outer", lambda *args, **kwargs: right(*args, **kwargs) * 0.8)

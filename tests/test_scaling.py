@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dpcompile
 from dpcompile import UnsupportedGraphError
-from dpcompile.runtime import engine_of
+from dpcompile.module import engine_of
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
 

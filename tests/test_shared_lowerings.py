@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from dpcompile import UnsupportedGraphError
-from dpcompile.deferral import RegionRun
-from dpcompile.region_graphs import RegionGraphs
-from dpcompile.runtime import engine_of
+from dpcompile.module import engine_of
+from dpcompile.regions.backward import RegionRun
+from dpcompile.regions.graphs import RegionGraphs
 
 TWICE = {"norm": "two_pass"}
 

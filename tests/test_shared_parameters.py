@@ -12,8 +12,8 @@ from oracle import PseudoLoss, train_step
 from test_regions import GPT, MLP, Around, B, D, T, V, dp_compile, ids, right, rows
 from torch import Tensor, nn
 
-from dpcompile import shared_uses
-from dpcompile.runtime import engine_of
+from dpcompile.module import engine_of
+from dpcompile.planning import shared_uses
 
 
 class Tied(GPT):
@@ -148,7 +148,7 @@ def test_cross_terms_count(monkeypatch: pytest.MonkeyPatch) -> None:
     def added(parts: Any, batch: int, mode: str) -> Tensor:
         return torch.stack([original([p], batch, mode) for p in parts]).sum(0)
 
-    monkeypatch.setattr("dpcompile.deferral.joint_norm", added)
+    monkeypatch.setattr("dpcompile.regions.backward.joint_norm", added)
     for model, x in ((Tied(), ids()), (Around(twice), rows())):
         with pytest.raises(AssertionError, match="norms are off"):
             right(model, private(model), x)

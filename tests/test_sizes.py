@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv
 
-from dpcompile.axis import Examples, reshape_axis
-from dpcompile.sizes import divide, is_one, product, same, same_shape, shape_of, size
+from dpcompile.graph.labels import Examples, reshape_axis
+from dpcompile.graph.sizes import divide, is_one, product, same, same_shape, shape_of, size
 
 b, t, d = sympy.symbols("b t d", positive=True, integer=True)
 

@@ -10,10 +10,10 @@ from launching import launch, passed
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 
-from dpcompile import shards
 from dpcompile._torch import real_tensors
-from dpcompile.mechanism import privatize_
-from dpcompile.tensor_parallel import fingerprint
+from dpcompile.distributed import shards
+from dpcompile.distributed.tensor_parallel import fingerprint
+from dpcompile.noise.mechanism import privatize_
 
 CHECKS = {
     "gradients of MLP", "gradients of attention", "gradients of GPT", "clipping by layer", "inductor",

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 
 import dpcompile
 from dpcompile import PrivacyError, UnsupportedGraphError, _torch
-from dpcompile.reference import Reference
-from dpcompile.runtime import engine_of
-from dpcompile.verify import Verifier
+from dpcompile.module import engine_of
+from dpcompile.runtime.reference import Reference
+from dpcompile.runtime.verify import Verifier
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
 Fault = Callable[[list[Any], bool], None]

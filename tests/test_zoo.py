@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 import dpcompile
 from dpcompile import DPCompileError, ExampleMixingError, PrivacyError
+from dpcompile.module import engine_of
 from dpcompile.norms.ghost import Sides, ghost
-from dpcompile.runtime import engine_of
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
 

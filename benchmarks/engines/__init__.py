@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.engines.base import Engine
 from benchmarks.problem import Problem
-from dpcompile.modes import NORM_MODES
+from dpcompile.planning.modes import NORM_MODES
 
 __all__ = ["BASELINE", "ENGINES", "Spec", "budget_for", "make_engine"]
 

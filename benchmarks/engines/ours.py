@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.engines.base import Engine
 from benchmarks.problem import Problem
 from dpcompile import DPOptimizer, dp_compile
-from dpcompile.workspace import kept_gradients
+from dpcompile.kernels.workspace import kept_gradients
 
 __all__ = ["Ours"]
 

@@ -17,8 +17,10 @@ from torch.distributed.fsdp import fully_shard
 
 from benchmarks.scale.hollow import Hollow, fake_ranks
 from benchmarks.scale.models import CASES, Large
-from dpcompile import DPOptimizer, dp_compile, native, noise
+from dpcompile import DPOptimizer, dp_compile
 from dpcompile._torch import compile_joint
+from dpcompile.kernels import gaussian as native
+from dpcompile.noise import normal as noise
 
 __all__ = ["WAYS", "Way", "compiler", "size"]
 
@@ -210,5 +212,5 @@ def _as_on_a_gpu() -> Iterator[None]:
 @contextmanager
 def _no_talk() -> Iterator[None]:
     """Without the comparison of seed, sigma and C before the first step: there is nobody to compare with."""
-    with unittest.mock.patch("dpcompile.optim.refuse_disagreement"):
+    with unittest.mock.patch("dpcompile.optim.optimizer.refuse_disagreement"):
         yield

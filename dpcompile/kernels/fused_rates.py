@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpcompile.kernels.norm_ops import direct_norm, ghost_norm
+from dpcompile.kernels.norms import direct_norm, ghost_norm
 
 __all__ = ["FusedRates", "Measured", "measure_fused_rates", "seconds", "unfused_direct", "unfused_ghost"]
 

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpcompile.axis import Examples
-from dpcompile.filters import Geometry, fullness
-from dpcompile.norms.filter_op import certain_filter_norms, filter_gradients, filter_norms, grouped_convolution
-from dpcompile.norms.gram_op import gram, gram_norms
-from dpcompile.norms.kept_op import squared_norms
+from dpcompile.graph.labels import Examples
+from dpcompile.graph.slices import in_front
+from dpcompile.kernels.filter_op import certain_filter_norms, filter_gradients, filter_norms, grouped_convolution
+from dpcompile.kernels.filters import Geometry, fullness
+from dpcompile.kernels.gram_op import gram, gram_norms
+from dpcompile.kernels.kept_op import squared_norms
+from dpcompile.kernels.rates import rates_for
 from dpcompile.norms.patches import patches
-from dpcompile.norms.slices import in_front
-from dpcompile.rates import rates_for
 
 __all__ = ["Window", "each_gradient", "each_norm", "filled", "ghost_of_patches", "patch_columns", "patch_gram"]
 

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dpcompile.axis import Examples
+from dpcompile.graph.labels import Examples
+from dpcompile.graph.operations import operation_name
+from dpcompile.graph.sizes import Size, product, shape_of, size
+from dpcompile.graph.slices import in_front
 from dpcompile.norms.convolutions import (
     Window,
     each_gradient,
@@ -24,10 +27,7 @@ from dpcompile.norms.convolutions import (
     patch_columns,
     positions_in_rows,
 )
-from dpcompile.norms.slices import in_front
-from dpcompile.operations import operation_name
-from dpcompile.sites import ParameterGradient, Site
-from dpcompile.sizes import Size, product, shape_of, size
+from dpcompile.proof.sites import ParameterGradient, Site
 
 __all__ = ["Factored", "alone", "factored", "oriented"]
 

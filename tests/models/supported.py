@@ -12,10 +12,10 @@ from typing import Any
 
 import dpcompile
 from dpcompile import errors
-from dpcompile.operations import operation_name
-from dpcompile.rules.pointwise import pointwise
-from dpcompile.rules.registry import rules
-from dpcompile.site_kinds import site_kinds
+from dpcompile.graph.operations import operation_name
+from dpcompile.proof.rules.pointwise import pointwise
+from dpcompile.proof.rules.registry import rules
+from dpcompile.proof.site_kinds import site_kinds
 from models.case import ALL
 
 __all__ = ["supported"]
@@ -71,7 +71,7 @@ def _reasons(function: Any, seen: set[Any]) -> Iterator[str]:
     if function in seen or not isinstance(function, types.FunctionType):
         return
     seen.add(function)
-    if not function.__module__.startswith("dpcompile.rules"):
+    if not function.__module__.startswith("dpcompile.proof.rules"):
         return
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
         if not isinstance(node, ast.Call):

@@ -1,0 +1,1 @@
+"""What is known of the privacy that was spent, on dp-accounting."""

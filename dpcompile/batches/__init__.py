@@ -1,0 +1,1 @@
+"""Which drawn batch a call of the model trains on."""

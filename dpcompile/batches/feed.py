@@ -1,0 +1,74 @@
+"""Which loader feeds a model, and which optimizer steps on its draws: what ties steps to draws."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from dpcompile.batches.draws import Draws
+from dpcompile.distributed.ranks import digest
+from dpcompile.errors import PrivacyError
+
+__all__ = ["Feed"]
+
+
+class Feed:
+    """A loader that is attached to a model and its optimizer.
+
+    Args:
+        loader: has ``seed``, ``secure``, ``sample_rate``.
+        optimizer: that steps on its draws.
+
+    Attributes:
+        sample_rate: of the loader.
+        draws: its batches on their way.
+    """
+
+    def __init__(self, loader: Any, optimizer: Any) -> None:
+        self._loader, self._optimizer = weakref.ref(loader), weakref.ref(optimizer)
+        self.sample_rate: float = loader.sample_rate
+        self.draws = Draws()
+
+    @property
+    def draw(self) -> int | None:
+        """The number, in the loader's stream, of the draw that the last backward was of; None before the first."""
+        return self.draws.last
+
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Raise PrivacyError if another optimizer than the attached one steps while the loader is there."""
+        if self._loader() is not None and self._optimizer() not in (None, optimizer):
+            raise PrivacyError(
+                "the loader that feeds the model is attached to another DPOptimizer: that one is told when a draw is "
+                "whole, and counts it",
+                remedy="step the optimizer that the loader is attached to; or loader.attach(model, optimizer) with "
+                "this one",
+            )
+
+    def state(self) -> dict[str, Any] | None:
+        """How far the draws are used, without the secret; None where nothing is known."""
+        loader = self._loader()
+        if loader is None or self.draw is None:
+            return None
+        return {"stream": _stream(loader), "next": self.draw + 1}
+
+    def check_resumed(self, saved: Mapping[str, Any] | None) -> None:
+        """Raise PrivacyError if the draw that is stepped on was used before the state that was loaded.
+
+        Args:
+            saved: :meth:`state` of the optimizer's state that was loaded; None if none was.
+        """
+        loader = self._loader()
+        if saved is None or loader is None or self.draw is None or saved["stream"] != _stream(loader):
+            return
+        if self.draw < saved["next"]:
+            raise PrivacyError(
+                f"the optimizer's state was saved after draw {saved['next'] - 1} of this loader's seed, and this is "
+                f"draw {self.draw}: it was used before, and does not count as independent",
+                remedy="load the loader's state too (loader.load_state_dict, or load_checkpoint with the loader), or "
+                "give the loader another seed",
+            )
+
+
+def _stream(loader: Any) -> str:
+    return digest(loader.seed) + (" secure" if loader.secure else "")

@@ -1,0 +1,1 @@
+"""From a call of a model to its joint graph with names."""

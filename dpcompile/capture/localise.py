@@ -1,0 +1,171 @@
+"""Captured graphs with ``DTensor`` inputs, made graphs of what lies on this rank.
+
+AOTAutograd would unwrap such inputs itself, and hand gradients over as ``DTensor`` again. Wrapped inside the graph
+instead, by an operation of it, all its inputs and gradients are plain tensors, and everything that tensor parallelism
+does between them (slices, collectives) is in the graph, where the proof sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dpcompile._torch import add_inputs, inner_tensor
+from dpcompile.distributed.shards import is_distributed
+from dpcompile.distributed.tensor_parallel import TensorParallel
+from dpcompile.errors import UnsupportedGraphError
+
+__all__ = ["Localised", "StandIns", "localise"]
+
+
+@dataclass(slots=True)
+class StandIns:
+    """The plain tensors that take the place of ``DTensor`` inputs while a model runs.
+
+    Attributes:
+        originals: ``id(stand-in)`` -> the stand-in and the ``DTensor``.
+    """
+
+    originals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def make(self, value: Tensor) -> Tensor:
+        """A leaf on the memory of what lies on this rank, which needs a gradient if the ``DTensor`` does."""
+        with torch.no_grad():
+            local = inner_tensor(value).detach()
+        stand_in = nn.Parameter(local, requires_grad=value.requires_grad)
+        self.originals[id(stand_in)] = (stand_in, value)
+        return stand_in
+
+    def original(self, value: Any) -> Any:
+        """What a tensor stands in for; itself if for nothing."""
+        known = self.originals.get(id(value))
+        return value if known is None else known[1]
+
+    def is_cut(self, value: Any) -> bool:
+        """Whether it stands in for a tensor of which other ranks hold other parts."""
+        original: Any = self.original(value)
+        return original is not value and any(type(p).__name__ != "Replicate" for p in original.placements)
+
+
+@dataclass(frozen=True, slots=True)
+class Localised:
+    """A graph whose inputs are plain tensors.
+
+    Attributes:
+        graph: the graph.
+        kept: positions of its inputs among those of the captured graph; meshes are left out.
+    """
+
+    graph: fx.GraphModule
+    kept: tuple[int, ...]
+
+    def inputs(self, live: Sequence[Any], stand_ins: StandIns) -> list[Any]:
+        """Its inputs, from those of the captured graph."""
+        return [stand_ins.make(x) if is_distributed(x) else x for x in (live[p] for p in self.kept)]
+
+
+def localise(gm: fx.GraphModule, live: Sequence[Any], parallel: TensorParallel | None) -> Localised:
+    """Wrap ``DTensor`` inputs inside the graph; a graph without any is left as it is.
+
+    Args:
+        gm: Dynamo's graph.
+        live: its inputs.
+        parallel: the ranks that tensor parallelism is over; None if the model has none.
+
+    Raises:
+        UnsupportedGraphError: a ``DTensor`` that lies on other ranks, or that was computed outside.
+    """
+    if not any(is_distributed(x) or _is_mesh(x) for x in live):
+        return Localised(gm, tuple(range(len(live))))
+    copied = add_inputs(gm, {})
+    placeholders = copied.graph.find_nodes(op="placeholder")
+    kept = []
+    for position, (node, value) in enumerate(zip(placeholders, live, strict=True)):
+        if _is_mesh(value):
+            _bind(copied.graph, node, value)
+            copied.graph.erase_node(node)
+            continue
+        kept.append(position)
+        if is_distributed(value):
+            _check(node, value, parallel)
+            _wrap(copied.graph, node, value)
+    copied.recompile()
+    return Localised(copied, tuple(kept))
+
+
+def _is_mesh(value: Any) -> bool:
+    return type(value).__name__ == "DeviceMesh"
+
+
+def _check(node: fx.Node, value: Any, parallel: TensorParallel | None) -> None:
+    mesh = value.device_mesh
+    if not value.is_leaf:
+        raise UnsupportedGraphError(
+            "a DTensor that was computed goes into a compiled graph",
+            remedy="pass plain tensors to the model and between its blocks (use_local_output=True)",
+        )
+    if parallel is None or mesh.ndim != 1 or mesh.get_group(0).group_name != parallel.name:
+        raise UnsupportedGraphError(
+            f"the model reads a DTensor with the placements {tuple(value.placements)} on other ranks than those that "
+            "its parameters are cut over by parallelize_module",
+            remedy="use one mesh of one dimension for parallelize_module",
+        )
+
+
+def _wrap(graph: fx.Graph, node: fx.Node, value: Any) -> None:
+    """Right before each use: what stands between two calls of units is a graph of its own."""
+    fake = node.meta["example_value"]
+    local = inner_tensor(fake).detach().requires_grad_(value.requires_grad)
+    spec = _wrapper(value.device_mesh, tuple(value.placements), tuple(value.shape), tuple(value.stride()))
+    for user in list(node.users):
+        with graph.inserting_before(user):
+            wrapped = graph.call_function(spec, (node,))
+        wrapped.meta = {**node.meta, "example_value": fake}
+        user.replace_input_with(node, wrapped)
+    node.meta = {**node.meta, "example_value": local}
+
+
+def _bind(graph: fx.Graph, mesh_node: fx.Node, mesh: Any) -> None:
+    """Calls that take a mesh from an input take it as a constant."""
+    for user in list(mesh_node.users):
+        if user.op != "call_function":
+            raise UnsupportedGraphError(
+                f"the model hands a DeviceMesh to `{user.target}`",
+                remedy="leave redistribution to the styles of parallelize_module",
+            )
+        places = tuple(i for i, a in enumerate(user.args) if a is mesh_node)
+        names = tuple(k for k, a in user.kwargs.items() if a is mesh_node)
+        user.args = tuple(a for a in user.args if a is not mesh_node)
+        user.kwargs = {k: a for k, a in user.kwargs.items() if a is not mesh_node}
+        assert mesh_node not in user.all_input_nodes
+        user.target = _bound(user.target, places, names, mesh)
+
+
+@lru_cache(maxsize=4096)
+def _bound(target: Any, places: tuple[int, ...], names: tuple[str, ...], mesh: Any) -> Callable[..., Any]:
+    """``target`` with the mesh at these places; equal ones are one object, so that equal graphs are found equal."""
+
+    def with_mesh(*args: Any, **kwargs: Any) -> Any:
+        given = list(args)
+        for place in places:
+            given.insert(place, mesh)
+        return target(*given, **{name: mesh for name in names}, **kwargs)
+
+    return with_mesh
+
+
+@lru_cache(maxsize=4096)
+def _wrapper(mesh: Any, placements: Any, shape: tuple[int, ...], stride: tuple[int, ...]) -> Callable[[Tensor], Any]:
+    """From what lies here to the ``DTensor``, differentiable; equal ones are one object."""
+
+    def as_dtensor(local: Tensor) -> Any:
+        from torch.distributed.tensor import DTensor  # a heavy import, and here it was imported already
+
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+    return as_dtensor

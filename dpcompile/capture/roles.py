@@ -1,0 +1,211 @@
+"""What the inputs of a captured graph are: a live parameter, a tensor of the call, or neither."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from dpcompile._torch import (
+    is_number,
+)
+from dpcompile.capture.outputs import check_differentiable
+from dpcompile.errors import UnsupportedGraphError
+from dpcompile.graph.joint import OverRanks
+from dpcompile.graph.labels import Examples
+from dpcompile.graph.sizes import Size, divide, is_one, product, same, shape_of, size
+from dpcompile.options import Lowering
+
+__all__ = ["NoExample", "Roles", "arguments_of", "assign_roles"]
+_ARGUMENTS = re.compile(r"^(?:\w+\()?L\['(?:args|kwargs)'\]")  # ___from_numpy(L['args'][0]) too
+_HIDDEN = re.compile(r"^L\['(args|kwargs)'\]")
+_INSIDE_MODEL = re.compile(
+    r"^L\['module'\](?:\.__dict__)?((?:(?:\.|\[')_modules(?:'\])?\['[^']*'\])*)\._buffers\['(.*)'\]$"
+)
+
+
+class NoExample(UnsupportedGraphError):
+    """The batch of a call has size 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """What the inputs of a captured graph are, by position.
+
+    Attributes:
+        parameters: position -> name, of the trainable ones.
+        frozen: position -> name, of the others.
+        examples: position -> the dimension that the examples lie along.
+        names: position -> what the user calls it.
+        batch: the number of examples.
+        hints: a value for every symbol.
+        narrow: positions of the trainable parameters of a dtype narrower than float32.
+        inputs: how many inputs the captured graph has.
+        arguments: positions of the tensors of the call.
+        lowering: of a region; None for a model in one graph.
+        layouts: position -> how the examples lie, where that is more than a dimension of their own.
+        ranks: what the inputs are on the other ranks of tensor parallelism; None without it.
+        shared: names of the trainable parameters that other regions use too.
+        alike: position -> the dimensions along which all positions of a shared input are known to be the same.
+    """
+
+    parameters: Mapping[int, str]
+    frozen: Mapping[int, str]
+    examples: Mapping[int, int]
+    names: Mapping[int, str]
+    batch: Size
+    hints: Mapping[sympy.Symbol, int]
+    narrow: tuple[int, ...]
+    inputs: int
+    arguments: frozenset[int]
+    lowering: Lowering | None = None
+    layouts: Mapping[int, Examples] = field(default_factory=dict)
+    ranks: OverRanks | None = None
+    shared: frozenset[str] = frozenset()
+    alike: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def others(self) -> dict[int, str]:
+        """Inputs that are neither parameters nor arguments: buffers, attributes, globals."""
+        known = {**self.parameters, **self.frozen}
+        return {p: n for p, n in self.names.items() if p not in known and p not in self.arguments}
+
+    @property
+    def outside(self) -> dict[int, str]:
+        """Inputs that are no arguments: the others, and parameters."""
+        return {p: n for p, n in self.names.items() if p not in self.arguments}
+
+    @property
+    def batch_from(self) -> tuple[int, int]:
+        """``(position, dimension)`` of an input that tells B at run time."""
+        return next(iter(self.examples.items()))
+
+
+def assign_roles(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    parameters: Mapping[int, str],
+    leaves: Mapping[int, tuple[str, int | Examples | None]],
+    *,
+    trained: bool = True,
+) -> Roles:
+    """Recognise every input by identity: a live parameter, a tensor of the call, or neither.
+
+    Args:
+        gm: Dynamo's graph.
+        inputs: its example inputs, the live tensors.
+        parameters: ``id(parameter)`` -> name.
+        leaves: ``id(tensor)`` -> name and example dimension, of the call's tensors; or how the examples lie in it.
+        trained: whether the graph is to give gradients of parameters; otherwise it need not hold examples.
+
+    Raises:
+        UnsupportedGraphError: an input that needs a gradient and is no parameter; no input with an example axis; no
+            output that needs a gradient.
+    """
+    if trained:
+        check_differentiable(gm)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    trainable: dict[int, str] = {}
+    frozen: dict[int, str] = {}
+    examples: dict[int, int] = {}
+    names: dict[int, str] = {}
+    hints: dict[sympy.Symbol, int] = {}
+    layouts: dict[int, Examples] = {}
+    batch: Size | None = None
+    plain: int | torch.SymInt | None = None  # the same as torch has it, where the examples are a dimension
+    for position, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
+        fake = node.meta.get("example_value")
+        if not isinstance(value, Tensor) or not isinstance(fake, Tensor):
+            continue
+        for expression, number in zip(shape_of(fake), value.shape, strict=True):
+            if isinstance(expression, sympy.Symbol) and isinstance(number, int):
+                hints[expression] = number
+        if id(value) in parameters:
+            names[position] = parameters[id(value)]
+            if value.is_complex() and value.requires_grad:
+                raise UnsupportedGraphError(
+                    f"parameter '{names[position]}' is complex, and norms and noise are those of real numbers",
+                    remedy="keep it as a real parameter [..., 2], and use torch.view_as_complex(it) in forward",
+                )
+            (trainable if value.requires_grad else frozen)[position] = parameters[id(value)]
+        elif id(value) in leaves:
+            names[position], dim = leaves[id(value)]
+            if dim is not None:
+                layout = None if isinstance(dim, int) else dim
+                dim = dim if isinstance(dim, int) else dim.dim
+                examples[position] = dim % value.ndim
+                here = shape_of(fake)[dim]
+                if layout is not None and not (is_one(layout.outer) and is_one(layout.inner)):
+                    layouts[position] = layout
+                    here = divide(here, product([layout.outer, layout.inner]))
+                    if not isinstance(here, int):
+                        raise UnsupportedGraphError(
+                            f"the examples of '{names[position]}' are flattened into a dimension of symbolic size",
+                            remedy="compile with dynamic=False, or pass the tensor between blocks with a batch "
+                            "dimension of its own",
+                        )
+                if value.shape[dim] == 0:
+                    raise NoExample(
+                        f"input '{names[position]}' holds no example",
+                        remedy="pad an empty draw to a physical batch and mask it, as PoissonLoader does",
+                    )
+                if (
+                    plain is not None and layout is None and plain == fake.shape[dim]
+                ):  # for symbols that differ, a guard
+                    here = batch = size(plain)
+                if batch is not None and not same(batch, here):
+                    raise UnsupportedGraphError(
+                        f"the example axis of '{names[position]}' has the size {here}, others have {batch}",
+                        remedy="pass inputs that hold the same number of examples; in_dims says where they are",
+                    )
+                batch = here
+                plain = fake.shape[dim] if layout is None else plain
+        else:
+            names[position] = _source_name(node)
+            if is_number(node):
+                continue
+            if _ARGUMENTS.match(names[position]):
+                hidden = _HIDDEN.sub(r"\1", names[position])
+                raise UnsupportedGraphError(
+                    f"the model reads the tensor {hidden}, which is inside an object or an array of NumPy: it is not "
+                    "known whether it has an example axis",
+                    remedy="pass tensors themselves (torch.from_numpy), or in lists, tuples and dicts",
+                )
+            if value.requires_grad:
+                raise UnsupportedGraphError(
+                    f"the model uses '{names[position]}', which needs a gradient and is no parameter of the model",
+                    remedy="register it as an nn.Parameter of the model, or detach it",
+                )
+    if batch is None and not trained:
+        batch = 0
+    elif batch is None:
+        raise UnsupportedGraphError(
+            "no input of the model has an example axis",
+            remedy="pass the batch as a tensor argument of the call; in_dims says which dimension holds the examples",
+        )
+    narrow = tuple(p for p in trainable if inputs[p].element_size() < 4)
+    arguments = frozenset(i for i, x in enumerate(inputs) if id(x) in leaves)
+    return Roles(trainable, frozen, examples, names, batch, hints, narrow, len(inputs), arguments, layouts=layouts)
+
+
+def arguments_of(gm: fx.GraphModule) -> list[int]:
+    """Positions of the inputs that a captured graph reads out of the arguments of the call, in whatever object."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return [p for p, node in enumerate(placeholders) if _ARGUMENTS.match(_source_name(node))]
+
+
+def _source_name(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return str(node.target)
+    name = source.name
+    text = str(name() if callable(name) else name)
+    found = _INSIDE_MODEL.match(text)
+    if found is None:
+        return text
+    return ".".join([*re.findall(r"\['((?!_modules'\])[^']*)'\]", found[1]), found[2]])

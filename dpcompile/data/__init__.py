@@ -1,0 +1,5 @@
+"""Poisson draws: the loader, and what it rests on."""
+
+from dpcompile.data.loader import PoissonLoader
+
+__all__ = ["PoissonLoader"]

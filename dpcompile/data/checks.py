@@ -1,0 +1,205 @@
+"""What the loader refuses: data that cannot be Poisson sampled, and optimizers that assume otherwise."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from dpcompile.errors import PrivacyError
+from dpcompile.module import Engine
+from dpcompile.optim.optimizer import DPOptimizer
+from dpcompile.optim.state_checks import LOADER, refuse_malformed
+
+__all__ = [
+    "DrawsUsed",
+    "check_count",
+    "check_rank",
+    "checked_size",
+    "refuse_lone_replicas",
+    "refuse_other_optimizer",
+    "refuse_same_examples",
+    "refuse_state",
+    "refuse_uneven_parts",
+    "taken_over",
+]
+
+_TAKEN_OVER = (
+    "collate_fn",
+    "num_workers",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "persistent_workers",
+)
+
+
+def checked_size(dataset: Any) -> int:
+    """Length of a map-style dataset with at least one example."""
+    missing = [name for name in ("__len__", "__getitem__") if not hasattr(dataset, name)]
+    if isinstance(dataset, IterableDataset) or missing:
+        why = f"has no {missing[0]}" if missing else "is iterable"
+        raise PrivacyError(
+            f"the dataset {type(dataset).__name__} {why}: its examples cannot be drawn independently",
+            remedy="take a map-style dataset (with __getitem__ and __len__)",
+        )
+    if not len(dataset):
+        raise PrivacyError("the dataset is empty", remedy="give a dataset with at least one example")
+    return len(dataset)
+
+
+def check_count(name: str, value: Any) -> None:
+    """An integer, 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PrivacyError(f"{name} is {value!r}", remedy="give an integer, 1 or more")
+
+
+def taken_over(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Arguments for a PoissonLoader that stands in for ``loader``.
+
+    ``drop_last`` means nothing here, for no draw is a last part; ``in_order`` neither, for draws come in order. The
+    generator is passed over with a warning.
+
+    Raises:
+        PrivacyError: it has another sampler than torch's sequential one or the shuffling one without replacement.
+    """
+    checked_size(loader.dataset)
+    if loader.generator is not None:
+        warnings.warn(
+            "the DataLoader's generator has no part in private draws: they are a function of seed= of make_private or "
+            "PoissonLoader, and secret",
+            UserWarning,
+            stacklevel=3,
+        )
+    batch_sampler = loader.batch_sampler
+    if type(batch_sampler) is not BatchSampler:
+        raise _other_sampler(batch_sampler if batch_sampler is not None else loader.sampler, "batch sampler")
+    sampler: Any = batch_sampler.sampler
+    shuffles = type(sampler) is RandomSampler and not sampler.replacement
+    if type(sampler) is not SequentialSampler and not (shuffles and sampler.num_samples == len(sampler.data_source)):
+        raise _other_sampler(sampler, "sampler")
+    options = {name: getattr(loader, name) for name in _TAKEN_OVER}
+    return {"dataset": loader.dataset, "expected_batch_size": batch_sampler.batch_size, **options}
+
+
+def refuse_other_optimizer(engine: Engine, optimizer: Any, expected_batch_size: float, sample_rate: float) -> None:
+    """The optimizer adds noise, to this model, and divides and accounts for what the loader draws."""
+    if not isinstance(optimizer, DPOptimizer):
+        raise PrivacyError(
+            f"the optimizer is a {type(optimizer).__name__}, which adds no noise",
+            remedy="wrap it in a DPOptimizer and attach that",
+        )
+    if optimizer.engine is not engine:
+        raise PrivacyError(
+            "the optimizer was made for another model", remedy="make the DPOptimizer with the model that is trained"
+        )
+    if optimizer.expected_batch_size != expected_batch_size:
+        raise PrivacyError(
+            f"the loader draws {expected_batch_size} examples on average, the optimizer divides by "
+            f"{optimizer.expected_batch_size}",
+            remedy="give both the same expected_batch_size",
+        )
+    accountant = optimizer.accountant
+    if accountant is not None and not math.isclose(accountant.sample_rate, sample_rate, rel_tol=1e-9):
+        raise PrivacyError(
+            f"the loader samples at rate {sample_rate}, the accountant assumes {accountant.sample_rate}",
+            remedy="make the PrivacyAccountant with sample_rate=loader.sample_rate",
+        )
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """A rank is one of ``world_size``."""
+    if not (isinstance(rank, int) and isinstance(world_size, int) and 0 <= rank < world_size):
+        raise PrivacyError(
+            f"rank {rank!r} is not one of {world_size!r} ranks",
+            remedy="give rank=torch.distributed.get_rank() and world_size=torch.distributed.get_world_size()",
+        )
+
+
+def refuse_same_examples(loader: int, ranks: int) -> None:
+    """The ranks' gradients add up: an example that all of them draw would count once for each."""
+    if loader != ranks:
+        raise PrivacyError(
+            f"the loader deals each logical batch out to {loader} rank(s), and there are {ranks}: ranks would train on "
+            "the same examples, and each example would count several times",
+            remedy="give PoissonLoader rank=torch.distributed.get_rank() and "
+            "world_size=torch.distributed.get_world_size()",
+        )
+
+
+def refuse_lone_replicas(world_size: int) -> None:
+    """Ranks that share a logical batch must add up its clipped sums; those of an ordinary model are not."""
+    raise PrivacyError(
+        f"the loader deals each logical batch out to {world_size} ranks, and nothing adds up the ranks' gradients: "
+        "every rank would train a model of its own on a part of it",
+        remedy="wrap the model, DistributedDataParallel(dp_compile(model)), and give that to DPOptimizer and attach; "
+        "or call fully_shard before dp_compile; or leave out rank and world_size to train on each rank by itself",
+    )
+
+
+def refuse_uneven_parts(ranks: Sequence[int], world_size: int) -> None:
+    """Each part of a logical batch is taken, and as often as the others."""
+    taken = Counter(ranks)
+    if set(taken) != set(range(world_size)) or len(set(taken.values())) != 1:
+        raise PrivacyError(
+            f"the ranks take the parts {', '.join(map(str, ranks))} of {world_size} of each logical batch: some "
+            "examples would count several times, and others not at all",
+            remedy="give PoissonLoader rank=torch.distributed.get_rank(), which differs from rank to rank on all nodes",
+        )
+
+
+def refuse_state(saved: Any, current: Any) -> None:
+    """A state to resume from means the same draws, and goes on where none has been used."""
+    refuse_malformed(saved, LOADER, "PoissonLoader")
+    for name in ("dataset_size", "expected_batch_size", "secure"):
+        if saved[name] != current[name]:
+            raise PrivacyError(
+                f"{name} was {saved[name]} in the saved run and is {current[name]} here: the draws would differ",
+                remedy=f"make the PoissonLoader with the same {name}",
+            )
+    if saved["seed"] == current["seed"] and saved["step"] < current["step"]:
+        raise PrivacyError(
+            f"the state dict stands at logical step {saved['step']}, this loader at {current['step']} of the same "
+            "seed: draws would be used twice",
+            remedy="resume from the latest state, or make a new PoissonLoader with another seed",
+        )
+
+
+class DrawsUsed:
+    """Which logical steps of which seed trained which model, in this process.
+
+    A second loader with the same seed gives the same draws; composition counts draws that are independent.
+    """
+
+    def __init__(self) -> None:
+        self._steps: WeakKeyDictionary[nn.Module, dict[int, tuple[weakref.ref[Any], int]]] = WeakKeyDictionary()
+
+    def note(self, module: nn.Module, loader: Any) -> None:
+        """The draws before ``loader.step`` were handed out to this model."""
+        self._steps.setdefault(module, {})[loader.seed] = weakref.ref(loader), loader.step
+
+    def check(self, module: nn.Module, loader: Any) -> None:
+        """Raise PrivacyError if another loader has handed the next draw of this one out to the same model."""
+        owner, step = self._steps.get(module, {}).get(loader.seed, (None, 0))
+        if owner is not None and owner() is not loader and loader.step < step:
+            raise PrivacyError(
+                f"this model was trained on draws {loader.step} to {step - 1} of the same seed already: the same draws "
+                "would be counted as new ones",
+                remedy="leave the seed out or give another one; to go on with a run, load the loader's state_dict",
+            )
+
+
+def _other_sampler(sampler: Any, what: str) -> PrivacyError:
+    return PrivacyError(
+        f"the DataLoader's {what} is {type(sampler).__name__}: it does not sample as the accountant assumes",
+        remedy="pass a DataLoader with torch's default sampler (shuffle=True or False) or a PoissonLoader",
+    )

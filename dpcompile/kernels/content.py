@@ -1,0 +1,142 @@
+"""Whether tensors still hold what they held: one number for the content of each.
+
+Torch's version counters do not tell: a write through ``.data`` or a NumPy view, by C++ code, or by an operation like
+``torch._amp_foreach_non_finite_check_and_unscale_`` (what ``GradScaler`` unscales with) changes none.
+
+Source: the hash NH of Black, Halevi, Krawczyk, Krovetz, Rogaway, "UMAC" (CRYPTO 1999), with fixed keys: against
+mistakes, not against somebody who looks for collisions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import pathlib
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from dpcompile._torch import compile_cpp
+
+__all__ = ["different", "fingerprints"]
+
+_SOURCE = pathlib.Path(__file__).parent / "cpp" / "content.cpp"
+_CHUNK = 1 << 20  # words of 32 bits that are worked on at once; keys repeat after as many
+_STRIDE, _START, _WORD = 0x9E3779B1, 0x85EBCA6B, 0xFFFFFFFF
+
+
+def fingerprints(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """For each tensor int64 ``[]``, on its device, of its bits and their places.
+
+    **Guarantee.** Equal for equal bits in equal layouts. A changed, scaled, negated or swapped element changes it, but
+    for about one change in 2**32 that happens to leave it. Nothing waits for the device.
+
+    With ``w`` the 32-bit words of a chunk ``c`` of a tensor, and keys ``k_i = START + i * STRIDE`` modulo 2**32: the
+    sum over chunks of ``(2c + 1) * sum_i ((w_2i + k_2i) mod 2**32) * ((w_2i+1 + k_2i+1) mod 2**32)``, modulo 2**64.
+    """
+    found: list[Tensor] = [torch.empty(0)] * len(tensors)
+    groups: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault(tensor.device, []).append(i)
+    for device, members in groups.items():
+        flat = [_flat(tensors[i].detach()) for i in members]
+        own = contents(flat) if device.type == "cpu" and _library() is not None else _by_torch(flat, device)
+        for i, value in zip(members, own.unbind(), strict=True):
+            found[i] = value
+    return found
+
+
+def different(before: Sequence[Tensor], now: Sequence[Tensor]) -> list[int]:
+    """At which positions two lists of fingerprints differ; waits for their devices."""
+    groups: dict[torch.device, list[int]] = {}
+    for i, value in enumerate(now):
+        groups.setdefault(value.device, []).append(i)
+    found: list[int] = []
+    for members in groups.values():
+        differ = torch.stack([before[i] for i in members]) != torch.stack([now[i] for i in members])
+        if not bool(differ.any()):
+            continue
+        found += [i for i, d in zip(members, differ.tolist(), strict=True) if d]
+    return sorted(found)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All elements in one dimension, as they lie in memory where they fill it."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    ordered = tensor.permute(order)
+    return ordered.view(-1) if ordered.is_contiguous() else tensor.reshape(-1)
+
+
+@torch.library.custom_op("dpcompile::contents", mutates_args=())
+def contents(flat: Sequence[Tensor]) -> Tensor:
+    """The numbers of :func:`fingerprints` by the compiled kernel, for contiguous tensors: int64 ``[len(flat)]``."""
+    library, n = _library(), len(flat)
+    assert library is not None
+    memory = (ctypes.c_void_p * n)(*(t.data_ptr() for t in flat))
+    sizes = (ctypes.c_int64 * n)(*(t.numel() * t.element_size() for t in flat))
+    found = torch.empty(n, dtype=torch.int64)
+    threads = ctypes.c_int(torch.get_num_threads())
+    library.dp_content(ctypes.c_int64(n), memory, sizes, ctypes.c_void_p(found.data_ptr()), threads)
+    return found
+
+
+@contents.register_fake
+def _(flat: Sequence[Tensor]) -> Tensor:
+    """Shapes only."""
+    return torch.empty(len(flat), dtype=torch.int64)
+
+
+def _by_torch(flat: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The same numbers in torch operations: small tensors together, large ones in chunks."""
+    pieces = [
+        (i, chunk, piece)
+        for i, tensor in enumerate(flat)
+        for chunk, piece in enumerate(_words(tensor).split(_CHUNK))
+        if len(piece)
+    ]
+    found = torch.zeros(len(flat), dtype=torch.int64, device=device)
+    keys = _keys(device)
+    while pieces:
+        taken, size = 0, 0
+        while taken < len(pieces) and (not taken or size + len(pieces[taken][2]) <= _CHUNK):
+            size += len(pieces[taken][2])
+            taken += 1
+        batch, pieces = pieces[:taken], pieces[taken:]
+        lengths = [len(piece) for _, _, piece in batch]
+        words = torch.cat([piece for _, _, piece in batch]).to(torch.int64)
+        mixed = (words + torch.cat([keys[:n] for n in lengths])) & _WORD
+        sums = (mixed[0::2] * mixed[1::2]).cumsum(0)
+        ends = torch.tensor(lengths).cumsum(0).div_(2, rounding_mode="floor") - 1
+        sums = sums[ends.to(device)].diff(prepend=sums.new_zeros(1))
+        odd = torch.tensor([2 * chunk + 1 for _, chunk, _ in batch], device=device)
+        found.index_add_(0, torch.tensor([i for i, _, _ in batch], device=device), sums * odd)
+    return found
+
+
+def _words(flat: Tensor) -> Tensor:
+    """int32, an even number of them: the bits, and zeros behind."""
+    size = flat.numel() * flat.element_size()
+    if flat.storage_offset() * flat.element_size() % 4:
+        flat = flat.clone()
+    if size % 8:
+        flat = torch.nn.functional.pad(flat.view(torch.uint8), (0, -size % 8))
+    return flat.view(torch.int32)
+
+
+@lru_cache(maxsize=8)
+def _keys(device: torch.device) -> Tensor:
+    return (torch.arange(_CHUNK, device=device) * _STRIDE + _START) & _WORD
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernel; None where there is no compiler, and torch operations do the same (`native` warns of it)."""
+    try:
+        return compile_cpp(_SOURCE.read_text())
+    except Exception:
+        return None

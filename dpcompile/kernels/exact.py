@@ -1,0 +1,171 @@
+"""Norms that are certain: in float64 where a quicker way cannot tell.
+
+Shape letters as in :mod:`dpcompile.norms.factors`. What is here runs inside of operations, on real tensors: how many
+examples are done again depends on their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dpcompile.kernels.onednn import squares
+from dpcompile.kernels.rounding import CLOSE, WIDE, gamma, unit_of, with_floor
+
+__all__ = [
+    "exact_norms",
+    "kinds_of",
+    "linear_slack",
+    "norms_of",
+    "rounded_again",
+    "settled",
+    "sizes_of",
+    "squares_of",
+]
+
+_AT_ONCE = 2**22  # elements of a gradient that exist at once, in float64
+
+
+def squares_of(values: Tensor) -> Tensor:
+    """Sums of squares over the last axis, float64: ``[.., n]`` to ``[..]``.
+
+    **Guarantee.** No square is lost or overflows: those of float32 numbers lie within float64.
+    """
+    found = squares(values) if values.ndim <= 4 else None
+    if found is not None:
+        return found
+    return torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64).square()
+
+
+def norms_of(each: Tensor) -> Tensor:
+    """Squared norms of every example's value: ``[B, ...]`` to ``[B]``, float64."""
+    rows = each.flatten(2) if each.ndim > 2 else each.reshape(len(each), 1, -1)
+    return squares_of(rows).sum(1)
+
+
+def sizes_of(rows: Tensor, cols: Tensor) -> Tensor:
+    """Squared sizes ``S**2`` (:mod:`dpcompile.kernels.rounding`), summed over blocks: ``[B]``, float64.
+
+    Args:
+        rows: ``[B, K, T, P]``.
+        cols: ``[B, K, T, D]``.
+    """
+    lengths = squares_of(rows).sqrt() * squares_of(cols).sqrt()
+    return lengths.sum(2).square().sum(1)
+
+
+def settled(squared: Tensor, slack: Tensor, sizes: Tensor, redo: Callable[[Tensor], Tensor]) -> Tensor:
+    """Squared norms that are right or too large: the bound added where it is small, and done again where it is not.
+
+    **Guarantee.** No result is below the true squared norm, and none is above it by more than twice
+    :data:`dpcompile.kernels.rounding.CLOSE` of it and the floor (:func:`dpcompile.kernels.rounding.with_floor`), but
+    for what ``redo`` gives.
+
+    ===========================================  ==========================================
+    edge case                                    outcome
+    ===========================================  ==========================================
+    a gradient of zeros                          0
+    terms that cancel but for a little           ``redo``
+    not finite, from operands that are finite    ``redo``
+    operands that are not finite                 not finite
+    ===========================================  ==========================================
+
+    Args:
+        squared: ``[B]``, float64.
+        slack: ``[B]``, how far each may be off at most.
+        sizes: ``[B]``, the squared sizes of the gradients.
+        redo: from the numbers of some examples to their squared norms, float64.
+    """
+    certain = (slack <= CLOSE * squared) & squared.isfinite()
+    known = sizes.isfinite()
+    result = torch.where(known, squared + slack, sizes)
+    which = (known & ~certain).nonzero().flatten()
+    if len(which):
+        result[which] = redo(which)
+    return with_floor(result, sizes)
+
+
+def linear_slack(squared: Tensor, unit: float, sizes: Tensor) -> Tensor:
+    """What squared norms may be off, of gradients that are off by ``unit`` of their size."""
+    moved = unit * sizes.sqrt()
+    return moved * (2 * squared.sqrt() + moved)
+
+
+def rounded_again(each: Tensor, sizes: Tensor, positions: int, redo: Callable[[int], Tensor]) -> Tensor:
+    """Squared norms of kept gradients ``[B, ...]``, ``[B]``, after those that cancel have been made again, in place.
+
+    Args:
+        each: the gradients.
+        sizes: their squared sizes.
+        positions: how many terms each of their elements is a sum of.
+        redo: an example's gradient, in float64.
+    """
+    squared = norms_of(each)
+    likely = 2 * positions**0.5 * unit_of(each.dtype)
+    doubtful = sizes.isfinite() & ~(likely**2 * sizes <= CLOSE**2 * squared) | (sizes.isfinite() & ~squared.isfinite())
+    for i in doubtful.nonzero().flatten().tolist() if each.dtype == torch.float32 else ():
+        each[i] = redo(i)
+        squared[i] = norms_of(each[i : i + 1])[0]
+    return with_floor(squared, sizes)
+
+
+def kinds_of(one_hot: Sequence[str | None]) -> str:
+    """Which sides are an index, of all sites, as :func:`exact_norms` takes it."""
+    return ",".join(kind or "" for kind in one_hot)
+
+
+def exact_norms(rows: Sequence[Tensor], cols: Sequence[Tensor], kinds: str) -> Tensor:
+    """Squared norms ``[B]`` of sums of outer products, by the products themselves, in float64.
+
+    **Guarantee.** Not below the true one: what rounding may move is added.
+
+    Args:
+        rows: of every site, ``[B, K, T, P]``, or an index ``[B, T]``.
+        cols: the same, ``[B, K, T, D]``.
+        kinds: see :func:`kinds_of`; a side that no site has is an index of in all of them.
+    """
+    one_hot = kinds.split(",")
+    dense = [i for i, kind in enumerate(one_hot) if kind != "rows"], [i for i, k in enumerate(one_hot) if k != "cols"]
+    p, d = rows[dense[0][0]].shape[-1], cols[dense[1][0]].shape[-1]
+    batch, blocks = cols[dense[1][0]].shape[:2]
+    step = max(1, _AT_ONCE // max(p, 1))
+    squared = torch.zeros(batch, dtype=torch.float64, device=cols[0].device)
+    for b in range(batch):
+        for k in range(blocks):
+            own = [
+                (r[b] if kind == "rows" else r[b, k], c[b] if kind == "cols" else c[b, k], kind)
+                for r, c, kind in zip(rows, cols, one_hot, strict=True)
+            ]
+            for start in range(0, d, step):
+                squared[b] += _part(own, p, start, min(d, start + step)).square().sum()
+    sizes, positions = _sizes(rows, cols, one_hot), sum(r.shape[1 if r.ndim == 2 else 2] for r in rows)
+    return (squared.sqrt() + gamma(positions + 2, WIDE) * sizes.sqrt()).square()
+
+
+def _part(sites: Sequence[tuple[Tensor, Tensor, str]], p: int, start: int, end: int) -> Tensor:
+    """Columns ``[start, end)`` of the sum of ``rows^T cols`` of one example and block."""
+    total = torch.zeros(p, end - start, dtype=torch.float64, device=sites[0][1].device)
+    for rows, cols, kind in sites:
+        if kind == "cols":
+            right = (cols[:, None] == torch.arange(start, end, device=cols.device)).double()
+        else:
+            right = cols[:, start:end].double()
+        if kind == "rows":
+            total.index_add_(0, rows.long(), right)
+        else:
+            total.addmm_(rows.double().T, right)
+    return total
+
+
+def _sizes(rows: Sequence[Tensor], cols: Sequence[Tensor], one_hot: Sequence[str]) -> Tensor:
+    """Squared sizes ``[B]`` of all sites together."""
+    total: Tensor | float = 0.0
+    for r, c, kind in zip(rows, cols, one_hot, strict=True):
+        lengths = 1.0 if kind == "rows" else squares_of(r).sqrt()
+        lengths = lengths if kind == "cols" else lengths * squares_of(c).sqrt()
+        assert isinstance(lengths, Tensor)
+        total = total + lengths.sum(-1)  # [B, K]
+    assert isinstance(total, Tensor)
+    return total.square().sum(1)

@@ -1,0 +1,156 @@
+"""The C++ kernel of `kernels/gaussian.cpp`: compiled at first use, called on whole lists of tensors.
+
+Where there is no compiler, or it fails, one warning says so and the same values, but for their last bits, come from
+torch operations (`noise`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import pathlib
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from dpcompile._torch import compile_cpp, is_fake
+
+__all__ = ["adam_", "mean_", "takes"]
+
+_SOURCE = pathlib.Path(__file__).parent / "cpp" / "gaussian.cpp"
+
+
+def takes(tensors: Iterable[Tensor]) -> bool:
+    """Whether the kernel can work on these: real contiguous tensors of one kind, float32 or float64, on the CPU.
+
+    False while a graph is traced, and where the kernel cannot be compiled.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    tensors = list(tensors)
+    kinds = {t.dtype for t in tensors}
+    return (
+        len(kinds) == 1
+        and kinds <= {torch.float32, torch.float64}
+        and all(t.device.type == "cpu" and t.is_contiguous() and type(t.detach()) is Tensor for t in tensors)
+        and not any(is_fake(t) for t in tensors)
+        and _library() is not None
+    )
+
+
+def mean_(
+    tensors: Sequence[Tensor],
+    *,
+    tags: Sequence[int],
+    starts: Sequence[int],
+    std: float,
+    divisor: float,
+    seed: int,
+    step: int,
+) -> None:
+    """``x = (x + std * noise) / divisor`` in one pass over memory; no noise for ``std`` 0.
+
+    Args:
+        tensors: those that :func:`takes` said yes to; element ``i`` gets element ``i`` of the noise.
+        tags: last words of the counters, one for each tensor.
+        starts: the index, in its whole parameter, of each tensor's first element.
+        std: of the noise.
+        divisor: of the sums.
+        seed: in [0, 2**64).
+        step: in [0, 2**32).
+    """
+    _call("dp_mean", *_spans(tensors, tensors, tags, starts), *_numbers(tensors[0], std, divisor, seed, step))
+    torch.autograd.graph.increment_version(tensors)
+
+
+def adam_(
+    totals: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    *,
+    tags: Sequence[int],
+    std: float,
+    divisor: float,
+    seed: int,
+    step: int,
+    rates: Sequence[float],
+) -> None:
+    """:func:`mean_` of the totals, and Adam's update with the result, in the same pass.
+
+    Args:
+        totals: clipped sums, which become private means.
+        weights: the parameters.
+        means: exponential means of gradients.
+        squares: exponential means of their squares.
+        tags: see :func:`mean_`, as for what follows.
+        std: see there.
+        divisor: see there.
+        seed: see there.
+        step: see there.
+        rates: factor on the weight, L2 penalty, beta1, beta2, step size, root of the second bias correction, epsilon.
+    """
+    everything = [*totals, *weights, *means, *squares]
+    arguments = [*_spans(totals, everything, tags), *_numbers(totals[0], std, divisor, seed, step)]
+    _call("dp_adam", *arguments, (ctypes.c_double * len(rates))(*rates))
+    torch.autograd.graph.increment_version(everything)
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernel, once it has given the right numbers; None where there is none to trust."""
+    try:
+        library = compile_cpp(_SOURCE.read_text())
+        wrong = not _gives_known_values(library)
+    except Exception as error:
+        warnings.warn(
+            f"the noise kernel could not be compiled ({type(error).__name__}): the same noise is drawn by torch "
+            "operations, which is slower. Install a C++ compiler, or set CXX to one.",
+            stacklevel=2,
+        )
+        return None
+    if wrong:
+        warnings.warn(
+            "the compiled noise kernel gives wrong numbers, so it is not used: the noise is drawn by torch operations, "
+            "which is slower. Set CXX to another C++ compiler.",
+            stacklevel=2,
+        )
+    return None if wrong else library
+
+
+# Elements 0 to 8 of parameter 5 at step 7 under this seed, by torch operations (`dpcompile.noise.normal.gaussian`).
+_SEED, _STEP, _TAG = 0x0123456789ABCDEF, 7, 5
+_KNOWN = (
+    -0.44924406374913595, -0.9271977258449254, -0.43267611148591595, -0.32836712666794193, -0.48817413897034206,
+    -2.1442205514764496, 1.4318664897499944, -0.23527948117224504, 0.5338596703061171,
+)  # fmt: skip
+
+
+def _gives_known_values(library: ctypes.CDLL) -> bool:
+    """Whether noise of twice the size, added to ones and halved, is what it should be."""
+    values = torch.ones(len(_KNOWN), dtype=torch.float64)
+    arguments = [*_spans([values], [values], [_TAG]), *_numbers(values, 2.0, 2.0, _SEED, _STEP)]
+    library.dp_mean(*arguments, ctypes.c_int(torch.get_num_threads()))
+    return torch.allclose(values, torch.tensor(_KNOWN, dtype=torch.float64) + 0.5, rtol=0, atol=1e-13)
+
+
+def _call(name: str, *arguments: object) -> None:
+    getattr(_library(), name)(*arguments, ctypes.c_int(torch.get_num_threads()))
+
+
+def _spans(
+    totals: Sequence[Tensor], tensors: Sequence[Tensor], tags: Sequence[int], starts: Sequence[int] | None = None
+) -> list[object]:
+    """Count, memory, starts (0 by default), sizes and counter tags, as the kernel takes them."""
+    n = len(totals)
+    begin = (ctypes.c_int64 * n)(*(starts or [0] * n))
+    memory = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+    sizes = (ctypes.c_int64 * n)(*(t.numel() for t in totals))
+    return [ctypes.c_int64(n), memory, begin, sizes, (ctypes.c_int64 * n)(*tags)]
+
+
+def _numbers(like: Tensor, std: float, divisor: float, seed: int, step: int) -> tuple[object, ...]:
+    wide = ctypes.c_int(like.dtype == torch.float64)
+    return wide, ctypes.c_double(std), ctypes.c_double(divisor), ctypes.c_uint64(seed), ctypes.c_int64(step)

@@ -1,0 +1,104 @@
+"""Norms and weighted sums of per-example gradients that were kept, as operations, for CPUs.
+
+A model has two of these loops for every bias and norm layer, and one for every matrix. As Inductor's code each is
+compiled anew for every model; here they are compiled already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpcompile.graph.slices import order_in_memory
+from dpcompile.kernels.exact import norms_of, squares_of
+from dpcompile.kernels.onednn import weighted_sum
+
+__all__ = ["FEW", "norms_of_vectors", "squared_norms", "weighted_sums"]
+
+FEW = 4  # so many vectors are left to Inductor, which fuses their loops with what makes them
+
+
+@torch.library.custom_op("dpcompile::norms_of_vectors", mutates_args=())
+def norms_of_vectors(each: Sequence[Tensor]) -> Tensor:
+    """Squared norms of every example's vectors.
+
+    Args:
+        each: per-example gradients of k parameters, ``[B, n]`` each, of one dtype: float32 or float64.
+
+    Returns:
+        ``[k, B]``, float64.
+    """
+    return torch.stack([squares_of(vectors) for vectors in each])
+
+
+@norms_of_vectors.register_fake
+def _(each: Sequence[Tensor]) -> Tensor:
+    """Shapes only."""
+    return each[0].new_empty((len(each), each[0].shape[0]), dtype=torch.float64)
+
+
+def squared_norms(each: Tensor) -> Tensor:
+    """``[B, ...]`` to ``[B]``, float64, for tracing.
+
+    **Guarantee.** No square is lost or overflows: those of float32 numbers lie within float64.
+    """
+    if each.ndim < 3 or each.device.type != "cpu":
+        return each.double().square().reshape(each.shape[0], -1).sum(1)
+    return norms_of_rows(each.flatten(2))
+
+
+@torch.library.custom_op("dpcompile::norms_of_rows", mutates_args=())
+def norms_of_rows(rows: Tensor) -> Tensor:
+    """Squared norms of every example's ``[P, D]``, in one pass: ``[B, P, D]`` to ``[B]``, float64."""
+    return norms_of(rows)
+
+
+@norms_of_rows.register_fake
+def _(rows: Tensor) -> Tensor:
+    """Shapes only."""
+    return rows.new_empty(rows.shape[0], dtype=torch.float64)
+
+
+@torch.library.custom_op("dpcompile::weighted_sums", mutates_args=())
+def weighted_sums(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) -> list[Tensor]:
+    """``sum_i weight_i * gradient_i`` of k parameters.
+
+    **Guarantee.** An example of weight 0 leaves no trace, also where its gradient is NaN or infinite: no sum takes it.
+
+    ================================  ====================================================
+    edge case                         outcome
+    ================================  ====================================================
+    all weights are 0                 zeros
+    float64, or there is no compiler  torch's product; of a copy, where some weights are 0
+    ================================  ====================================================
+
+    Args:
+        weights: ``[groups, B]``, finite.
+        rows: for each parameter its row in ``weights``.
+        each: per-example gradients, ``[B, ...]`` each, of the dtype of ``weights``.
+
+    Returns:
+        The sums, each of the shape of one example's gradient, contiguous.
+    """
+    used = [row.nonzero().flatten() for row in weights]
+    values = [row[places] for row, places in zip(weights, used, strict=True)]
+    return [_weighted_sum(values[row], used[row], gradients) for row, gradients in zip(rows, each, strict=True)]
+
+
+@weighted_sums.register_fake
+def _(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) -> list[Tensor]:
+    """Shapes only."""
+    return [gradients.new_empty(gradients.shape[1:]) for gradients in each]
+
+
+def _weighted_sum(weights: Tensor, used: Tensor, each: Tensor) -> Tensor:
+    order = order_in_memory(each[0])
+    lying = each.permute(0, *(i + 1 for i in order))
+    flat = lying.reshape(each.shape[0], -1)
+    total = weighted_sum(flat, used, weights)
+    if total is None:
+        total = torch.mv((flat if len(used) == len(flat) else flat[used]).T, weights)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return total.view(lying.shape[1:]).permute(back).contiguous()

@@ -1,0 +1,71 @@
+"""Every example's product and its squared norm as one operation.
+
+Inductor's own code for the norm, a reduction over one long row, is slower than torch's kernel for short ones, and a
+fresh result waits for the operating system (see :mod:`dpcompile.kernels.workspace`): `python -m benchmarks.products`
+prints it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpcompile.kernels.exact import rounded_again, sizes_of
+from dpcompile.kernels.norms_torch import direct_norm
+from dpcompile.kernels.products import product_
+from dpcompile.kernels.workspace import kept_gradients
+
+__all__ = ["product_norms", "product_with_norms"]
+
+
+_ANY_STRIDES = (torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)  # examples are counted that are done again
+
+
+@torch.library.custom_op("dpcompile::product_with_norms", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
+def product_with_norms(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor, Tensor]:
+    """``rows^T cols`` of every example and block, to be kept, and every example's squared norm.
+
+    **Guarantee.** The norm is that of the result, which is what the clipped sum is made of. Where rounding is likely to
+    have moved the result by more than :data:`dpcompile.kernels.rounding.CLOSE` of itself, it is made in float64 and
+    rounded once.
+
+    Args:
+        rows: ``[B, K, T, P]``, float32 or float64, any strides.
+        cols: ``[B, K, T, D]``, the same.
+        reuse: whether the result's memory stays mapped for the next step.
+
+    Returns:
+        ``[B, K, P, D]``, and ``[B]``, float64.
+    """
+    batch, blocks, positions, p = rows.shape
+    shape = (batch * blocks, p, cols.shape[-1])
+    products = kept_gradients.take(shape, rows) if reuse and rows.device.type == "cpu" else rows.new_empty(shape)
+    product_(rows.flatten(0, 1).mT, cols.flatten(0, 1), products)
+    result = products.view(batch, blocks, *shape[1:])
+
+    def redo(i: int) -> Tensor:
+        return torch.matmul(rows[i].double().mT, cols[i].double())
+
+    return result, rounded_again(result, sizes_of(rows, cols), positions, redo)
+
+
+@product_with_norms.register_fake
+def _(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor, Tensor]:
+    """Shapes only."""
+    batch, blocks, _, p = rows.shape
+    return rows.new_empty(batch, blocks, p, cols.shape[-1]), rows.new_empty(batch, dtype=torch.float64)
+
+
+@torch.library.custom_op("dpcompile::product_norms", mutates_args=(), tags=_ANY_STRIDES)
+def product_norms(rows: Tensor, cols: Tensor) -> Tensor:
+    """The squared norms of :func:`product_with_norms` where the products are dropped: right or too large.
+
+    Arguments and result as for :func:`dpcompile.kernels.norms_torch.direct_norm`, which it is, on all devices.
+    """
+    return direct_norm(rows, cols)
+
+
+@product_norms.register_fake
+def _(rows: Tensor, cols: Tensor) -> Tensor:
+    """Shapes only."""
+    return rows.new_empty(rows.shape[0], dtype=torch.float64)

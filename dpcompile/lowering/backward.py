@@ -1,0 +1,367 @@
+"""The three lowerings of a region's backward.
+
+*Deferred*: it is cut in two at the clip weights. The first part computes gradients of inputs and every example's
+squared norms. The second computes the clipped sums; it runs once the weights are known, which is when the whole
+backward of the model is over. *At once*: the weights arise within the graph, which stays whole. *Two passes*: one graph
+for norms, and one, for a second backward, for clipped sums; nothing is kept from one to the other.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dpcompile._torch import Boxed, GraphCompiler, WeakTensorKeyDictionary, memory_of
+from dpcompile.errors import UnsupportedGraphError
+from dpcompile.graph.locate import where
+from dpcompile.options import AT_ONCE, DEFERRED, TWO_PASS, Lowering
+from dpcompile.planning.replay import storage_of
+
+__all__ = ["Cut", "Late", "Rest", "late_sums", "lower_backward", "second_pass", "take_rest", "take_sums"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a rewritten joint graph is cut, by position in its outputs and by name.
+
+    Attributes:
+        norms: the position of the squared norms, ``[parameters, B]``.
+        sums: the positions of the clipped sums, in the order of the parameters; None where it is zero.
+        weights: the name of the placeholder that stands for the clip weights, ``[parameters, B]``.
+        outputs: how many outputs the joint graph has.
+    """
+
+    norms: int
+    sums: tuple[int | None, ...]
+    weights: str
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What is left of one backward that has run: the clipped sums, or how to compute them.
+
+    Attributes:
+        run: from a list of values and the weights to clipped sums.
+        live: the values that are kept for it.
+        handed: row of a parameter that other regions use too -> what its norm is taken of, over all regions.
+    """
+
+    run: Callable[[list[Any], Tensor | None], list[Tensor | None]]
+    live: list[Any]
+    handed: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def __call__(self, weights: Tensor | None) -> list[Tensor | None]:
+        """Clipped sums of the parameters for weights ``[parameters, B]``; to be called once, it frees the values.
+
+        Where the sums are there already, the weights are None.
+        """
+        self.handed.clear()
+        return self.run(self.live, weights)
+
+    def preview(self, weights: Tensor) -> list[Tensor | None]:
+        """The same, and the values stay."""
+        return self.run(list(self.live), weights)
+
+    def protect(self, memory: Collection[int]) -> None:
+        """Copy what lies in memory that will not last: parameters of a shard that are gathered for a while."""
+        for values in (self.live, *self.handed.values()):
+            for i, value in enumerate(values):
+                if isinstance(value, Tensor) and memory_of(value) in memory:
+                    values[i] = value.clone()
+
+
+_RESTS: Any = WeakTensorKeyDictionary()
+_SECOND: dict[int, Tensor] = {}
+
+
+@torch.library.custom_op("dpcompile::hand_out", mutates_args=())
+def hand_out(total: Tensor, values: list[Tensor]) -> Tensor:
+    """Stands in a joint graph for a clipped sum, and keeps alive what the parameter's norm is taken of.
+
+    It never runs: :func:`lower_backward` takes it apart.
+    """
+    raise AssertionError("a backward that hands out what norms are taken of ran whole")
+
+
+@hand_out.register_fake
+def _(total: Tensor, values: list[Tensor]) -> Tensor:
+    """Shapes only."""
+    return torch.empty_like(total)
+
+
+def take_rest(norms: Tensor) -> Rest:
+    """What is left of the backward that returned these norms; it is given out once."""
+    return _RESTS.pop(norms)
+
+
+def take_sums(marker: Tensor) -> list[Tensor | None]:
+    """The clipped sums of the second backward that returned this in place of norms; none if no weight was asked for."""
+    rest = _RESTS.pop(marker, None)
+    return [] if rest is None else rest(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """What a lowered backward has besides what it returned.
+
+    Attributes:
+        sums: the clipped sums, in the order of the parameters.
+        handed: see :class:`Rest`.
+        weights: what they were computed for; None if the graph had the weights itself.
+        again: this was the second of two passes, which returns the weights in place of norms.
+    """
+
+    sums: list[Tensor | None]
+    handed: dict[int, list[Tensor]]
+    weights: Tensor | None
+    again: bool = False
+
+
+def late_sums(lowering: Lowering, norms: Tensor, mask: Tensor) -> Late | None:
+    """The clipped sums of the backward that returned these norms, of which nothing is taken away.
+
+    Where the weights are not known yet, they are for weights that differ from example to example, and that give each
+    of them about the same say. None after the first of two passes.
+    """
+    rest: Rest | None = _RESTS.get(norms)
+    if rest is None:
+        return None
+    if lowering.kind == DEFERRED:
+        total = norms.sum(0)
+        usable = torch.isfinite(total) & (total > 0) & (mask > 0)
+        uneven = torch.linspace(1.0, 0.5, max(len(total), 1), dtype=norms.dtype, device=norms.device)
+        weights = torch.where(usable, uneven / total.clamp_min(torch.finfo(norms.dtype).tiny).sqrt(), 0.0)
+        weights = weights.expand(norms.shape).contiguous()
+        return Late(rest.preview(weights), rest.handed, weights)
+    again = lowering.kind == TWO_PASS
+    return Late(list(rest.live), {}, norms if again else None, again)
+
+
+@contextmanager
+def second_pass(stand_in: Tensor, weights: Tensor) -> Iterator[None]:
+    """Within it, the backward that was given ``stand_in`` for clip weights computes clipped sums for ``weights``.
+
+    It returns the weights in place of norms, and :func:`take_rest` has the sums.
+    """
+    _SECOND[memory_of(stand_in)] = weights
+    try:
+        yield
+    finally:
+        del _SECOND[memory_of(stand_in)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Backward:
+    """A backward graph, taken apart.
+
+    Attributes:
+        early: its outputs, with None for clipped sums.
+        sums: the clipped sums, in the order of the parameters.
+        norms: the position of the squared norms in ``early``.
+        weights: the placeholder of the clip weights, or, at once, of the bounds; None if they are not read.
+        handed: row of a parameter that other regions use too -> what its norm is taken of.
+    """
+
+    gm: fx.GraphModule
+    early: list[Any]
+    sums: list[Any]
+    norms: int
+    weights: fx.Node | None
+    handed: dict[int, list[fx.Node]]
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return list(self.gm.graph.find_nodes(op="placeholder"))
+
+    def part(self, inputs: Sequence[fx.Node], nodes: set[fx.Node], outputs: Sequence[Any]) -> fx.GraphModule:
+        return _part(self.gm, inputs, nodes, outputs)
+
+
+def lower_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler, lowering: Lowering) -> Boxed:
+    """Compile a region's backward graph.
+
+    Contract: ``gm`` is the backward half of a joint graph that was rewritten with weights, or bounds, as an input. The
+    function returns what ``gm`` would, with None for the clipped sums; :func:`take_rest` has them.
+
+    **Guarantee.** No value that the first part, or the first pass, computes depends on the placeholder of the weights:
+    what stands in its place when the backward runs is not read. Both passes compute the same cotangents: a graph that
+    draws random numbers or writes is not run twice.
+
+    Raises:
+        UnsupportedGraphError: two passes, and the backward draws random numbers or writes.
+    """
+    values: list[Any] = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    shift = cut.outputs - len(values)
+    slots = [None if slot is None else slot - shift for slot in cut.sums]
+    handed: dict[int, list[fx.Node]] = {}
+    for row, slot in enumerate(slots):
+        if slot is not None and getattr(values[slot], "target", None) is torch.ops.dpcompile.hand_out.default:
+            values[slot], handed[row] = values[slot].args
+    late = {slot for slot in slots if slot is not None}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    backward = _Backward(
+        gm,
+        [None if i in late else v for i, v in enumerate(values)],
+        [None if i is None else values[i] for i in slots],
+        cut.norms - shift,
+        next((n for n in placeholders if n.name == cut.weights), None),
+        handed,
+    )
+    assert not handed or lowering.kind == DEFERRED, "a parameter that other regions use too is not deferred"
+    if lowering.kind == AT_ONCE:
+        return _at_once(backward, compile_graph)
+    if lowering.kind == TWO_PASS:
+        return _in_two_passes(backward, compile_graph)
+    return _in_two_parts(backward, compile_graph)
+
+
+def _at_once(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
+    own = backward.placeholders
+    graph = backward.part(
+        own, {n for n in backward.gm.graph.nodes if n.op != "output"}, [*backward.early, *backward.sums]
+    )
+    run_graph = compile_graph(graph, [n.meta.get("val") for n in own])
+
+    def run(arguments: list[Any]) -> list[Any]:
+        results = list(_call(run_graph, arguments))
+        found, sums = results[: len(backward.early)], results[len(backward.early) :]
+        _RESTS[found[backward.norms]] = Rest(lambda live, _: live, sums)
+        return found
+
+    return run
+
+
+def _in_two_passes(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
+    once = next((n for n in backward.gm.graph.nodes if _must_run_once(n)), None)
+    if once is not None:
+        raise UnsupportedGraphError(
+            f"a backward that is to run twice draws random numbers or writes to memory (`{once.name}`): the second "
+            "time it would not come to the same",
+            where=where(once),
+            remedy="use norm='auto' without memory_budget, or compute it in the forward",
+        )
+    own, norms = backward.placeholders, backward.norms
+    first = _ancestors(v for v in backward.early if isinstance(v, fx.Node))
+    assert backward.weights not in first, "the norms depend on the clip weights"
+    rest = [None if i == norms else v for i, v in enumerate(backward.early)]
+    second = _ancestors(v for v in (*rest, *backward.sums) if isinstance(v, fx.Node))
+    fakes = [n.meta.get("val") for n in own]
+    run_first = compile_graph(backward.part(own, first, backward.early), fakes)
+    run_second = compile_graph(backward.part(own, second, [*rest, *backward.sums]), fakes)
+    position = None if backward.weights is None else own.index(backward.weights)
+
+    def run(arguments: list[Any]) -> list[Any]:
+        weights = None if position is None else _SECOND.get(memory_of(arguments[position]))
+        if position is None or weights is None:
+            return list(_call(run_first, arguments))
+        arguments[position] = weights
+        results = list(_call(run_second, arguments))
+        found, sums = results[: len(rest)], results[len(rest) :]
+        found[norms] = marker = weights.clone()
+        _RESTS[marker] = Rest(lambda live, _: live, sums)
+        return found
+
+    return run
+
+
+def _in_two_parts(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
+    gm, early, weights, placeholders = backward.gm, backward.early, backward.weights, backward.placeholders
+    handed = backward.handed
+    first = _ancestors(v for v in early if isinstance(v, fx.Node))
+    first |= _ancestors(n for nodes in handed.values() for n in nodes)
+    first |= _ancestors(n for n in gm.graph.nodes if _must_run_once(n))
+    # Of an operation with several results each crosses by itself: there is no value that is all of them.
+    first |= {n for n in gm.graph.nodes if n.target is operator.getitem and n.args[0] in first}
+    assert weights not in first, "the first part of a backward depends on the clip weights"
+    late = [n for n in backward.sums if isinstance(n, fx.Node)]
+    second = _ancestors(late) - first
+    second |= _views(n for node in second for n in node.all_input_nodes if n in first)
+    crossing = {n for node in second for n in node.all_input_nodes if n in first - second}
+    crossing |= {n for n in second if n.op == "placeholder" and n is not weights}
+    crossing |= {n for n in late if n in first}
+    sizes = [n for n in placeholders if not isinstance(n.meta.get("val"), Tensor)]
+    inputs = [n for n in placeholders if n in crossing or n in sizes]
+    made = [n for n in gm.graph.nodes if n in crossing and n.op != "placeholder"]
+    spare = list(dict.fromkeys(n for nodes in handed.values() for n in nodes if n.op != "placeholder"))
+    di = backward.part(placeholders, first, [*early, *made, *spare])
+    tail = [weights] if weights is not None else []
+    dw = backward.part([*inputs, *made, *tail], second, backward.sums)
+    run_di = compile_graph(di, [n.meta.get("val") for n in placeholders])
+    run_dw = compile_graph(dw, [n.meta.get("val") for n in (*inputs, *made, *tail)])
+    kept = [placeholders.index(n) for n in inputs]
+
+    def rest(live: list[Any], given: Tensor | None) -> list[Tensor | None]:
+        arguments = [*live, given] if tail else list(live)
+        live.clear()
+        return list(_call(run_dw, arguments))
+
+    def run(arguments: list[Any]) -> list[Any]:
+        live = [arguments[i] for i in kept]
+        found = {n: arguments[placeholders.index(n)] for nodes in handed.values() for n in nodes if n not in spare}
+        results = list(_call(run_di, arguments))
+        end = len(early) + len(made)
+        found.update(zip(spare, results[end:], strict=True))
+        given = {row: [found[n] for n in nodes] for row, nodes in handed.items()}
+        _RESTS[results[backward.norms]] = Rest(rest, [*live, *results[len(early) : end]], given)
+        return results[: len(early)]
+
+    return run
+
+
+def _call(function: Any, arguments: list[Any]) -> Sequence[Any]:
+    return function(arguments) if getattr(function, "_boxed_call", False) else function(*arguments)
+
+
+def _must_run_once(node: fx.Node) -> bool:
+    """Whether a node writes, or draws random numbers: it belongs to the first part."""
+    return node.op == "call_function" and (
+        node.is_impure() or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    )
+
+
+def _ancestors(nodes: Any) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _views(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Those that are views, and what they are views of up to what has memory of its own.
+
+    They are made again where they are read: their memory lies as the compiler chose, channels last for one, and not as
+    it did while the graph was traced.
+    """
+    found: set[fx.Node] = set()
+    for start in nodes:
+        node, own = start, storage_of(start)
+        while node is not own:
+            found.add(node)
+            node = node.all_input_nodes[0]
+    return found
+
+
+def _part(gm: fx.GraphModule, inputs: Sequence[fx.Node], nodes: set[fx.Node], outputs: Sequence[Any]) -> fx.GraphModule:
+    """A graph of some nodes, with their names and metadata."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in gm.graph.nodes:
+        if node in nodes and node not in copies:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    result = graph.output(tuple(copies[v] if isinstance(v, fx.Node) else None for v in outputs))
+    result.meta = {}
+    return fx.GraphModule(gm, graph)

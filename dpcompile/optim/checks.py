@@ -1,0 +1,237 @@
+"""What DPOptimizer refuses: parameters that are not the model's, numbers without sense, states that repeat."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dpcompile.accounting.accountant import PrivacyAccountant
+from dpcompile.errors import PrivacyError, PrivacyWarning
+from dpcompile.module import Engine
+from dpcompile.optim.state_checks import OPTIMIZER, refuse_malformed
+
+__all__ = [
+    "refuse_bad_numbers",
+    "refuse_closure_only",
+    "refuse_complex",
+    "refuse_foreign",
+    "refuse_foreign_parameters",
+    "refuse_forgetful",
+    "refuse_missing",
+    "refuse_other_accountant",
+    "refuse_other_rate",
+    "refuse_replaced",
+    "refuse_state",
+    "refuse_stray",
+    "warn_of_used_noise",
+]
+
+
+def refuse_bad_numbers(noise_multiplier: float, expected_batch_size: float) -> None:
+    """Sigma finite and not negative, batch size finite and positive."""
+    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
+        raise PrivacyError(
+            f"noise_multiplier is {noise_multiplier}", remedy="give a finite number, 0 or more (0: no privacy)"
+        )
+    if not (math.isfinite(expected_batch_size) and expected_batch_size > 0):
+        raise PrivacyError(
+            f"expected_batch_size is {expected_batch_size}",
+            remedy="give the sample rate times the size of the dataset, a positive number",
+        )
+
+
+def refuse_closure_only(optimizer: Optimizer) -> None:
+    """An optimizer whose step cannot do without a closure (LBFGS) uses many gradients per step."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise PrivacyError(
+            f"{type(optimizer).__name__} evaluates the loss several times within a step",
+            remedy="take an optimizer that uses one gradient per step, such as SGD or Adam",
+        )
+
+
+def refuse_other_accountant(noise_multiplier: float, accountant: PrivacyAccountant | None) -> None:
+    """The accountant must count the noise that is added."""
+    if accountant is not None and accountant.noise_multiplier != noise_multiplier:
+        raise PrivacyError(
+            f"the optimizer adds noise of multiplier {noise_multiplier}, its accountant counts "
+            f"{accountant.noise_multiplier}",
+            remedy="give both the same noise_multiplier",
+        )
+
+
+def refuse_other_rate(accountant: PrivacyAccountant | None, sample_rate: float) -> None:
+    """The accountant must count draws at the rate of the loader that feeds the model."""
+    if accountant is not None and not math.isclose(accountant.sample_rate, sample_rate, rel_tol=1e-9):
+        raise PrivacyError(
+            f"the loader samples at rate {sample_rate}, the accountant assumes {accountant.sample_rate}",
+            remedy="make the PrivacyAccountant with sample_rate=loader.sample_rate",
+        )
+
+
+def refuse_forgetful(accountant: PrivacyAccountant | None, counted: Sequence[tuple[float, float, int]]) -> None:
+    """Steps that were counted stay so, each as what it was."""
+    if accountant is None:
+        return
+    now, before = Counter[tuple[float, float]](), Counter[tuple[float, float]]()
+    for runs, found in ((accountant.history, now), (counted, before)):
+        for sigma, rate, steps in runs:
+            found[sigma, rate] += steps
+    for (sigma, rate), steps in before.items():
+        if now[sigma, rate] < steps:
+            raise PrivacyError(
+                f"the accountant counts {now[sigma, rate]} steps of noise multiplier {sigma} and sample rate "
+                f"{rate}, and counted {steps} after the last one: epsilon would leave some out",
+                remedy="load accountant states through load_state_dict of a new DPOptimizer only",
+            )
+
+
+def refuse_replaced(old: PrivacyAccountant | None, new: PrivacyAccountant | None, steps: int) -> None:
+    """An accountant that takes another's place goes on where that one is."""
+    if new is None and old is not None:
+        raise PrivacyError(
+            "the accountant was taken away: steps would not be counted",
+            remedy="leave it; to train without one, make the DPOptimizer without",
+        )
+    if new is None:
+        return
+    known = steps if old is None else old.steps
+    rates = new.sample_rate if old is None else old.sample_rate
+    if new.sample_rate != rates or new.steps < known:
+        raise PrivacyError(
+            f"another accountant, of sample rate {new.sample_rate} and {new.steps} steps, in place of one of sample "
+            f"rate {rates} and {known} steps",
+            remedy="make it with the same sample_rate and load the old one's state_dict into it",
+        )
+
+
+def refuse_foreign(engine: Engine, optimizer: Optimizer) -> None:
+    """Every optimized parameter is one of the model's, and in one group: see :func:`refuse_foreign_parameters`."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    refuse_foreign_parameters(engine, held)
+    if len({id(p) for p in held}) < len(held):
+        names = {id(p): name for name, p in engine.parameters().items()}
+        twice = next(p for i, p in enumerate(held) if any(p is q for q in held[:i]))
+        raise PrivacyError(
+            f"parameter '{names[id(twice)]}' is in two groups of the optimizer: it would be updated twice in a step",
+            remedy="leave it in one group",
+        )
+
+
+def refuse_foreign_parameters(engine: Engine, params: Iterable[Tensor]) -> None:
+    """Every optimized parameter is one of the model's: any other would be updated outside the guarantee."""
+    held = {id(p) for p in engine.parameters().values()}
+    foreign = [tuple(p.shape) for p in params if id(p) not in held]
+    if foreign:
+        raise PrivacyError(
+            f"the optimizer has {len(foreign)} parameter(s) that the model does not hold, of shape "
+            + ", ".join(map(str, foreign[:5])),
+            remedy="build it over model.parameters() of the compiled model and nothing else",
+        )
+
+
+def refuse_missing(engine: Engine, optimizer: Optimizer, trainable: Sequence[str]) -> None:
+    """Every trainable parameter is optimized: its gradient was clipped and counted, so it is meant to be used."""
+    optimized, parameters = _optimized(optimizer), engine.parameters()
+    missing = [name for name in trainable if id(parameters[name]) not in optimized]
+    if missing:
+        raise PrivacyError(
+            "trainable parameters of the model that the optimizer does not hold: " + ", ".join(map(repr, missing)),
+            remedy="add them to the optimizer (add_param_group); give several optimizers for parts of the model as one "
+            "list, DPOptimizer([first, second], model, ...); or freeze them with requires_grad_(False)",
+        )
+
+
+def refuse_stray(engine: Engine, optimizer: Optimizer, trainable: Sequence[str]) -> None:
+    """A frozen parameter gets no noise, so it must not have a gradient either."""
+    optimized, names = _optimized(optimizer), set(trainable)
+    for name, p in engine.parameters().items():
+        if name not in names and p.grad is not None and id(p) in optimized:
+            raise PrivacyError(
+                f"the frozen parameter '{name}' has a gradient: the update would apply it without noise",
+                remedy="call optimizer.zero_grad() after freezing it, or set its .grad to None",
+            )
+
+
+def refuse_complex(engine: Engine, trainable: Sequence[str]) -> None:
+    """The noise is real."""
+    parameters = engine.parameters()
+    for name in trainable:
+        if parameters[name].is_complex():
+            raise PrivacyError(
+                f"the trainable parameter '{name}' is complex, and the noise is real",
+                remedy="hold it as a real parameter and use torch.view_as_complex in forward",
+            )
+
+
+def refuse_state(own: Mapping[str, Any] | None, current: Mapping[str, Any]) -> None:
+    """A state to resume from has our entry, goes on where noise has not been used, and means the same mechanism."""
+    if own is None:
+        raise PrivacyError(
+            "the state dict has no 'dpcompile' entry: seed and logical step of the run are unknown",
+            remedy="load what DPOptimizer.state_dict(), torch's get_optimizer_state_dict or "
+            "dpcompile.checkpoint.save_checkpoint saved; load a plain optimizer's state into .optimizer",
+        )
+    refuse_malformed(own, OPTIMIZER, "DPOptimizer")
+    same = own["seed"] == current["seed"] and own["secure"] == current["secure"]
+    if same and own["logical_step"] < current["logical_step"]:
+        raise PrivacyError(
+            f"the state dict stands at logical step {own['logical_step']}, this optimizer at "
+            f"{current['logical_step']} of the same seed: the noise of the steps between would be used twice",
+            remedy="resume from the latest state, or make a new DPOptimizer with another seed",
+        )
+    for name in ("noise_multiplier", "expected_batch_size", "secure"):
+        if own[name] != current[name]:
+            raise PrivacyError(
+                f"{name} was {own[name]} in the saved run and is {current[name]} here",
+                remedy=f"make the DPOptimizer with {name}={own[name]}",
+            )
+    if current["accountant"] is not None and current["logical_step"] and own["seed"] != current["seed"]:
+        raise PrivacyError(
+            f"this optimizer has taken {current['logical_step']} steps, and the state is of another run: the "
+            "accountant would forget them",
+            remedy="load it into a new DPOptimizer with a new accountant, and the weights of that run into the model",
+        )
+    if current["accountant"] is not None and own["accountant"] is None and own["logical_step"]:
+        raise PrivacyError(
+            f"the saved run took {own['logical_step']} steps without an accountant: epsilon would leave them out",
+            remedy="load it into a DPOptimizer without accountant, or give the saving run an accountant",
+        )
+
+
+_DRAWN: dict[tuple[str, bool], tuple[weakref.ref[Any], int]] = {}  # stream of noise -> who drew last, and which step
+_WARNED: set[tuple[str, bool]] = set()
+
+
+def warn_of_used_noise(owner: Any, stream: str, *, secure: bool, step: int) -> None:
+    """Warn once per stream if another optimizer of this process drew the same noise.
+
+    Args:
+        owner: the optimizer that is about to draw.
+        stream: a digest of its seed.
+        secure: of which generator.
+        step: the logical step that is drawn for.
+    """
+    key = stream, secure
+    known = _DRAWN.get(key)
+    if known is not None and known[0]() is not owner and step <= known[1] and key not in _WARNED:
+        _WARNED.add(key)
+        warnings.warn(
+            f"two DPOptimizers of one seed: the noise of logical step {step} is drawn a second time, and the "
+            "difference of the two models has none. Right to repeat an experiment; to publish both, leave seed out",
+            PrivacyWarning,
+            stacklevel=4,
+        )
+    _DRAWN[key] = weakref.ref(owner), max(step, -1 if known is None else known[1])
+
+
+def _optimized(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -1,0 +1,109 @@
+"""Noise, division and Adam's update in one pass over memory, where the inner optimizer is plain Adam or AdamW.
+
+Source: Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2 (decoupled weight decay).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
+
+from dpcompile._torch import adam_state, add_one_, is_stepped_as_made, mark_stepped
+from dpcompile.kernels import gaussian as native
+from dpcompile.noise.counter import Stream, counter_tag
+from dpcompile.runtime.bystanders import refuse_bystander
+
+__all__ = ["update_"]
+
+_OFF = ("amsgrad", "maximize", "capturable", "differentiable")
+
+
+def update_(
+    optimizer: Optimizer,
+    weights: Sequence[Tensor],
+    totals: Sequence[Tensor],
+    *,
+    parameters: Sequence[int],
+    std: float,
+    expected_batch_size: float,
+    seed: int,
+    step: int,
+) -> bool:
+    """The whole step of ``optimizer`` on the private means of ``totals``, if this file knows how to do it.
+
+    Args:
+        optimizer: the inner one, with one pre-hook of its own (the guard of `DPOptimizer`).
+        weights: all its parameters that get an update.
+        totals: their clipped sums; they become the private means and the parameters' ``.grad``.
+        parameters: see :func:`dpcompile.noise.mechanism.privatize_`, as for what follows.
+        std: see there.
+        expected_batch_size: see there.
+        seed: see there.
+        step: see there.
+
+    Returns:
+        Whether it was done. If not, nothing was changed.
+
+    **Guarantee.** As of :func:`dpcompile.noise.mechanism.privatize_`: the update is a function of what that leaves in
+    ``totals``, and the same noise is drawn whether this file takes the step or not.
+
+    =============================================================  ============
+    edge case                                                      outcome
+    =============================================================  ============
+    a subclass, another ``step``, hooks on the inner optimizer     not done here
+    amsgrad, maximize, capturable, differentiable                  not done here
+    weights narrower than float32, not contiguous, on a GPU        not done here
+    a learning-rate scheduler on the inner optimizer               done here
+    =============================================================  ============
+    """
+    groups = optimizer.param_groups
+    if type(optimizer) not in (Adam, AdamW) or not is_stepped_as_made(
+        optimizer, hooks=1, everywhere=[refuse_bystander]
+    ):
+        return False
+    if any(group[name] for group in groups for name in _OFF):
+        return False
+    states = [optimizer.state.get(w, {}) for w in weights]
+    held = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq") if name in state]
+    if not native.takes([*weights, *totals, *held]):
+        return False
+    for w, total in zip(weights, totals, strict=True):
+        w.grad = total
+    index = {id(w): parameter for w, parameter in zip(weights, parameters, strict=True)}
+    for group in groups:
+        params, grads, means, squares, steps = adam_state(optimizer, group)
+        if not params:
+            continue
+        add_one_(steps)
+        counts = [int(count) for count in steps]
+        for count in sorted(set(counts)):
+            members = [i for i, c in enumerate(counts) if c == count]
+            chosen = [[kind[i] for i in members] for kind in (grads, params, means, squares)]
+            native.adam_(
+                *chosen,
+                tags=[counter_tag(Stream.GRADIENT, index[id(params[i])]) for i in members],
+                std=std,
+                divisor=expected_batch_size,
+                seed=seed,
+                step=step,
+                rates=_rates(type(optimizer) is AdamW or group.get("decoupled_weight_decay", False), group, count),
+            )
+    mark_stepped(optimizer)
+    return True
+
+
+def _rates(decoupled: bool, group: dict, count: int) -> tuple[float, ...]:
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    return (
+        1 - lr * decay if decoupled else 1.0,
+        0.0 if decoupled else decay,
+        beta1,
+        beta2,
+        lr / (1 - beta1**count),
+        math.sqrt(1 - beta2**count),
+        float(group["eps"]),
+    )

@@ -1,0 +1,1 @@
+"""Which rule takes the norm of which parameter's gradients."""

@@ -1,0 +1,203 @@
+"""What each rule costs on top of the non-private backward, as sympy expressions.
+
+Letters: B examples, K blocks (groups, heads), T positions, p rows, d columns, e bytes per element. Ghost norms and
+instantiation are from Li et al. 2022 (arXiv:2110.05679), their mix from Bu et al. 2022 (arXiv:2205.10683), keeping and
+redoing from Bu et al. 2023 (arXiv:2210.00038, book-keeping).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import sympy
+
+from dpcompile.graph.sizes import Size, product
+from dpcompile.kernels.rates import Rates
+
+__all__ = ["DIRECT_TILES", "Cost", "Shape", "costs", "gram_cost", "summed_cost"]
+
+DIRECT_TILES = 8  # how many parts of a gradient the direct rule makes, one after the other
+_WIDER = {4: 2, 8: 1}  # how many float32 products take the time of one in float64, in which Gram matrices are made
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Extra work of one rule.
+
+    Attributes:
+        large: floating point operations in large matrix products (negative: the plain step's, which the rule replaces).
+        batched: the same in products of one example each.
+        summed: the same in the products of clipped sums.
+        convolved: the same in convolutions.
+        grouped: the same in convolutions that make every example's filter gradients.
+        filtered: the same in our kernel for these.
+        idle: what that kernel computes on empty places of its tiles.
+        traffic: bytes read and written.
+        fresh: bytes written to memory that the system has just given.
+        calls: kernels.
+        memory: bytes of results that exist until the clip, or for a moment; not operands, which the plain step has too.
+    """
+
+    large: sympy.Expr = sympy.S.Zero
+    batched: sympy.Expr = sympy.S.Zero
+    summed: sympy.Expr = sympy.S.Zero
+    convolved: sympy.Expr = sympy.S.Zero
+    grouped: sympy.Expr = sympy.S.Zero
+    filtered: sympy.Expr = sympy.S.Zero
+    idle: sympy.Expr = sympy.S.Zero
+    traffic: sympy.Expr = sympy.S.Zero
+    fresh: sympy.Expr = sympy.S.Zero
+    calls: sympy.Expr = sympy.S.Zero
+    memory: sympy.Expr = sympy.S.Zero
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def at(self, hints: Mapping[sympy.Symbol, int]) -> Numbers:
+        """The same as numbers."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return Numbers(*(float(x.subs(hints)) if x.free_symbols else float(x) for x in values))
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """A :class:`Cost` at given sizes."""
+
+    large: float
+    batched: float
+    summed: float
+    convolved: float
+    grouped: float
+    filtered: float
+    idle: float
+    traffic: float
+    fresh: float
+    calls: float
+    memory: float
+
+    @property
+    def flops(self) -> float:
+        """Operations that the plain step does not have."""
+        return self.large + self.batched + self.summed + self.convolved + self.grouped + self.filtered
+
+    def seconds(self, rates: Rates) -> float:
+        """On a machine."""
+        return (
+            self.large / rates.large
+            + self.batched / rates.batched
+            + self.summed / rates.summed
+            + self.convolved / rates.convolution
+            + self.grouped / rates.grouped
+            + (self.filtered + self.idle) / rates.filters
+            + self.traffic / rates.traffic
+            + self.fresh / rates.fresh
+            + self.calls * rates.call
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of a parameter's sites taken together.
+
+    Attributes:
+        k: blocks.
+        t: positions of all sites.
+        p: rows.
+        d: columns.
+        element: bytes.
+        copied: elements per example of the copy that a ghost norm makes.
+        one_hot: the rows of one of the sites are an index.
+        indexed: those of all of them: ghost norms are those of sums by it, without Gram matrices.
+        convolution: the plain gradients are made by a convolution.
+        grouped: per-example gradients are too, with the examples among its groups.
+        filled: how full the tiles of our filter kernel are, which makes them; 0 where it does not.
+        alone: their norms come without them.
+        panels: parts of a Gram matrix.
+        products: the clipped sum is a matrix product, and so ours where the plain step's was torch's.
+    """
+
+    k: Size
+    t: Size
+    p: Size
+    d: Size
+    element: int = 4
+    copied: Size = 0
+    one_hot: bool = False
+    indexed: bool = False
+    convolution: bool = False
+    grouped: bool = False
+    filled: float = 0.0
+    alone: bool = False
+    panels: int = 1
+    products: bool = False
+
+
+def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
+    """The extra cost of every rule that a parameter of factored sites can have.
+
+    The Gram matrices of "ghost" are not in it (:func:`gram_cost`): sites may share them.
+
+    Args:
+        shape: of the sites.
+        batch: B.
+        reuse: whether memory of per-example gradients stays mapped from step to step.
+    """
+    k, t, p, d, e = shape.k, shape.t, shape.p, shape.d, shape.element
+    small = product([batch, k, t, d if shape.one_hot else sympy.Min(p, d)]) * e  # the operand that is scaled
+    sides = product([batch, k, t, d if shape.one_hot else p + d]) * e
+    weights = product([batch, k, p, d])  # one gradient per example
+    flops = 0 if shape.one_hot else 2 * weights * t
+    each = _cost(grouped=flops) if shape.grouped else _cost(batched=flops)
+    if shape.filled:
+        each = _cost(filtered=flops, idle=sympy.sympify(flops) * (1 / shape.filled - 1))
+    saved = _cost(convolved=-flops) if shape.convolution else _cost(large=-flops)  # the plain step's
+    fresh = 0 if reuse else weights * e
+    # Written, read for the norm and for the sum; made for a few examples at a time; or their norm taken at once.
+    passes = 5 if shape.grouped else 2 if shape.filled else 3
+    norms = _cost(traffic=2 * weights * e, fresh=fresh, calls=3, memory=weights * e)
+    grams = product([batch, k, t, t]) * 8  # float64
+    tile = weights * e * sympy.Rational(1, DIRECT_TILES)
+    redone = flops if shape.products else 0
+    scaled = _cost(traffic=2 * small, calls=1, large=-redone, summed=redone)
+    ghost = _cost(traffic=4 * grams, calls=3 * shape.panels, memory=grams)
+    if shape.indexed:
+        copied = product([batch, shape.copied]) * e
+        ghost = _cost(traffic=2 * sides + 2 * copied, calls=2, fresh=copied, memory=copied)
+    return {
+        "outer": scaled + _cost(traffic=sides, calls=2),
+        "ghost": scaled + ghost,
+        "keep": each + saved + _cost(traffic=passes * weights * e, fresh=fresh, calls=3, memory=weights * e),
+        "redo": scaled + each + (_cost(calls=1) if shape.alone else norms),
+        # Its memory is that of all tiles: the compiler may make them all before it takes their norms.
+        "direct": scaled
+        + _cost(batched=flops, traffic=2 * weights * e + sides, fresh=tile, calls=3 * DIRECT_TILES, memory=weights * e),
+    }
+
+
+def gram_cost(shape: Shape, batch: Size, width: Size, *, index: bool, copied: Size) -> Cost:
+    """One Gram matrix ``[B, K, T, T]`` of vectors of ``width``, half of it by symmetry as far as panels allow.
+
+    Args:
+        shape: of the sites.
+        batch: B.
+        width: P or D.
+        index: the vectors are one-hot: equality instead of products.
+        copied: elements per example of the copy that it needs (see :class:`Shape`).
+    """
+    k, t, e = shape.k, shape.t, shape.element
+    part = sympy.Rational(shape.panels + 1, 2 * shape.panels)
+    grams, copy = product([batch, k, t, t]), product([batch, copied]) * e
+    flops = 0 if index else 2 * grams * width * part * _WIDER[e]
+    traffic = 2 * grams * 8 * part + product([batch, k, t, 1 if index else width]) * e + 2 * copy
+    return _cost(batched=flops, traffic=traffic, fresh=copy, calls=2 * shape.panels, memory=copy)
+
+
+def summed_cost(batch: Size, elements: Size, element: int, *, fresh: bool = False) -> Cost:
+    """Per-example gradients that the backward makes anyway on its way to the sum (biases, norm layers)."""
+    total = product([batch, elements]) * element
+    return _cost(traffic=3 * total, fresh=total if fresh else 0, calls=2, memory=total)
+
+
+def _cost(**terms: Size) -> Cost:
+    return Cost(**{name: sympy.sympify(value) for name, value in terms.items()})

@@ -1,0 +1,1 @@
+"""That examples do not mix, and where each parameter's gradient is summed over them."""

@@ -1,0 +1,60 @@
+"""Collectives over ranks that see the same examples, in the same order (tensor parallelism).
+
+What one rank holds of an example meets what the others hold of the same one, so examples are kept apart. Whether a
+collective is one over these ranks is not asked here: see :mod:`dpcompile.proof.replication`.
+"""
+
+from __future__ import annotations
+
+from dpcompile.graph.labels import Examples, Label, Summed
+from dpcompile.graph.sizes import divide, product
+from dpcompile.proof.rules.registry import Call, axis_rule
+
+_AFTER_THE_SUM = (
+    "it adds up, over the ranks of tensor parallelism, what was summed over the examples already: the norm of a "
+    "rank's share says nothing of the norm of the whole"
+)
+_REMEDY = (
+    "let parameters that every rank holds see whole activations: no SequenceParallel, and no layouts that leave their "
+    "gradient to be added up over ranks"
+)
+
+
+@axis_rule("_c10d_functional.wait_tensor")
+def wait(call: Call) -> Label:
+    """The same values."""
+    return call.label(call.operands[0])
+
+
+@axis_rule("_c10d_functional.all_reduce")
+def all_reduce(call: Call) -> Label:
+    """Element by element over the ranks."""
+    if call.summed():
+        return call.unsupported(_AFTER_THE_SUM, _REMEDY)
+    return call.label(call.operands[0])
+
+
+@axis_rule("_c10d_functional.all_gather_into_tensor")
+def all_gather(call: Call) -> Label:
+    """The ranks' values one behind the other along dimension 0."""
+    if call.summed():
+        return call.unsupported(_AFTER_THE_SUM, _REMEDY)
+    label = call.label(call.operands[0])
+    if isinstance(label, Examples) and label.dim == 0:
+        return Examples(0, product([call["group_size"], label.outer]), label.inner)
+    return label
+
+
+@axis_rule("_c10d_functional.reduce_scatter_tensor")
+def reduce_scatter(call: Call) -> Label:
+    """The sum over the ranks, cut into one piece for each along dimension 0: whole batches, or no examples there."""
+    if call.summed():
+        return call.unsupported(_AFTER_THE_SUM, _REMEDY)
+    label = call.label(call.operands[0])
+    if not isinstance(label, Examples) or label.dim != 0:
+        assert not isinstance(label, Summed)
+        return label
+    outer = divide(label.outer, call["group_size"])
+    if outer is None:
+        return call.mixes("it hands every rank some of the examples only")
+    return Examples(0, outer, label.inner)

@@ -1,0 +1,112 @@
+"""What is worth knowing of values that depend on no example: zeros, positions, cotangents of sums."""
+
+from __future__ import annotations
+
+import torch
+
+from dpcompile.graph.labels import Examples, Label, Shared, reshape_axis
+from dpcompile.graph.sizes import Size, same, same_shape
+from dpcompile.proof.rules.registry import Call
+
+__all__ = ["shared"]
+
+_ZEROS = {"zeros", "zeros_like", "new_zeros"}
+_FILLED = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "scalar_tensor": "s"}
+_KEEPS_VALUES = {
+    "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "expand", "permute", "transpose", "t", "clone", "alias",
+    "_to_copy", "convert_element_type", "detach", "slice", "select", "device_put", "lift_fresh_copy",
+}  # fmt: skip
+_VIEWS = {"view", "_unsafe_view", "reshape"}
+_ZERO_IF_ANY = {"mul", "mm", "bmm"}
+_ZERO_IF_FIRST = {"neg", "sum", "mean", "div", "permute"}
+_ZERO_IF_ALL = {"add", "sub", "cat"}
+# How many positions, counted from 0, a dtype tells apart.
+_POSITIONS = {
+    torch.int64: 2**63, torch.int32: 2**31, torch.int16: 2**15, torch.int8: 2**7, torch.uint8: 2**8,
+    torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8,
+}  # fmt: skip
+_FOR_ANY_BATCH = {torch.int64, torch.int32, torch.float64}
+_KEEPS_COTANGENT = _KEEPS_VALUES | {"mul", "div", "neg"}
+
+
+def shared(call: Call) -> Label:
+    """The label of an operation on shared values only; most often just ``Shared()``."""
+    name = call.name
+    labels = [x for n in call.operands if isinstance(x := call.label(n), Shared)]
+    cotangent = name in _KEEPS_COTANGENT and any(x.cotangent for x in labels)
+    if cotangent and name == "expand":
+        handed_out = _hand_out(call)
+        if handed_out is not None:
+            return handed_out
+    return Shared(zero=_zero(call, name, labels), counts=_counts(call, name), cotangent=cotangent)
+
+
+def _zero(call: Call, name: str, labels: list[Shared]) -> bool:
+    if name in _ZEROS:
+        return True
+    if name in _FILLED:
+        value = call[_FILLED[name]]
+        return isinstance(value, (int, float)) and value == 0
+    if name in _KEEPS_VALUES:
+        return bool(labels) and labels[0].zero
+    if name in _ZERO_IF_FIRST:
+        return bool(labels) and labels[0].zero and call.operands[0] is call.node.args[0]
+    if name in _ZERO_IF_ALL:
+        return bool(labels) and all(x.zero for x in labels) and len(labels) == len(call.operands) == len(_flat(call))
+    return name in _ZERO_IF_ANY and any(x.zero for x in labels)
+
+
+def _flat(call: Call) -> list[object]:
+    """The operands, numbers too."""
+    first = call.node.args[0]
+    return list(first) if isinstance(first, (list, tuple)) else list(call.node.args[:2])
+
+
+def _counts(call: Call, name: str) -> int | None:
+    """The dimension along which the value is its own position, all positions told apart by every dtype on the way."""
+    dim = _counted_dim(call, name)
+    return dim if dim is not None and _tells_apart(call.node.meta["val"].dtype, call.out_shape[dim]) else None
+
+
+def _tells_apart(dtype: torch.dtype, count: Size) -> bool:
+    if not isinstance(count, int):
+        return dtype in _FOR_ANY_BATCH
+    return count <= _POSITIONS.get(dtype, 0)
+
+
+def _counted_dim(call: Call, name: str) -> int | None:
+    if name in ("iota", "arange"):
+        plain = call["start"] in (None, 0) and call["step"] in (None, 1)
+        return 0 if plain else None
+    if name not in _KEEPS_VALUES or not call.operands or name in ("slice", "select") or _reinterprets(call, name):
+        return None
+    source = call.operands[0]
+    label = call.label(source)
+    if not isinstance(label, Shared) or label.counts is None:
+        return None
+    old, new, dim = call.shape(source), call.out_shape, label.counts
+    if name == "expand":
+        moved = dim + len(new) - len(old)
+        return moved if same(new[moved], old[dim]) else None
+    if name == "permute":
+        return [d % len(new) for d in call["dims"]].index(dim)
+    if name in ("transpose", "t"):
+        return None
+    axis = reshape_axis(Examples(dim), old, new, old[dim])
+    return axis.dim if axis is not None and same(new[axis.dim], old[dim]) else None
+
+
+def _reinterprets(call: Call, name: str) -> bool:
+    """Whether a view reads the bytes of its operand as another dtype."""
+    return name in _VIEWS and call["self"].meta["val"].dtype != call.node.meta["val"].dtype
+
+
+def _hand_out(call: Call) -> Examples | None:
+    """The adjoint of a sum over examples gives each example its own cotangent.
+
+    The forward sum and its adjoint carry the same sequence number; the sum's operand says where the examples lay.
+    """
+    found = call.forward_sums.get(call.node.meta.get("seq_nr", -1))
+    if found is None or not same_shape(found[1], call.out_shape):
+        return None
+    return found[0]

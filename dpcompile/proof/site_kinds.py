@@ -1,0 +1,60 @@
+"""What is known of the operations in which gradients are summed over the examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+__all__ = ["SiteKind", "add_site_kind", "find_site_kind", "site_kinds"]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteKind:
+    """An operation that sums over the examples.
+
+    Attributes:
+        linear: the operands in which it is linear, of which one is scaled to weight the examples; preferred first.
+        lies_along: operand -> the dimension that runs along the examples, where its place in the operation tells.
+        per_example: the same for each example by itself: operands with the examples in front to ``[B, *shape]``; None
+            leaves it to ``torch.vmap``.
+    """
+
+    linear: tuple[str, ...]
+    lies_along: Mapping[str, int] = field(default_factory=dict)
+    per_example: Callable[..., Tensor] | None = None
+
+
+_OWN = {
+    "mm": SiteKind(("self", "mat2"), {"self": 1, "mat2": 0}),
+    "bmm": SiteKind(("self", "mat2"), {"self": 2, "mat2": 1}),
+    "mv": SiteKind(("self", "vec"), {"self": 1, "vec": 0}),
+    "dot": SiteKind(("self", "tensor"), {"self": 0, "tensor": 0}),
+    "sum": SiteKind(("self",)),
+    "mean": SiteKind(("self",)),
+    "index_put": SiteKind(("values",)),
+    "_unsafe_index_put": SiteKind(("values",)),
+    "index_add": SiteKind(("source",)),
+    "scatter_add": SiteKind(("src",)),
+    "convolution_backward": SiteKind(("grad_output", "input"), {"grad_output": 0, "input": 0}),
+    "_embedding_bag_backward": SiteKind(("grad",)),
+    "_embedding_bag_dense_backward": SiteKind(("grad",)),
+}
+_REGISTERED: dict[tuple[str, int], SiteKind] = {}
+
+
+def find_site_kind(operation: str, result: int) -> SiteKind | None:
+    """What is known of a result of an operation (by :func:`dpcompile.graph.operations.operation_name`), or None."""
+    return _OWN.get(operation) or _REGISTERED.get((operation, result))
+
+
+def add_site_kind(operation: str, result: int, kind: SiteKind) -> None:
+    """Register a kind for an operation of another library."""
+    assert operation not in _OWN, operation
+    _REGISTERED[operation, result] = kind
+
+
+def site_kinds() -> dict[str, SiteKind]:
+    """Torch's own, by operation, for documentation."""
+    return dict(_OWN)

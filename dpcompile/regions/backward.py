@@ -1,0 +1,376 @@
+"""One forward of a model in several regions, and its backward: norms, weights, clipped sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dpcompile._torch import after_backward, current_backward, disable
+from dpcompile.clipping.groups import group_bound, group_of
+from dpcompile.clipping.weights import clip_group, own_norms
+from dpcompile.distributed.tensor_parallel import NormsOverRanks
+from dpcompile.errors import PrivacyError, UnsupportedGraphError
+from dpcompile.lowering.backward import Rest, take_rest, take_sums
+from dpcompile.options import AT_ONCE, TWO_PASS, Lowering, Options
+from dpcompile.planning.shared_uses import HandedOut, Part, Redone, Use, joint_norm
+from dpcompile.regions.fsdp import add_up
+from dpcompile.runtime.delivery import warn_of_lost_examples
+from dpcompile.runtime.loss_scale import Unscaling
+
+__all__ = ["Outcome", "Pass", "RegionRun", "Sums", "WholeSums", "attach", "shared_in_two_passes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a whole backward came to.
+
+    Attributes:
+        norms: float32 ``[B]``, before clipping.
+        mask: ``[B]``.
+        graph_task: the identity of the backward.
+        sums: ``(parameter name, clipped sum)``; of sharded parameters the local parts of the sums over all ranks.
+    """
+
+    norms: Tensor
+    mask: Tensor
+    graph_task: int
+    sums: Sequence[tuple[str, Tensor]]
+
+
+class Sums(Protocol):
+    """Where clipped sums of regions go, as they arise; ``unit`` is the path of the unit that a region is a part of."""
+
+    def expect(self, unit: str) -> None:
+        """A region of this unit ran forward."""
+        ...
+
+    def add(self, unit: str, sums: Sequence[tuple[str, Tensor]]) -> None:
+        """The clipped sums of a region of this unit; once per region. Those of one parameter add up."""
+        ...
+
+    def finish(self) -> list[tuple[str, Tensor]]:
+        """All of them, when the backward is over."""
+        ...
+
+
+class WholeSums:
+    """Of parameters that lie on this rank whole."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Tensor] = {}
+
+    def expect(self, unit: str) -> None:
+        """See :class:`Sums`."""
+
+    def add(self, unit: str, sums: Sequence[tuple[str, Tensor]]) -> None:
+        """See :class:`Sums`."""
+        add_up(self._found, sums)
+
+    def finish(self) -> list[tuple[str, Tensor]]:
+        """See :class:`Sums`."""
+        return list(self._found.items())
+
+
+@dataclass(eq=False, slots=True)
+class RegionRun:
+    """A region with trainable parameters that ran forward.
+
+    Attributes:
+        names: its parameters, in the order of the rows of norms and weights.
+        touched: those whose gradient is not zero for every example.
+        whole: the forward that it is a part of.
+        lowering: of the region.
+        given: ``[parameters, B]``, float64, what the graph takes for clip weights; clipped at once: the bounds.
+        unit: the path of the unit that the region is a part of.
+        memory: parameters' memory that is freed before the clipped sums are computed.
+        uses: of parameters that other regions use too, what the region hands out.
+        probe: a leaf behind the region in autograd's graph, where its backward may come twice.
+        squared: its squared norms, ``[parameters, B]``, float64, once its backward came.
+        rest: deferred: what its clipped sums are computed from.
+    """
+
+    names: tuple[str, ...]
+    touched: frozenset[str]
+    whole: Pass
+    lowering: Lowering
+    given: Tensor
+    unit: str = ""
+    memory: frozenset[int] = frozenset()
+    uses: Mapping[str, Use] = field(default_factory=dict)
+    probe: Tensor | None = None
+    squared: Tensor | None = None
+    rest: Rest | None = None
+
+    def named(self, sums: Sequence[Tensor | None]) -> list[tuple[str, Tensor]]:
+        """Clipped sums with their parameters' names; without those that are zero."""
+        return [(n, s) for n, s in zip(self.names, sums, strict=True) if s is not None]
+
+
+@dataclass(eq=False, slots=True)
+class Pass:
+    """Every region of one forward; their backward is one backward.
+
+    **Guarantee.** ``deliver`` is called once, when the whole backward is over, with clipped sums for the weights of
+    every example from its norm over all parameters of its group, in whichever region they are.
+
+    ==============================================  =================================================
+    edge case                                       outcome
+    ==============================================  =================================================
+    a region whose backward does not come           its gradient is zero for every example
+    an example that is not finite in one region     weight 0 in its whole group, in all regions
+    a parameter in two regions, or in one twice     the norm is that of the sum, cross terms included
+    the same, in two passes or clipped at once      refused
+    a second backward, or one through another part  refused: an example would count twice
+    a backward that fails                           nothing is delivered
+    a parameter of which this rank holds a part     its norm is that of all ranks' parts
+    ==============================================  =================================================
+
+    Attributes:
+        options: of the model.
+        mask: ``[B]``, 0 for padding, and for an example 1, or 1 over the scale of the loss.
+        sums: where clipped sums go as they arise.
+        deliver: takes the outcome.
+        refused: why this forward may have no backward, or None.
+        repeat: in two passes, runs the backward again; it ends in :meth:`receive_sums` of every region in ``received``.
+        weights: clip group -> ``[B]``, once they are known.
+        ranks: of tensor parallelism, over which norms are added up; None without it.
+        repeated: parameters that turned out to be used in more regions than were told to hand out what norms need.
+    """
+
+    options: Options
+    mask: Tensor
+    sums: Sums
+    deliver: Callable[[Outcome], None]
+    refused: PrivacyError | None = None
+    ranks: NormsOverRanks | None = None
+    repeat: Callable[[], None] | None = None
+    runs: list[RegionRun] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+    repeated: set[str] = field(default_factory=set)
+    touched: dict[str, None] = field(default_factory=dict)
+    received: list[RegionRun] = field(default_factory=list)
+    weights: dict[str, Tensor] | None = None
+    task: int | None = None
+    done: bool = False
+    unscaling: Unscaling = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unscaling = Unscaling(self.mask)
+
+    def run(
+        self,
+        names: Sequence[str],
+        touched: Sequence[str],
+        lowering: Lowering,
+        unit: str,
+        memory: frozenset[int],
+        uses: Mapping[str, Use],
+    ) -> RegionRun:
+        """A region runs forward on these parameters.
+
+        Raises:
+            UnsupportedGraphError: one of them was in a region of this forward already, and one of the two regions was
+                compiled to be clipped at once, or in two passes.
+        """
+        again = [n for n in names if n in self.names]
+        self.repeated.update(again)
+        for name in again:
+            kinds = {run.lowering.kind for run in self.runs if name in run.names} | {lowering.kind}
+            if TWO_PASS in kinds:
+                raise shared_in_two_passes(name)
+            if AT_ONCE in kinds:
+                raise UnsupportedGraphError(
+                    f"parameter '{name}' turned out to be used in two regions of one forward, and one of them was "
+                    "compiled to clip it by itself: its gradients add before the norm is taken",
+                    remedy="call the model again: it is compiled anew, with one norm over both uses; or "
+                    "clipping='flat'",
+                )
+        self.names.update(names)
+        self.touched.update(dict.fromkeys(n for n in names if n in set(touched)))
+        given = self.mask.new_zeros((len(names), len(self.mask)), dtype=torch.float64)
+        run = RegionRun(tuple(names), frozenset(touched), self, lowering, given, unit, memory, uses)
+        self.runs.append(run)
+        self.sums.expect(unit)
+        return run
+
+    def seal(self) -> None:
+        """The forward is over: regions that are clipped at once get the bound of their groups."""
+        for run in self.runs:
+            if run.lowering.kind == AT_ONCE:
+                run.given.data.fill_(self._bound())  # autograd has saved it: its version stays
+        self.runs = []
+
+    def check(self, run: RegionRun | None) -> None:
+        """Raise PrivacyError if no backward may come, through this region or any."""
+        if self.refused is not None:
+            raise self.refused
+        again = run is not None and run.squared is not None
+        if self.done or again or (self.task is not None and current_backward() != self.task):
+            raise PrivacyError(
+                "a second backward through the same forward: every example would count twice",
+                remedy="run the forward again, or add the losses before one backward",
+            )
+
+    @disable
+    def receive(self, run: RegionRun, squared: Tensor | None) -> None:
+        """The backward of a region is over: ``squared`` holds its norms ``[parameters, B]``."""
+        self.check(run)
+        if self.task is None:
+            self.task = current_backward()
+            after_backward(self._finish)
+        if squared is None:
+            return
+        run.squared = squared
+        self.received.append(run)
+        if run.lowering.kind == AT_ONCE:
+            self.sums.add(run.unit, run.named(take_rest(squared)(None)))
+        elif run.lowering.kind != TWO_PASS:
+            run.rest = take_rest(squared)
+            run.rest.protect(run.memory)
+
+    def receive_sums(self, run: RegionRun, marker: Tensor | None) -> None:
+        """The second backward of a region is over."""
+        if marker is not None:
+            sums = take_sums(marker)
+            self.sums.add(run.unit, run.named(sums) if sums else [])
+
+    def weights_of(self, run: RegionRun) -> Tensor:
+        """``[parameters, B]``, in the second part."""
+        assert self.weights is not None
+        found = [self.weights[group_of(self.options.clipping, n)] for n in run.names]
+        return torch.stack(found).to(run.given.dtype)
+
+    def _finish(self) -> None:
+        self.done = True
+        if self.repeat is None:
+            self._deliver()
+        else:
+            after_backward(self._deliver)  # FSDP's own end of the first backward comes before the second one
+
+    @torch.no_grad()
+    def _deliver(self) -> None:
+        assert self.task is not None
+        self.weights, squared = self._weights(self._squared_norms())
+        norms = own_norms([squared], self.mask, self._mean_of())
+        if self.repeat is not None:
+            self.repeat()
+        for run in self.received:
+            if run.rest is not None:
+                rest, run.rest = run.rest, None
+                self.sums.add(run.unit, run.named(rest(self.weights_of(run))))
+        self.received, self.weights, self.repeat = [], None, None
+        self.deliver(Outcome(norms, self.mask, self.task, self.sums.finish()))
+        warn_of_lost_examples(norms, self.mask)
+
+    def _squared_norms(self) -> dict[str, Tensor]:
+        """Of every parameter that the backward reached, over all its uses: name -> ``[B]``."""
+        found: dict[str, list[tuple[RegionRun, int]]] = {}
+        for run in self.received:
+            for row, name in enumerate(run.names):
+                if name in run.touched:
+                    found.setdefault(name, []).append((run, row))
+        rows = {}
+        for name, places in found.items():
+            run, row = places[0]
+            if len(places) == 1 and name not in run.uses:
+                assert run.squared is not None
+                rows[name] = run.squared[row]
+            else:
+                rows[name] = joint_norm([_part(*place) for place in places], len(self.mask), self.options.norm)
+        return rows
+
+    def _weights(self, squared: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """The weights of each group's examples, and the squared norm over all groups.
+
+        Those of groups that were clipped at once are the same; nobody asks for them.
+        """
+        clipping, mask = self.options.clipping, self.mask
+        names = [n for run in self.received for n in run.names]
+        groups: dict[str, dict[str, Tensor]] = {group_of(clipping, n): {} for n in (*self.touched, *names)}
+        for name, row in squared.items():
+            groups[group_of(clipping, name)][name] = row
+        found = {
+            group: clip_group(rows, mask, clipping=clipping, bound=self._bound(), mean_of=self._mean_of())
+            for group, rows in self._over_ranks(groups).items()
+        }
+        totals = [total for total, _ in found.values()]
+        everything = sum(totals[1:], start=totals[0]) if totals else torch.zeros_like(mask)
+        return {g: w for g, (_, w) in found.items()}, everything
+
+    def _bound(self) -> float:
+        present = {group_of(self.options.clipping, n) for n in self.touched}
+        return group_bound(self.options.max_grad_norm, len(present))
+
+    def _mean_of(self) -> int | None:
+        return 1 if self.options.loss_reduction == "mean" else None
+
+    def _over_ranks(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
+        """Squared norms of each group's parameters, of all ranks' parts where they lie on several."""
+        if self.ranks is None:
+            return {group: list(rows.values()) for group, rows in groups.items()}
+        cut = self.ranks.parallel.cut
+
+        def own(rows: Mapping[str, Tensor], parts: bool) -> Tensor:
+            return _sum([row for name, row in rows.items() if (name in cut) == parts], self.mask)
+
+        every = list(groups.values())
+        sums = self.ranks.add([own(rows, True) for rows in every], [own(rows, False) for rows in every])
+        return {group: [total] for group, total in zip(groups, sums, strict=True)}
+
+
+def _sum(members: Sequence[Tensor], like: Tensor) -> Tensor:
+    return sum(members[1:], start=members[0]) if members else torch.zeros_like(like)
+
+
+def _part(run: RegionRun, row: int) -> Part:
+    """What a use of a parameter gives to its norm over all uses."""
+    rest, name = run.rest, run.names[row]
+    assert rest is not None
+    if name in run.uses:
+        return HandedOut(run.uses[name], rest.handed[row])
+
+    def weighted(weights: Tensor) -> Tensor:
+        alone = weights.new_zeros(len(run.names), len(weights))
+        alone[row] = weights
+        total = rest.preview(alone)[row]
+        assert total is not None
+        return total
+
+    return Redone(weighted, run.whole.mask.to(run.given.dtype))
+
+
+def shared_in_two_passes(name: str) -> UnsupportedGraphError:
+    """A parameter of several regions, in two passes."""
+    return UnsupportedGraphError(
+        f"parameter '{name}' is used in two regions of one forward, and the backward has two passes: the first keeps "
+        "nothing that the norm over both uses could be taken of",
+        remedy="use one backward (norm='auto'), compile the model without regions, or put both uses into one block",
+    )
+
+
+def attach(run: RegionRun, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Stand-ins for the norms, ``[parameters, B]``, and for the parameters, that a region's graph takes.
+
+    What the graph's backward returns for the norms goes to the pass; nothing goes to autograd.
+    """
+    norms, *aliases = _Receive.apply(run, *parameters)  # type: ignore[misc]
+    return norms, aliases
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: RegionRun, *parameters: Tensor) -> Any:  # noqa: D102
+        ctx.run = run
+        ctx.set_materialize_grads(False)
+        return (torch.zeros_like(run.given), *(p.detach() for p in parameters))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, squared: Tensor | None, *sums: Tensor | None) -> Any:  # noqa: D102
+        assert all(s is None for s in sums), "a gradient of a parameter was handed to autograd"
+        ctx.run.whole.receive(ctx.run, squared)
+        return (None, *(None for _ in sums))

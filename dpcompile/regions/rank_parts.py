@@ -1,0 +1,98 @@
+"""What the inputs of a region's graphs are on the other ranks of tensor parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from dpcompile._torch import inner_tensor
+from dpcompile.capture.localise import Localised, StandIns, localise
+from dpcompile.capture.roles import Roles
+from dpcompile.distributed.shards import is_distributed
+from dpcompile.distributed.tensor_parallel import Compared, TensorParallel, check_copies
+from dpcompile.errors import UnsupportedGraphError
+from dpcompile.graph.joint import OverRanks
+from dpcompile.regions.region import Artifact, Scope
+
+__all__ = ["RankParts", "memory_holder"]
+
+
+class RankParts:
+    """Lets graphs have plain tensors for inputs, and says of which of them other ranks hold another part.
+
+    Args:
+        parallel: the ranks; None without tensor parallelism.
+    """
+
+    def __init__(self, parallel: TensorParallel | None) -> None:
+        self.parallel = parallel
+        self._stand_ins = StandIns()
+        self._compared = None if parallel is None else Compared(parallel)
+        self._copies_checked = False
+
+    def forget(self) -> None:
+        """A forward is over: its stand-ins have served."""
+        self._stand_ins.originals.clear()
+
+    def check_copies(self, module: nn.Module) -> None:
+        """Once: parameters that every rank holds are the same on all of them."""
+        if self.parallel is not None and not self._copies_checked:
+            check_copies(module, self.parallel)
+            self._copies_checked = True
+
+    def localise(self, gm: fx.GraphModule, live: Sequence[Any]) -> Localised:
+        """The graph with plain tensors for inputs."""
+        return localise(gm, live, self.parallel)
+
+    def inputs(self, local: Localised, live: Sequence[Any], scope: Scope) -> list[Any]:
+        """The plain tensors, which have the names of what they stand in for."""
+        values = local.inputs(live, self._stand_ins)
+        for value in values:
+            name = scope.parameters.get(id(self._stand_ins.original(value)))
+            if name is not None:
+                scope.parameters[id(value)] = name
+        return values
+
+    def originals(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """What the values stand in for; themselves if for nothing."""
+        return [self._stand_ins.original(v) for v in values]
+
+    def over_ranks(self, live: Sequence[Any], roles: Roles) -> OverRanks | None:
+        """What a graph's inputs are on the other ranks."""
+        if self.parallel is None:
+            return None
+        assert self._compared is not None
+        parts = {p for p, value in enumerate(live) if self._stand_ins.is_cut(value)}
+        compared = {p: self._compared.same(live[p]) for p in roles.others if isinstance(live[p], Tensor)}
+        copied = frozenset(p for p, same in compared.items() if same)
+        return OverRanks(self.parallel.group, self.parallel.name, frozenset(parts | compared.keys() - copied), copied)
+
+    def check_copy(self, roles: Roles, position: int, name: str, value: Tensor) -> None:
+        """An equal block may read another tensor than the one that the proof took for the same on all ranks."""
+        if self._compared is not None and roles.ranks is not None and position in roles.ranks.copied:
+            if not self._compared.same(value):
+                raise UnsupportedGraphError(
+                    f"the model reads {name}, which is not the same on all ranks of tensor parallelism",
+                    remedy="make it on all of them alike, or a DTensor",
+                )
+
+    def check_cut(self, artifact: Artifact, names: Sequence[str]) -> None:
+        """What the proof took for parts of parameters are those that norms are added up for."""
+        assert artifact.roles is not None
+        ranks, parallel = artifact.roles.ranks, self.parallel
+        proved = {n for p, n in zip(artifact.trained, names, strict=True) if ranks is not None and p in ranks.cut}
+        assert proved == (set() if parallel is None else parallel.cut & set(names)), (proved, names)
+
+    def gathered(self, parameter: Any) -> bool:
+        """Whether FSDP gathered a parameter: it is plain, or lies on the ranks of tensor parallelism alone."""
+        if not is_distributed(parameter):
+            return True
+        mesh, parallel = parameter.device_mesh, self.parallel
+        return parallel is not None and mesh.ndim == 1 and mesh.get_group(0).group_name == parallel.name
+
+
+def memory_holder(parameter: Tensor) -> Tensor:
+    """The plain tensor whose memory a parameter has on this rank."""
+    return inner_tensor(parameter) if is_distributed(parameter) else parameter

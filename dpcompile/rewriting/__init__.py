@@ -1,0 +1,1 @@
+"""Norms, weights and clipped sums written into the joint graph."""

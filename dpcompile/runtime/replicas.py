@@ -1,0 +1,205 @@
+"""Models under DistributedDataParallel: what is refused, and the clipped sums added up over the replicas.
+
+DistributedDataParallel averages what autograd accumulates. Clipped sums do not go through autograd, so its own
+reduction stays idle, and they are added up here: a sum, in float32 or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dpcompile._torch import active_replica, after_backward
+from dpcompile.distributed.ranks import refuse_other_place, refuse_some
+from dpcompile.distributed.shards import is_distributed, zeros_for
+from dpcompile.errors import PrivacyError, UnsupportedGraphError
+from dpcompile.runtime.ledger import GradientLedger
+
+__all__ = ["Replicas", "inner_module", "refuse_wrapped"]
+
+_BUCKET = 2**23  # elements that are sent at once
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
+
+
+def inner_module(model: Any) -> Any:
+    """The module inside a DistributedDataParallel; another model as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise UnsupportedGraphError if a model to be compiled is parallel by a wrapper of its own."""
+    for module in model.modules():
+        kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in _WRAPPERS), None)
+        if kind is not None and type(module).__module__.startswith("torch."):
+            raise UnsupportedGraphError(
+                f"the model to compile is, or holds, a {kind}",
+                remedy="compile what is inside, then wrap it: DistributedDataParallel(dp_compile(model)); to shard, "
+                "call torch.distributed.fsdp.fully_shard on the model before dp_compile",
+            )
+
+
+class Replicas:
+    """Between the backward and the ledger: hands clipped sums on as they are, or summed over the replicas.
+
+    Args:
+        ledger: of the model.
+        trainable: the trainable parameters by name, in the order of the model.
+        place: where training stands, small numbers that are the same on all ranks: steps taken, draw.
+
+    **Guarantee.** Once a model was seen inside DistributedDataParallel, what the ledger has in ``p.grad`` is the same
+    on all replicas: for every backward outside ``no_sync()``, the sum over all ranks of what came since the one before.
+
+    =================================================  ================================================
+    edge case                                          outcome
+    =================================================  ================================================
+    backwards under ``no_sync()``                      held back, and added up with the next outside it
+    a step while sums are held back                    refused by the ledger
+    a rank whose backward reaches fewer parameters     zeros for the others
+    a call that runs in parts                          added up once, at the end of the backward
+    the inner model called with gradients              refused
+    a rank that skipped a batch or a step              refused on all ranks, at the next reduction
+    =================================================  ================================================
+    """
+
+    def __init__(
+        self,
+        ledger: GradientLedger,
+        trainable: Callable[[], Mapping[str, nn.Parameter]],
+        place: Callable[[], tuple[int, ...]],
+    ) -> None:
+        self._ledger, self._trainable, self._place = ledger, trainable, place
+        self._ddp: Any = None
+        self._due: int | None = None  # the backward at whose end the sums are added up
+
+    @property
+    def known(self) -> bool:
+        """Whether the model is inside DistributedDataParallel, as far as was seen."""
+        return self._ddp is not None
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the forward that is being run is outside ``no_sync()``."""
+        return self.known and self._ddp.require_backward_grad_sync
+
+    def join(self, ddp: Any) -> None:
+        """The model is inside this DistributedDataParallel.
+
+        Raises:
+            UnsupportedGraphError: with options that would be passed over, over some of the ranks, or around parameters
+                that FSDP shards.
+        """
+        _check_options(ddp)
+        refuse_some("DistributedDataParallel", dist.get_world_size(ddp.process_group))
+        if any(map(is_distributed, self._trainable().values())):
+            raise UnsupportedGraphError(
+                "DistributedDataParallel around a model that FSDP shards",
+                remedy="call fully_shard with a mesh of two dimensions, of which the first replicates",
+            )
+        self._ddp = ddp
+
+    def notice(self, *, tracing: bool) -> None:
+        """Before a call of the model: look for the DistributedDataParallel around it.
+
+        Raises:
+            PrivacyError: there was one, and it was passed by.
+        """
+        ddp = active_replica()
+        if ddp is not None:
+            self.join(ddp)
+        elif self.known and torch.is_grad_enabled() and self._trainable() and not tracing:
+            raise PrivacyError(
+                "the model was called without the DistributedDataParallel around it",
+                remedy="call the DistributedDataParallel module; for a look at outputs, under torch.no_grad()",
+            )
+
+    def apart(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The parameters as autograd may see them: of a replicated model as leaves of their own.
+
+        DistributedDataParallel counts the parameters that a backward reaches, and writes averages of its own to their
+        gradients.
+        """
+        return [p.detach().requires_grad_() for p in parameters] if self.known else parameters
+
+    def deliver(
+        self,
+        sums: Sequence[tuple[str, Tensor]],
+        zeros: Sequence[tuple[str, Tensor]],
+        *,
+        graph_task: int,
+        reduces: bool,
+        call: object = None,
+    ) -> None:
+        """A backward came to these sums; ``reduces`` as it was in its forward. See :meth:`GradientLedger.deliver`."""
+        if not self.known:
+            self._ledger.deliver([*sums, *zeros], graph_task=graph_task, call=call)
+            return
+        self._ledger.deliver([], graph_task=graph_task, call=call)
+        self._ledger.hold(sums)
+        if reduces and self._due != graph_task:
+            self._due = graph_task
+            after_backward(self._add_up)
+
+    @torch.no_grad()
+    def _add_up(self) -> None:
+        held, parameters = self._ledger.take_held(), self._trainable()
+        device = next(iter(parameters.values())).device
+        refuse_other_place(self._place(), device, self._ddp.process_group)
+        sums = [held[n] if n in held else zeros_for(p) for n, p in parameters.items()]
+        self._ledger.add(zip(parameters, _add_up(sums, self._ddp.process_group), strict=True))
+
+
+def _check_options(ddp: Any) -> None:
+    refused = {
+        "static_graph=True": ddp.static_graph,
+        "mixed_precision": ddp.mixed_precision is not None,
+        "a communication hook": bool(ddp._comm_hooks),
+        "delay_all_reduce_named_params": bool(ddp._delay_all_reduce_params),
+        "the join() context": ddp._join_config.enable,
+    }
+    for option, given in refused.items():
+        if given:
+            raise UnsupportedGraphError(
+                f"DistributedDataParallel with {option}: its own reduction of gradients does not run, as clipped sums "
+                "do not go through autograd",
+                remedy="leave the option out; PoissonLoader gives all ranks equally many batches",
+            )
+
+
+def _add_up(sums: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """Sums over all ranks of a group; every rank must call this with the same shapes, in the same order.
+
+    Args:
+        sums: of this rank's examples, float32 or wider.
+        group: the replicas.
+    """
+    found: list[Tensor] = []
+    pending = []
+    for members in _buckets(sums):
+        flat = torch.cat([s.reshape(-1) for s in members])
+        pending.append((members, flat, dist.all_reduce(flat, group=group, async_op=True)))
+    for members, flat, work in pending:
+        if work is not None:
+            work.wait()
+        parts = flat.split([s.numel() for s in members])
+        found += [part.view(s.shape) for part, s in zip(parts, members, strict=True)]
+    return found
+
+
+def _buckets(sums: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours of one dtype and device."""
+    buckets: list[list[Tensor]] = []
+    size = 0
+    for tensor in sums:
+        last = buckets[-1][-1] if buckets else None
+        alike = last is not None and (last.dtype, last.device) == (tensor.dtype, tensor.device)
+        if not alike or size + tensor.numel() > _BUCKET:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(tensor)
+        size += tensor.numel()
+    return buckets
