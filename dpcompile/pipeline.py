@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from dpcompile._torch import copy_graph, real_tensors
+from dpcompile._torch.aot import copy_graph
+from dpcompile._torch.tensors import real_tensors
 from dpcompile.capture.joint import check_outputs, name_joint
 from dpcompile.capture.roles import Roles
 from dpcompile.graph.joint import JointGraph

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dpcompile._torch import PlainAOTOutput, compile_joint, disable, flat_graph, memory_of, pytree, tracing_config
+from dpcompile._torch import pytree
+from dpcompile._torch.aot import PlainAOTOutput, flat_graph
+from dpcompile._torch.dynamo import disable
+from dpcompile._torch.tensors import memory_of
 from dpcompile.batches.draws import Given, nothing
 from dpcompile.capture.arguments import InDims, example_dims
 from dpcompile.capture.example_losses import ExampleLosses
@@ -20,8 +23,10 @@ from dpcompile.capture.inputs import extend
 from dpcompile.capture.outputs import detach_all_but
 from dpcompile.capture.roles import Roles, assign_roles
 from dpcompile.capture.tensor_kinds import check_model
+from dpcompile.capture.tracing import tracing_config
 from dpcompile.distributed.shards import zeros_for
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
+from dpcompile.graph.compile import compile_joint
 from dpcompile.module import engine_of
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.options import Options

@@ -12,7 +12,7 @@ from models import CASES, ZOO, Case
 from torch import Tensor, fx
 
 from dpcompile import DPCompileError, dp_compile, pipeline
-from dpcompile._torch import trace_like
+from dpcompile.graph.compile import trace_like
 from dpcompile.graph.joint import JointGraph
 from dpcompile.graph.labels import Examples, Label, Mixed, Shared, Summed
 from dpcompile.proof.prove import Proof, prove

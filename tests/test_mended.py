@@ -16,7 +16,7 @@ from torch._inductor.loop_body import LoopBody
 from torch._inductor.scheduler import SchedulerNode
 
 import dpcompile
-from dpcompile import _torch
+from dpcompile._torch import mended_inductor
 
 dp_compile: Any = dpcompile.dp_compile
 
@@ -31,14 +31,14 @@ def masked_softmax(x: Tensor) -> Tensor:
 def test_a_value_written_in_place_is_no_threads_own() -> None:
     """A plain compilation ends in a KeyError here."""
     x = torch.randn(8, 8)
-    with _torch._mended_inductor():
+    with mended_inductor.mended():
         found = torch.compile(masked_softmax)(x)
     torch.testing.assert_close(found, masked_softmax(x))
 
 
 def test_only_our_compilations_are_mended() -> None:
     before = SchedulerNode.recompute_size_and_body, LoopBody.get_read_expr
-    with pytest.raises(ZeroDivisionError), _torch._mended_inductor():
+    with pytest.raises(ZeroDivisionError), mended_inductor.mended():
         assert LoopBody.get_read_expr is not before[1]
         assert (SchedulerNode.recompute_size_and_body is not before[0]) == (torch.__version__ < "2.14")
         raise ZeroDivisionError
@@ -90,7 +90,7 @@ def test_a_gradient_that_came_in_through_a_view(write: Any) -> None:
 @pytest.mark.skipif(torch.__version__ >= "2.14", reason="mended in torch")
 def test_unmended_the_network_of_the_tutorials_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models' suite holds the same network, mended."""
-    monkeypatch.setattr(_torch, "_FORGETS_WRITES", False)
+    monkeypatch.setattr(mended_inductor, "FORGETS_WRITES", False)
     case = next(c for c in ALL if c.name == "TutorialCNN")
     model, (x,), loss = case.make(), case.call(5)[0], PseudoLoss(5)
     private = dp_compile(copy.deepcopy(model), max_grad_norm=0.1, norm="redo", dynamic=False)

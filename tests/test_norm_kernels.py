@@ -19,7 +19,7 @@ from kernel_cases import CASES, Case, make
 from torch import Tensor, nn
 
 from dpcompile import dp_compile, pipeline
-from dpcompile._torch import trace_like
+from dpcompile.graph.compile import trace_like
 from dpcompile.kernels import fused_rates, norms, norms_torch, rounding
 from dpcompile.kernels.norms import direct_norm, ghost_norm, ghost_norm_one_hot
 from dpcompile.norms.fused import fusible

@@ -12,7 +12,7 @@ from torch.nn.utils import rnn
 
 import dpcompile
 from dpcompile import DPCompileError
-from dpcompile._torch import tracing_config
+from dpcompile.capture.tracing import tracing_config
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
 

@@ -10,7 +10,7 @@ from launching import launch, passed
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 
-from dpcompile._torch import real_tensors
+from dpcompile._torch.tensors import real_tensors
 from dpcompile.distributed import shards
 from dpcompile.distributed.tensor_parallel import fingerprint
 from dpcompile.noise.mechanism import privatize_

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import dpcompile
-from dpcompile import PrivacyError, UnsupportedGraphError, _torch
+from dpcompile import PrivacyError, UnsupportedGraphError
+from dpcompile._torch import aot, mended_inductor
+from dpcompile._torch import compile as torch_compile
 from dpcompile.module import engine_of
 from dpcompile.runtime.reference import Reference
 from dpcompile.runtime.verify import Verifier
@@ -50,9 +52,9 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault], None]:
                 fault(results, bool(options.get("is_backward")))
                 return results
 
-            return _torch.make_boxed(run)
+            return torch_compile.make_boxed(run)
 
-        monkeypatch.setattr(_torch, "compile_fx_inner", compile_graph)
+        monkeypatch.setattr(torch_compile, "compile_fx_inner", compile_graph)
 
     return use
 
@@ -204,7 +206,7 @@ def test_a_whole_graph(compiler: Any) -> None:
     """Forward and backward in one function, as `compile_step` has them."""
     model = dp_compile(Blocks(0.0), backend="eager")
     model.trace(torch.randn(6, 8))
-    graph, sources = _torch.flat_graph(model.graph)
+    graph, sources = aot.flat_graph(model.graph)
     transformed = engine_of(model).transformed
     assert transformed is not None
     torch.manual_seed(0)
@@ -259,7 +261,7 @@ def test_through_inductor() -> None:
 
 def test_pools_on_torch_with_the_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the workaround of `_torch` the pool's backward may come too late: then the step is stopped."""
-    monkeypatch.setattr(_torch, "_FORGETS_WRITES", False, raising=False)
+    monkeypatch.setattr(mended_inductor, "FORGETS_WRITES", False)
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(4096, 10)]
     net, x = nn.Sequential(*layers), torch.randn(4, 3, 32, 32)

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from benchmarks.scale.hollow import Hollow, fake_ranks
 from benchmarks.scale.models import CASES, Large
 from dpcompile import DPOptimizer, dp_compile
-from dpcompile._torch import compile_joint
+from dpcompile.graph.compile import compile_joint
 from dpcompile.kernels import gaussian as native
 from dpcompile.noise import normal as noise
 

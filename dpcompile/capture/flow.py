@@ -9,16 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dpcompile._torch import (
-    InputMutationAOTOutput,
-    PlainAOTInput,
-    PlainAOTOutput,
-    TangentAOTInput,
-    compile_joint,
-    free_unbacked_symbols,
-    pytree,
-)
+from dpcompile._torch import pytree
+from dpcompile._torch.aot import InputMutationAOTOutput, PlainAOTInput, PlainAOTOutput, TangentAOTInput
+from dpcompile._torch.tensors import free_unbacked_symbols
 from dpcompile.capture.roles import arguments_of
+from dpcompile.graph.compile import compile_joint
 from dpcompile.graph.joint import mutations
 from dpcompile.graph.locate import where
 from dpcompile.graph.operations import takes_only_shapes

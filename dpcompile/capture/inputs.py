@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dpcompile._torch import (
-    add_inputs,
-    detect_fake_mode,
-)
+from dpcompile._torch.aot import add_inputs
+from dpcompile._torch.tensors import detect_fake_mode
 from dpcompile.capture.outputs import separate_outputs
 from dpcompile.capture.roles import Roles
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from dpcompile._torch import (
+from dpcompile._torch.aot import (
     ForwardTokenAOTOutput,
     GradAOTOutput,
     InputMutationAOTOutput,

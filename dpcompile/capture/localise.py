@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dpcompile._torch import add_inputs, inner_tensor
+from dpcompile._torch.aot import add_inputs
+from dpcompile._torch.parallel import inner_tensor
 from dpcompile.distributed.shards import is_distributed
 from dpcompile.distributed.tensor_parallel import TensorParallel
 from dpcompile.errors import UnsupportedGraphError

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dpcompile._torch import memory_of
+from dpcompile._torch.tensors import memory_of
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.sizes import is_one, shape_of, size
 

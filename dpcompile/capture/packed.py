@@ -1,7 +1,7 @@
 """Packed sequences inside a private model: padded tensors and lengths, so that every example keeps a row of its own.
 
 ``pack_padded_sequence`` interleaves the steps of all examples, in an order and a number that their lengths decide.
-While a private model is captured, these functions stand in for torch's (:func:`dpcompile._torch.tracing_config`): a
+While a private model is captured, these functions stand in for torch's (:mod:`dpcompile.capture.tracing`): a
 packed sequence then carries the padded tensor, and recurrent layers hold their state where a sequence has ended.
 Outputs, last states and gradients are those of torch, with three differences: lengths need not be sorted, one may be 0,
 and ``pad_packed_sequence`` pads to the length of the padded input, not to that of the batch's longest sequence.

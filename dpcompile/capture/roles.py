@@ -11,9 +11,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from dpcompile._torch import (
-    is_number,
-)
+from dpcompile._torch.aot import source_name
+from dpcompile._torch.dynamo import is_number
 from dpcompile.capture.outputs import check_differentiable
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.joint import OverRanks
@@ -200,11 +199,9 @@ def arguments_of(gm: fx.GraphModule) -> list[int]:
 
 
 def _source_name(node: fx.Node) -> str:
-    source = getattr(node, "_dynamo_source", None)
-    if source is None:
+    text = source_name(node)
+    if text is None:
         return str(node.target)
-    name = source.name
-    text = str(name() if callable(name) else name)
     found = _INSIDE_MODEL.match(text)
     if found is None:
         return text

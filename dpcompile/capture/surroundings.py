@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpcompile._torch import in_functorch
+from dpcompile._torch.autograd import in_functorch
 from dpcompile.errors import UnsupportedGraphError
 
 __all__ = ["REBUILD", "no_second_derivatives", "refuse_tracers"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpcompile._torch import is_fake
+from dpcompile._torch.tensors import is_fake
 from dpcompile.distributed.shards import is_distributed
 from dpcompile.errors import UnsupportedGraphError
 

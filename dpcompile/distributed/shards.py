@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpcompile._torch import inner_tensor
+from dpcompile._torch.parallel import inner_tensor
 from dpcompile.distributed.ranks import world_size
 from dpcompile.errors import UnsupportedGraphError
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dpcompile._torch import real_tensors
+from dpcompile._torch.tensors import real_tensors
 from dpcompile.distributed.ranks import world_size
 from dpcompile.distributed.shards import check_layout, is_distributed, local_part, tensor_parallel_dims
 from dpcompile.errors import PrivacyError, UnsupportedGraphError

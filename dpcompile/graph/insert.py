@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dpcompile._torch import trace_like
+from dpcompile.graph.compile import trace_like
 
 __all__ = ["behind", "insert", "last_of"]
 

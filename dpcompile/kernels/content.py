@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dpcompile._torch import compile_cpp
+from dpcompile._torch.native import compile_cpp
 
 __all__ = ["different", "fingerprints"]
 

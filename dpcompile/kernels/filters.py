@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from dpcompile._torch import compile_cpp
+from dpcompile._torch.native import compile_cpp
 
 __all__ = ["Geometry", "additions", "fullness", "gradients_", "has_kernel", "takes"]
 

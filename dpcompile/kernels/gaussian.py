@@ -15,7 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dpcompile._torch import compile_cpp, is_fake
+from dpcompile._torch.native import compile_cpp
+from dpcompile._torch.tensors import is_fake
 
 __all__ = ["adam_", "mean_", "takes"]
 

@@ -13,7 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dpcompile._torch import compile_cpp, onednn_matmul, tensor_address
+from dpcompile._torch.native import compile_cpp, onednn_matmul
+from dpcompile._torch.tensors import tensor_address
 
 __all__ = [
     "gram_sums",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from dpcompile._torch import real_tensors
+from dpcompile._torch.tensors import real_tensors
 from dpcompile.kernels.filter_op import filter_gradients, grouped_convolution
 from dpcompile.kernels.onednn import has_onednn, multiply_
 

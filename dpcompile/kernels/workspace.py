@@ -17,7 +17,7 @@ from math import prod
 
 from torch import Tensor
 
-from dpcompile._torch import uses_of_memory
+from dpcompile._torch.tensors import uses_of_memory
 
 __all__ = ["Workspace", "keep_freed_memory", "kept_gradients"]
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dpcompile._torch import Boxed, GraphCompiler, WeakTensorKeyDictionary, memory_of
+from dpcompile._torch.compile import Boxed, GraphCompiler
+from dpcompile._torch.tensors import WeakTensorKeyDictionary, memory_of
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.locate import where
 from dpcompile.options import AT_ONCE, DEFERRED, TWO_PASS, Lowering

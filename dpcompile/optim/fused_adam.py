@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
-from dpcompile._torch import adam_state, add_one_, is_stepped_as_made, mark_stepped
+from dpcompile._torch.optim import adam_state, add_one_, is_stepped_as_made, mark_stepped
 from dpcompile.kernels import gaussian as native
 from dpcompile.noise.counter import Stream, counter_tag
 from dpcompile.runtime.bystanders import refuse_bystander

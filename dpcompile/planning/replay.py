@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import fx
 
-from dpcompile._torch import GradAOTOutput, copy_graph, partition
+from dpcompile._torch.aot import GradAOTOutput, copy_graph, partition
 from dpcompile.graph.joint import JointGraph
 from dpcompile.graph.labels import Examples, Whole
 from dpcompile.graph.operations import operation_name

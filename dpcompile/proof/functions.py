@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from dpcompile._torch import enable_python_dispatcher, fake_mode_of, fake_vector, lengths_of, trace_like
+from dpcompile._torch.autograd import enable_python_dispatcher
+from dpcompile._torch.tensors import fake_mode_of, fake_vector, lengths_of
 from dpcompile.clipping.groups import Clipping, ClippingFunction
 from dpcompile.clipping.weights import apply
 from dpcompile.errors import PrivacyError
+from dpcompile.graph.compile import trace_like
 from dpcompile.graph.joint import JointGraph
 from dpcompile.graph.labels import Examples, Shared, Whole
 from dpcompile.graph.sizes import size

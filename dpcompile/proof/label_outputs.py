@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from dpcompile._torch import PlainAOTInput, PlainAOTOutput, TangentAOTInput, is_gradient_of_input
+from dpcompile._torch.aot import PlainAOTInput, PlainAOTOutput, TangentAOTInput, is_gradient_of_input
 from dpcompile.capture.joint import check_outputs
 from dpcompile.capture.roles import Roles
 from dpcompile.graph.joint import JointGraph

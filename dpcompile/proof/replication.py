@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
-from dpcompile._torch import OpOverload, PlainAOTInput, real_tensors
+from dpcompile._torch import OpOverload
+from dpcompile._torch.aot import PlainAOTInput
+from dpcompile._torch.tensors import real_tensors
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.joint import JointGraph, OverRanks
 from dpcompile.graph.labels import Shared

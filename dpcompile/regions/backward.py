@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dpcompile._torch import after_backward, current_backward, disable
+from dpcompile._torch.autograd import after_backward, current_backward
+from dpcompile._torch.dynamo import disable
 from dpcompile.clipping.groups import group_bound, group_of
 from dpcompile.clipping.weights import clip_group, own_norms
 from dpcompile.distributed.tensor_parallel import NormsOverRanks

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from dpcompile._torch import checkpoint_call, copy_graph, is_selective
+from dpcompile._torch.aot import checkpoint_call, copy_graph, is_selective, keep_source
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.locate import where
 from dpcompile.regions.units import unit_call
@@ -65,9 +65,7 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     copied = fx.GraphModule(gm, copy_graph(gm.graph))
     copied.meta.update(gm.meta)
     for old, new in zip(gm.graph.nodes, copied.graph.nodes, strict=True):
-        source = getattr(old, "_dynamo_source", None)
-        if source is not None:
-            new._dynamo_source = source  # type: ignore[attr-defined]
+        keep_source(old, new)
     return copied
 
 

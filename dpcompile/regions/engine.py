@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpcompile._torch import pytree, tracing_config
+from dpcompile._torch import pytree
 from dpcompile.batches.draws import Given
+from dpcompile.capture.tracing import tracing_config
 from dpcompile.clipping.groups import clip_groups
 from dpcompile.distributed.ranks import refuse_other_place
 from dpcompile.distributed.shards import local_part, zeros_for

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dpcompile._torch import clear_interrupted, is_fsdp_hook
+from dpcompile._torch.parallel import clear_interrupted, forward_hooks, is_fsdp_hook
 from dpcompile.distributed.ranks import refuse_some
 from dpcompile.distributed.shards import (
     Pending,
@@ -39,8 +39,7 @@ def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
     if meshes:
         refuse_some("FSDP shards the model", max(meshes))
     for unit in _all(root):
-        hooks = (*unit.module._forward_pre_hooks.values(), *unit.module._forward_hooks.values())
-        if unit.sharded and not all(map(is_fsdp_hook, hooks)):
+        if unit.sharded and not all(map(is_fsdp_hook, forward_hooks(unit.module))):
             raise UnsupportedGraphError(
                 f"'{unit.path or 'the model'}' has hooks around its forward besides those of its own fully_shard: what "
                 "they do to the examples is not seen",

@@ -14,17 +14,12 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from dpcompile._torch import (
-    TorchDispatchMode,
-    disable,
-    is_compiling,
-    is_entered,
-    is_fsdp_hook,
-    memory_of,
-    on_top,
-    pytree,
-    running_place,
-)
+from dpcompile._torch import pytree
+from dpcompile._torch.aot import source_name
+from dpcompile._torch.autograd import TorchDispatchMode, hooks_of, is_entered, on_top
+from dpcompile._torch.dynamo import disable, is_compiling, running_place
+from dpcompile._torch.parallel import is_fsdp_hook
+from dpcompile._torch.tensors import memory_of
 from dpcompile.errors import DPCompileError, ExampleMixingError, UnsupportedGraphError
 from dpcompile.graph.operations import has_size_of_values, operation_name
 from dpcompile.runtime.example_memory import Kept
@@ -219,10 +214,8 @@ def check_inputs_between(
     """Raise UnsupportedGraphError if a graph reads a tensor of which nothing is known."""
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), live, strict=True):
         if isinstance(value, Tensor) and not known(value) and id(value) not in held:
-            source = getattr(node, "_dynamo_source", None)
-            name = getattr(source, "name", node.name)
             raise UnsupportedGraphError(
-                f"the model reads the tensor {name() if callable(name) else name} of shape {list(value.shape)} behind "
+                f"the model reads the tensor {source_name(node) or node.name} of shape {list(value.shape)} behind "
                 "a graph break, and no compiled graph made it: it may hold anything of the examples",
                 remedy="compute it where it is compiled; register constants as buffers",
             )
@@ -231,7 +224,7 @@ def check_inputs_between(
 def check_hooks_between(tensors: Sequence[Tensor]) -> None:
     """Raise UnsupportedGraphError if the model put a hook on the gradient of a value inside it."""
     for tensor in tensors:
-        if not all(map(is_fsdp_hook, (tensor._backward_hooks or {}).values())):
+        if not all(map(is_fsdp_hook, hooks_of(tensor))):
             raise UnsupportedGraphError(
                 f"the model puts a hook on the gradient of a value of shape {list(tensor.shape)}, behind a graph "
                 "break: what it does to the examples is not seen",

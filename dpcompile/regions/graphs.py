@@ -11,7 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from dpcompile._torch import add_inputs, is_whole_call, memory_of
+from dpcompile._torch.aot import add_inputs
+from dpcompile._torch.dynamo import is_whole_call
+from dpcompile._torch.tensors import base_of, memory_of
 from dpcompile.capture.roles import arguments_of
 from dpcompile.distributed.ranks import any_rank
 from dpcompile.graph.labels import Label, Shared
@@ -236,8 +238,7 @@ class RegionGraphs:
 
     def _parameter_behind(self, tensor: Tensor) -> str | None:
         names = self.frames[-1].scope.parameters if self.frames else {}
-        base = tensor._base if tensor._base is not None else tensor
-        name = names.get(id(tensor)) or names.get(id(base))
+        name = names.get(id(tensor)) or names.get(id(base_of(tensor)))
         trainable = name is not None and any(name in members for members in self.groups.values())
         return name if trainable else None
 

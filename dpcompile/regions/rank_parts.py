@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from dpcompile._torch import inner_tensor
+from dpcompile._torch.parallel import inner_tensor
 from dpcompile.capture.localise import Localised, StandIns, localise
 from dpcompile.capture.roles import Roles
 from dpcompile.distributed.shards import is_distributed

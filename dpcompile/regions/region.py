@@ -10,13 +10,13 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from dpcompile._torch import compile_joint
 from dpcompile.capture.flow import Untrained, compile_untrained
 from dpcompile.capture.inputs import extend
 from dpcompile.capture.joint import written_inputs
 from dpcompile.capture.outputs import separate_outputs
 from dpcompile.capture.roles import Roles, assign_roles
 from dpcompile.errors import ExampleMixingError, UnsupportedGraphError
+from dpcompile.graph.compile import compile_joint
 from dpcompile.graph.joint import OverRanks
 from dpcompile.graph.labels import Examples, Label, Mixed, Shared, Summed, Whole
 from dpcompile.graph.sizes import shape_of

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dpcompile._torch import detect_fake_mode, pytree
+from dpcompile._torch import pytree
+from dpcompile._torch.aot import keep_source
+from dpcompile._torch.tensors import detect_fake_mode
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.labels import Label
 from dpcompile.graph.locate import where
@@ -208,9 +210,7 @@ def _piece(gm: fx.GraphModule, nodes: list[fx.Node], pieces: dict[fx.Node, int],
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = dict(node.meta)
-        source = getattr(node, "_dynamo_source", None)
-        if source is not None:
-            copies[node]._dynamo_source = source  # type: ignore[attr-defined]
+        keep_source(node, copies[node])
     for node in operands:
         if node.op == "get_attr":
             copies[node] = graph.node_copy(node)

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpcompile._torch import fake_mode_of, mixed_precision, opaque, pytree, taking_real_tensors
+from dpcompile._torch import pytree
+from dpcompile._torch.dynamo import opaque
+from dpcompile._torch.parallel import mixed_precision
+from dpcompile._torch.tensors import fake_mode_of, taking_real_tensors
 from dpcompile.distributed.shards import fake_gathered, is_distributed
 from dpcompile.errors import UnsupportedGraphError
 

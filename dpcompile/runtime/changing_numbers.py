@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from dpcompile._torch import NumbersAreConstants, fix_numbers
+from dpcompile._torch.dynamo import NumbersAreConstants, fix_numbers
 from dpcompile.planning.parts import asked_parts
 
 __all__ = ["constants_where_needed"]

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpcompile._torch import current_backward, disable
+from dpcompile._torch.autograd import current_backward
+from dpcompile._torch.dynamo import disable
 from dpcompile.errors import PrivacyError
 
 __all__ = ["Delivery", "through_delivery", "warn_of_lost_examples"]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dpcompile._torch import compile_joint, current_backward, disable, has_gradient_hooks, tracing_config
+from dpcompile._torch.autograd import current_backward, has_gradient_hooks
+from dpcompile._torch.dynamo import disable
 from dpcompile.batches.draws import Draws, Given
 from dpcompile.batches.feed import Feed
 from dpcompile.capture.arguments import example_dims
@@ -24,9 +25,11 @@ from dpcompile.capture.inputs import extend
 from dpcompile.capture.roles import NoExample, Roles, assign_roles
 from dpcompile.capture.surroundings import no_second_derivatives, refuse_tracers
 from dpcompile.capture.tensor_kinds import check_model
+from dpcompile.capture.tracing import tracing_config
 from dpcompile.distributed.ranks import world_size
 from dpcompile.distributed.shards import zeros_for
 from dpcompile.errors import DPCompileError, PrivacyError, UnsupportedGraphError
+from dpcompile.graph.compile import compile_joint
 from dpcompile.graph.labels import Label
 from dpcompile.kernels.workspace import keep_freed_memory, kept_gradients
 from dpcompile.lowering.cache_key import cache_key

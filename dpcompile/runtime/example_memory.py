@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from dpcompile._torch import WeakMemory, memory_of, pytree, weak_memory
+from dpcompile._torch import pytree
+from dpcompile._torch.tensors import WeakMemory, memory_of, weak_memory
 from dpcompile.capture.flow import Flow, Untrained, reaches
 from dpcompile.distributed.shards import is_distributed
 from dpcompile.errors import ExampleMixingError

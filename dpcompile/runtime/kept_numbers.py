@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dpcompile._torch import Key, guarded_places, pytree
+from dpcompile._torch import pytree
+from dpcompile._torch.dynamo import Key, guarded_places
 from dpcompile.errors import ExampleMixingError
 from dpcompile.runtime.places import LENGTH, Path, Place, follow, places_in, same
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from dpcompile._torch.tensors import base_of
 from dpcompile.distributed.shards import as_gradient, local_part
 from dpcompile.errors import PrivacyError
 from dpcompile.kernels.content import different, fingerprints
@@ -197,7 +198,7 @@ class GradientLedger:
             if entry is not None and self._kept:
                 self._fault = self._zeroed(name)
                 raise self._fault
-            total = clipped.clone() if clipped._base is not None else clipped
+            total = clipped.clone() if base_of(clipped) is not None else clipped
         elif self._is_spent(name, parameter):
             self._fail(
                 f"the gradient of the last step is still in parameter '{name}'",

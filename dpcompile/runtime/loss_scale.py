@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from dpcompile._torch import current_backward, scale_tensor
+from dpcompile._torch.autograd import current_backward
+from dpcompile._torch.optim import scale_tensor
 from dpcompile.errors import PrivacyError
 
 __all__ = ["Unscaling", "check_scaler", "notice_scalers", "scaled_like_this", "scales_of"]

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy
 from torch import Tensor, nn
 
-from dpcompile._torch import Key
+from dpcompile._torch.dynamo import Key
 
 __all__ = ["LENGTH", "TRACE", "Path", "Place", "follow", "places_in", "same"]
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dpcompile._torch import drawn_by_inductor, plain_graph
+from dpcompile._torch.aot import plain_graph
+from dpcompile._torch.inductor_random import drawn_by_inductor
 from dpcompile.runtime.random_state import RandomState
 
 __all__ = ["Reference"]
@@ -21,7 +22,7 @@ class Reference:
     """A copy of a graph, to be run on values by the names of its placeholders.
 
     Values that nothing reads any more are dropped as it goes, so that it holds what one eager step holds. What Inductor
-    draws at random it draws from the same seeds (:func:`dpcompile._torch.drawn_by_inductor`).
+    draws at random it draws from the same seeds (:func:`dpcompile._torch.inductor_random.drawn_by_inductor`).
 
     Args:
         module: a joint graph, or a forward.

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dpcompile._torch import active_replica, after_backward
+from dpcompile._torch.autograd import after_backward
+from dpcompile._torch.parallel import active_replica, ddp_options
 from dpcompile.distributed.ranks import refuse_other_place, refuse_some
 from dpcompile.distributed.shards import is_distributed, zeros_for
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
@@ -154,14 +155,7 @@ class Replicas:
 
 
 def _check_options(ddp: Any) -> None:
-    refused = {
-        "static_graph=True": ddp.static_graph,
-        "mixed_precision": ddp.mixed_precision is not None,
-        "a communication hook": bool(ddp._comm_hooks),
-        "delay_all_reduce_named_params": bool(ddp._delay_all_reduce_params),
-        "the join() context": ddp._join_config.enable,
-    }
-    for option, given in refused.items():
+    for option, given in ddp_options(ddp).items():
         if given:
             raise UnsupportedGraphError(
                 f"DistributedDataParallel with {option}: its own reduction of gradients does not run, as clipped sums "

@@ -6,7 +6,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dpcompile._torch import BackendCompilerFailed, TorchDynamoException, Unsupported, recompile_reason, user_place
+from dpcompile._torch.dynamo import (
+    BackendCompilerFailed,
+    TorchDynamoException,
+    Unsupported,
+    recompile_reason,
+    user_place,
+)
 from dpcompile.errors import DPCompileError, UnsupportedGraphError
 
 __all__ = ["translated"]

@@ -15,15 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dpcompile._torch import (
-    Boxed,
-    WeakMemory,
-    drawing_as_inductor,
-    is_fake,
-    is_gradient_of_input,
-    memory_of,
-    weak_memory,
-)
+from dpcompile._torch.aot import is_gradient_of_input
+from dpcompile._torch.compile import Boxed
+from dpcompile._torch.inductor_random import drawing_as_inductor
+from dpcompile._torch.tensors import WeakMemory, is_fake, memory_of, weak_memory
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.graph.locate import where
 from dpcompile.lowering.backward import Cut, Late, late_sums
@@ -167,7 +162,7 @@ class Verifier:
 
         Args:
             run: takes the graph's inputs and returns its outputs.
-            graph: rewritten; with flat inputs and outputs (:func:`dpcompile._torch.flat_graph`).
+            graph: rewritten; with flat inputs and outputs (:func:`dpcompile._torch.aot.flat_graph`).
         """
         self.take(drawing_as_inductor(graph))
         names = [n.name for n in graph.graph.find_nodes(op="placeholder")]

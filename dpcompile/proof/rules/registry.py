@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import fx
@@ -18,12 +18,17 @@ from dpcompile.graph.labels import Examples, Label, Mixed, Shared, Summed
 from dpcompile.graph.operations import operation_name
 from dpcompile.graph.sizes import Size, is_one, shape_of
 
-if TYPE_CHECKING:
-    from dpcompile.proof.rules.rows import Rows
-
 __all__ = ["AxisRule", "Call", "Labels", "axis_rule", "find_rule", "is_pointwise", "named_arguments"]
 
 Labels: TypeAlias = "Label | tuple[Label, ...]"
+
+
+class RowNumbers(Protocol):
+    """Whether a shared operand is the same for every example: :class:`dpcompile.proof.rules.rows.Rows`."""
+
+    def refusal(self, call: fx.Node, operand: fx.Node, axis: Examples) -> Mixed | None:
+        """None if it is, or drawn for each of them."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class Call:
     labels: Mapping[fx.Node, Labels]
     batch: Size
     forward_sums: Mapping[int, tuple[Examples, tuple[Size, ...]]]
-    rows: Rows
+    rows: RowNumbers
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)

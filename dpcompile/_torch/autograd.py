@@ -1,0 +1,61 @@
+"""The running backward, hooks, and modes that see every operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._decomp.decompositions
+import torch._dynamo
+from torch._dispatch.python import enable_python_dispatcher
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+__all__ = [
+    "TorchDispatchMode",
+    "enable_python_dispatcher",
+    "after_backward",
+    "current_backward",
+    "has_gradient_hooks",
+    "hooks_of",
+    "in_functorch",
+    "is_entered",
+    "on_top",
+]
+
+
+def current_backward() -> int:
+    """Identify the running ``backward()`` call."""
+    return torch._C._current_graph_task_id()
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Run ``function`` when the running ``backward()`` is over; what it raises, that ``backward()`` raises."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def in_functorch() -> bool:
+    """Whether a transform of ``torch.func`` is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+
+
+def hooks_of(tensor: torch.Tensor) -> list[Any]:
+    """The hooks on the gradient of a tensor."""
+    return list((tensor._backward_hooks or {}).values())
+
+
+def is_entered(mode: TorchDispatchMode) -> bool:
+    """Whether operations reach this mode: printing a tensor switches all modes off for a while."""
+    return any(entered is mode for entered in _get_current_dispatch_mode_stack())
+
+
+def on_top(mode: TorchDispatchMode) -> bool:
+    """Whether no other mode was entered since this one."""
+    stack = _get_current_dispatch_mode_stack()
+    return bool(stack) and stack[-1] is mode
+
+
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Whether the user registered a hook on the parameter's gradient."""
+    accumulated = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return bool(parameter._backward_hooks) or bool(accumulated)

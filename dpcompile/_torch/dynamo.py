@@ -1,0 +1,203 @@
+"""Dynamo: how a call is traced, what a graph was made for, what it says of its errors."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Container, Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch._decomp.decompositions
+import torch._dynamo
+from torch import fx
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, Unsupported
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis as NumbersAreConstants
+from torch._dynamo.source import (
+    AttrSource,
+    ChainedSource,  # type: ignore[reportPrivateImportUsage]
+    ClosureSource,
+    ConstDictKeySource,
+    DictGetItemSource,
+    DictSubclassGetItemSource,
+    GenericAttrSource,
+    GetItemSource,
+    GlobalSource,
+    LocalSource,
+)
+from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
+from torch._guards import CompileContext, TracingContext
+
+from dpcompile._torch.mended_dynamo import (
+    StandIns,
+    gradients_through_views,
+    intermediates_stay_as_they_are,
+    replaced,
+    written_numbers_forgotten,
+)
+
+__all__ = [
+    "BackendCompilerFailed",
+    "NumbersAreConstants",
+    "TorchDynamoException",
+    "Unsupported",
+    "Key",
+    "disable",
+    "fix_numbers",
+    "guarded_places",
+    "is_compiling",
+    "is_number",
+    "is_whole_call",
+    "opaque",
+    "recompile_reason",
+    "running_place",
+    "tracing_config",
+    "user_place",
+]
+
+
+def disable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep Dynamo from tracing into ``function``."""
+    return torch._dynamo.disable(function)
+
+
+@contextlib.contextmanager
+def tracing_config(*, stand_ins: StandIns, regions: bool = False, dynamic: bool | None = None) -> Iterator[None]:
+    """Settings of a private compilation.
+
+    Recurrent layers are traced step by step. Python numbers that were seen to change, also those that a module holds,
+    become inputs of the graph (not integers of modules where everything is ``dynamic``). Hooks of modules are guarded.
+    Where ``torch.compile`` would break the graph to warn or to write to a log, it does neither; and
+    ``requires_grad = True`` on an intermediate value is passed over. ``stand_ins`` are traced in the place of torch's
+    functions. DistributedDataParallel does not cut the graph into its buckets. With ``regions``, one function is
+    compiled for many modules: as often as they differ, and with every guard that tells them apart, also under FSDP.
+    """
+    config = torch._dynamo.config
+    loggers = {v for k, v in vars(logging.Logger).items() if k.startswith(_LOGS) and callable(v)}
+    settings = config.patch(
+        allow_rnn=True,
+        skip_nnmodule_hook_guards=False,
+        specialize_float=False,
+        allow_unspec_int_on_nn_module=dynamic is not True,  # else every size that a module holds is a symbol at once
+        optimize_ddp=False,
+        ignore_logging_functions={*config.ignore_logging_functions, *loggers, warnings.warn},
+        **_MANY_MODULES if regions else {},
+    )
+    values = intermediates_stay_as_they_are(), written_numbers_forgotten(), gradients_through_views()
+    with settings, values[0], values[1], values[2], replaced(stand_ins):
+        yield
+
+
+def is_compiling() -> bool:
+    """Whether Dynamo is compiling a frame."""
+    return CompileContext.try_get() is not None
+
+
+class Key(NamedTuple):
+    """One step from an object to what it holds: an attribute, an entry, or the entry of a dict's n-th key."""
+
+    kind: str
+    key: Any
+
+
+def guarded_places() -> Iterator[tuple[str, Any, tuple[Key, ...], bool]]:
+    """What the graph that is being compiled was made for, as Dynamo reads it.
+
+    Yields:
+        The name of the local variable that it is reached from (empty: of none), that object now, the way from there,
+        and whether the graph was made for this value; else only for its type, its length or the like.
+    """
+    context = TracingContext.try_get()
+    output = InstructionTranslator.current_tx().output if context is not None else None
+    for guard in context.guards_context.dynamo_guards if context is not None else ():
+        source, steps = guard.originating_source, []
+        while isinstance(source, ChainedSource):
+            if isinstance(source, (AttrSource, GenericAttrSource)):
+                steps.append(Key(".", source.member))
+            elif isinstance(source, ClosureSource):
+                steps.append(Key(".", "__closure__"))
+            elif isinstance(source, (DictGetItemSource, DictSubclassGetItemSource, GetItemSource)):
+                nth = isinstance(source.index, ConstDictKeySource)
+                steps.append(Key("nth" if nth else "[]", source.index.index if nth else source.index))
+            source = source.base
+        name, root = "", None
+        if isinstance(source, LocalSource):
+            name, root = source.local_name, cast(Any, output).local_scope.get(source.local_name)
+        elif isinstance(source, GlobalSource):
+            root = cast(Any, output).global_scope.get(source.global_name)
+        yield name, root, tuple(steps[::-1]), guard.create_fn_name() in ("CONSTANT_MATCH", "EQUALS_MATCH")
+
+
+def is_whole_call(codes: Container[types.CodeType]) -> bool:
+    """Whether the graph that is being compiled is all that runs of one of these functions."""
+    output: Any = InstructionTranslator.current_tx().output
+    return output.root_tx.f_code in codes and not output.compile_subgraph_reason.graph_break
+
+
+def running_place() -> str | None:
+    """``file:line, in function: source`` of the user's innermost frame that is running, or None."""
+    frames = (f for f in traceback.walk_stack(sys._getframe()) if not f[0].f_code.co_filename.startswith(_NOT_USERS))
+    found = next(iter(traceback.StackSummary.extract(frames, limit=1)), None)
+    return None if found is None else f"{found.filename}:{found.lineno}, in {found.name}: {(found.line or '').strip()}"
+
+
+def is_number(placeholder: fx.Node) -> bool:
+    """Whether an input of Dynamo's graph is a Python number that Dynamo passes as a tensor without dimensions."""
+    value = placeholder.meta.get("example_value")  # arrays of NumPy are passed as tensors too
+    passed = bool(getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False))
+    return passed and isinstance(value, torch.Tensor) and value.ndim == 0
+
+
+def fix_numbers(gm: fx.GraphModule) -> bool:
+    """Ask Dynamo to make constants of the Python floats that are inputs of a graph, if it has any.
+
+    It does once ``NumbersAreConstants`` is raised out of the backend: it then traces anew.
+    """
+    values = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder") if is_number(n)]
+    names = {str(v.item_memo.node._expr) for v in values if getattr(v, "item_memo", None) is not None}
+    fresh = {name for name in names if not TensorifyState.should_specialize(name)}
+    for name in fresh:
+        TensorifyState.specialize(name)
+    return bool(fresh)
+
+
+def recompile_reason(error: BaseException) -> str | None:
+    """The guard that failed last where Dynamo gave up recompiling, such as ``args[1] == 0.5``; None if unknown."""
+    traced = error.__traceback__
+    while traced is not None:
+        reason = traced.tb_frame.f_locals.get("recompile_reason")
+        if isinstance(reason, str):
+            return reason.split(":", 1)[-1].split("#", 1)[0].strip()
+        traced = traced.tb_next
+    return None
+
+
+def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a function whole in Dynamo's graphs; it is called on fake tensors while they are made."""
+    return cast(Any, torch._dynamo.allow_in_graph)(function)
+
+
+_MANY_MODULES: dict[str, Any] = {
+    "skip_fsdp_guards": False,
+    "recompile_limit": 256,
+    "accumulated_recompile_limit": 4096,
+}
+_LOGS = ("isEnabledFor", "debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
+
+
+def user_place(error: BaseException) -> str | None:
+    """``file:line, in function: source`` of the user's innermost frame that Dynamo was tracing, or None."""
+    stack = getattr(error, "real_stack", None)
+    if not stack:
+        return None
+    own = [f for f in stack if not f.filename.startswith(_NOT_USERS)]
+    frame = (own or list(stack))[-1]
+    return f"{frame.filename}:{frame.lineno}, in {frame.name}: {(frame.line or '').strip()}"
+
+
+_NOT_USERS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))

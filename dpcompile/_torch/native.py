@@ -1,0 +1,51 @@
+"""C++ through Inductor's compiler, and torch's oneDNN by address."""
+
+from __future__ import annotations
+
+import ctypes
+import pathlib
+import platform
+from typing import Any, cast
+
+import torch
+import torch._decomp.decompositions
+import torch._dynamo
+from torch._inductor.codecache import CppCodeCache
+
+__all__ = ["compile_cpp", "onednn_matmul"]
+
+
+def onednn_matmul() -> int | None:
+    """The address of ``at::native::mkldnn_matmul``, ``result = beta result + alpha a b``, if this torch has it."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        library = ctypes.CDLL(str(pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(library._ZN2at6native13mkldnn_matmulERKNS_6TensorES3_S3_ff, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+def compile_cpp(source: str, *, contract: bool = False) -> ctypes.CDLL:
+    """Compile C++ with Inductor's compiler, flags and cache on disk.
+
+    Inductor turns loop vectorisation off, as it vectorises itself, and contraction too, which random numbers need to
+    be the same everywhere. Flags that not every compiler knows are tried first and then left out.
+
+    Args:
+        source: the program.
+        contract: whether a product and a sum may be rounded once.
+
+    Raises:
+        Exception: there is no compiler, or it failed.
+    """
+    plain = ("-fno-math-errno", *(("-ffp-contract=fast",) if contract else ()))
+    gcc = (*plain, "-ftree-loop-vectorize", "-Wno-uninitialized")
+    native = (*gcc, "-mprefer-vector-width=512") if platform.machine() in ("x86_64", "AMD64") else gcc
+    for flags in (native, plain):
+        try:
+            return cast(Any, CppCodeCache).load(source, extra_flags=flags)
+        except Exception:
+            if flags is plain:
+                raise
+    raise AssertionError

@@ -1,0 +1,70 @@
+"""What DistributedDataParallel, FSDP2 and DTensor keep to themselves."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch._decomp.decompositions
+import torch._dynamo
+
+from dpcompile._torch.autograd import current_backward
+
+__all__ = [
+    "ddp_options",
+    "forward_hooks",
+    "active_replica",
+    "clear_interrupted",
+    "inner_tensor",
+    "is_fsdp_hook",
+    "mixed_precision",
+]
+
+
+def active_replica() -> Any:
+    """The DistributedDataParallel whose forward is running; None outside."""
+    return torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
+def inner_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a ``DTensor`` lies on this rank, as it is kept: no new tensor, no gradient."""
+    return cast(Any, tensor)._local_tensor
+
+
+def mixed_precision(module: torch.nn.Module) -> Any:
+    """The policy of a unit of FSDP2."""
+    return cast(Any, module)._get_fsdp_state()._mp_policy
+
+
+def forward_hooks(module: torch.nn.Module) -> list[Any]:
+    """The hooks around a module's forward."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def ddp_options(ddp: Any) -> dict[str, bool]:
+    """Options of a DistributedDataParallel that change how it reduces gradients -> whether they are on."""
+    return {
+        "static_graph=True": ddp.static_graph,
+        "mixed_precision": ddp.mixed_precision is not None,
+        "a communication hook": bool(ddp._comm_hooks),
+        "delay_all_reduce_named_params": bool(ddp._delay_all_reduce_params),
+        "the join() context": ddp._join_config.enable,
+    }
+
+
+def is_fsdp_hook(hook: Any) -> bool:
+    """Whether a hook on a module or a tensor is that of ``fully_shard`` or ``replicate``."""
+    return type(getattr(hook, "__self__", None)).__name__ in ("FSDPState", "_ReplicateState")
+
+
+def clear_interrupted(module: torch.nn.Module) -> None:
+    """Bring a unit of FSDP2 to rest after a forward or backward that ended in an error.
+
+    Otherwise FSDP takes the next forward for a part of that one, never frees the root's parameters again, and goes on
+    computing with the weights of before the next update.
+    """
+    state = cast(Any, module)._get_fsdp_state()
+    context = state._state_ctx
+    interrupted = context.iter_forward_root is not None or context.post_backward_final_callback_queued
+    if interrupted and current_backward() == -1:
+        state._root_post_backward_final_callback()

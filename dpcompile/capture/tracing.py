@@ -1,0 +1,18 @@
+"""How a call is traced: Dynamo's settings, with padded tensors in the place of packed sequences."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from dpcompile._torch import dynamo
+from dpcompile._torch.mended_dynamo import StandIns
+from dpcompile.capture import packed
+
+__all__ = ["tracing_config"]
+
+_STAND_INS = StandIns(tuple(packed.REPLACED.items()), packed.recurrent)
+
+
+def tracing_config(*, regions: bool = False, dynamic: bool | None = None) -> AbstractContextManager[None]:
+    """Settings of a private compilation; see :func:`dpcompile._torch.dynamo.tracing_config`."""
+    return dynamo.tracing_config(stand_ins=_STAND_INS, regions=regions, dynamic=dynamic)
