@@ -27,7 +27,7 @@ from dpcompile.kernels.product_op import product_with_norms
 from dpcompile.kernels.products import own_product
 from dpcompile.kernels.rounding import CLOSE
 from dpcompile.norms.ghost import Sides, ghost
-from dpcompile.planning.plan import panels_of
+from dpcompile.planning.choices import panels_of
 
 SHAPES = [(16, 64, 768, 768), (8, 128, 768, 3072), (16, 197, 384, 1536), (8, 256, 512, 2048), (2, 1024, 768, 768)]
 

@@ -1,15 +1,16 @@
-"""The passes over the joint graph, one after the other."""
+"""The passes over a captured graph, from top to bottom: what becomes of a model is this list.
+
+``DPCOMPILE_TRACE=folder`` writes down what each of them did (:mod:`dpcompile.graph.passes`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
 from dpcompile._torch.aot import copy_graph
-from dpcompile._torch.tensors import real_tensors
 from dpcompile.capture.joint import check_outputs, name_joint
 from dpcompile.capture.roles import Roles
 from dpcompile.graph.joint import JointGraph
@@ -21,27 +22,143 @@ from dpcompile.graph.normalise import (
     slices_for_splits,
     split_convolution_bias,
 )
-from dpcompile.kernels.fused_rates import FusedRates, measure_fused_rates
-from dpcompile.kernels.rates import Rates, rates_for
+from dpcompile.graph.passes import run_passes
 from dpcompile.lowering.backward import Cut
-from dpcompile.options import TWO_PASS, Options
-from dpcompile.planning.modes import MODES, without_keeping
-from dpcompile.planning.parts import InParts, allowed_parts
+from dpcompile.options import Options
+from dpcompile.planning.modes import MODES
+from dpcompile.planning.parts import InParts
 from dpcompile.planning.plan import Plan, make_plan
 from dpcompile.planning.region_memory import RegionMemory, region_memory
-from dpcompile.planning.replay import is_fused, replay
-from dpcompile.planning.search import Limit
 from dpcompile.planning.shared_uses import Use, uses_of
-from dpcompile.planning.step_cost import plain_seconds
+from dpcompile.planning.situation import situation_of
 from dpcompile.proof.certificate import Certificate, certify
 from dpcompile.proof.prove import Proof, prove
-from dpcompile.proof.replication import agree_on_rates, check_replication
+from dpcompile.proof.replication import check_replication, refuse_ranks_own
 from dpcompile.proof.scaling import check_scaling
-from dpcompile.proof.sites import find_gradients
+from dpcompile.proof.shared_outputs import labels_of_no_example
+from dpcompile.proof.sites import ParameterGradient, find_gradients
 from dpcompile.proof.unowned import erase_cotangents
 from dpcompile.rewriting.rewrite import ClipOptions, rewrite
 
-__all__ = ["Transformed", "privatize"]
+__all__ = ["LABEL", "PRIVATIZE", "Transformed", "label_outputs", "privatize"]
+
+
+@dataclass(slots=True)
+class Work:
+    """One captured graph on its way, and what the passes behind it found out.
+
+    Attributes:
+        module: the decomposed joint graph; rewritten in place.
+        roles: of its inputs before :func:`dpcompile.capture.inputs.extend`.
+        options: of the model.
+        parts: of how many equal parts of the batch this graph sees one; None: the whole batch, and the plan may ask for
+            parts.
+        copied: bytes of parameters and inputs that the compiler copies, and keeps for the backward.
+    """
+
+    module: fx.GraphModule
+    roles: Roles
+    options: Options
+    parts: int | None = None
+    copied: int = 0
+    joint: JointGraph = field(init=False)
+    proof: Proof = field(init=False)
+    unowned: dict[int, str | None] = field(init=False)
+    gradients: list[ParameterGradient] = field(init=False)
+    certificate: Certificate = field(init=False)
+    plan: Plan = field(init=False)
+    memory: RegionMemory | None = field(init=False, default=None)
+
+    @property
+    def mean(self) -> bool:
+        """Whether the loss is a mean over the batch."""
+        return self.options.loss_reduction == "mean"
+
+
+def normalise(work: Work) -> None:
+    """Write every sum over examples as one operation that says so."""
+    split_convolution_bias(work.module.graph)
+    fold_matrix_exp(work.module.graph)
+    if work.roles.ranks is not None:
+        slices_for_splits(work.module.graph)
+
+
+def name(work: Work) -> None:
+    """Find out which input is which parameter, example or cotangent, and where each gradient is."""
+    joint = name_joint(work.module, work.roles)
+    assert joint is not None, "a graph in which something is trained has examples"
+    work.joint = joint
+
+
+def check_returned(work: Work) -> None:
+    """Refuse outputs that the user does not get as the graph returns them."""
+    check_outputs(work.module, work.roles)
+
+
+def label(work: Work) -> None:
+    """Prove that examples do not mix: a label for every value. Cotangents of no example are erased."""
+    work.proof = prove(work.joint)
+    work.unowned = erase_cotangents(work.joint, work.proof)
+    if work.unowned:
+        work.proof = prove(work.joint)
+
+
+def check_growth(work: Work) -> None:
+    """Refuse gradients that do not grow with the cotangents, where these are divided by B."""
+    trained = bool(work.joint.parameters)
+    repeats = trained and work.roles.lowering is None and MODES[work.options.norm].second_backward
+    check_scaling(work.joint, work.proof, mean=work.mean, twice=repeats)
+
+
+def find_sites(work: Work) -> None:
+    """Find the operations that sum a parameter's gradient over examples: one on every path."""
+    work.gradients = find_gradients(work.joint, work.proof)
+
+
+def check_ranks(work: Work) -> None:
+    """Refuse gradients of copied parameters that are not the same on all ranks of tensor parallelism."""
+    check_replication(work.joint, work.proof, work.roles.ranks)
+
+
+def write_certificate(work: Work) -> None:
+    """Keep the proof in a form that is printed."""
+    work.certificate = certify(work.joint, work.proof, work.gradients)
+
+
+def choose_rules(work: Work) -> None:
+    """Choose how the norm of each parameter's gradients is taken."""
+    roles, options = work.roles, work.options
+    untouched = work.certificate.zero
+    situation = situation_of(
+        work.joint, work.proof, roles, options, untouched=untouched, parts=work.parts, copied=work.copied
+    )
+    work.plan = make_plan(work.gradients, situation)
+    if work.parts is None and work.plan.parts > 1:
+        raise InParts(work.plan.parts)
+    if roles.lowering is not None and options.memory_budget is not None:
+        work.memory = region_memory(work.joint, work.proof, work.plan, roles.hints)
+
+
+def insert_clipping(work: Work) -> None:
+    """Put norms, weights and clipped sums in the place of the gradients."""
+    options = work.options
+    clip = ClipOptions(options.clipping, float(options.max_grad_norm), (work.parts or 1) if work.mean else None)
+    rewrite(work.joint, work.plan, clip, work.proof, work.roles.lowering)
+
+
+def repair(work: Work) -> None:
+    """Copy what the compiler would write over while it is still needed."""
+    copy_expanded_bases(work.module.graph)
+    save_what_is_overwritten(work.module.graph)
+    work.module.recompile()
+
+
+_PROVE = (check_returned, label, check_growth)
+
+PRIVATIZE = (
+    normalise, name, *_PROVE, find_sites, check_ranks, write_certificate, choose_rules, insert_clipping, repair,
+)  # fmt: skip
+LABEL = (*_PROVE, check_ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +195,7 @@ class Transformed:
 def privatize(
     module: fx.GraphModule, roles: Roles, options: Options, parts: int | None = None, copied: int = 0
 ) -> Transformed:
-    """Normalise, name, prove, find, plan, rewrite: ``module`` returns clipped sums and norms afterwards.
+    """Run :data:`PRIVATIZE`: ``module`` returns clipped sums and norms afterwards.
 
     Contract: ``module`` is a decomposed joint graph of AOTAutograd, rewritten in place; ``roles`` are those of its
     inputs before :func:`dpcompile.capture.inputs.extend`.
@@ -86,70 +203,26 @@ def privatize(
     Args:
         module: see there.
         roles: see there.
-        options: see there.
-        parts: of how many equal parts of the batch this graph sees one; None: the whole batch, and the plan may ask for
-            parts.
-        copied: bytes of parameters and inputs that the compiler copies, and keeps for the backward.
+        options: see :class:`Work`, as for the rest.
+        parts: see there.
+        copied: see there.
 
     Raises:
         InParts: the plan asks for parts.
         DPCompileError: the model is refused.
     """
-    split_convolution_bias(module.graph)
-    fold_matrix_exp(module.graph)
-    if roles.ranks is not None:
-        slices_for_splits(module.graph)
-    joint = name_joint(module, roles)
-    check_outputs(module, roles)
-    proof = prove(joint)
-    unowned = erase_cotangents(joint, proof)
-    if unowned:
-        proof = prove(joint)
-    repeats = roles.lowering is None and MODES[options.norm].second_backward
-    check_scaling(joint, proof, mean=options.loss_reduction == "mean", twice=repeats)
-    gradients = find_gradients(joint, proof)
-    check_replication(joint, proof, roles.ranks)
-    certificate = certify(joint, proof, gradients)
-    device = joint.mask.meta["val"].device
-    agree_on_rates(device, roles.ranks)
-    rates = rates_for(device)
-    twice = roles.lowering is not None and roles.lowering.kind == TWO_PASS
-    plan = make_plan(
-        gradients,
-        batch=joint.batch,
-        mode=without_keeping(options.norm) if twice else options.norm,
-        rates=rates,
-        hints=roles.hints,
-        clipping=options.clipping if isinstance(options.clipping, str) else "a function of the user",
-        plain_seconds=plain_seconds(joint.graph, roles.hints, rates),
-        reuse=options.memory_budget is None and device.type == "cpu",
-        fused=_fused_on(device),
-        limit=None if roles.lowering else _limit(options.memory_budget, joint, proof, roles, rates, parts, copied),
-        untouched=certificate.zero,
-        shared=roles.shared,
-    )
-    if parts is None and plan.parts > 1:
-        raise InParts(plan.parts)
-    asked = roles.lowering is not None and options.memory_budget is not None
-    memory = region_memory(joint, proof, plan, roles.hints) if asked else None
-    scale = (parts or 1) if options.loss_reduction == "mean" else None
-    clip = ClipOptions(options.clipping, float(options.max_grad_norm), scale)
-    rewrite(joint, plan, clip, proof, roles.lowering)
-    copy_expanded_bases(module.graph)
-    save_what_is_overwritten(module.graph)
-    module.recompile()
-    labels = tuple(proof.leaving(n) for n in joint.outputs)
-    readable = fx.GraphModule(module, copy_graph(module.graph))
+    work = run_passes(PRIVATIZE, Work(module, roles, options, parts, copied))
+    joint, plan = work.joint, work.plan
     return Transformed(
-        readable,
+        fx.GraphModule(module, copy_graph(module.graph)),
         plan,
-        certificate,
-        labels,
+        work.certificate,
+        tuple(work.proof.leaving(n) for n in joint.outputs),
         joint.sum_slots,
         joint.norm_slot,
-        unowned,
+        work.unowned,
         _cut(joint, plan),
-        memory,
+        work.memory,
         uses_of(plan),
         joint.mask.name,
     )
@@ -164,30 +237,29 @@ def _cut(joint: JointGraph, plan: Plan) -> Cut | None:
     return Cut(joint.norm_slot, sums, joint.weights.name, len(values))
 
 
-def _limit(
-    budget: float | int | None,
-    joint: JointGraph,
-    proof: Proof,
-    roles: Roles,
-    rates: Rates,
-    parts: int | None,
-    copied: int,
-) -> Limit | None:
-    """The budget in bytes, and what it is compared with."""
-    if budget is None:
-        return None
-    part = replay(joint, proof, roles.hints)
-    part = replace(part, standing=part.standing + copied)
-    plain = part.plain_peak(parts or 1)
-    calls = sum(n.op == "call_function" and not is_fused(n) for n in joint.graph.nodes)
-    overhead = 2 * calls * rates.call + 3 * part.gradients / rates.traffic
-    allowed = allowed_parts(joint, proof) if parts is None else [parts]
-    return Limit(part, budget * plain if isinstance(budget, float) else float(budget), allowed, overhead, parts or 1)
+def label_outputs(
+    module: fx.GraphModule, roles: Roles, options: Options
+) -> tuple[tuple[Label, ...], Mapping[int, str | None]]:
+    """Run :data:`LABEL` on a graph in which nothing is trained: examples do not mix, forward and backward.
 
+    Args:
+        module: a decomposed joint graph, or a forward alone where nothing needs a gradient.
+        roles: of its inputs.
+        options: of the model.
 
-def _fused_on(device: torch.device) -> FusedRates | None:
-    """What was measured of the fused operators; on a CPU the graph's own products share what they have in common."""
-    if device.type != "cuda":
-        return None
-    with real_tensors():
-        return measure_fused_rates(device)
+    Returns:
+        The labels of the captured graph's outputs; positions of outputs that depend on no example, with the user's
+        line.
+
+    **Guarantee.** Outputs lie as labelled, and the gradient of every input with an example axis lies like the input if
+    the cotangents of the outputs lie like the outputs.
+    """
+    joint = name_joint(module, roles, trained=False)
+    if joint is None:
+        refuse_ranks_own(module.graph, roles.ranks)
+        return labels_of_no_example(module, roles), {}
+    work = Work(module, roles, options)
+    work.joint = joint
+    run_passes(LABEL, work)
+    module.recompile()
+    return tuple(work.proof.leaving(n) for n in joint.outputs), work.unowned

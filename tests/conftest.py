@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 os.environ["DPCOMPILE_RATES"] = "typical"  # plans must not depend on the machine
+os.environ["DPCOMPILE_LINT"] = "1"  # every pass leaves a graph that is well formed
 os.environ["HF_HUB_OFFLINE"] = "1"  # models are made from configurations; nothing is looked up
 
 import pytest

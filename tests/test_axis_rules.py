@@ -672,10 +672,7 @@ def proved(
     traced = trace_like(function, *values)
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     axes = {n: Examples(d) for n, d in zip(placeholders, dims, strict=True) if d is not None}
-    joint = JointGraph(
-        module=traced, parameters={}, gradients={}, example_axes=axes, tangent_of={}, outputs=(), mask=placeholders[0],
-        names={}, norm_slot=0, gradient_slots={}, sum_slots={}, batch=batch,
-    )  # fmt: skip
+    joint = JointGraph(traced, axes, tangent_of={}, outputs=(), mask=placeholders[0], batch=batch)
     return traced, prove(joint), axes
 
 

@@ -45,7 +45,6 @@ LONG_FILES = {
     "data/loader.py": "one class, with what it says of itself",
     "lowering/backward.py": "to be cut: graph surgery, and who holds pending sums",
     "optim/optimizer.py": "to be cut: noise becomes a mechanism",
-    "planning/plan.py": "to be cut: what rules there are, and the plan printed",
     "proof/rules/indexing.py": "one subject",
     "proof/scaling.py": "one subject",
     "regions/backward.py": "to be cut: a forward's state, norms, sums",
@@ -58,8 +57,6 @@ LONG_FILES = {
 LONG_FUNCTIONS = {
     "capture/roles.py:assign_roles": "to be cut: a function per kind of input",
     "data/loader.py:__init__": "checks of many arguments, one after the other",
-    "pipeline.py:privatize": "to be cut: a list of passes",
-    "planning/plan.py:_options": "to be cut: a method of what is known of a site",
     "runtime/translate.py:translated": "a table of errors",
 }
 

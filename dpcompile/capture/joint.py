@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from dpcompile._torch.aot import (
     ForwardTokenAOTOutput,
-    GradAOTOutput,
     InputMutationAOTOutput,
     PlainAOTInput,
     PlainAOTOutput,
     TangentAOTInput,
+    is_gradient_of_input,
 )
 from dpcompile.capture.roles import Roles
 from dpcompile.errors import UnsupportedGraphError
@@ -22,74 +23,101 @@ from dpcompile.graph.labels import Examples
 from dpcompile.graph.locate import where
 from dpcompile.graph.sizes import size
 
-__all__ = ["check_outputs", "name_joint", "written_inputs"]
+__all__ = ["check_outputs", "name_joint", "returned", "written_inputs"]
 
 
-def name_joint(module: fx.GraphModule, roles: Roles) -> JointGraph:
-    """Read AOTAutograd's descriptors off a joint graph.
+def name_joint(module: fx.GraphModule, roles: Roles, *, trained: bool = True) -> JointGraph | None:
+    """Read AOTAutograd's descriptors off a joint graph, or off a forward alone where nothing needs a gradient.
 
     Args:
-        module: the joint graph, decomposed.
-        roles: of the inputs before :func:`extend`.
+        module: the graph, decomposed.
+        roles: of its inputs before :func:`dpcompile.capture.inputs.extend`.
+        trained: whether :func:`~dpcompile.capture.inputs.extend` gave it a mask and slots for norms and sums.
+
+    Returns:
+        The graph with names; None if nothing is trained and no example goes into it.
 
     Raises:
         UnsupportedGraphError: parameters or inputs that AOTAutograd replaced (views of one another, written to).
     """
-    inputs = roles.inputs
-    by_position: dict[int, fx.Node] = {}
+    inputs, tangents = _inputs(module)
+    if trained:
+        _refuse_replaced(inputs, roles)
+    axes = {inputs[p]: roles.layouts.get(p, Examples(dim)) for p, dim in roles.examples.items() if p in inputs}
+    if not trained and not axes:
+        return None
+    described = returned(module)
+    forward = {d: v for d, v in described if d is not None and is_gradient_of_input(d) is None}
+    belongs = {t: d for d, t in tangents.items() if isinstance(forward.get(d), fx.Node)}
+    outputs = (v for d, v in described if isinstance(d, PlainAOTOutput))
+    slots = {p: i for i, (d, _) in enumerate(described) if (p := is_gradient_of_input(d)) is not None}
+    flowing_on = {} if trained and roles.lowering is None else slots
+    joint = JointGraph(
+        module=module,
+        example_axes=axes,
+        tangent_of={t: forward[d] for t, d in belongs.items()},
+        outputs=tuple(v if isinstance(v, fx.Node) else None for v in outputs),
+        mask=next(iter(axes), inputs.get(roles.inputs)),  # type: ignore[arg-type]
+        batch=roles.batch,
+        names={inputs[p]: name for p, name in roles.names.items() if p in inputs},
+        plain_tangents={t: d.idx for t, d in belongs.items() if isinstance(d, PlainAOTOutput)},
+        input_gradients={
+            inputs[p]: gradient
+            for p, slot in flowing_on.items()
+            if p in inputs and p < roles.inputs and p not in roles.parameters
+            if isinstance(gradient := described[slot][1], fx.Node)
+        },
+        alike={inputs[p]: dims for p, dims in roles.alike.items() if p in inputs},
+    )
+    return _trained(joint, roles, inputs, slots) if trained else joint
+
+
+def _trained(joint: JointGraph, roles: Roles, inputs: Mapping[int, fx.Node], slots: Mapping[int, int]) -> JointGraph:
+    """With parameters, and with what was appended to the captured graph's inputs: mask, norms, weights, sums."""
+    mask, values = inputs[roles.inputs], joint.graph.output_node().args[0]
+    wide = {p: roles.inputs + 2 + i for i, p in enumerate(roles.narrow)}
+    return replace(
+        joint,
+        example_axes={**joint.example_axes, mask: Examples(0)},
+        mask=mask,
+        batch=size(mask.meta["val"].shape[0]),
+        parameters={name: inputs[p] for p, name in roles.parameters.items()},
+        gradients={name: values[slots[p]] for p, name in roles.parameters.items()},  # type: ignore[index, misc]
+        norm_slot=slots[roles.inputs + 1],
+        gradient_slots={name: slots[p] for p, name in roles.parameters.items()},
+        sum_slots={name: slots[wide.get(p, p)] for p, name in roles.parameters.items()},
+        weights=inputs[roles.inputs + 2] if roles.lowering is not None else None,
+    )
+
+
+def _inputs(module: fx.GraphModule) -> tuple[dict[int, fx.Node], dict[Any, fx.Node]]:
+    """The captured graph's inputs by position, and the cotangents by the output that each belongs to."""
+    inputs: dict[int, fx.Node] = {}
     tangents: dict[Any, fx.Node] = {}
-    for node in module.graph.nodes:
-        if node.op != "placeholder":
-            continue
+    for node in module.graph.find_nodes(op="placeholder"):
         descriptor = node.meta.get("desc")
         if isinstance(descriptor, PlainAOTInput):
-            by_position[descriptor.idx] = node
+            inputs[descriptor.idx] = node
         elif isinstance(descriptor, TangentAOTInput):
             tangents[descriptor.output] = node
-    missing = [p for p in (*roles.parameters, *roles.examples, inputs, inputs + 1) if p not in by_position]
+    return inputs, tangents
+
+
+def _refuse_replaced(inputs: Mapping[int, fx.Node], roles: Roles) -> None:
+    needed = (*roles.parameters, *roles.examples, roles.inputs, roles.inputs + 1)
+    missing = [p for p in needed if p not in inputs]
     if missing:
         called = ", ".join(f"'{roles.names.get(p, p)}'" for p in missing)
         raise UnsupportedGraphError(
             f"inputs {called} share memory with others that the model writes to",
             remedy="clone the input before the in-place operation",
         )
+
+
+def returned(module: fx.GraphModule) -> list[tuple[Any, Any]]:
+    """What a graph returns, with AOTAutograd's descriptors."""
     output = module.graph.output_node()
-    values: Sequence[Any] = output.args[0]  # type: ignore[assignment]
-    descriptors: Sequence[Any] = output.meta["desc"]
-    slots = {d.grad_of.idx: i for i, d in enumerate(descriptors) if _is_gradient(d)}
-    forward = {d: values[i] for i, d in enumerate(descriptors) if not _is_gradient(d) and d is not None}
-    outputs = [values[i] for i, d in enumerate(descriptors) if isinstance(d, PlainAOTOutput)]
-    return JointGraph(
-        module=module,
-        parameters={name: by_position[p] for p, name in roles.parameters.items()},
-        gradients={name: values[slots[p]] for p, name in roles.parameters.items()},
-        example_axes={by_position[p]: roles.layouts.get(p, Examples(dim)) for p, dim in roles.examples.items()}
-        | {by_position[inputs]: Examples(0)},
-        tangent_of={t: forward[d] for d, t in tangents.items() if isinstance(forward.get(d), fx.Node)},
-        outputs=tuple(v if isinstance(v, fx.Node) else None for v in outputs),
-        mask=by_position[inputs],
-        names={by_position[p]: name for p, name in roles.names.items() if p in by_position},
-        norm_slot=slots[inputs + 1],
-        gradient_slots={name: slots[p] for p, name in roles.parameters.items()},
-        sum_slots={
-            name: slots[inputs + 2 + roles.narrow.index(p) if p in roles.narrow else p]
-            for p, name in roles.parameters.items()
-        },
-        batch=size(by_position[inputs].meta["val"].shape[0]),
-        plain_tangents={
-            t: d.idx
-            for d, t in tangents.items()
-            if isinstance(d, PlainAOTOutput) and isinstance(forward.get(d), fx.Node)
-        },
-        input_gradients={
-            by_position[p]: gradient
-            for p, slot in slots.items()
-            if roles.lowering is not None and p in by_position and p < inputs and p not in roles.parameters
-            if isinstance(gradient := values[slot], fx.Node)
-        },
-        weights=by_position[inputs + 2] if roles.lowering is not None else None,
-        alike={by_position[p]: dims for p, dims in roles.alike.items() if p in by_position},
-    )
+    return list(zip(output.meta["desc"], output.args[0], strict=True))  # type: ignore[arg-type]
 
 
 def written_inputs(module: fx.GraphModule) -> set[int]:
@@ -109,12 +137,10 @@ def check_outputs(module: fx.GraphModule, roles: Roles) -> None:
     Of other outputs AOTAutograd makes what the user sees outside the graph, where nothing is proved: views of a base,
     subclasses of tensors, new values of inputs that need a gradient.
     """
-    output = module.graph.output_node()
-    returned = zip(output.meta["desc"], output.args[0], strict=True)  # type: ignore[arg-type]
     cotangents = (n.meta.get("desc") for n in module.graph.find_nodes(op="placeholder"))
-    candidates = [*returned, *((d.output, None) for d in cotangents if isinstance(d, TangentAOTInput))]
+    candidates = [*returned(module), *((d.output, None) for d in cotangents if isinstance(d, TangentAOTInput))]
     for descriptor, node in candidates:
-        if descriptor is None or _is_gradient(descriptor) or isinstance(descriptor, _AS_IN_GRAPH):
+        if descriptor is None or is_gradient_of_input(descriptor) is not None or isinstance(descriptor, _AS_IN_GRAPH):
             continue
         place = where(node) if isinstance(node, fx.Node) else None
         if isinstance(descriptor, InputMutationAOTOutput) and isinstance(descriptor.mutated_input, PlainAOTInput):
@@ -133,7 +159,3 @@ def check_outputs(module: fx.GraphModule, roles: Roles) -> None:
 
 
 _AS_IN_GRAPH = (PlainAOTOutput, ForwardTokenAOTOutput)
-
-
-def _is_gradient(descriptor: Any) -> bool:
-    return isinstance(descriptor, GradAOTOutput) and isinstance(descriptor.grad_of, PlainAOTInput)

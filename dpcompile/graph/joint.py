@@ -37,18 +37,19 @@ class JointGraph:
 
     Attributes:
         module: the graph module; passes rewrite it in place.
-        parameters: trainable parameters by name, as placeholders.
-        gradients: their gradients by name; None where autograd found none.
         example_axes: the placeholders that hold examples.
         tangent_of: cotangent placeholder -> the forward output it belongs to.
         outputs: forward outputs in order.
-        mask: placeholder of the float32 ``[B]`` weights that the padding mask gives (1 real, 0 padding).
+        mask: placeholder of the float32 ``[B]`` weights that the padding mask gives (1 real, 0 padding); where nothing
+            is trained, any placeholder with examples.
+        batch: the number of examples.
         names: placeholder -> what the user calls it.
+        parameters: trainable parameters by name, as placeholders.
+        gradients: their gradients by name; None where autograd found none.
         norm_slot: the position in the graph's outputs that the per-example norms take.
         gradient_slots: parameter name -> the position of its gradient in the graph's outputs.
         sum_slots: parameter name -> the position that its clipped sum takes; another one only where the parameter is
             narrower than float32.
-        batch: the number of examples.
         plain_tangents: cotangent placeholder -> the position, in what the captured graph returns, of the output that it
             belongs to; only of outputs that AOTAutograd returns as they are.
         input_gradients: placeholder that is no parameter -> its gradient, which flows on to whatever made the input.
@@ -58,17 +59,17 @@ class JointGraph:
     """
 
     module: fx.GraphModule
-    parameters: Mapping[str, fx.Node]
-    gradients: Mapping[str, fx.Node | None]
     example_axes: Mapping[fx.Node, Examples]
     tangent_of: Mapping[fx.Node, fx.Node]
     outputs: tuple[fx.Node | None, ...]
     mask: fx.Node
-    names: Mapping[fx.Node, str]
-    norm_slot: int
-    gradient_slots: Mapping[str, int]
-    sum_slots: Mapping[str, int]
     batch: Size
+    names: Mapping[fx.Node, str] = field(default_factory=dict)
+    parameters: Mapping[str, fx.Node] = field(default_factory=dict)
+    gradients: Mapping[str, fx.Node | None] = field(default_factory=dict)
+    norm_slot: int = -1
+    gradient_slots: Mapping[str, int] = field(default_factory=dict)
+    sum_slots: Mapping[str, int] = field(default_factory=dict)
     plain_tangents: Mapping[fx.Node, int] = field(default_factory=dict)
     input_gradients: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
     weights: fx.Node | None = None

@@ -1,59 +1,20 @@
-"""The plan: one rule for every parameter's sites, from their sizes, a mode and a memory budget."""
+"""The plan: one rule for every parameter's sites, the quickest that fit; printed."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
-import torch
 
-from dpcompile.graph.sizes import Size, hinted, is_one, product, shape_of
-from dpcompile.graph.slices import accumulation_dtype
-from dpcompile.kernels.fused_rates import FusedRates
-from dpcompile.kernels.onednn import has_sums_by_index
-from dpcompile.kernels.rates import Rates
-from dpcompile.norms.factors import Factored, alone, oriented
-from dpcompile.planning.cost import Cost, Shape, costs, gram_cost, summed_cost
-from dpcompile.planning.modes import MODES, Mode
-from dpcompile.planning.replay import Holding, bytes_of, storage_of
-from dpcompile.planning.search import Candidate, Limit, choose, fastest, seconds_of
+from dpcompile.graph.sizes import Size, is_one, product, shape_of
+from dpcompile.planning.choices import Choice, options_of
+from dpcompile.planning.modes import MODES
+from dpcompile.planning.search import Candidate, choose, fastest, seconds_of
+from dpcompile.planning.situation import Situation
 from dpcompile.proof.sites import ParameterGradient
 
-__all__ = ["Choice", "Plan", "Prediction", "make_plan", "panels_of", "short"]
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The rule of one parameter.
-
-    Attributes:
-        gradient: the parameter's gradient and its sites.
-        rule: "outer", "ghost", "keep" (instantiate and keep), "redo" (instantiate, drop, redo the product), "direct"
-            (the same a tile at a time), "whole" (a batch of one), "later" (the parameter has uses in other regions: the
-            norm is taken of their sum, when the backward is over).
-        forms: the sites as outer products, in one orientation; None where they are not.
-        cost: of the rule, its own Gram matrices included.
-        why: in words.
-        panels: in how many parts Gram matrices are made.
-        reuse: whether kept gradients stay mapped from step to step.
-        holding: what it holds until the clip.
-        shared: other regions use the parameter too.
-        late: kept gradients are made when the backward is over, to fit a budget.
-        fused: whether rule "direct" or "ghost" is one operator, where there is one (:mod:`dpcompile.norms.fused`).
-    """
-
-    gradient: ParameterGradient
-    rule: str
-    forms: tuple[Factored, ...] | None
-    cost: Cost
-    why: str
-    panels: int = 1
-    reuse: bool = False
-    fused: bool = False
-    holding: Holding = Holding({}, (), 0.0, 0.0, 0.0)
-    shared: bool = False
-    late: bool = False
+__all__ = ["Plan", "Prediction", "make_plan", "short"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,38 +116,15 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(
-    gradients: Sequence[ParameterGradient],
-    *,
-    batch: Size,
-    mode: str,
-    rates: Rates,
-    hints: Mapping[sympy.Symbol, int],
-    clipping: str,
-    plain_seconds: float,
-    reuse: bool = False,
-    fused: FusedRates | None = None,
-    limit: Limit | None = None,
-    untouched: Sequence[str] = (),
-    shared: Collection[str] = (),
-) -> Plan:
+def make_plan(gradients: Sequence[ParameterGradient], situation: Situation) -> Plan:
     """Choose a rule for every parameter.
 
     Args:
         gradients: what :func:`dpcompile.proof.sites.find_gradients` found.
-        batch: B.
-        mode: one of :data:`dpcompile.planning.modes.MODES`; "auto" takes the fastest rules that fit the limit.
-        rates: of the machine.
-        hints: a value for every symbol.
-        clipping: what to print.
-        plain_seconds: what the step takes without privacy.
-        reuse: whether kept gradients may stay mapped from step to step.
-        fused: where the fused operators of :mod:`dpcompile.kernels` are faster; None: nowhere.
-        limit: of memory.
-        untouched: trainable parameters whose gradient is identically zero.
-        shared: parameters that other regions use too (:mod:`dpcompile.planning.shared_uses`).
+        situation: what the choice depends on.
     """
-    options = [_options(g, batch, mode, rates, hints, reuse, fused, shared) for g in gradients]
+    limit = situation.limit
+    options = [options_of(g, situation) for g in gradients]
     candidates = [[c for _, c in o] for o in options]
     outcome = choose(candidates, limit)
     free = fastest(candidates) if limit is not None else outcome.picks
@@ -200,143 +138,26 @@ def make_plan(
         chosen.append(choice)
     seen = outcome.parts if limit is None else max(outcome.parts // limit.seen, 1)
     extra = seconds_of(candidates, outcome.picks, seen)
-    expected = Prediction(plain_seconds, extra)
+    expected = Prediction(situation.plain_seconds, extra)
     if limit is not None:
         extra += (outcome.parts - 1) / limit.seen * limit.overhead
         holdings = [o[i].holding for o, i in zip(candidates, outcome.picks, strict=True)]
-        peak = limit.peak(holdings, outcome.parts)
-        expected = Prediction(plain_seconds * limit.seen, extra * limit.seen, limit.replay.plain_peak(limit.seen), peak)
-    twice = MODES[mode].second_backward
-    return Plan(tuple(chosen), batch, dict(hints), clipping, expected, outcome.parts, tuple(untouched), twice)
-
-
-def _options(
-    gradient: ParameterGradient,
-    batch: Size,
-    mode_name: str,
-    rates: Rates,
-    hints: Mapping[sympy.Symbol, int],
-    reuse: bool,
-    fused: FusedRates | None,
-    shared: Collection[str],
-) -> list[tuple[Choice, Candidate]]:
-    mode = MODES[mode_name]
-    value = gradient.gradient.meta["val"]
-    element = 8 if value.dtype == torch.float64 else 4
-    weight = product(shape_of(value))
-    later = gradient.name in shared
-    forced = f"forced by norm={mode_name!r}" if mode_name != "auto" else ""
-
-    def option(
-        rule: str, cost: Cost, why: str, forms: Sequence[Factored] | None = None, grams: Mapping[Hashable, Cost] = {},
-        panels: int = 1, late: bool = False,
-    ) -> tuple[Choice, Candidate]:  # fmt: skip
-        own = reuse and rule == "keep"
-        total = sum(grams.values(), start=cost)
-        quick = (
-            fused is not None
-            and rule in ("ghost", "direct")
-            and fused.faster(rule, hinted(shape.t, hints), hinted(shape.p, hints), hinted(shape.d, hints), value.dtype)
+        expected = Prediction(
+            situation.plain_seconds * limit.seen,
+            extra * limit.seen,
+            limit.replay.plain_peak(limit.seen),
+            limit.peak(holdings, outcome.parts),
         )
-        taken = None if forms is None else tuple(forms)
-        choice = Choice(gradient, rule, taken, total, why, panels, own, quick, shared=later)
-        seconds = {key: g.at(hints).seconds(rates) for key, g in grams.items()}
-        held = _holding(choice, total.at(hints).memory, hints, element, weight)
-        if late:
-            held = replace(held, operands=_operands(choice, hints), since=())
-        choice = replace(choice, holding=held, late=late)
-        numbers = cost.at(hints)
-        mapping = numbers.fresh / rates.fresh
-        return choice, Candidate(rule, numbers.seconds(rates) - mapping, mapping, seconds, held)
-
-    if gradient.sites[0].kind == "whole":
-        return [option("whole", summed_cost(1, weight, element), "one example: the sum is its gradient")]
-    forms = oriented(gradient, batch)
-    if forms is None:
-        why = "its sites are sums" if all(s.kind == "sum" for s in gradient.sites) else "through the tail"
-        rule = "redo" if mode_name == "redo" and not later else "keep"
-        return [option(rule, summed_cost(batch, weight, element, fresh=True), f"per-example gradients, {why}")]
-    shape = _together(forms, value, element, hints)
-    allowed = {"outer"} if is_one(shape.t) else {"ghost"}
-    allowed |= {"keep", "redo"} | ({"direct"} if all(f.one_hot is None for f in forms) else set())
-    _, t, p, d = (hinted(n, hints) for n in (1, shape.t, shape.p, shape.d))
-    fits = mode.wanted(t, p, d)
-    wanted = [r for r in mode.rules if r in allowed and fits(r)] or [_fallback(mode)]
-    table = costs(shape, batch, reuse=reuse)
-    if later:
-        rule = "keep" if mode.rules == ("keep",) else "later"
-        table["later"] = table["outer"]
-        return [option(rule, table[rule], "other regions use it too", forms)]
-    grams = _grams(forms, shape, batch)
-    found = [
-        option(r, table[r], forced, forms, grams if r == "ghost" else {}, shape.panels if r == "ghost" else 1)
-        for r in wanted
-    ]
-    if "keep" in wanted:  # of two that are equally quick the first is taken, unless it does not fit
-        found.append(option("keep", table["keep"], forced, forms, late=True))
-    return found
-
-
-def _fallback(mode: Mode) -> str:
-    return "redo" if mode.drop else "keep"
-
-
-def _together(forms: Sequence[Factored], value: torch.Tensor, element: int, hints: Mapping[sympy.Symbol, int]) -> Shape:
-    k, _, p, d = forms[0].sizes
-    if any(f.one_hot == "cols" for f in forms):
-        p, d = d, p
-    t = sum((f.sizes[1] for f in forms), start=0)  # type: ignore[misc]
-    filled = min(f.filled for f in forms)
-    indexed = all(f.one_hot is not None for f in forms)
-    copied: Size = sum((f.unfolded for f in forms), start=0)  # type: ignore[misc]
-    if indexed and not has_sums_by_index(value.device, accumulation_dtype(value.dtype)):
-        copied = product([t, d])
-    return Shape(
-        k, t, p, d, element,
-        copied=copied,
-        one_hot=any(f.one_hot is not None for f in forms),
-        indexed=indexed,
-        convolution=any(f.site.kind == "convolution_backward" for f in forms),
-        grouped=filled == 0 and any(f.each is not None for f in forms),
-        filled=filled,
-        alone=alone(forms) is not None,
-        panels=panels_of(hinted(t, hints)),
-        products=element == 4 and all(f.site.kind in ("mm", "bmm") and f.one_hot is None for f in forms),
-    )  # fmt: skip
-
-
-def panels_of(positions: float) -> int:
-    """Parts of a Gram matrix: as many as leave each part large enough for a product to run at full speed."""
-    return 1 if positions < 64 else 2 if positions < 128 else 4 if positions < 1024 else 8
-
-
-def _grams(forms: Sequence[Factored], shape: Shape, batch: Size) -> dict[Hashable, Cost]:
-    """The two Gram matrices of a ghost norm, by what they are of; none, where sums by an index take their place."""
-    if shape.indexed:
-        return {}
-    _, _, p, d = forms[0].sizes
-    operands = list(zip(*(f.operands for f in forms), strict=True))  # of all sites: first operands, second operands
-    flipped = forms[0].flipped
-    rows, cols = (operands[1], operands[0]) if flipped else (operands[0], operands[1])
-    copied = sum((f.unfolded for f in forms), start=0)  # type: ignore[misc]
-    kind = forms[0].site.kind
-    return {
-        (kind, rows, shape.panels): gram_cost(shape, batch, p, index=shape.one_hot, copied=0),
-        (kind, cols, shape.panels): gram_cost(shape, batch, d, index=False, copied=copied),
-    }
-
-
-def _holding(choice: Choice, memory: float, hints: Mapping[sympy.Symbol, int], element: int, weight: Size) -> Holding:
-    result = hinted(weight, hints) * element
-    since = tuple(s.operation.name for s in choice.gradient.sites)
-    operands = _operands(choice, hints) if choice.rule not in ("keep", "whole") else {}
-    kept = memory if choice.rule == "keep" else 0.0
-    return Holding(operands, since, kept, memory - kept, result)
-
-
-def _operands(choice: Choice, hints: Mapping[sympy.Symbol, int]) -> dict[str, float]:
-    nodes = (storage_of(n) for s in choice.gradient.sites for n in s.operands.values())
-    return {n.name: bytes_of(n, hints) for n in nodes}
+    return Plan(
+        tuple(chosen),
+        situation.batch,
+        dict(situation.hints),
+        situation.clipping,
+        expected,
+        outcome.parts,
+        situation.untouched,
+        MODES[situation.mode].second_backward,
+    )
 
 
 def _reason(candidates: Sequence[Candidate], pick: int, quickest: int) -> str:

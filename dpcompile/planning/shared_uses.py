@@ -21,9 +21,10 @@ from dpcompile.kernels.products import product
 from dpcompile.kernels.rates import rates_for
 from dpcompile.norms.factors import Factored
 from dpcompile.norms.ghost import Sides, ghost
+from dpcompile.planning.choices import Choice, panels_of
 from dpcompile.planning.cost import Shape, costs, gram_cost
 from dpcompile.planning.modes import MODES
-from dpcompile.planning.plan import Choice, Plan, panels_of
+from dpcompile.planning.plan import Plan
 
 __all__ = ["HandedOut", "Part", "Redone", "Use", "factor_operands", "joint_norm", "uses_of"]
 

@@ -133,8 +133,5 @@ class _NoReads(TorchFunctionMode):
 def _as_joint(traced: fx.GraphModule, result: fx.Node) -> JointGraph:
     """A traced clipping function in the form that the proof takes: its result is the one output to be per example."""
     norms = next(n for n in traced.graph.nodes if n.op == "placeholder")
-    return JointGraph(
-        module=traced, parameters={}, gradients={}, example_axes={norms: Examples(0)}, tangent_of={norms: result},
-        outputs=(result,), mask=norms, names={}, norm_slot=0, gradient_slots={}, sum_slots={},
-        batch=size(norms.meta["val"].shape[0]),
-    )  # fmt: skip
+    batch = size(norms.meta["val"].shape[0])
+    return JointGraph(traced, {norms: Examples(0)}, {norms: result}, outputs=(result,), mask=norms, batch=batch)

@@ -23,8 +23,7 @@ from dpcompile.graph.sizes import shape_of
 from dpcompile.lowering.backward import lower_backward
 from dpcompile.lowering.cache_key import cache_key
 from dpcompile.options import Lowering, Options
-from dpcompile.pipeline import Transformed, privatize
-from dpcompile.proof.label_outputs import label_outputs
+from dpcompile.pipeline import Transformed, label_outputs, privatize
 from dpcompile.runtime.verify import Verifier
 
 __all__ = ["Artifact", "Scope", "compile_region", "concrete"]
@@ -195,7 +194,7 @@ def _label_only(
 
     def transform(graph: fx.GraphModule) -> None:
         written.update(written_inputs(graph))
-        found.append(label_outputs(graph, roles, mean=options.loss_reduction == "mean"))
+        found.append(label_outputs(graph, roles, options))
 
     compiled = compile_joint(
         gm,

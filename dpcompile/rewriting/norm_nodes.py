@@ -22,7 +22,8 @@ from dpcompile.norms.factors import alone, factored
 from dpcompile.norms.fused import fused_norm, fusible
 from dpcompile.norms.ghost import Sides, ghost, merge, outer
 from dpcompile.norms.per_example import per_example_site, tail_inputs, through_tail
-from dpcompile.planning.plan import Choice, Plan
+from dpcompile.planning.choices import Choice
+from dpcompile.planning.plan import Plan
 from dpcompile.proof.sites import ParameterGradient
 
 __all__ = ["Norm", "find_norms", "sum_dtype", "widened"]
