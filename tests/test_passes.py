@@ -20,7 +20,7 @@ def test_every_pass_says_what_it_does() -> None:
 
 def test_a_trace_shows_the_graph_before_and_after(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPCOMPILE_TRACE", str(tmp_path))
-    private = dp_compile(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), backend="eager")
+    private = dp_compile(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), backend="eager")
     private(torch.randn(5, 3)).square().mean().backward()
     (folder,) = tmp_path.iterdir()
     table = (folder / "passes.txt").read_text()
