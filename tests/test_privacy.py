@@ -7,11 +7,13 @@ from typing import Any
 
 import dp_accounting
 import pytest
-from dp_accounting import pld, rdp
+from dp_accounting import DpEvent, GaussianDpEvent, LaplaceDpEvent, PoissonSampledDpEvent, pld, rdp
 
 from dpcompile.accounting import accountant as privacy
 from dpcompile.accounting.accountant import PrivacyAccountant, calibrate_noise
+from dpcompile.accounting.events import sampled_gaussian
 from dpcompile.errors import PrivacyError
+from dpcompile.noise.mechanism import GaussianMechanism
 
 
 def accountant(sigma: float = 1.5, q: float = 0.04, method: Any = "pld", steps: int = 0) -> PrivacyAccountant:
@@ -211,3 +213,23 @@ def test_a_run_that_is_none_is_refused_and_nothing_is_changed(run):
     with pytest.raises(PrivacyError, match=r"in place of \(noise_multiplier, sample_rate, steps\)"):
         counted.load_state_dict({"history": [[1.0, 0.1, 3], run]})
     assert counted.steps == 3
+
+
+def test_steps_are_counted_as_the_events_that_they_were() -> None:
+    accountant, own = (PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.1) for _ in range(2))
+    accountant.step(3, event=GaussianMechanism(1.0, 5.0, 8.0, seed=0).event(0.1))
+    own.step(3)
+    assert accountant.history == own.history
+    accountant.step(event=sampled_gaussian(2, 0.5))
+    assert accountant.history == [(1.0, 0.1, 3), (2.0, 0.5, 1)]
+    assert accountant.epsilon(1e-5) == pytest.approx(direct(accountant.history, 1e-5, "pld"), 1e-9)
+
+
+@pytest.mark.parametrize("event", [GaussianDpEvent(1.0), PoissonSampledDpEvent(0.1, LaplaceDpEvent(1.0))])
+def test_events_without_a_bound_are_not_counted(event: DpEvent) -> None:
+    accountant = PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.1)
+    with pytest.raises(PrivacyError, match=r"(?s)cannot be counted.*what to do: count it with dp_accounting itself"):
+        accountant.step(event=event)
+    with pytest.raises(PrivacyError, match="sample_rate is 1.5"):
+        accountant.step(event=sampled_gaussian(1.0, 1.5))
+    assert accountant.steps == 0

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import absl.logging
-import dp_accounting
-from dp_accounting import rdp
+from dp_accounting import DpEvent, rdp
 from dp_accounting.pld import privacy_loss_distribution
 
+from dpcompile.accounting.events import sampled_gaussian, sampled_gaussian_of
 from dpcompile.errors import PrivacyError
 
 __all__ = ["Method", "PrivacyAccountant", "calibrate_noise"]
@@ -92,14 +92,27 @@ class PrivacyAccountant:
         """Runs of equal steps: ``(noise_multiplier, sample_rate, number of steps)``; a copy."""
         return list(self._history)
 
-    def step(self, n: int = 1) -> None:
-        """Count ``n`` steps (0 or more)."""
+    def step(self, n: int = 1, *, event: DpEvent | None = None) -> None:
+        """Count steps.
+
+        Args:
+            n: how many, 0 or more.
+            event: what each of them was; None: the mechanism that this accountant was made for.
+
+        Raises:
+            PrivacyError: a number that is none, or an event of which no bound is known; nothing is counted then.
+        """
         _check_steps(n)
+        mechanism = self._mechanism
+        if event is not None:
+            given = sampled_gaussian_of(event)
+            mechanism = (float(given.noise_multiplier), float(given.sample_rate))
+            _check_mechanism(*mechanism)
         if not n:
             return
-        if self._history and self._history[-1][:2] == self._mechanism:
+        if self._history and self._history[-1][:2] == mechanism:
             n += self._history.pop()[2]
-        self._history.append((*self._mechanism, n))
+        self._history.append((*mechanism, n))
 
     def epsilon(self, delta: float) -> float:
         """Epsilon at ``delta`` of all counted steps. Remembered per number of steps and delta.
@@ -245,7 +258,7 @@ def _renyi_bound(history: Sequence[tuple[float, float, int]], delta: float) -> f
         return math.inf
     accountant = rdp.RdpAccountant()
     for sigma, q, n in history:
-        accountant.compose(dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(sigma)), n)
+        accountant.compose(sampled_gaussian(sigma, q), n)
     return float(accountant.get_epsilon(delta))
 
 

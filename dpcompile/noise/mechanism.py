@@ -1,18 +1,116 @@
-"""The Gaussian mechanism on the clipped sums of one logical step.
+"""Mechanisms: how the clipped sums of one logical step are released, and what that costs.
 
-Source: Dwork and Roth 2014, appendix A; Abadi et al. 2016, algorithm 1.
+:class:`Mechanism` is what `DPOptimizer` needs of one. The Gaussian mechanism is the first. Source: Dwork and Roth 2014,
+appendix A; Abadi et al. 2016, algorithm 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from dp_accounting import DpEvent
 from torch import Tensor
 
+from dpcompile.accounting.events import sampled_gaussian
 from dpcompile.noise.normal import add_gaussian_
 
-__all__ = ["privatize_"]
+__all__ = ["GaussianMechanism", "Mechanism", "Release", "privatize_"]
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The clipped sums of one logical step, to be made private in place.
+
+    Attributes:
+        totals: clipped sums, float32 or wider, each of its parameter's shape, or a part of it.
+        parameters: their indices in the model, no two equal.
+        step: the logical step.
+        runs: for parts of parameters: where each total's elements lie in its parameter (:func:`privatize_`); None:
+            totals are whole.
+    """
+
+    totals: Sequence[Tensor]
+    parameters: Sequence[int]
+    step: int
+    runs: Sequence[Sequence[tuple[int, int]]] | None = None
+
+
+class Mechanism(Protocol):
+    """What turns clipped sums into private mean gradients.
+
+    Attributes:
+        noise_multiplier: sigma; 0: no noise.
+        max_grad_norm: C: by how much all sums together change, in L2 norm, when one example is added or removed.
+        expected_batch_size: the constant that divides the sums.
+        seed: of the noise, a secret.
+        secure: whether the noise is cryptographic.
+    """
+
+    noise_multiplier: float
+    max_grad_norm: float
+    expected_batch_size: float
+    seed: int
+    secure: bool
+
+    def release(self, release: Release) -> None:
+        """Put private mean gradients in the place of the totals.
+
+        **Guarantee.** The steps released so far cost what :meth:`event` says, composed.
+        """
+        ...
+
+    def event(self, sample_rate: float) -> DpEvent:
+        """What one release costs, of a Poisson sample of this rate."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs so that no noise is drawn twice; plain numbers, and the same on all ranks."""
+        ...
+
+
+@dataclass(slots=True)
+class GaussianMechanism:
+    """Independent Gaussian noise in every step (:func:`privatize_`); see :class:`Mechanism` for the attributes."""
+
+    noise_multiplier: float
+    max_grad_norm: float
+    expected_batch_size: float
+    seed: int
+    secure: bool = False
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the noise on the sums."""
+        return self.noise_multiplier * self.max_grad_norm
+
+    def release(self, release: Release) -> None:
+        """See :class:`Mechanism`."""
+        privatize_(
+            release.totals,
+            parameters=release.parameters,
+            runs=release.runs,
+            std=self.std,
+            expected_batch_size=self.expected_batch_size,
+            seed=self.seed,
+            step=release.step,
+            secure=self.secure,
+        )
+
+    def event(self, sample_rate: float) -> DpEvent:
+        """See :class:`Mechanism`."""
+        return sampled_gaussian(self.noise_multiplier, sample_rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`Mechanism`."""
+        return {
+            "seed": self.seed,
+            "noise_multiplier": self.noise_multiplier,
+            "expected_batch_size": self.expected_batch_size,
+            "secure": self.secure,
+        }
 
 
 def privatize_(

@@ -14,6 +14,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from dpcompile._torch.optim import adam_state, add_one_, is_stepped_as_made, mark_stepped
 from dpcompile.kernels import gaussian as native
 from dpcompile.noise.counter import Stream, counter_tag
+from dpcompile.noise.mechanism import GaussianMechanism, Mechanism, Release
 from dpcompile.runtime.bystanders import refuse_bystander
 
 __all__ = ["update_"]
@@ -24,42 +25,36 @@ _OFF = ("amsgrad", "maximize", "capturable", "differentiable")
 def update_(
     optimizer: Optimizer,
     weights: Sequence[Tensor],
-    totals: Sequence[Tensor],
-    *,
-    parameters: Sequence[int],
-    std: float,
-    expected_batch_size: float,
-    seed: int,
-    step: int,
+    release: Release,
+    mechanism: Mechanism,
 ) -> bool:
-    """The whole step of ``optimizer`` on the private means of ``totals``, if this file knows how to do it.
+    """The whole step of ``optimizer`` on the private means of a release, if this file knows how to do it.
 
     Args:
         optimizer: the inner one, with one pre-hook of its own (the guard of `DPOptimizer`).
         weights: all its parameters that get an update.
-        totals: their clipped sums; they become the private means and the parameters' ``.grad``.
-        parameters: see :func:`dpcompile.noise.mechanism.privatize_`, as for what follows.
-        std: see there.
-        expected_batch_size: see there.
-        seed: see there.
-        step: see there.
+        release: their clipped sums, whole; they become the private means and the parameters' ``.grad``.
+        mechanism: what releases them.
 
     Returns:
         Whether it was done. If not, nothing was changed.
 
     **Guarantee.** As of :func:`dpcompile.noise.mechanism.privatize_`: the update is a function of what that leaves in
-    ``totals``, and the same noise is drawn whether this file takes the step or not.
+    the totals, and the same noise is drawn whether this file takes the step or not.
 
     =============================================================  ============
     edge case                                                      outcome
     =============================================================  ============
     a subclass, another ``step``, hooks on the inner optimizer     not done here
     amsgrad, maximize, capturable, differentiable                  not done here
+    another mechanism, or cryptographic noise                      not done here
     weights narrower than float32, not contiguous, on a GPU        not done here
     a learning-rate scheduler on the inner optimizer               done here
     =============================================================  ============
     """
-    groups = optimizer.param_groups
+    if not isinstance(mechanism, GaussianMechanism) or mechanism.secure:
+        return False
+    groups, totals = optimizer.param_groups, release.totals
     if type(optimizer) not in (Adam, AdamW) or not is_stepped_as_made(
         optimizer, hooks=1, everywhere=[refuse_bystander]
     ):
@@ -72,7 +67,7 @@ def update_(
         return False
     for w, total in zip(weights, totals, strict=True):
         w.grad = total
-    index = {id(w): parameter for w, parameter in zip(weights, parameters, strict=True)}
+    index = {id(w): parameter for w, parameter in zip(weights, release.parameters, strict=True)}
     for group in groups:
         params, grads, means, squares, steps = adam_state(optimizer, group)
         if not params:
@@ -85,10 +80,10 @@ def update_(
             native.adam_(
                 *chosen,
                 tags=[counter_tag(Stream.GRADIENT, index[id(params[i])]) for i in members],
-                std=std,
-                divisor=expected_batch_size,
-                seed=seed,
-                step=step,
+                std=mechanism.std,
+                divisor=mechanism.expected_batch_size,
+                seed=mechanism.seed,
+                step=release.step,
                 rates=_rates(type(optimizer) is AdamW or group.get("decoupled_weight_decay", False), group, count),
             )
     mark_stepped(optimizer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from dpcompile.distributed.shards import as_gradient, local_part, local_runs
 from dpcompile.errors import PrivacyError
 from dpcompile.module import engine_of
 from dpcompile.noise.counter import check_seed, fresh_seed
-from dpcompile.noise.mechanism import privatize_
+from dpcompile.noise.mechanism import GaussianMechanism, Mechanism, Release
 from dpcompile.optim import carried_state, checks, fused_adam
 from dpcompile.optim.chained import as_one, parts_of
 from dpcompile.runtime.loss_scale import check_scaler, notice_scalers
@@ -50,6 +51,7 @@ class DPOptimizer(HookedOptimizer):
 
     Attributes:
         optimizer: the inner optimizer.
+        mechanism: what releases the sums: sigma, C, the expected batch size and the seed are its own.
         logical_step: how many draws of noise have been used up. It only grows.
         accumulating: the sums so far are not a whole logical step: :meth:`step` waits.
         accountant: one that takes its place must count the same steps, at the same rate.
@@ -113,11 +115,12 @@ class DPOptimizer(HookedOptimizer):
         drawn: int = fresh_seed(secure=secure)
         if self.engine.distributed:  # also where a seed is given: ranks that wait for one that others do not send hang
             drawn = from_first(drawn)
-        self.seed = drawn if seed is None else seed
-        check_seed(self.seed, secure=secure)
-        self._inner = inner
-        self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
-        self.secure, self._accountant = secure, accountant
+        seed = drawn if seed is None else seed
+        check_seed(seed, secure=secure)
+        self.mechanism: Mechanism = GaussianMechanism(
+            noise_multiplier, self.engine.max_grad_norm, expected_batch_size, seed, secure
+        )
+        self._inner, self._accountant = inner, accountant
         self._logical_step = 0
         self._planned = PlannedSteps(None, "raise")
         self._counted = [] if accountant is None else accountant.history  # as far as is known here
@@ -142,6 +145,34 @@ class DPOptimizer(HookedOptimizer):
     def optimizer(self) -> Optimizer:
         """The inner optimizer; of several, what steps them."""
         return self._inner
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Sigma, of the mechanism."""
+        return self.mechanism.noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        self.mechanism.noise_multiplier = value
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The constant that divides the sums, of the mechanism."""
+        return self.mechanism.expected_batch_size
+
+    @expected_batch_size.setter
+    def expected_batch_size(self, value: float) -> None:
+        self.mechanism.expected_batch_size = value
+
+    @property
+    def seed(self) -> int:
+        """Of the noise: a secret."""
+        return self.mechanism.seed
+
+    @property
+    def secure(self) -> bool:
+        """Whether the noise is cryptographic."""
+        return self.mechanism.secure
 
     @property
     def logical_step(self) -> int:
@@ -242,12 +273,12 @@ class DPOptimizer(HookedOptimizer):
     def _agree(self) -> None:
         """Before the first step, and the first after a checkpoint, compare with the other ranks."""
         if self.engine.distributed and not self._agreed:
-            own = self.private_state()
             options = self.engine.options
             refuse_disagreement(
                 {
+                    "logical_step": self.logical_step,
+                    **self.mechanism.state_dict(),
                     "seed": digest(self.seed),
-                    **{k: own[k] for k in ("logical_step", "noise_multiplier", "expected_batch_size", "secure")},
                     "max_grad_norm": self.engine.max_grad_norm,
                     "clipping": options.clipping if isinstance(options.clipping, str) else "a function",
                     "loss_reduction": options.loss_reduction,
@@ -292,7 +323,7 @@ class DPOptimizer(HookedOptimizer):
         self._logical_step += 1
         self.engine.steps = (self.engine.steps or 0) + 1
         if self.accountant is not None:
-            self.accountant.step()
+            self.accountant.step(event=self.mechanism.event(self.accountant.sample_rate))
             self._counted = self.accountant.history
         return used
 
@@ -361,7 +392,7 @@ class DPOptimizer(HookedOptimizer):
         if self.accountant is not None and own["accountant"] is not None:
             self.accountant.load_state_dict(own["accountant"])
             self._counted = self.accountant.history
-        self.seed, self._logical_step = own["seed"], own["logical_step"]
+        self.mechanism.seed, self._logical_step = own["seed"], own["logical_step"]
         self._used_draws = own.get("draws")
         self._agreed = False
         self.discard()
@@ -415,11 +446,8 @@ class DPOptimizer(HookedOptimizer):
         """What :meth:`state_dict` adds to the inner optimizer's: plain numbers, the seed among them."""
         feed = self.engine.feed
         return {
-            "seed": self.seed,
+            **self.mechanism.state_dict(),
             "logical_step": self.logical_step,
-            "noise_multiplier": self.noise_multiplier,
-            "expected_batch_size": self.expected_batch_size,
-            "secure": self.secure,
             "accountant": None if self.accountant is None else self.accountant.state_dict(),
             "draws": self._used_draws if feed is None else feed.state() or self._used_draws,
         }
@@ -435,20 +463,14 @@ class DPOptimizer(HookedOptimizer):
                 here = local_part(p.detach())
                 total = torch.zeros_like(here, dtype=torch.promote_types(p.dtype, torch.float32))
             totals.append(total)
-        mechanism: dict[str, Any] = {
-            "parameters": [index[name] for name in names],
-            "std": self.noise_multiplier * self.engine.max_grad_norm,
-            "expected_batch_size": self.expected_batch_size,
-            "seed": self.seed,
-            "step": step,
-        }
+        release = Release(totals, [index[name] for name in names], step)
         weights = [parameters[name] for name in names]
         whole = not self.engine.distributed  # the fused step starts every parameter at its element 0
-        if whole and not self.secure and fused_adam.update_(self.optimizer, weights, totals, **mechanism):
+        if whole and fused_adam.update_(self.optimizer, weights, release, self.mechanism):
             return
         runs = [local_runs(w) for w in weights]
         totals = [t if len(r) == 1 else t.contiguous() for t, r in zip(totals, runs, strict=True)]
-        privatize_(totals, **mechanism, runs=runs, secure=self.secure)
+        self.mechanism.release(replace(release, totals=totals, runs=runs))
         for p, total in zip(weights, totals, strict=True):
             p.grad = as_gradient(p, total.to(p.dtype))
         self.optimizer.step()
