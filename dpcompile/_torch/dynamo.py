@@ -200,4 +200,4 @@ def user_place(error: BaseException) -> str | None:
     return f"{frame.filename}:{frame.lineno}, in {frame.name}: {(frame.line or '').strip()}"
 
 
-_NOT_USERS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+_NOT_USERS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))

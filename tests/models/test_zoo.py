@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import CASES, ZOO, Block, Case, D, T, V
 from oracle import (
     Gradients,
     PseudoLoss,
@@ -30,6 +29,7 @@ import dpcompile
 from dpcompile import DPCompileError, ExampleMixingError, PrivacyError
 from dpcompile.module import engine_of
 from dpcompile.norms.ghost import Sides, ghost
+from models import CASES, ZOO, Block, Case, D, T, V
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
 

@@ -1,4 +1,4 @@
-"""What every rank of tests/test_fsdp.py runs: ``torchrun tests/sharded_worker.py DIRECTORY``.
+"""What every rank of tests/regions/test_fsdp.py runs: ``torchrun tests/workers/sharded_worker.py DIRECTORY``.
 
 Each check prints its name once it passed, on rank 0. Gradients are compared with those of one process on the union of
 the ranks' batches, weights are left in the directory for the comparison between numbers of ranks.
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from block_models import GPT, MLP, Around, Block, D, LoRA, T, V, ViT
 from launching import run_checks
 from sharded_noise import noise, replicas
-from test_regions import GPT, MLP, Around, Block, D, LoRA, T, V, ViT
-from test_shared_parameters import Tied, twice
+from shared_models import Tied, twice
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,

@@ -1,4 +1,4 @@
-"""Ranks that fail: one launch of tests/faults_worker.py, which torchrun restarts after every fault."""
+"""Ranks that fail: one launch of tests/workers/faults_worker.py, which torchrun restarts after every fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every rank of tests/test_replicas.py runs: ``torchrun tests/replicated_worker.py``.
+"""What every rank of tests/runtime/test_replicas.py runs: ``torchrun tests/workers/replicated_worker.py``.
 
 Replicas under DistributedDataParallel, under FSDP2 on a mesh that only replicates, and shards that rest on the CPU.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from block_models import MLP, D, T, V
 from launching import run_checks
 from sharded_worker import (
     BATCH,
@@ -34,7 +35,6 @@ from sharded_worker import (
     step,
     weights_after,
 )
-from test_regions import MLP, D, T, V
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard

@@ -1,4 +1,4 @@
-"""Replicas and shards that rest on the CPU: one launch of tests/replicated_worker.py for each number of ranks."""
+"""Replicas and shards that rest on the CPU: a launch of workers/replicated_worker.py for each number of ranks."""
 
 from __future__ import annotations
 

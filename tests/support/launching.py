@@ -12,19 +12,30 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 _HANGS = 300  # seconds after which a check is taken to hang
 
 
 def launch(
     world: int, script: str, *arguments: str, options: Sequence[str] = (), timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script (a path, from the tests) on ``world`` ranks of this machine."""
+    """Run a script of `workers` on ``world`` ranks of this machine."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *options,
-        str(HERE / script), *arguments,
+        str(TESTS / "workers" / script), *arguments,
     ]  # fmt: skip
-    path = os.pathsep.join(filter(None, [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
+    path = os.pathsep.join(
+        filter(
+            None,
+            [
+                str(TESTS),
+                str(TESTS / "support"),
+                str(TESTS / "workers"),
+                str(TESTS.parent),
+                os.environ.get("PYTHONPATH", ""),
+            ],
+        )
+    )
     # The last: ranks that torchrun starts again would find the addresses of those before them.
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     environment = {**os.environ, **own}

@@ -1,7 +1,7 @@
 """More random programs: writes in place, row numbers, casts of indices, dtype views, custom Functions, buffers.
 
 Each is right as one backward per example says, and stays right when the examples change places or one of them is taken
-out of the batch; or it is refused. ``python tests/test_random_programs.py --seeds 0 3000`` runs many.
+out of the batch; or it is refused. ``python tests/proof/test_random_programs.py --seeds 0 3000`` runs many.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_step
-from test_random_models import FAIR as PLAIN_FAIR
-from test_random_models import MIXING as PLAIN_MIXING
-from test_random_models import TOKENS, Operation, Program, State, Step
+from random_models import FAIR as PLAIN_FAIR
+from random_models import MIXING as PLAIN_MIXING
+from random_models import TOKENS, Operation, Program, State, Step
 from torch import Tensor
 
 import dpcompile

@@ -1,4 +1,4 @@
-"""Tensor parallelism: launches of tests/tensor_worker.py, and the index maps of what is cut twice."""
+"""Tensor parallelism: launches of tests/workers/tensor_worker.py, and the index maps of what is cut twice."""
 
 from __future__ import annotations
 

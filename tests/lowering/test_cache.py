@@ -49,7 +49,7 @@ def run(directory: pathlib.Path, *options: dict, variables: dict | None = None) 
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(directory),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
         **(variables or {}),
     }
     arguments = [sys.executable, "-c", PROGRAM, json.dumps(options)]

@@ -1,4 +1,4 @@
-"""What every rank of tests/test_tensor_parallel.py runs: ``torchrun tests/tensor_worker.py DIRECTORY [CHECK ..]``.
+"""What every rank of test_tensor_parallel.py runs: ``torchrun tests/workers/tensor_worker.py DIRECTORY [CHECK ..]``.
 
 On two ranks tensor parallelism alone, on four with FSDP2, two by two. Each check prints its name once it passed, on
 rank 0.

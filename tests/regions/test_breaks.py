@@ -11,14 +11,14 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from block_models import GPT, B, D, dp_compile, ids, right, rows
+from broken_models import BrokenGPT, graph_break
 from oracle import PseudoLoss, train_step
-from test_regions import GPT, B, D, V, dp_compile, ids, right, rows
 from torch import Tensor, nn
 
 from dpcompile import DPCompileError, DPOptimizer, ExampleMixingError, UnsupportedGraphError
 from dpcompile.module import engine_of
 
-graph_break = torch._dynamo.graph_break
 SEEN: list[Any] = []
 
 
@@ -153,24 +153,6 @@ def test_a_model_without_breaks_is_one_region() -> None:
     compiled = private(model)
     right(model, compiled, ids())
     assert engine_of(compiled).compilations == 1  # type: ignore[attr-defined]
-
-
-class BrokenGPT(GPT):
-    """A tied head behind a break."""
-
-    def __init__(self) -> None:
-        super().__init__(2)
-        self.head = nn.Linear(D, V, bias=False)
-        self.head.weight = self.tokens.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions[: ids.shape[1]]
-        graph_break()
-        for block in self.blocks:
-            x = block(x, causal=True)
-        x = self.norm(x)
-        graph_break()
-        return self.head(x)
 
 
 def test_a_tied_head_behind_a_break() -> None:

@@ -24,7 +24,7 @@ from dpcompile.kernels import fused_rates, norms, norms_torch, rounding
 from dpcompile.kernels.norms import direct_norm, ghost_norm, ghost_norm_one_hot
 from dpcompile.norms.fused import fusible
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 ONE_HOT = [name for name in CASES if name.startswith("index")]
 
 
@@ -44,7 +44,7 @@ def _interpreted() -> dict[str, dict[str, list[float]]]:
     """One process for all cases."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    script = str(ROOT / "tests/kernel_cases.py")
+    script = str(ROOT / "tests/support/kernel_cases.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""FSDP2 on gloo: one launch of tests/sharded_worker.py for each number of ranks."""
+"""FSDP2 on gloo: one launch of tests/workers/sharded_worker.py for each number of ranks."""
 
 from __future__ import annotations
 

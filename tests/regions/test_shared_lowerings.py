@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from block_models import Around, D, dp_compile, ids, right, rows
+from broken_models import BrokenGPT
 from oracle import PseudoLoss, train_step
-from test_breaks import BrokenGPT
-from test_regions import Around, D, dp_compile, ids, right, rows
-from test_shared_parameters import USES, Peeking, Tied, private
+from shared_models import USES, Peeking, Tied, private
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from block_models import GPT, MODELS, Around, Block, D, T, V, dp_compile, ids, right, rows
 from oracle import PseudoLoss, train_step
-from test_regions import GPT, MODELS, Around, Block, D, T, V, dp_compile, ids, right, rows
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,

@@ -1,4 +1,4 @@
-"""What every rank of tests/test_faults.py runs: ``torchrun --max-restarts 4 tests/faults_worker.py DIRECTORY``.
+"""What every rank of test_faults.py runs: ``torchrun --max-restarts 4 tests/workers/faults_worker.py DIRECTORY``.
 
 Each attempt ends in another fault, on one rank, until the last one: in forward, in backward, in the data, and a rank
 that is killed. The last goes on from the checkpoint of the killed one, and compares with a run that never stopped.
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from block_models import MLP, D
 from sharded_worker import C, alone, dp_compile, full, made, part, raises, same, shard, step
-from test_regions import MLP, D
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import Dataset

@@ -1,4 +1,4 @@
-"""Noise as it arrives in sharded weights: checks of tests/sharded_worker.py.
+"""Noise as it arrives in sharded weights: checks of tests/workers/sharded_worker.py.
 
 All weights are 0 and all gradients are 0, so that a step of SGD with learning rate 1 leaves ``-noise / batch size`` in
 every weight, and what stands there after it, times ``-batch size / (sigma C)``, must be standard normal.
