@@ -8,6 +8,8 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from dpcompile.graph.operations import WRITES_BY_INDEX
+
 __all__ = ["copy_expanded_bases", "save_what_is_overwritten", "slices_for_splits", "split_convolution_bias"]
 
 aten = torch.ops.aten
@@ -53,16 +55,13 @@ def save_what_is_overwritten(graph: fx.Graph) -> None:
             reader.replace_input_with(written, saved)
 
 
-_WRITES = ("index_put", "_unsafe_index_put", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")
-
-
 def copy_expanded_bases(graph: fx.Graph) -> None:
     """Give every write by index a base with memory of its own.
 
     Inductor of torch 2.13 writes all rows of an expanded base into one (seen on a CPU with ``index_put`` into
     ``full(..).expand(..)``; torch 2.15 does not). Contract: equal values.
     """
-    for name in _WRITES:
+    for name in WRITES_BY_INDEX:
         packet = getattr(aten, name)
         for target in (getattr(packet, overload) for overload in packet.overloads()):
             for node in graph.find_nodes(op="call_function", target=target):

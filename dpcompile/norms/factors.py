@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from dpcompile.graph.labels import Examples
-from dpcompile.graph.operations import operation_name
+from dpcompile.graph.operations import COPIES, REARRANGES, operation_name
 from dpcompile.graph.sizes import Size, product, shape_of, size
 from dpcompile.graph.slices import in_front
 from dpcompile.norms.convolutions import (
@@ -129,13 +129,6 @@ def alone(forms: Sequence[Factored]) -> Factored | None:
     return forms[0] if len(forms) == 1 and forms[0].norms is not None else None
 
 
-_CHAIN = {
-    "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "t", "clone", "alias",
-    "_to_copy", "convert_element_type", "getitem",
-}  # fmt: skip
-_NO_MOVE = {"clone", "alias", "_to_copy", "convert_element_type", "getitem"}
-
-
 def _chain(value: fx.Node, gradient: ParameterGradient) -> tuple[Any, ...] | None:
     """What the tail does to one site's value: a tuple that is equal for equal rearrangements, or None.
 
@@ -153,9 +146,9 @@ def _chain(value: fx.Node, gradient: ParameterGradient) -> tuple[Any, ...] | Non
         if name == "add":
             if node.kwargs.get("alpha", 1) != 1 or node.args[0] is node.args[1] or not _same_shapes(node):
                 return None
-        elif name not in _CHAIN:
+        elif name not in REARRANGES | COPIES | {"getitem"}:
             return None
-        elif name not in _NO_MOVE:
+        elif name in REARRANGES:
             moves.append(_move(node, name))
     return _simplify(moves)
 

@@ -14,22 +14,16 @@ from torch import fx
 from dpcompile._torch.aot import GradAOTOutput, copy_graph, partition
 from dpcompile.graph.joint import JointGraph
 from dpcompile.graph.labels import Examples, Whole
-from dpcompile.graph.operations import operation_name
+from dpcompile.graph.operations import CONSTANTS, IN_THE_SAME_MEMORY, operation_name
 from dpcompile.graph.sizes import hinted
 from dpcompile.proof.prove import Proof
 
 __all__ = ["Holding", "Replay", "bytes_of", "is_fused", "replay", "storage_of"]
 
-_VIEWS = {
-    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "alias", "slice",
-    "select", "detach", "getitem", "split", "split_with_sizes", "unbind",
-}  # fmt: skip
-
 
 _REDUCTIONS = ("sum", "mean", "amax", "var_mean")
 _LOOK_UPS = ("embedding", "gather", "index")
 _ACCUMULATIONS = ("index_put", "_unsafe_index_put")
-_CONSTANT = ("full", "full_like", "iota", "arange", "scalar_tensor", "empty", "new_full", "zeros", "ones")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +221,8 @@ def _pointwise(node: fx.Node) -> bool:
     name = operation_name(node.target) if node.op == "call_function" else ""
     if name == "scatter":  # into a constant: a comparison of positions
         base = node.args[0]
-        return isinstance(base, fx.Node) and base.op == "call_function" and operation_name(base.target) in _CONSTANT
-    return name in _CONSTANT or (name in _LOOK_UPS and _by_numbers(node))
+        return isinstance(base, fx.Node) and base.op == "call_function" and operation_name(base.target) in CONSTANTS
+    return name in CONSTANTS or (name in _LOOK_UPS and _by_numbers(node))
 
 
 def _absorbs(node: fx.Node) -> bool:
@@ -247,7 +241,7 @@ def storage_of(node: fx.Node) -> fx.Node:
     """The value whose memory this one is a view of; itself if it is none."""
     while node.op == "call_function" and node.all_input_nodes:
         name = operation_name(node.target)
-        if name not in _VIEWS or _several(node.all_input_nodes[0]):
+        if name not in IN_THE_SAME_MEMORY or _several(node.all_input_nodes[0]):
             break
         node = node.all_input_nodes[0]
     return node

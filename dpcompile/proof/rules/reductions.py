@@ -8,8 +8,6 @@ from dpcompile.graph.labels import Examples, Label, Summed
 from dpcompile.graph.sizes import shape_of
 from dpcompile.proof.rules.registry import Call, Labels, axis_rule
 
-_LINEAR = {"sum", "mean", "nansum"}
-
 
 @axis_rule(
     "aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.var_mean", "aten.std", "aten.std_mean",

@@ -5,18 +5,12 @@ from __future__ import annotations
 import torch
 
 from dpcompile.graph.labels import Examples, Label, Shared, reshape_axis
+from dpcompile.graph.operations import FILLED, KEEPS_VALUES, RESHAPES, ZEROS
 from dpcompile.graph.sizes import Size, same, same_shape
 from dpcompile.proof.rules.registry import Call
 
 __all__ = ["shared"]
 
-_ZEROS = {"zeros", "zeros_like", "new_zeros"}
-_FILLED = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "scalar_tensor": "s"}
-_KEEPS_VALUES = {
-    "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "expand", "permute", "transpose", "t", "clone", "alias",
-    "_to_copy", "convert_element_type", "detach", "slice", "select", "device_put", "lift_fresh_copy",
-}  # fmt: skip
-_VIEWS = {"view", "_unsafe_view", "reshape"}
 _ZERO_IF_ANY = {"mul", "mm", "bmm"}
 _ZERO_IF_FIRST = {"neg", "sum", "mean", "div", "permute"}
 _ZERO_IF_ALL = {"add", "sub", "cat"}
@@ -26,7 +20,7 @@ _POSITIONS = {
     torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8,
 }  # fmt: skip
 _FOR_ANY_BATCH = {torch.int64, torch.int32, torch.float64}
-_KEEPS_COTANGENT = _KEEPS_VALUES | {"mul", "div", "neg"}
+_KEEPS_COTANGENT = KEEPS_VALUES | {"mul", "div", "neg"}
 
 
 def shared(call: Call) -> Label:
@@ -42,12 +36,12 @@ def shared(call: Call) -> Label:
 
 
 def _zero(call: Call, name: str, labels: list[Shared]) -> bool:
-    if name in _ZEROS:
+    if name in ZEROS:
         return True
-    if name in _FILLED:
-        value = call[_FILLED[name]]
+    if name in FILLED:
+        value = call[FILLED[name]]
         return isinstance(value, (int, float)) and value == 0
-    if name in _KEEPS_VALUES:
+    if name in KEEPS_VALUES:
         return bool(labels) and labels[0].zero
     if name in _ZERO_IF_FIRST:
         return bool(labels) and labels[0].zero and call.operands[0] is call.node.args[0]
@@ -78,7 +72,7 @@ def _counted_dim(call: Call, name: str) -> int | None:
     if name in ("iota", "arange"):
         plain = call["start"] in (None, 0) and call["step"] in (None, 1)
         return 0 if plain else None
-    if name not in _KEEPS_VALUES or not call.operands or name in ("slice", "select") or _reinterprets(call, name):
+    if name not in KEEPS_VALUES or not call.operands or name in ("slice", "select") or _reinterprets(call, name):
         return None
     source = call.operands[0]
     label = call.label(source)
@@ -98,7 +92,7 @@ def _counted_dim(call: Call, name: str) -> int | None:
 
 def _reinterprets(call: Call, name: str) -> bool:
     """Whether a view reads the bytes of its operand as another dtype."""
-    return name in _VIEWS and call["self"].meta["val"].dtype != call.node.meta["val"].dtype
+    return name in RESHAPES and call["self"].meta["val"].dtype != call.node.meta["val"].dtype
 
 
 def _hand_out(call: Call) -> Examples | None:
