@@ -7,6 +7,7 @@ pages.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import importlib.util
@@ -25,6 +26,7 @@ os.environ["DPCOMPILE_RATES"] = "typical"  # the pages' plans must not depend on
 import pytest
 import torch
 from models.supported import supported
+from order import ORDER
 from torch.utils.data import TensorDataset
 
 import dpcompile
@@ -135,13 +137,41 @@ def test_the_set_up_commands() -> None:
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
-def test_the_table_of_files_is_complete() -> None:
+_ROOMS = re.compile(r"(<!-- the rooms, .*? -->\n)(.*?)(<!-- end of the rooms -->)", re.DOTALL)
+
+
+def rooms() -> str:
+    """Every file's one job, in its docstring's words: folders from top to bottom."""
+    text = []
+    for floor in reversed(ORDER.split("\n")[1:-1]):
+        for name in floor.split():
+            path = ROOT / "dpcompile" / name
+            files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+            if path.is_dir():
+                text.append(
+                    f"\n**{name}/** {_first_words(path / '__init__.py')}\n\n| file | its one job |\n|---|---|\n"
+                )
+                files = [f for f in files if f.name != "__init__.py"]
+            elif not text or not text[-1].startswith("| `"):
+                text.append("\n| file | its one job |\n|---|---|\n")
+            text += [f"| `{f.relative_to(ROOT / 'dpcompile')}` | {_first_words(f)} |\n" for f in files]
+    return "".join(text) + "\n"
+
+
+def _first_words(path: pathlib.Path) -> str:
+    words = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return " ".join(words.split("\n\n")[0].split()).replace("|", "\\|")
+
+
+def test_the_rooms_are_as_they_are() -> None:
     page = (ROOT / "docs/design.md").read_text()
-    for path in (ROOT / "dpcompile").rglob("*.py"):
-        name = path.relative_to(ROOT / "dpcompile").as_posix()
-        assert path.name == "__init__.py" or f"`{name}`" in page, f"docs/design.md does not mention {name}"
-    for name in re.findall(r"`([\w/]+\.py)`", page):
-        assert (ROOT / "dpcompile" / name).exists(), f"docs/design.md mentions {name}, which is not there"
+    found = _ROOMS.search(page)
+    assert found is not None and found[2] == rooms(), "run `python tests/test_docs.py`"
+    for pages in ("docs", "."):
+        for path in (ROOT / pages).glob("*.md"):
+            for name in re.findall(r"`(?:dpcompile/)?([\w/]+\.py)`", path.read_text()):
+                held = any((ROOT / room / name).exists() for room in ("", "dpcompile", "benchmarks", "examples"))
+                assert held or name == "train.py", f"{path.name} mentions {name}, which is not there"
 
 
 @pytest.mark.skipif(not _as_on_the_page(), reason="the page is that of torch 2.13 and of all models")
@@ -152,6 +182,8 @@ def test_the_page_of_what_is_supported() -> None:
 def rewrite_outputs() -> None:
     """Put what the blocks print now into the pages, and write what is supported."""
     (ROOT / "docs/supported.md").write_text(supported())
+    design = ROOT / "docs/design.md"
+    design.write_text(_ROOMS.sub(lambda m: m[1] + rooms() + m[3], design.read_text()))
     for page in PAGES:
         path = ROOT / page
         text, moved = path.read_text(), 0

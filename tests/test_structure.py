@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from order import ORDER
 
 import dpcompile
 from dpcompile import module, privacy, runtime
@@ -16,29 +17,7 @@ from dpcompile import module, privacy, runtime
 ROOT = pathlib.Path(dpcompile.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-# One floor a line. Lower never imports higher, and neighbours on one floor never import each other.
-ORDER = """
-errors losses
-_torch
-accounting distributed
-privacy graph clipping
-kernels options
-noise capture batches
-proof
-norms
-planning
-rewriting lowering
-pipeline
-runtime
-regions
-module
-optim
-data extending
-api step checkpoint
-private
-__init__
-""".split("\n")
-FLOOR = {name: floor for floor, names in enumerate(ORDER) for name in names.split()}
+FLOOR = {name: floor for floor, names in enumerate(ORDER.split("\n")) for name in names.split()}
 
 # Longer than they should be: the reason, or what is to become of them.
 LONG_FILES = {

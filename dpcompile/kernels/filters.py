@@ -1,4 +1,4 @@
-"""The C++ kernel of `kernels/filters.cpp`: every example's gradient of a convolution's filters, and its squared norm.
+"""The C++ kernel of `kernels/cpp/filters.cpp`: every example's gradient of a convolution's filters, and its norm.
 
 oneDNN makes them as one convolution with the examples among the groups, for which every operand is copied, and whose
 channels are padded example by example.

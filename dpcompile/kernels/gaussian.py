@@ -1,4 +1,4 @@
-"""The C++ kernel of `kernels/gaussian.cpp`: compiled at first use, called on whole lists of tensors.
+"""The C++ kernel of `kernels/cpp/gaussian.cpp`: compiled at first use, called on whole lists of tensors.
 
 Where there is no compiler, or it fails, one warning says so and the same values, but for their last bits, come from
 torch operations (`noise`).

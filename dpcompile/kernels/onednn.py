@@ -1,4 +1,4 @@
-"""The C++ kernels of `kernels/product.cpp`: products of float32 matrices by oneDNN, and sums and their norms.
+"""The C++ kernels of `kernels/cpp/product.cpp`: products of float32 matrices by oneDNN, and sums and their norms.
 
 Torch has oneDNN in it, and multiplies matrices by it in narrower dtypes only.
 """

@@ -1,0 +1,24 @@
+"""The order of imports within the package, for the test that holds it and the page that shows it."""
+
+# One floor a line. Lower never imports higher, and neighbours on one floor never import each other.
+ORDER = """
+errors losses
+_torch
+accounting distributed
+privacy graph clipping
+kernels options
+noise capture batches
+proof
+norms
+planning
+rewriting lowering
+pipeline
+runtime
+regions
+module
+optim
+data extending
+api step checkpoint
+private
+__init__
+"""
