@@ -36,8 +36,8 @@ def split_convolution_bias(graph: fx.Graph) -> None:
 def save_what_is_overwritten(graph: fx.Graph) -> None:
     """Read an input that the graph writes to from a copy, which is saved for the backward.
 
-    Torch's partitioner (to 2.14 at least) may compute again in the backward what it finds cheap, and then reads such an input when
-    it has its new value. Contract: equal values.
+    Torch's partitioner (to 2.14 at least) may compute again in the backward what it finds cheap, and then reads such an
+    input when it has its new value. Contract: equal values.
     """
     for write in graph.find_nodes(op="call_function", target=aten.copy_.default):
         written = write.args[0]
