@@ -48,10 +48,6 @@ LONG_FILES = {
     "planning/plan.py": "to be cut: what rules there are, and the plan printed",
     "proof/rules/indexing.py": "one subject",
     "proof/scaling.py": "one subject",
-    "regions/backward.py": "to be cut: a forward's state, norms, sums",
-    "regions/engine.py": "to be cut: a forward becomes an object",
-    "regions/graphs.py": "to be cut: a cache and a run",
-    "runtime/engine.py": "to be cut: a forward becomes an object",
     "runtime/verify.py": "one subject",
     "step.py": "to be cut: the graph, and the step",
 }
