@@ -69,7 +69,7 @@ def dp_compile(  # type: ignore[misc]
         backend: "inductor", or "eager" to run the rewritten graph uncompiled.
         dynamic: as in ``torch.compile``: True for symbolic sizes and numbers, False for fixed ones, None to find out.
         memory_budget: None; a float: this multiple of the plain step's peak memory; an int: bytes for the whole step.
-            The batch may then run in parts (:mod:`dpcompile.planning.parts`), a model in regions in two backward passes
+            The batch may then run in parts (:mod:`dpcompile.runtime.parts`), a model in regions in two backward passes
             (:mod:`dpcompile.planning.region_memory`). With None, memory on CPUs stays mapped between
             steps (:mod:`dpcompile.kernels.workspace`).
         check: compare the first step with ``torch.func.vmap(grad)`` and raise on a difference.

@@ -14,10 +14,11 @@ from dpcompile.distributed.shards import is_distributed
 from dpcompile.errors import DPCompileError, PrivacyError, UnsupportedGraphError
 from dpcompile.options import Options
 from dpcompile.pipeline import Transformed
+from dpcompile.regions.compiled import RegionPlans
 from dpcompile.regions.engine import RegionEngine
-from dpcompile.regions.graphs import RegionPlans
 from dpcompile.regions.units import is_sharded
-from dpcompile.runtime.engine import Engine
+from dpcompile.runtime.base import Engine
+from dpcompile.runtime.engine import GraphEngine
 from dpcompile.runtime.replicas import inner_module
 
 __all__ = ["Engine", "PrivateModule", "engine_of", "private_class", "private_view", "set_mask"]
@@ -134,7 +135,7 @@ def private_class(kind: type[nn.Module], options: Options) -> type:
 def _engine(module: nn.Module, options: Options) -> Engine:
     sharded = any(is_sharded(m) for m in module.modules())
     sharded = sharded or any(is_distributed(p) for p in module.parameters())
-    return RegionEngine(module, options) if sharded or options.regions is not None else Engine(module, options)
+    return RegionEngine(module, options) if sharded or options.regions is not None else GraphEngine(module, options)
 
 
 def _undecorated(model: Any) -> nn.Module:

@@ -24,19 +24,20 @@ from dpcompile.capture.outputs import detach_all_but
 from dpcompile.capture.roles import Roles, assign_roles
 from dpcompile.capture.tensor_kinds import check_model
 from dpcompile.capture.tracing import tracing_config
-from dpcompile.distributed.shards import zeros_for
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.graph.compile import compile_joint
 from dpcompile.module import engine_of
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.options import Options
 from dpcompile.pipeline import Transformed, privatize
-from dpcompile.planning.parts import split_call
 from dpcompile.regions.engine import RegionEngine
+from dpcompile.runtime.base import Engine, with_own_code
 from dpcompile.runtime.changing_numbers import constants_where_needed
 from dpcompile.runtime.delivery import warn_of_lost_examples
-from dpcompile.runtime.engine import Engine, with_own_code
+from dpcompile.runtime.forward import AwaitedBackward, Forward, Running
 from dpcompile.runtime.kept_numbers import reads_of
+from dpcompile.runtime.parts import split_call
+from dpcompile.runtime.sums import Delivered, lying_like
 from dpcompile.runtime.translate import translated
 from dpcompile.runtime.verify import Verifier
 
@@ -100,6 +101,27 @@ def compile_step(
     return CompiledStep(engine, loss_fn, optimizer, out_dims, target_dims)
 
 
+@dataclass(eq=False, slots=True)
+class _Run:
+    """One run of a compiled graph.
+
+    Attributes:
+        forward: what is given to the model, and the mask.
+        inputs: of the step.
+        targets: of the step.
+        dims: the targets' example dimensions, in their structure.
+        awaited: where its clipped sums go, once the graph ran.
+        found: what the graph gave, once it ran.
+    """
+
+    forward: Forward
+    inputs: Any
+    targets: Any
+    dims: Any
+    awaited: AwaitedBackward | None = None
+    found: _Gradients | None = None
+
+
 @dataclass(slots=True)
 class _Gradients:
     """What one run of a compiled graph gave.
@@ -149,15 +171,16 @@ class CompiledStep:
         self._losses = ExampleLosses(engine.module, loss_fn, out_dims)
         self._target_dims = target_dims
         self._compiled: dict[tuple[str, ...], Callable[..., Tensor]] = {}
-        self._current: tuple[Any, Any, Any] = (None, None, None)  # inputs, targets and their example dimensions
-        self._found: _Gradients | None = None
+        self._running: Running[_Run] = Running()
 
     def __call__(self, inputs: Any, targets: Any) -> Tensor:
         """Run one step, or one of :meth:`dpcompile.PoissonLoader.parts`; returns its examples' mean loss, detached."""
         engine, optimizer = self._engine, self._optimizer
         optimizer.zero_grad()  # nothing, while a logical step is under way
         optimizer.checked_parameters()
-        found = self._drawn(inputs, targets) if engine.claims else [self._delivered(inputs, targets, Given())]
+        found = (
+            self._drawn(inputs, targets) if engine.claims else [self._delivered(inputs, targets, Given(reduces=False))]
+        )
         losses, mask = (torch.cat([getattr(f, name) for f in found]) for name in ("losses", "mask"))
         optimizer.step()
         return (losses * mask).sum() / mask.sum().clamp_min(1)
@@ -171,7 +194,7 @@ class CompiledStep:
 
     def _drawn(self, inputs: Any, targets: Any) -> list[_Gradients]:
         """Of a batch of the loader, in as many runs of the graph as it takes."""
-        draws, dims = self._engine.draws, self._example_dims((inputs, targets))
+        draws, dims = self._engine.draws, self._example_dims(inputs, targets)
         assert draws is not None
         claim = draws.claim([(t, dim % t.ndim) for _, t, dim in dims if dim is not None])
         batch, mask = claim.batch, claim.mask
@@ -182,29 +205,24 @@ class CompiledStep:
         found: list[_Gradients] = []
         for ((some, their), _), rows in zip(pieces, mask.chunk(batch.turns), strict=True):
             begin = partial(draws.begin, batch) if not found else nothing
-            found.append(self._delivered(some, their, Given(rows, more=bool(found), begin=begin)))
+            found.append(self._delivered(some, their, Given(rows, reduces=False, more=bool(found), begin=begin)))
         draws.delivered(batch)
         return found
 
     def _delivered(self, inputs: Any, targets: Any, given: Given) -> _Gradients:
         """Run the graph, and hand its clipped sums to the ledger."""
         engine = self._engine
-        with engine.giving(given):
-            found = self._gradients(inputs, targets)
-        parameters = engine.parameters()
-        untouched = [n for n in engine.trainable() if n not in found.sums and parameters[n].grad is None]
-        sums = [(n, s.contiguous() if parameters[n].is_contiguous() else s) for n, s in found.sums.items()]
-        sums += [(n, zeros_for(parameters[n])) for n in untouched]
-        given.begin()
-        engine.ledger.deliver(sums, graph_task=next(_BACKWARDS))
-        engine.note_norms(found.norms, found.mask, more=given.more)
+        run = _Run(Forward(*_as_call(inputs), given), inputs, targets, _broadcast(self._target_dims, targets))
+        found = self._gradients(run)
+        sums = lying_like(engine.parameters(), found.sums.items())
+        assert run.awaited is not None
+        engine.deliver(run.awaited, Delivered(found.norms, found.mask, next(_BACKWARDS), sums))
         engine.transformed = found.transformed
         warn_of_lost_examples(found.norms, found.mask)
         return found
 
-    def _gradients(self, inputs: Any, targets: Any) -> _Gradients:
+    def _gradients(self, run: _Run) -> _Gradients:
         """Losses, norms and clipped sums of a batch, by the graph that fits what is true now."""
-        self._current, self._found = (inputs, targets, _broadcast(self._target_dims, targets)), None
         names = tuple(self._engine.trainable())  # Dynamo of torch 2.11 has no guard on it
         if names not in self._compiled:
             own, dynamic = with_own_code(_call_losses, "losses"), self._engine.options.dynamic
@@ -213,31 +231,26 @@ class CompiledStep:
             )
         self._engine.kept.numbers.begin()
         try:
-            with tracing_config(dynamic=self._engine.options.dynamic), torch.inference_mode(False), torch.enable_grad():
-                losses = self._compiled[names](self._losses, *self._current)
-            found = self._found
-            if found is not None:
+            config = tracing_config(dynamic=self._engine.options.dynamic)
+            with self._running.during(run), config, torch.inference_mode(False), torch.enable_grad():
+                losses = self._compiled[names](self._losses, run.inputs, run.targets, run.dims)
+            if run.found is not None:
                 self._engine.kept.check_buffers(self._engine.module)
         except Exception as error:
-            refusal = translated(error, self._example_dims)
+            refusal = translated(error, partial(self._example_dims, run.inputs, run.targets))
             if refusal is None:
                 raise
             raise refusal.with_traceback(None) from None
-        finally:
-            self._current, self._found = (None, None, None), None
-        if found is None or losses is not found.losses:
+        if run.found is None or losses is not run.found.losses:
             raise UnsupportedGraphError(
                 "the step ran without being compiled, so nothing clipped its gradients",
                 remedy="switch torch.compile on again (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)",
             )
-        return found
+        return run.found
 
-    def _example_dims(self, call: tuple[Any, Any] | None = None) -> list[tuple[str, Tensor, int | None]]:
+    def _example_dims(self, inputs: Any, targets: Any) -> list[tuple[str, Tensor, int | None]]:
         """As of an ordinary call, and of the targets."""
-        inputs, targets, dims = self._current
-        if call is not None:
-            inputs, targets = call
-            dims = _broadcast(self._target_dims, targets)
+        dims = _broadcast(self._target_dims, targets)
         forward = self._engine.module.forward
         args, kwargs = _as_call(inputs)
         inspect.signature(forward).bind(*args, **kwargs)  # the plain TypeError of a plain call
@@ -247,9 +260,9 @@ class CompiledStep:
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What Dynamo runs in the place of the graph: it returns the graph's outputs, and leaves the rest here."""
-        engine = self._engine
+        engine, step = self._engine, self._running.now
         detach_all_but(gm, 0)  # the losses: what else the model keeps has no part in them
-        leaves = {id(t): (name, dim) for name, t, dim in self._example_dims()}
+        leaves = {id(t): (name, dim) for name, t, dim in self._example_dims(step.inputs, step.targets)}
         roles = assign_roles(gm, inputs, {id(p): n for n, p in engine.parameters().items()}, leaves)
         reads = reads_of(engine.module)
         program = _program(gm, inputs, roles, replace(engine.options, loss_reduction="sum"))
@@ -260,10 +273,11 @@ class CompiledStep:
             for p, name in roles.outside.items():
                 engine.kept.check_input(name, values[p])
             engine.kept.check_constants(reads, engine.module)
-            engine.check_parameters(roles, values)
+            engine.check_parameters((name, values[p]) for p, name in roles.parameters.items())
             position, dim = roles.batch_from
-            mask = engine.take_mask(values[position].shape[dim], values[position].device)
-            outputs, self._found = program(values, mask)
+            step, like = self._running.now, values[position]
+            step.awaited = engine.await_backward(step.forward, like.shape[dim], like.device)
+            outputs, step.found = program(values, step.awaited.mask)
             engine.kept.note(outputs, program.transformed.output_labels)
             return outputs
 

@@ -26,10 +26,6 @@ LONG_FILES = {
     "optim/optimizer.py": "to be cut: noise becomes a mechanism",
     "proof/rules/indexing.py": "one subject",
     "proof/scaling.py": "one subject",
-    "regions/backward.py": "to be cut: a forward's state, norms, sums",
-    "regions/engine.py": "to be cut: a forward becomes an object",
-    "regions/graphs.py": "to be cut: a cache and a run",
-    "runtime/engine.py": "to be cut: a forward becomes an object",
     "runtime/verify.py": "one subject",
     "step.py": "to be cut: the graph, and the step",
 }

@@ -20,7 +20,7 @@ from dpcompile.graph.labels import Examples
 from dpcompile.graph.sizes import Size, divide, is_one, product, same, shape_of, size
 from dpcompile.options import Lowering
 
-__all__ = ["NoExample", "Roles", "arguments_of", "assign_roles"]
+__all__ = ["NoExample", "Roles", "arguments_of", "assign_roles", "no_example_axis"]
 _ARGUMENTS = re.compile(r"^(?:\w+\()?L\['(?:args|kwargs)'\]")  # ___from_numpy(L['args'][0]) too
 _HIDDEN = re.compile(r"^L\['(args|kwargs)'\]")
 _INSIDE_MODEL = re.compile(
@@ -183,13 +183,18 @@ def assign_roles(
     if batch is None and not trained:
         batch = 0
     elif batch is None:
-        raise UnsupportedGraphError(
-            "no input of the model has an example axis",
-            remedy="pass the batch as a tensor argument of the call; in_dims says which dimension holds the examples",
-        )
+        raise no_example_axis()
     narrow = tuple(p for p in trainable if inputs[p].element_size() < 4)
     arguments = frozenset(i for i, x in enumerate(inputs) if id(x) in leaves)
     return Roles(trainable, frozen, examples, names, batch, hints, narrow, len(inputs), arguments, layouts=layouts)
+
+
+def no_example_axis() -> UnsupportedGraphError:
+    """A call of which no tensor holds examples."""
+    return UnsupportedGraphError(
+        "no input of the model has an example axis",
+        remedy="pass the batch as a tensor argument of the call; in_dims says which dimension holds the examples",
+    )
 
 
 def arguments_of(gm: fx.GraphModule) -> list[int]:

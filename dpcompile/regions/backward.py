@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,62 +18,11 @@ from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.lowering.backward import Rest, take_rest, take_sums
 from dpcompile.options import AT_ONCE, TWO_PASS, Lowering, Options
 from dpcompile.planning.shared_uses import HandedOut, Part, Redone, Use, joint_norm
-from dpcompile.regions.fsdp import add_up
 from dpcompile.runtime.delivery import warn_of_lost_examples
 from dpcompile.runtime.loss_scale import Unscaling
+from dpcompile.runtime.sums import Delivered, Sums
 
-__all__ = ["Outcome", "Pass", "RegionRun", "Sums", "WholeSums", "attach", "shared_in_two_passes"]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a whole backward came to.
-
-    Attributes:
-        norms: float32 ``[B]``, before clipping.
-        mask: ``[B]``.
-        graph_task: the identity of the backward.
-        sums: ``(parameter name, clipped sum)``; of sharded parameters the local parts of the sums over all ranks.
-    """
-
-    norms: Tensor
-    mask: Tensor
-    graph_task: int
-    sums: Sequence[tuple[str, Tensor]]
-
-
-class Sums(Protocol):
-    """Where clipped sums of regions go, as they arise; ``unit`` is the path of the unit that a region is a part of."""
-
-    def expect(self, unit: str) -> None:
-        """A region of this unit ran forward."""
-        ...
-
-    def add(self, unit: str, sums: Sequence[tuple[str, Tensor]]) -> None:
-        """The clipped sums of a region of this unit; once per region. Those of one parameter add up."""
-        ...
-
-    def finish(self) -> list[tuple[str, Tensor]]:
-        """All of them, when the backward is over."""
-        ...
-
-
-class WholeSums:
-    """Of parameters that lie on this rank whole."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, Tensor] = {}
-
-    def expect(self, unit: str) -> None:
-        """See :class:`Sums`."""
-
-    def add(self, unit: str, sums: Sequence[tuple[str, Tensor]]) -> None:
-        """See :class:`Sums`."""
-        add_up(self._found, sums)
-
-    def finish(self) -> list[tuple[str, Tensor]]:
-        """See :class:`Sums`."""
-        return list(self._found.items())
+__all__ = ["RegionBackward", "RegionRun", "attach", "shared_in_two_passes"]
 
 
 @dataclass(eq=False, slots=True)
@@ -96,7 +45,7 @@ class RegionRun:
 
     names: tuple[str, ...]
     touched: frozenset[str]
-    whole: Pass
+    whole: RegionBackward
     lowering: Lowering
     given: Tensor
     unit: str = ""
@@ -112,7 +61,7 @@ class RegionRun:
 
 
 @dataclass(eq=False, slots=True)
-class Pass:
+class RegionBackward:
     """Every region of one forward; their backward is one backward.
 
     **Guarantee.** ``deliver`` is called once, when the whole backward is over, with clipped sums for the weights of
@@ -134,7 +83,7 @@ class Pass:
         options: of the model.
         mask: ``[B]``, 0 for padding, and for an example 1, or 1 over the scale of the loss.
         sums: where clipped sums go as they arise.
-        deliver: takes the outcome.
+        deliver: takes what the backward came to.
         refused: why this forward may have no backward, or None.
         repeat: in two passes, runs the backward again; it ends in :meth:`receive_sums` of every region in ``received``.
         weights: clip group -> ``[B]``, once they are known.
@@ -145,7 +94,7 @@ class Pass:
     options: Options
     mask: Tensor
     sums: Sums
-    deliver: Callable[[Outcome], None]
+    deliver: Callable[[Delivered], None]
     refused: PrivacyError | None = None
     ranks: NormsOverRanks | None = None
     repeat: Callable[[], None] | None = None
@@ -264,7 +213,7 @@ class Pass:
                 rest, run.rest = run.rest, None
                 self.sums.add(run.unit, run.named(rest(self.weights_of(run))))
         self.received, self.weights, self.repeat = [], None, None
-        self.deliver(Outcome(norms, self.mask, self.task, self.sums.finish()))
+        self.deliver(Delivered(norms, self.mask, self.task, self.sums.finish()))
         warn_of_lost_examples(norms, self.mask)
 
     def _squared_norms(self) -> dict[str, Tensor]:
@@ -356,7 +305,7 @@ def shared_in_two_passes(name: str) -> UnsupportedGraphError:
 def attach(run: RegionRun, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Stand-ins for the norms, ``[parameters, B]``, and for the parameters, that a region's graph takes.
 
-    What the graph's backward returns for the norms goes to the pass; nothing goes to autograd.
+    What the graph's backward returns for the norms goes to the run's :class:`RegionBackward`; nothing goes to autograd.
     """
     norms, *aliases = _Receive.apply(run, *parameters)  # type: ignore[misc]
     return norms, aliases

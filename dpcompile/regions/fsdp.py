@@ -1,28 +1,19 @@
-"""Models under FSDP2: what is refused, and the clipped sums' way to the shards."""
+"""Models under FSDP2: what is refused, what a failed forward leaves, and which unit holds which parameter."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dpcompile._torch.parallel import clear_interrupted, forward_hooks, is_fsdp_hook
 from dpcompile.distributed.ranks import refuse_some
-from dpcompile.distributed.shards import (
-    Pending,
-    check_layout,
-    computing_device,
-    gathered_shape,
-    is_distributed,
-    reduce_sums,
-)
+from dpcompile.distributed.shards import check_layout, is_distributed
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.regions.units import Unit
 
-__all__ = ["ShardedSums", "add_up", "check_sharded", "clear_failed"]
+__all__ = ["check_sharded", "clear_failed", "held_by_units"]
 
 
 def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -59,73 +50,9 @@ def clear_failed(root: Unit) -> None:
             clear_interrupted(unit.module)
 
 
-class ShardedSums:
-    """Clipped sums of sharded parameters: added up over the ranks, unit by unit.
-
-    A unit's reduction starts when all its regions have their sums, and runs while those of the next are computed; two
-    at most are under way. Every rank reduces every trainable parameter, also one that no backward of its own reached,
-    in the same order.
-    """
-
-    def __init__(self, root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = parameters
-        self._own = {unit.path: _own(unit, parameters) for unit in _all(root)}
-        self._left: Counter[str] = Counter()
-        self._gathered: dict[str, dict[str, Tensor]] = {}
-        self._pending: list[tuple[list[str], Pending]] = []
-        self._done: list[tuple[str, Tensor]] = []
-
-    def expect(self, unit: str) -> None:
-        """A region of this unit ran forward."""
-        self._left[unit] += 1
-
-    def add(self, unit: str, sums: Sequence[tuple[str, Tensor]]) -> None:
-        """The clipped sums of a region of this unit, of the examples of this rank; those of one parameter add up."""
-        assert all(name in self._own.get(unit, ()) for name, _ in sums), (unit, [name for name, _ in sums])
-        add_up(self._gathered.setdefault(unit, {}), sums)
-        self._left[unit] -= 1
-        if not self._left[unit]:
-            self._reduce(unit)
-
-    def finish(self) -> list[tuple[str, Tensor]]:
-        """``(parameter name, local part of the sum over all ranks)``."""
-        for unit in list(self._own):
-            self._reduce(unit)
-        self._wait()
-        return self._done
-
-    def _reduce(self, unit: str) -> None:
-        started = _start(self._own.pop(unit), self._parameters, self._gathered.pop(unit, {}))
-        self._wait()
-        self._pending = started
-
-    def _wait(self) -> None:
-        for names, reduction in self._pending:
-            self._done += zip(names, reduction.wait(), strict=True)
-        self._pending = []
-
-
-def add_up(totals: dict[str, Tensor], sums: Iterable[tuple[str, Tensor]]) -> None:
-    """Add sums into totals by name: a parameter may have some from several regions."""
-    for name, value in sums:
-        totals[name] = totals[name] + value if name in totals else value
-
-
-def _start(
-    names: Sequence[str], parameters: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor]
-) -> list[tuple[list[str], Pending]]:
-    groups: dict[torch.dtype, list[str]] = {}
-    for name in names:
-        groups.setdefault(torch.promote_types(parameters[name].dtype, torch.float32), []).append(name)
-    started = []
-    for dtype, members in groups.items():
-        own = [parameters[n] for n in members]
-        whole = [
-            sums[n] if n in sums else torch.zeros(gathered_shape(p), dtype=dtype, device=computing_device(p))
-            for n, p in zip(members, own, strict=True)
-        ]
-        started.append((members, reduce_sums(own, whole)))
-    return started
+def held_by_units(root: Unit, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[str]]:
+    """Path of a unit -> the trainable parameters that it holds; units inside others first."""
+    return {unit.path: _own(unit, parameters) for unit in _all(root)}
 
 
 def _own(unit: Unit, parameters: Mapping[str, nn.Parameter]) -> list[str]:

@@ -22,9 +22,9 @@ from dpcompile._torch.parallel import is_fsdp_hook
 from dpcompile._torch.tensors import memory_of
 from dpcompile.errors import DPCompileError, ExampleMixingError, UnsupportedGraphError
 from dpcompile.graph.operations import has_size_of_values, operation_name
-from dpcompile.runtime.example_memory import Kept
+from dpcompile.runtime.example_memory import ExampleMemory
 
-__all__ = ["Between", "Following", "check_hooks_between", "check_inputs_between", "compiled_alone"]
+__all__ = ["GraphBreakWatch", "Following", "check_hooks_between", "check_inputs_between", "compiled_alone"]
 
 _READS = ("tolist", "numpy", "data_ptr", "__dlpack__")
 _MOVE = (
@@ -32,7 +32,7 @@ _MOVE = (
 )
 
 
-class Between(TorchDispatchMode):
+class GraphBreakWatch(TorchDispatchMode):
     """Watches tensor operations outside of compiled graphs.
 
     **Guarantee.** An operation that reaches torch's dispatcher while this watches, and has an operand that holds
@@ -158,14 +158,14 @@ class Between(TorchDispatchMode):
         return None
 
 
-class Following(Between):
+class Following(GraphBreakWatch):
     """Watches the same where nothing is trained, and refuses nothing: it notes what holds examples from then on.
 
     Args:
         kept: where.
     """
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: ExampleMemory) -> None:
         super().__init__(kept.holds, lambda _: None)
         self._kept = kept
 

@@ -14,9 +14,9 @@ from dpcompile.distributed.shards import is_distributed
 from dpcompile.distributed.tensor_parallel import Compared, TensorParallel, check_copies
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.joint import OverRanks
-from dpcompile.regions.region import Artifact, Scope
+from dpcompile.regions.region import CompiledRegion, Scope
 
-__all__ = ["RankParts", "memory_holder"]
+__all__ = ["RankParts", "memory_holder", "plain_inputs"]
 
 
 class RankParts:
@@ -28,13 +28,8 @@ class RankParts:
 
     def __init__(self, parallel: TensorParallel | None) -> None:
         self.parallel = parallel
-        self._stand_ins = StandIns()
         self._compared = None if parallel is None else Compared(parallel)
         self._copies_checked = False
-
-    def forget(self) -> None:
-        """A forward is over: its stand-ins have served."""
-        self._stand_ins.originals.clear()
 
     def check_copies(self, module: nn.Module) -> None:
         """Once: parameters that every rank holds are the same on all of them."""
@@ -46,25 +41,12 @@ class RankParts:
         """The graph with plain tensors for inputs."""
         return localise(gm, live, self.parallel)
 
-    def inputs(self, local: Localised, live: Sequence[Any], scope: Scope) -> list[Any]:
-        """The plain tensors, which have the names of what they stand in for."""
-        values = local.inputs(live, self._stand_ins)
-        for value in values:
-            name = scope.parameters.get(id(self._stand_ins.original(value)))
-            if name is not None:
-                scope.parameters[id(value)] = name
-        return values
-
-    def originals(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """What the values stand in for; themselves if for nothing."""
-        return [self._stand_ins.original(v) for v in values]
-
-    def over_ranks(self, live: Sequence[Any], roles: Roles) -> OverRanks | None:
-        """What a graph's inputs are on the other ranks."""
+    def over_ranks(self, live: Sequence[Any], stand_ins: StandIns, roles: Roles) -> OverRanks | None:
+        """What a graph's inputs, with what stands in for them in this forward, are on the other ranks."""
         if self.parallel is None:
             return None
         assert self._compared is not None
-        parts = {p for p, value in enumerate(live) if self._stand_ins.is_cut(value)}
+        parts = {p for p, value in enumerate(live) if stand_ins.is_cut(value)}
         compared = {p: self._compared.same(live[p]) for p in roles.others if isinstance(live[p], Tensor)}
         copied = frozenset(p for p, same in compared.items() if same)
         return OverRanks(self.parallel.group, self.parallel.name, frozenset(parts | compared.keys() - copied), copied)
@@ -78,11 +60,11 @@ class RankParts:
                     remedy="make it on all of them alike, or a DTensor",
                 )
 
-    def check_cut(self, artifact: Artifact, names: Sequence[str]) -> None:
+    def check_cut(self, region: CompiledRegion, names: Sequence[str]) -> None:
         """What the proof took for parts of parameters are those that norms are added up for."""
-        assert artifact.roles is not None
-        ranks, parallel = artifact.roles.ranks, self.parallel
-        proved = {n for p, n in zip(artifact.trained, names, strict=True) if ranks is not None and p in ranks.cut}
+        assert region.roles is not None
+        ranks, parallel = region.roles.ranks, self.parallel
+        proved = {n for p, n in zip(region.trained, names, strict=True) if ranks is not None and p in ranks.cut}
         assert proved == (set() if parallel is None else parallel.cut & set(names)), (proved, names)
 
     def gathered(self, parameter: Any) -> bool:
@@ -91,6 +73,16 @@ class RankParts:
             return True
         mesh, parallel = parameter.device_mesh, self.parallel
         return parallel is not None and mesh.ndim == 1 and mesh.get_group(0).group_name == parallel.name
+
+
+def plain_inputs(local: Localised, live: Sequence[Any], stand_ins: StandIns, scope: Scope) -> list[Any]:
+    """The plain tensors that a graph takes, which have the names of what they stand in for."""
+    values = local.inputs(live, stand_ins)
+    for value in values:
+        name = scope.parameters.get(id(stand_ins.original(value)))
+        if name is not None:
+            scope.parameters[id(value)] = name
+    return values
 
 
 def memory_holder(parameter: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from dpcompile.options import Lowering, Options
 from dpcompile.pipeline import Transformed, label_outputs, privatize
 from dpcompile.runtime.verify import Verifier
 
-__all__ = ["Artifact", "Scope", "compile_region", "concrete"]
+__all__ = ["CompiledRegion", "Scope", "compile_region", "concrete"]
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class Scope:
 
 
 @dataclass(slots=True)
-class Artifact:
+class CompiledRegion:
     """What a graph was compiled to. It belongs to no parameter in particular: equal pieces share it.
 
     Attributes:
@@ -106,7 +106,7 @@ def compile_region(
     over_ranks: Callable[[Roles], OverRanks | None],
     proving: bool,
     place: str = "",
-) -> Artifact:
+) -> CompiledRegion:
     """Prove a graph, rewrite it, and compile it.
 
     Args:
@@ -126,7 +126,7 @@ def compile_region(
     """
     if not proving:
         untrained = compile_untrained(gm, examples, options.backend)
-        return Artifact(untrained.compiled, untrained=untrained)
+        return CompiledRegion(untrained.compiled, untrained=untrained)
     leaves = _leaves(live, scope)
     trained = torch.is_grad_enabled() and _needs_gradient(gm) and any(_is_trainable(x, scope) for x in live)
     roles = assign_roles(gm, live, scope.parameters, leaves, trained=trained)
@@ -162,7 +162,7 @@ def compile_region(
         watcher=verifier,
     )
     (transformed,) = found
-    return Artifact(
+    return CompiledRegion(
         compiled,
         roles,
         transformed.output_labels,
@@ -186,7 +186,7 @@ def _label_only(
     options: Options,
     symbols: Mapping[Any, Any],
     place: str,
-) -> Artifact:
+) -> CompiledRegion:
     found: list[Any] = []
     written: set[int] = set()
     separate_outputs(gm)
@@ -205,7 +205,7 @@ def _label_only(
         watcher=_verifier(options, roles, place, None),
     )
     ((labels, unowned),) = found
-    return Artifact(compiled, roles, labels, None, unowned, symbols=symbols, written=frozenset(written))
+    return CompiledRegion(compiled, roles, labels, None, unowned, symbols=symbols, written=frozenset(written))
 
 
 def concrete(label: Label, symbols: Mapping[sympy.Symbol, tuple[int, int]], inputs: Sequence[Any]) -> Label:

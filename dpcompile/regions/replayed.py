@@ -16,8 +16,8 @@ from torch import Tensor
 from dpcompile._torch import pytree
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.lowering.backward import second_pass
-from dpcompile.regions.backward import Pass, RegionRun
-from dpcompile.regions.region import Artifact
+from dpcompile.regions.backward import RegionBackward, RegionRun
+from dpcompile.regions.region import CompiledRegion
 from dpcompile.runtime.random_state import RandomState
 
 __all__ = ["enclose", "end_forward"]
@@ -33,7 +33,7 @@ class _Tape:
 
 
 @dataclass(eq=False, slots=True)
-class _Region:
+class ReplayedRegion:
     """One region of one forward.
 
     **Guarantee.** Every time the region runs, it computes the same: on inputs that nothing has changed since, with the
@@ -51,7 +51,7 @@ class _Region:
     ==========================================  ==========================================================
 
     Attributes:
-        artifact: what it was compiled to.
+        region: what it was compiled to.
         inputs: what it runs on.
         whole: the forward that it is a part of.
         run: where its norms and sums go; None without trainable parameters.
@@ -60,9 +60,9 @@ class _Region:
         needs: which outputs need a gradient.
     """
 
-    artifact: Artifact
+    region: CompiledRegion
     inputs: list[Any]
-    whole: Pass
+    whole: RegionBackward
     run: RegionRun | None
     recompute: bool
     sharded: bool
@@ -76,14 +76,14 @@ class _Region:
     def forward(self) -> list[Any]:
         """Run; what comes out belongs to no graph of autograd yet."""
         self.forward_state = RandomState.now(self.inputs)
-        written = [p for p in self.artifact.written if isinstance(self.inputs[p], Tensor)] if self.recompute else []
+        written = [p for p in self.region.written if isinstance(self.inputs[p], Tensor)] if self.recompute else []
         self.written = {p: self.inputs[p].detach().clone() for p in written}
         outputs, tape = self._record(self.inputs)
-        passing = {p for p in self.artifact.trained} if self.sharded else set()
+        passing = {p for p in self.region.trained} if self.sharded else set()
         self.versions = {
             p: x._version
             for p, x in enumerate(self.inputs)
-            if isinstance(x, Tensor) and p not in passing and p not in self.artifact.written
+            if isinstance(x, Tensor) and p not in passing and p not in self.region.written
         }
         self.needs = [isinstance(x, Tensor) and x.requires_grad for x in outputs]
         if not self.recompute:
@@ -91,7 +91,7 @@ class _Region:
         return [x.detach() if need else x for x, need in zip(outputs, self.needs, strict=True)]
 
     def backward(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients of the inputs that need one; norms, or clipped sums, go to the pass."""
+        """Gradients of the inputs that need one; norms, or clipped sums, go to the forward's backward."""
         weights, run = self.whole.weights, self.run
         if weights is None:
             self.whole.check(run)
@@ -121,8 +121,8 @@ class _Region:
     def _replayed(self) -> _Tape:
         for position, version in self.versions.items():
             if self.inputs[position]._version != version:
-                assert self.artifact.roles is not None
-                name = self.artifact.roles.names.get(position, f"input {position}")
+                assert self.region.roles is not None
+                name = self.region.roles.names.get(position, f"input {position}")
                 raise PrivacyError(
                     f"'{name}' was changed in place between a forward and its backward, which runs the forward again",
                     remedy="change parameters and inputs only after loss.backward(), or keep activations: no "
@@ -134,7 +134,7 @@ class _Region:
             return self._record(inputs)[1]
 
     def _record(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], _Tape]:
-        trained = set(self.artifact.trained)
+        trained = set(self.region.trained)
         arguments, leaves = list(inputs), []
         for position, value in enumerate(self.inputs):
             if isinstance(value, Tensor) and value.requires_grad:
@@ -147,17 +147,23 @@ class _Region:
                 given = self.run.given
                 norms = torch.zeros_like(given).requires_grad_()
                 arguments += [self.whole.mask, norms, given]
-            outputs = self.artifact.compiled(*arguments)
+            outputs = self.region.compiled(*arguments)
         return outputs, _Tape(leaves, norms, [x for x in outputs if isinstance(x, Tensor) and x.requires_grad])
 
 
 def enclose(
-    artifact: Artifact, inputs: Sequence[Any], whole: Pass, run: RegionRun | None, *, recompute: bool, sharded: bool
+    region: CompiledRegion,
+    inputs: Sequence[Any],
+    whole: RegionBackward,
+    run: RegionRun | None,
+    *,
+    recompute: bool,
+    sharded: bool,
 ) -> tuple[list[Any], Tensor]:
     """Run a region.
 
     Args:
-        artifact: what it was compiled to.
+        region: what it was compiled to.
         inputs: live.
         whole: the forward that it is a part of.
         run: of its trainable parameters, or None.
@@ -167,19 +173,19 @@ def enclose(
     Returns:
         Its outputs, and a leaf of autograd's graph that the way from the outputs through the region leads to.
     """
-    region = _Region(artifact, list(inputs), whole, run, recompute, sharded)
-    trained = set(artifact.trained)
+    replayed = ReplayedRegion(region, list(inputs), whole, run, recompute, sharded)
+    trained = set(region.trained)
     before = [x for p, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad and p not in trained]
     probe = torch.empty(0, requires_grad=True)
     box: list[Any] = []
-    differentiable = iter(_Enclosed.apply(region, box, probe, *before))  # type: ignore[misc]
+    differentiable = iter(_Enclosed.apply(replayed, box, probe, *before))  # type: ignore[misc]
     (outputs,) = box
-    return [next(differentiable) if need else x for x, need in zip(outputs, region.needs, strict=True)], probe
+    return [next(differentiable) if need else x for x, need in zip(outputs, replayed.needs, strict=True)], probe
 
 
 class _Enclosed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, region: _Region, box: list[Any], probe: Tensor, *before: Tensor) -> Any:  # noqa: D102
+    def forward(ctx: Any, region: ReplayedRegion, box: list[Any], probe: Tensor, *before: Tensor) -> Any:  # noqa: D102
         ctx.region = region
         ctx.set_materialize_grads(False)
         outputs = region.forward()
@@ -194,7 +200,7 @@ class _Enclosed(torch.autograd.Function):
         return (None, None, None, *ctx.region.backward(cotangents))
 
 
-def end_forward(whole: Pass, result: Any) -> Any:
+def end_forward(whole: RegionBackward, result: Any) -> Any:
     """What the model returns, so that its backward can be run a second time from the same cotangents.
 
     Raises:
@@ -219,12 +225,12 @@ def end_forward(whole: Pass, result: Any) -> Any:
 class _End(torch.autograd.Function):
     """Notes the cotangents that a backward starts from, and how to start it again.
 
-    Before the backward nothing that the pass holds leads to the graph, which leads to the pass: a forward without a
+    Before the backward nothing that the forward holds leads to the graph, which leads to the forward: one without a
     backward is freed.
     """
 
     @staticmethod
-    def forward(ctx: Any, whole: Pass, needed: list[Tensor], *tensors: Tensor) -> Any:  # noqa: D102
+    def forward(ctx: Any, whole: RegionBackward, needed: list[Tensor], *tensors: Tensor) -> Any:  # noqa: D102
         ctx.whole, ctx.needed = whole, needed
         ctx.set_materialize_grads(False)
         return tuple(x.detach() for x in tensors)
@@ -232,7 +238,7 @@ class _End(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:  # noqa: D102
-        whole: Pass = ctx.whole
+        whole: RegionBackward = ctx.whole
         whole.check(None)
         reached = [(x, c) for x, c in zip(ctx.needed, cotangents, strict=True) if c is not None]
 

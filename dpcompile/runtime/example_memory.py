@@ -20,7 +20,7 @@ from dpcompile.graph.labels import Label, Shared
 from dpcompile.runtime.kept_numbers import KeptNumbers, Reads
 from dpcompile.runtime.places import TRACE, Path, follow, places_in
 
-__all__ = ["Kept", "Left", "Trace", "held_tensors"]
+__all__ = ["ExampleMemory", "Left", "Trace", "held_tensors"]
 
 _TOKENS = re.compile(r"\[(?:'([^']*)'|(\d+))\]|\.(\w+)")
 _ROOTS = ("L['module']", "L['losses']._modules['module']", "L['losses'].module", "L['self']")
@@ -67,7 +67,7 @@ class Trace:
 
     def __init__(self, left: Left | None = None) -> None:
         self._left = left
-        self.kept: Kept | None = None  # of the engine that compiles it
+        self.kept: ExampleMemory | None = None  # of the engine that compiles it
 
     def now(self) -> Left:
         """What the module holds."""
@@ -82,7 +82,7 @@ class Trace:
         return Trace, (self.now(),)
 
 
-class Kept:
+class ExampleMemory:
     """Remembers which memory holds examples: that of arguments and outputs of the model's graphs, as long as it lives.
 
     **Guarantee.** A value of one batch does not reach the gradients of another through the model's own state: a graph

@@ -45,7 +45,7 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 class Replicas:
-    """Between the backward and the ledger: hands clipped sums on as they are, or summed over the replicas.
+    """Between the backward and the ledger, of a model inside DistributedDataParallel: sums over the replicas.
 
     Args:
         ledger: of the model.
@@ -126,19 +126,15 @@ class Replicas:
         """
         return [p.detach().requires_grad_() for p in parameters] if self.known else parameters
 
-    def deliver(
-        self,
-        sums: Sequence[tuple[str, Tensor]],
-        zeros: Sequence[tuple[str, Tensor]],
-        *,
-        graph_task: int,
-        reduces: bool,
-        call: object = None,
-    ) -> None:
-        """A backward came to these sums; ``reduces`` as it was in its forward. See :meth:`GradientLedger.deliver`."""
-        if not self.known:
-            self._ledger.deliver([*sums, *zeros], graph_task=graph_task, call=call)
-            return
+    def hold(self, sums: Sequence[tuple[str, Tensor]], *, graph_task: int, call: object, reduces: bool) -> None:
+        """Hold the sums of a backward back; with ``reduces``, until it is over and they are added up over the replicas.
+
+        Args:
+            sums: see :meth:`GradientLedger.deliver`, as for the rest.
+            graph_task: the identity of the backward.
+            call: the call of the model.
+            reduces: as it was in the forward.
+        """
         self._ledger.deliver([], graph_task=graph_task, call=call)
         self._ledger.hold(sums)
         if reduces and self._due != graph_task:

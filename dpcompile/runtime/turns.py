@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dpcompile._torch import pytree
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.labels import Examples, Label, Shared, Summed, Whole
-from dpcompile.planning.parts import split_call
 from dpcompile.runtime.loss_scale import scaled_like_this
+from dpcompile.runtime.parts import split_call
 from dpcompile.runtime.random_state import RandomState
 
 __all__ = ["Ran", "in_turns"]

@@ -121,7 +121,7 @@ def test_groups_across_regions_wait() -> None:
 
 
 def lowerings(private: Any) -> list[Any]:
-    return list(engine_of(private).graphs._artifacts.values())  # type: ignore[attr-defined]
+    return list(engine_of(private).graphs._regions.values())  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from dpcompile import UnsupportedGraphError
 from dpcompile.module import engine_of
 from dpcompile.regions.backward import RegionRun
-from dpcompile.regions.graphs import RegionGraphs
+from dpcompile.regions.runner import RegionRunner
 
 TWICE = {"norm": "two_pass"}
 
@@ -40,7 +42,7 @@ def as_one_graph(model: nn.Module, x: Tensor, **options: Any) -> dict[str, Tenso
 def kinds(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     """Fills with the lowerings of every parameter's regions."""
     found: dict[str, set[str]] = {}
-    original = RegionGraphs._started
+    original = RegionRunner._started
 
     def started(self: Any, *args: Any) -> RegionRun:
         run = original(self, *args)
@@ -48,7 +50,7 @@ def kinds(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
             found.setdefault(name, set()).add(run.lowering.kind)
         return run
 
-    monkeypatch.setattr(RegionGraphs, "_started", started)
+    monkeypatch.setattr(RegionRunner, "_started", started)
     return found
 
 
@@ -227,8 +229,21 @@ def test_a_checkpoint_between_breaks() -> None:
     same({n.replace("_checkpoint_wrapped_module.", ""): g for n, g in found.items()}, wanted)
 
 
-def test_nothing_of_a_call_is_held_on_to() -> None:
-    compiled = private(BrokenGPT(), regions="breaks")
-    compiled(ids())
-    engine: Any = engine_of(compiled)
-    assert not engine.graphs.held and not engine.graphs.frames
+@pytest.mark.parametrize("regions", [None, "blocks", "breaks"])
+def test_nothing_of_a_call_is_held_on_to(regions: str | None) -> None:
+    broken = regions == "breaks"
+    batch = ids if broken else rows
+    compiled = private(BrokenGPT() if broken else nn.Sequential(nn.Linear(D, D), nn.Linear(D, D)), regions=regions)
+    compiled(batch())
+    gc.collect()
+    gc.disable()  # no cycle holds it either
+    try:
+        for grad in (True, False):
+            x = batch()
+            given = weakref.ref(x)
+            with torch.set_grad_enabled(grad):
+                compiled(x)
+            del x
+            assert given() is None and not engine_of(compiled).running  # type: ignore[attr-defined]
+    finally:
+        gc.enable()

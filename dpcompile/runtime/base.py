@@ -1,0 +1,343 @@
+"""What the engines of all private modules share: parameters, masks, draws, and what a backward delivers."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import types
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpcompile._torch.autograd import current_backward, has_gradient_hooks
+from dpcompile._torch.dynamo import disable
+from dpcompile.batches.draws import Draws, Given
+from dpcompile.batches.feed import Feed
+from dpcompile.capture.arguments import example_dims
+from dpcompile.capture.surroundings import refuse_tracers
+from dpcompile.capture.tensor_kinds import check_model
+from dpcompile.distributed.ranks import refuse_other_place, world_size
+from dpcompile.errors import DPCompileError, PrivacyError
+from dpcompile.kernels.workspace import kept_gradients
+from dpcompile.options import Options
+from dpcompile.pipeline import Transformed
+from dpcompile.runtime.bystanders import watch
+from dpcompile.runtime.example_memory import ExampleMemory
+from dpcompile.runtime.first_step import FirstStep
+from dpcompile.runtime.forward import AwaitedBackward, Forward
+from dpcompile.runtime.ledger import GradientLedger
+from dpcompile.runtime.replicas import Replicas
+from dpcompile.runtime.sums import Delivered, LocalSums, Sums, to_ledger
+from dpcompile.runtime.turns import Ran, in_turns
+
+__all__ = ["Engine", "with_own_code"]
+
+_NUMBERS = itertools.count()
+
+
+def with_own_code(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+    """A copy of a function that Dynamo takes for another one.
+
+    Dynamo keeps compiled graphs per code object, and what it learned of changing sizes per name: copies keep models
+    apart.
+    """
+    assert isinstance(function, types.FunctionType)
+    name = f"{function.__name__}_{label}_{next(_NUMBERS)}"
+    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+
+
+class Engine(ABC):
+    """Compiles the calls of one module, and keeps what its backward delivers.
+
+    What belongs to one call is in its :class:`dpcompile.runtime.forward.Forward`.
+
+    Attributes:
+        module: the user's module, undecorated.
+        options: what the user asked for.
+        ledger: the clipped sums in ``p.grad``.
+        replicas: the DistributedDataParallel around the model.
+        transformed: of the graph that ran last, or was compiled since.
+        feed: the loader that is attached; None without one.
+        steps: logical steps that optimizers took with this model, in this process; None before there is one.
+        kept: memory that holds examples.
+    """
+
+    def __init__(self, module: nn.Module, options: Options) -> None:
+        self.module, self.options = module, options
+        self._parameters = dict(module.named_parameters())
+        self.ledger = GradientLedger(self._parameters)
+        watch(self.ledger)
+        self.replicas = Replicas(self.ledger, self.trained, self.place)
+        self.transformed: Transformed | None = None
+        self.feed: Feed | None = None
+        self.steps: int | None = None
+        self.kept = ExampleMemory(module, breaks=options.regions == "breaks")
+        self._unchecked = options.check
+        self._norms: list[tuple[Tensor, Tensor]] = []  # with their masks, of the last backward
+        self._mask: Tensor | None = None  # which rows of the next batch are examples
+        self._masked = False  # that is said of every batch
+        weakref.finalize(self, kept_gradients.release)
+
+    # --- what is known of the model ----------------------------------------------------------------------------------
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the parameters are FSDP2's."""
+        return False
+
+    @property
+    def distributed(self) -> bool:
+        """Whether clipped sums are added up over ranks."""
+        return self.sharded or self.replicas.known
+
+    @property
+    def data_ranks(self) -> int:
+        """How many ranks, or groups of ranks, have examples of their own."""
+        return world_size() if self.distributed else 1
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C, the sensitivity of the clipped sum to one example."""
+        return float(self.options.max_grad_norm)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters by name, tied ones once."""
+        return dict(self._parameters)
+
+    def trainable(self) -> list[str]:
+        """Names of the parameters that require a gradient now."""
+        return [name for name, p in self._parameters.items() if p.requires_grad]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that require a gradient now."""
+        return {name: self._parameters[name] for name in self.trainable()}
+
+    def place(self) -> tuple[int, ...]:
+        """Where training stands: logical steps taken, and the draw of the loader (-1: none); ``()`` without optimizer.
+
+        Public numbers.
+        """
+        if self.steps is None:
+            return ()
+        draw = None if self.feed is None else self.feed.draw
+        return self.steps, -1 if draw is None else draw
+
+    def check_parameters(self, named: Iterable[tuple[str, Tensor]], *, gathered: bool = False) -> None:
+        """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks that never run.
+
+        Args:
+            named: parameters as a graph reads them.
+            gathered: FSDP gathered them from those that the optimizer knows.
+        """
+        named = list(named)
+        _check_hooks(named)
+        if gathered:
+            _check_hooks([(name, self._parameters[name]) for name, _ in named])
+        for name, parameter in named:
+            if not gathered and parameter is not self._parameters[name]:
+                raise PrivacyError(
+                    f"parameter '{name}' was replaced after dp_compile: the optimizer and the ledger hold the old one",
+                    remedy="call dp_compile again after changing the model, and make the optimizer from the result",
+                )
+
+    # --- norms -------------------------------------------------------------------------------------------------------
+
+    @property
+    def grad_norms(self) -> Tensor | None:
+        """Float32 norms of the last backward, before clipping, of its examples without padding; None before one."""
+        return torch.cat([norms[mask > 0] for norms, mask in self._norms]) if self._norms else None
+
+    @property
+    def row_norms(self) -> Tensor:
+        """The same of all rows, padding included: ``[B]``."""
+        return torch.cat([norms for norms, _ in self._norms])
+
+    def note_norms(self, norms: Tensor, mask: Tensor, *, more: bool = False) -> None:
+        """The norms ``[B]`` of a backward and the mask of its rows; with ``more`` of part of one."""
+        self._norms = [*(self._norms if more else []), (norms.detach(), mask)]
+
+    # --- masks -------------------------------------------------------------------------------------------------------
+
+    @property
+    def draws(self) -> Draws | None:
+        """The batches of the loader that is attached; None without one."""
+        return None if self.feed is None else self.feed.draws
+
+    @property
+    def claims(self) -> bool:
+        """Whether forwards with gradients are on batches of an attached loader."""
+        return self.draws is not None and not self._masked
+
+    def set_mask(self, mask: Tensor | None) -> None:
+        """Say which rows of the next batch are examples (True) and which are padding (False): bool ``[B]``.
+
+        From then on every forward with gradients needs a mask of its own; None ends that.
+        """
+        if mask is not None and (mask.ndim != 1 or mask.dtype != torch.bool):
+            raise PrivacyError(
+                f"the padding mask must be a bool tensor of shape [B], got {mask.dtype} {list(mask.shape)}",
+                remedy="True marks an example, False a padding row",
+            )
+        self._mask, self._masked = mask, mask is not None
+
+    def take_mask(self, forward: Forward, batch: int, device: torch.device) -> Tensor:
+        """The mask of a forward's batch, as float32 weights; one that was set is used once."""
+        mask = forward.given.mask
+        if mask is None and not forward.tracing:
+            mask, self._mask = self._mask, None
+        if mask is None:
+            return torch.ones(batch, device=device)
+        if len(mask) != batch:
+            raise PrivacyError(
+                f"the padding mask has {len(mask)} entries for a batch of {batch}",
+                remedy="call the model on the batch that the loader gave, whole",
+            )
+        return mask.to(device=device, dtype=torch.float32)
+
+    def _refused_backward(self, forward: Forward) -> PrivacyError | None:
+        """Why a forward may have no backward; None if it may. Its mask is not taken yet."""
+        if forward.given.refused is not None or forward.given.mask is not None:
+            return forward.given.refused
+        if forward.tracing or not self._masked or self._mask is not None:
+            return None
+        return PrivacyError(
+            "a second backward on one batch of the loader: its examples would count twice",
+            remedy="call the model once per batch with gradients (others under torch.no_grad()); to train without the "
+            "loader, finish its loop first",
+        )
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    @disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module, compiled; on a batch of the loader with its mask, in as many forwards as it takes.
+
+        Within a function that the user compiles this is a graph break: traced into, it would lose its backward.
+        """
+        refuse_tracers()
+        draws = self.draws
+        if draws is None or not (self.claims and torch.is_grad_enabled() and self.trainable()):
+            return self._run(Forward(args, kwargs))
+        dims = self.example_dims((args, kwargs))
+        claim = draws.claim([(t, dim % t.ndim) for _, t, dim in dims if dim is not None])
+        batch, mask = claim.batch, claim.mask
+        if batch is None or mask is None:
+            return self._run(Forward(args, kwargs, Given(refused=claim.refused)))
+        begin, end = partial(draws.begin, batch), partial(draws.delivered, batch)
+        if batch.turns == 1:
+            return self._run(Forward(args, kwargs, Given(mask, begin=begin, end=end)))
+        self.replicas.notice(tracing=False)
+        reduces, masks, last = self.replicas.reduces, mask.chunk(batch.turns), batch.turns - 1
+
+        def forward(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Ran:
+            given = Given(masks[index], reduces=reduces and index == last, more=index > 0)
+            one = Forward(args, kwargs, given, compared=None if again else False)
+            return Ran(self._run(one), one.labels)
+
+        mean = self.options.loss_reduction == "mean"
+        return in_turns(forward, self.module, (args, kwargs), dims, batch.turns, mean=mean, begin=begin, end=end)
+
+    @abstractmethod
+    def trace(self, *args: Any, **kwargs: Any) -> None:
+        """Compile for these arguments; nothing else comes of it."""
+
+    @abstractmethod
+    def _run(self, forward: Forward) -> Any:
+        """One call of the compiled module: what it returns."""
+
+    def example_dims(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[tuple[str, Tensor, int | None]]:
+        """``(name, tensor, example dimension)`` of the tensors of a call.
+
+        Raises:
+            TypeError: the plain one of a plain call.
+            DPCompileError: arguments, or a model, that cannot be.
+        """
+        inspect.signature(self.module.forward).bind(*call[0], **call[1])
+        check_model(self.module, sharded=self.distributed)
+        return example_dims(self.module.forward, *call, self.options.in_dims)
+
+    def note_given(self, forward: Forward, tensors: Sequence[Any]) -> None:
+        """Arguments of a call without gradients hold examples, but for those that ``in_dims`` says are shared."""
+        try:
+            dims = self.example_dims(forward.call)
+        except (DPCompileError, TypeError):  # a cache of another batch size: the call is evaluation
+            dims = []
+        shared = {id(t) for _, t, dim in dims if dim is None} | {id(p) for p in self._parameters.values()}
+        self.kept.note_arguments((t for t in tensors if id(t) not in shared), trained=False)
+
+    def _record(self, forward: Forward) -> None:
+        """Under ``check=True`` record a forward, if it is the first with gradients, or a part of that."""
+        if forward.compared is None:
+            forward.compared = self._unchecked and not forward.tracing and torch.is_grad_enabled()
+            self._unchecked &= not forward.compared
+        if forward.compared:
+            dims = self.example_dims(forward.call)
+            forward.first_step = FirstStep(self.module, self.options, forward.call, dims, forward.batch.parts)
+
+    # --- backward ----------------------------------------------------------------------------------------------------
+
+    def await_backward(
+        self, forward: Forward, size: int, device: torch.device, sums: Sums | None = None
+    ) -> AwaitedBackward:
+        """A forward with gradients runs on ``size`` examples; its mask is taken once for all parts of its batch."""
+        batch = forward.batch
+        if batch.mask is None:
+            batch.refused = self._refused_backward(forward)
+            batch.mask = self.take_mask(forward, size * batch.parts, device)
+        # A draw's turns are told apart by the draw.
+        running = current_backward() if forward.given.reduces is None else -1
+        return AwaitedBackward(
+            forward.part,
+            forward.part.rows(size),
+            forward.given,
+            reduces=self.replicas.reduces if forward.given.reduces is None else forward.given.reduces,
+            within=None if running == -1 else running,
+            first_step=forward.first_step,
+            sums=LocalSums() if sums is None else sums,
+        )
+
+    def deliver(self, awaited: AwaitedBackward, found: Delivered) -> None:
+        """The backward of a forward is over.
+
+        **Guarantee.** What a backward came to reaches ``p.grad`` through here alone: after the draw, if there is one,
+        has agreed that its batch is next, and together with its norms.
+        """
+        batch, given = awaited.part.whole, awaited.given
+        batch.delivered += 1
+        if batch.delivered == 1:
+            given.begin()
+        if self.distributed and not self.replicas.known:
+            refuse_other_place(self.place(), found.mask.device)
+        task = found.graph_task if awaited.within is None else awaited.within
+        to_ledger(
+            self.ledger,
+            self.replicas,
+            self.trained(),
+            found.sums,
+            graph_task=task,
+            call=batch,
+            reduces=awaited.reduces,
+        )
+        if found.norms is not None:
+            assert batch.mask is not None
+            self.note_norms(batch.with_norms(found.norms.detach(), awaited.rows), batch.mask, more=given.more)
+            if awaited.first_step is not None:
+                awaited.first_step.compare(found.norms, found.mask, found.sums)
+        if batch.delivered == batch.parts:
+            given.end()
+
+
+def _check_hooks(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise PrivacyError if one of these parameters has a hook on its gradient."""
+    for name, parameter in named:
+        if has_gradient_hooks(parameter):
+            raise PrivacyError(
+                f"parameter '{name}' has a hook on its gradient, which would not run: the clipped sum does not "
+                "pass through autograd",
+                remedy="remove the hook; change clipped sums in p.grad only through DPOptimizer",
+            )
