@@ -13,11 +13,11 @@ from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_
 from torch import Tensor, nn
 
 import dpcompile
-from dpcompile import pipeline
 from dpcompile.kernels import onednn, products, rates
 from dpcompile.kernels.gram_op import gram, gram_norms
 from dpcompile.kernels.onednn import has_onednn, multiply_
 from dpcompile.kernels.products import own_product, product
+from dpcompile.planning import situation
 
 dp_compile: Any = dpcompile.dp_compile
 B, T, D = 4, 5, 6
@@ -190,7 +190,7 @@ def test_the_library_is_chosen_by_what_was_measured(monkeypatch: pytest.MonkeyPa
 def test_a_plan_may_expect_less_time_than_without_privacy(monkeypatch: pytest.MonkeyPatch) -> None:
     typical = rates.rates_for(torch.device("cpu"))
     quick = replace(typical, summed=1e13, batched=1e13, traffic=1e15, call=1e-12, fresh=1e15)
-    monkeypatch.setattr(pipeline, "rates_for", lambda device: quick)
+    monkeypatch.setattr(situation, "rates_for", lambda device: quick)
     private = dp_compile(nn.Linear(64, 64), backend="eager", norm="ghost")
     private.trace(torch.randn(B, T, 64))
     assert private.plan.prediction.extra_seconds < 0
