@@ -17,14 +17,32 @@ from models import table
 torch.set_num_threads(1)
 
 _DRAWN: Counter[str] = Counter()
+_SAMPLE = "DPCOMPILE_TESTS_SAMPLED"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings are errors, but for two that torch raises about itself."""
+    """Warnings are errors, but for two that torch raises about itself; without a path, a sample is taken."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers are given paths, whatever the user gave
+        os.environ[_SAMPLE] = str(int(config.args_source == pytest.Config.ArgsSource.TESTPATHS))
     config.option.showcapture = "stdout"  # the log holds thousands of empty lines of torch's structured trace
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
     config.addinivalue_line("filterwarnings", "ignore:two DPOptimizers of one seed")  # runs that are compared
     config.addinivalue_line("filterwarnings", "ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's own
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the sample: the first case of every test and each tenth after it, and nothing that is marked ``full``."""
+    if os.environ.get(_SAMPLE) != "1":
+        return
+    count: Counter[str] = Counter()
+    kept, left_out = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        taken = count[test] % 10 == 0 and item.get_closest_marker("full") is None
+        (kept if taken else left_out).append(item)
+        count[test] += 1
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ class Case:
         static_only: whether symbolic sizes make no sense for it.
         refused: where it must be refused, what the message says (a regular expression).
         reason: why, in words, for the table.
-        slow: whether only ``pytest -m slow`` runs it under every rule; else CI runs it under "auto" alone.
+        slow: whether only ``pytest tests -m slow`` runs it under every rule; else CI runs it under "auto" alone.
         tolerance: the largest relative error.
     """
 

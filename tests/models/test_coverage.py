@@ -88,7 +88,7 @@ def test_model(case: Case, norm: str, record: Record) -> None:
 @pytest.mark.inductor_zoo
 @pytest.mark.parametrize("case", ALL, ids=lambda c: c.id)
 def test_model_through_inductor(case: Case, record: Record) -> None:
-    """All models, an hour or more: ``pytest -m inductor_zoo``."""
+    """All models, an hour or more: ``pytest tests -m inductor_zoo``."""
     if case.refused is not None:
         return refused(case, record, backend="inductor")
     right(case, "auto", record, backend="inductor")
