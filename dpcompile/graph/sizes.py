@@ -28,7 +28,7 @@ def size(value: int | torch.SymInt | sympy.Expr) -> Size:
 def _without_exact_floors(value: sympy.Expr) -> sympy.Expr:
     """``(s * t) // t`` is ``s``."""
     floors = [f for f in value.atoms(sympy.Function) if type(f).__name__ == "FloorDiv"]
-    exact = {f: q for f in floors if (q := _divide(*f.args)) is not None}  # type: ignore
+    exact = {f: q for f in floors if (q := _divide(*f.args)) is not None}  # type: ignore[attr-defined]
     return sympy.expand(value.xreplace(exact)) if exact else value
 
 
