@@ -9,22 +9,21 @@ for norms, and one, for a second backward, for clipped sums; nothing is kept fro
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from dpcompile._torch.compile import Boxed, GraphCompiler
-from dpcompile._torch.tensors import WeakTensorKeyDictionary, memory_of
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.locate import where
-from dpcompile.options import AT_ONCE, DEFERRED, TWO_PASS, Lowering
+from dpcompile.lowering.pending import LoweredBackward, PendingSums
+from dpcompile.options import AT_ONCE, DEFERRED, TWO_PASS
 from dpcompile.planning.replay import storage_of
 
-__all__ = ["Cut", "Late", "Rest", "late_sums", "lower_backward", "second_pass", "take_rest", "take_sums"]
+__all__ = ["Cut", "lower_backward"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,44 +43,6 @@ class Cut:
     outputs: int
 
 
-@dataclass(frozen=True, slots=True)
-class Rest:
-    """What is left of one backward that has run: the clipped sums, or how to compute them.
-
-    Attributes:
-        run: from a list of values and the weights to clipped sums.
-        live: the values that are kept for it.
-        handed: row of a parameter that other regions use too -> what its norm is taken of, over all regions.
-    """
-
-    run: Callable[[list[Any], Tensor | None], list[Tensor | None]]
-    live: list[Any]
-    handed: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def __call__(self, weights: Tensor | None) -> list[Tensor | None]:
-        """Clipped sums of the parameters for weights ``[parameters, B]``; to be called once, it frees the values.
-
-        Where the sums are there already, the weights are None.
-        """
-        self.handed.clear()
-        return self.run(self.live, weights)
-
-    def preview(self, weights: Tensor) -> list[Tensor | None]:
-        """The same, and the values stay."""
-        return self.run(list(self.live), weights)
-
-    def protect(self, memory: Collection[int]) -> None:
-        """Copy what lies in memory that will not last: parameters of a shard that are gathered for a while."""
-        for values in (self.live, *self.handed.values()):
-            for i, value in enumerate(values):
-                if isinstance(value, Tensor) and memory_of(value) in memory:
-                    values[i] = value.clone()
-
-
-_RESTS: Any = WeakTensorKeyDictionary()
-_SECOND: dict[int, Tensor] = {}
-
-
 @torch.library.custom_op("dpcompile::hand_out", mutates_args=())
 def hand_out(total: Tensor, values: list[Tensor]) -> Tensor:
     """Stands in a joint graph for a clipped sum, and keeps alive what the parameter's norm is taken of.
@@ -95,67 +56,6 @@ def hand_out(total: Tensor, values: list[Tensor]) -> Tensor:
 def _(total: Tensor, values: list[Tensor]) -> Tensor:
     """Shapes only."""
     return torch.empty_like(total)
-
-
-def take_rest(norms: Tensor) -> Rest:
-    """What is left of the backward that returned these norms; it is given out once."""
-    return _RESTS.pop(norms)
-
-
-def take_sums(marker: Tensor) -> list[Tensor | None]:
-    """The clipped sums of the second backward that returned this in place of norms; none if no weight was asked for."""
-    rest = _RESTS.pop(marker, None)
-    return [] if rest is None else rest(None)
-
-
-@dataclass(frozen=True, slots=True)
-class Late:
-    """What a lowered backward has besides what it returned.
-
-    Attributes:
-        sums: the clipped sums, in the order of the parameters.
-        handed: see :class:`Rest`.
-        weights: what they were computed for; None if the graph had the weights itself.
-        again: this was the second of two passes, which returns the weights in place of norms.
-    """
-
-    sums: list[Tensor | None]
-    handed: dict[int, list[Tensor]]
-    weights: Tensor | None
-    again: bool = False
-
-
-def late_sums(lowering: Lowering, norms: Tensor, mask: Tensor) -> Late | None:
-    """The clipped sums of the backward that returned these norms, of which nothing is taken away.
-
-    Where the weights are not known yet, they are for weights that differ from example to example, and that give each
-    of them about the same say. None after the first of two passes.
-    """
-    rest: Rest | None = _RESTS.get(norms)
-    if rest is None:
-        return None
-    if lowering.kind == DEFERRED:
-        total = norms.sum(0)
-        usable = torch.isfinite(total) & (total > 0) & (mask > 0)
-        uneven = torch.linspace(1.0, 0.5, max(len(total), 1), dtype=norms.dtype, device=norms.device)
-        weights = torch.where(usable, uneven / total.clamp_min(torch.finfo(norms.dtype).tiny).sqrt(), 0.0)
-        weights = weights.expand(norms.shape).contiguous()
-        return Late(rest.preview(weights), rest.handed, weights)
-    again = lowering.kind == TWO_PASS
-    return Late(list(rest.live), {}, norms if again else None, again)
-
-
-@contextmanager
-def second_pass(stand_in: Tensor, weights: Tensor) -> Iterator[None]:
-    """Within it, the backward that was given ``stand_in`` for clip weights computes clipped sums for ``weights``.
-
-    It returns the weights in place of norms, and :func:`take_rest` has the sums.
-    """
-    _SECOND[memory_of(stand_in)] = weights
-    try:
-        yield
-    finally:
-        del _SECOND[memory_of(stand_in)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +85,11 @@ class _Backward:
         return _part(self.gm, inputs, nodes, outputs)
 
 
-def lower_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler, lowering: Lowering) -> Boxed:
+def lower_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler, lowered: LoweredBackward) -> Boxed:
     """Compile a region's backward graph.
 
     Contract: ``gm`` is the backward half of a joint graph that was rewritten with weights, or bounds, as an input. The
-    function returns what ``gm`` would, with None for the clipped sums; :func:`take_rest` has them.
+    function returns what ``gm`` would, with None for the clipped sums, which it leaves in ``lowered``.
 
     **Guarantee.** No value that the first part, or the first pass, computes depends on the placeholder of the weights:
     what stands in its place when the backward runs is not read. Both passes compute the same cotangents: a graph that
@@ -198,6 +98,7 @@ def lower_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler, l
     Raises:
         UnsupportedGraphError: two passes, and the backward draws random numbers or writes.
     """
+    kind = lowered.lowering.kind
     values: list[Any] = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
     shift = cut.outputs - len(values)
     slots = [None if slot is None else slot - shift for slot in cut.sums]
@@ -215,15 +116,15 @@ def lower_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler, l
         next((n for n in placeholders if n.name == cut.weights), None),
         handed,
     )
-    assert not handed or lowering.kind == DEFERRED, "a parameter that other regions use too is not deferred"
-    if lowering.kind == AT_ONCE:
-        return _at_once(backward, compile_graph)
-    if lowering.kind == TWO_PASS:
-        return _in_two_passes(backward, compile_graph)
-    return _in_two_parts(backward, compile_graph)
+    assert not handed or kind == DEFERRED, "a parameter that other regions use too is not deferred"
+    if kind == AT_ONCE:
+        return _at_once(backward, compile_graph, lowered)
+    if kind == TWO_PASS:
+        return _in_two_passes(backward, compile_graph, lowered)
+    return _in_two_parts(backward, compile_graph, lowered)
 
 
-def _at_once(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
+def _at_once(backward: _Backward, compile_graph: GraphCompiler, lowered: LoweredBackward) -> Boxed:
     own = backward.placeholders
     graph = backward.part(
         own, {n for n in backward.gm.graph.nodes if n.op != "output"}, [*backward.early, *backward.sums]
@@ -233,13 +134,13 @@ def _at_once(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
     def run(arguments: list[Any]) -> list[Any]:
         results = list(_call(run_graph, arguments))
         found, sums = results[: len(backward.early)], results[len(backward.early) :]
-        _RESTS[found[backward.norms]] = Rest(lambda live, _: live, sums)
+        lowered.leave(found[backward.norms], PendingSums(lambda live, _: live, sums))
         return found
 
     return run
 
 
-def _in_two_passes(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
+def _in_two_passes(backward: _Backward, compile_graph: GraphCompiler, lowered: LoweredBackward) -> Boxed:
     once = next((n for n in backward.gm.graph.nodes if _must_run_once(n)), None)
     if once is not None:
         raise UnsupportedGraphError(
@@ -259,20 +160,20 @@ def _in_two_passes(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
     position = None if backward.weights is None else own.index(backward.weights)
 
     def run(arguments: list[Any]) -> list[Any]:
-        weights = None if position is None else _SECOND.get(memory_of(arguments[position]))
+        weights = None if position is None else lowered.weights_for(arguments[position])
         if position is None or weights is None:
             return list(_call(run_first, arguments))
         arguments[position] = weights
         results = list(_call(run_second, arguments))
         found, sums = results[: len(rest)], results[len(rest) :]
         found[norms] = marker = weights.clone()
-        _RESTS[marker] = Rest(lambda live, _: live, sums)
+        lowered.leave(marker, PendingSums(lambda live, _: live, sums))
         return found
 
     return run
 
 
-def _in_two_parts(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
+def _in_two_parts(backward: _Backward, compile_graph: GraphCompiler, lowered: LoweredBackward) -> Boxed:
     gm, early, weights, placeholders = backward.gm, backward.early, backward.weights, backward.placeholders
     handed = backward.handed
     first = _ancestors(v for v in early if isinstance(v, fx.Node))
@@ -310,7 +211,7 @@ def _in_two_parts(backward: _Backward, compile_graph: GraphCompiler) -> Boxed:
         end = len(early) + len(made)
         found.update(zip(spare, results[end:], strict=True))
         given = {row: [found[n] for n in nodes] for row, nodes in handed.items()}
-        _RESTS[results[backward.norms]] = Rest(rest, [*live, *results[len(early) : end]], given)
+        lowered.leave(results[backward.norms], PendingSums(rest, [*live, *results[len(early) : end]], given))
         return results[: len(early)]
 
     return run

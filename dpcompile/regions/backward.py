@@ -15,7 +15,7 @@ from dpcompile.clipping.groups import group_bound, group_of
 from dpcompile.clipping.weights import clip_group, own_norms
 from dpcompile.distributed.tensor_parallel import NormsOverRanks
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
-from dpcompile.lowering.backward import Rest, take_rest, take_sums
+from dpcompile.lowering.pending import LoweredBackward, PendingSums
 from dpcompile.options import AT_ONCE, TWO_PASS, Lowering, Options
 from dpcompile.planning.shared_uses import HandedOut, Part, Redone, Use, joint_norm
 from dpcompile.runtime.delivery import warn_of_lost_examples
@@ -33,7 +33,7 @@ class RegionRun:
         names: its parameters, in the order of the rows of norms and weights.
         touched: those whose gradient is not zero for every example.
         whole: the forward that it is a part of.
-        lowering: of the region.
+        lowered: the region's compiled backward.
         given: ``[parameters, B]``, float64, what the graph takes for clip weights; clipped at once: the bounds.
         unit: the path of the unit that the region is a part of.
         memory: parameters' memory that is freed before the clipped sums are computed.
@@ -46,14 +46,19 @@ class RegionRun:
     names: tuple[str, ...]
     touched: frozenset[str]
     whole: RegionBackward
-    lowering: Lowering
+    lowered: LoweredBackward
     given: Tensor
     unit: str = ""
     memory: frozenset[int] = frozenset()
     uses: Mapping[str, Use] = field(default_factory=dict)
     probe: Tensor | None = None
     squared: Tensor | None = None
-    rest: Rest | None = None
+    rest: PendingSums | None = None
+
+    @property
+    def lowering(self) -> Lowering:
+        """Of the region."""
+        return self.lowered.lowering
 
     def named(self, sums: Sequence[Tensor | None]) -> list[tuple[str, Tensor]]:
         """Clipped sums with their parameters' names; without those that are zero."""
@@ -115,7 +120,7 @@ class RegionBackward:
         self,
         names: Sequence[str],
         touched: Sequence[str],
-        lowering: Lowering,
+        lowered: LoweredBackward,
         unit: str,
         memory: frozenset[int],
         uses: Mapping[str, Use],
@@ -129,7 +134,7 @@ class RegionBackward:
         again = [n for n in names if n in self.names]
         self.repeated.update(again)
         for name in again:
-            kinds = {run.lowering.kind for run in self.runs if name in run.names} | {lowering.kind}
+            kinds = {run.lowering.kind for run in self.runs if name in run.names} | {lowered.lowering.kind}
             if TWO_PASS in kinds:
                 raise shared_in_two_passes(name)
             if AT_ONCE in kinds:
@@ -142,7 +147,7 @@ class RegionBackward:
         self.names.update(names)
         self.touched.update(dict.fromkeys(n for n in names if n in set(touched)))
         given = self.mask.new_zeros((len(names), len(self.mask)), dtype=torch.float64)
-        run = RegionRun(tuple(names), frozenset(touched), self, lowering, given, unit, memory, uses)
+        run = RegionRun(tuple(names), frozenset(touched), self, lowered, given, unit, memory, uses)
         self.runs.append(run)
         self.sums.expect(unit)
         return run
@@ -177,15 +182,15 @@ class RegionBackward:
         run.squared = squared
         self.received.append(run)
         if run.lowering.kind == AT_ONCE:
-            self.sums.add(run.unit, run.named(take_rest(squared)(None)))
+            self.sums.add(run.unit, run.named(run.lowered.take(squared)(None)))
         elif run.lowering.kind != TWO_PASS:
-            run.rest = take_rest(squared)
+            run.rest = run.lowered.take(squared)
             run.rest.protect(run.memory)
 
     def receive_sums(self, run: RegionRun, marker: Tensor | None) -> None:
         """The second backward of a region is over."""
         if marker is not None:
-            sums = take_sums(marker)
+            sums = run.lowered.take_sums(marker)
             self.sums.add(run.unit, run.named(sums) if sums else [])
 
     def weights_of(self, run: RegionRun) -> Tensor:

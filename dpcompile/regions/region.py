@@ -22,6 +22,7 @@ from dpcompile.graph.labels import Examples, Label, Mixed, Shared, Summed, Whole
 from dpcompile.graph.sizes import shape_of
 from dpcompile.lowering.backward import lower_backward
 from dpcompile.lowering.cache_key import cache_key
+from dpcompile.lowering.pending import LoweredBackward
 from dpcompile.options import Lowering, Options
 from dpcompile.pipeline import Transformed, label_outputs, privatize
 from dpcompile.runtime.verify import Verifier
@@ -77,6 +78,7 @@ class CompiledRegion:
         transformed: of a graph with trainable parameters.
         unowned: positions of outputs that depend on no example.
         written: positions of the inputs that it writes to.
+        lowered: its backward, of a graph with trainable parameters.
         untrained: of a graph that runs without gradients.
     """
 
@@ -87,8 +89,13 @@ class CompiledRegion:
     unowned: Mapping[int, str | None] = field(default_factory=dict)
     symbols: Mapping[sympy.Symbol, tuple[int, int]] = field(default_factory=dict)
     written: frozenset[int] = frozenset()
-    lowering: Lowering = Lowering()
+    lowered: LoweredBackward | None = None
     untrained: Untrained | None = None
+
+    @property
+    def lowering(self) -> Lowering:
+        """Of its backward."""
+        return Lowering() if self.lowered is None else self.lowered.lowering
 
     @property
     def trained(self) -> list[int]:
@@ -138,11 +145,12 @@ def compile_region(
     roles = replace(roles, narrow=(), lowering=lowering, shared=shared)
     extended, extra = extend(gm, roles)
     found: list[Transformed] = []
-    verifier = _verifier(options, roles, place, lowering)
+    lowered = LoweredBackward(lowering)
+    verifier = _verifier(options, roles, place, lowered)
 
     def backward(graph: fx.GraphModule, compile_graph: Any) -> Any:
         assert found[0].cut is not None
-        return lower_backward(found[0].cut, graph, compile_graph, lowering)
+        return lower_backward(found[0].cut, graph, compile_graph, lowered)
 
     written: set[int] = set()
 
@@ -170,13 +178,13 @@ def compile_region(
         transformed.unowned,
         symbols,
         frozenset(written),
-        lowering,
+        lowered,
     )
 
 
-def _verifier(options: Options, roles: Roles, place: str, lowering: Lowering | None) -> Verifier | None:
+def _verifier(options: Options, roles: Roles, place: str, lowered: LoweredBackward | None) -> Verifier | None:
     """None where nothing is to be compared: under tensor parallelism ranks could part ways in a graph's collectives."""
-    return Verifier(place, lowering) if options.verify and roles.ranks is None else None
+    return Verifier(place, lowered) if options.verify and roles.ranks is None else None
 
 
 def _label_only(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dpcompile._torch import pytree
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
-from dpcompile.lowering.backward import second_pass
 from dpcompile.regions.backward import RegionBackward, RegionRun
 from dpcompile.regions.region import CompiledRegion
 from dpcompile.runtime.random_state import RandomState
@@ -102,7 +101,9 @@ class ReplayedRegion:
         else:
             drawing = self.backward_state.replayed()
         last = weights is not None or self.whole.repeat is None
-        found = nullcontext() if weights is None or run is None else second_pass(run.given, self.whole.weights_of(run))
+        found = nullcontext()
+        if weights is not None and run is not None:
+            found = run.lowered.second_pass(run.given, self.whole.weights_of(run))
         asked = [*tape.leaves, *(() if tape.norms is None else (tape.norms,))]
         reached = [(x, c) for x, c in zip(tape.outputs, cotangents, strict=True) if c is not None]
         with drawing, found:

@@ -151,6 +151,7 @@ class RegionRunner:
         """A region with trainable parameters is about to run on these inputs."""
         frame, whole = self.frame, self.backward
         assert whole is not None and region.transformed is not None and region.roles is not None
+        assert region.lowered is not None
         parameters = [inputs[p] for p in positions]
         names = [frame.scope.parameters[id(p)] for p in parameters]
         assert len(set(names)) == len(names) and all(p.requires_grad for p in parameters), names
@@ -165,7 +166,7 @@ class RegionRunner:
         memory = frozenset(memory_of(memory_holder(p)) for p in gathered)
         uses = region.transformed.uses
         handed = {n: uses[o] for n, o in zip(names, own, strict=True) if o in uses}
-        return whole.run(names, touched, region.lowering, frame.unit.path, memory, handed)
+        return whole.run(names, touched, region.lowered, frame.unit.path, memory, handed)
 
 
 def _differentiable(inputs: Sequence[Any]) -> bool:

@@ -21,8 +21,9 @@ from dpcompile._torch.inductor_random import drawing_as_inductor
 from dpcompile._torch.tensors import WeakMemory, is_fake, memory_of, weak_memory
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.graph.locate import where
-from dpcompile.lowering.backward import Cut, Late, late_sums
-from dpcompile.options import TWO_PASS, Lowering
+from dpcompile.lowering.backward import Cut
+from dpcompile.lowering.pending import Late, LoweredBackward
+from dpcompile.options import TWO_PASS
 from dpcompile.pipeline import Transformed
 from dpcompile.runtime.agreement import described, distance, largest, norms_scale, scale_of, suspects, tolerances
 from dpcompile.runtime.random_state import RandomState
@@ -87,11 +88,11 @@ class Verifier:
 
     Args:
         place: what to call the graph.
-        lowering: of a region; None for a model that is one graph.
+        lowered: the backward of a region; None for a model that is one graph.
     """
 
-    def __init__(self, place: str, lowering: Lowering | None = None) -> None:
-        self._place, self._lowering = place, lowering
+    def __init__(self, place: str, lowered: LoweredBackward | None = None) -> None:
+        self._place, self._lowered = place, lowered
         self._cut: Cut | None = None
         self._norms: int | None = None
         self._mask = ""
@@ -256,7 +257,7 @@ class Verifier:
 
     @property
     def _in_two_passes(self) -> bool:
-        return self._lowering is not None and self._lowering.kind == TWO_PASS
+        return self._lowered is not None and self._lowered.lowering.kind == TWO_PASS
 
     def _stop(self) -> None:
         self._reference, self._forwards = None, []
@@ -264,8 +265,8 @@ class Verifier:
     def _late(self, values: Mapping[str, Any], results: Sequence[Any]) -> Late | None:
         if self._cut is None:
             return None
-        assert self._lowering is not None
-        return late_sums(self._lowering, results[self._cut.norms - self._first], values[self._mask])
+        assert self._lowered is not None
+        return self._lowered.late(results[self._cut.norms - self._first], values[self._mask])
 
     def _found(self, ran: _Forward, results: Sequence[Any], late: Late | None) -> dict[int, Any]:
         """Slot of the joint graph's outputs -> what the compiled code gives for it, where it can be compared."""
