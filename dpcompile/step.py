@@ -277,6 +277,8 @@ class CompiledStep:
             position, dim = roles.batch_from
             step, like = self._running.now, values[position]
             step.awaited = engine.await_backward(step.forward, like.shape[dim], like.device)
+            if step.forward.batch.refused is not None:
+                raise step.forward.batch.refused
             outputs, step.found = program(values, step.awaited.mask)
             engine.kept.note(outputs, program.transformed.output_labels)
             return outputs

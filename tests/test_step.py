@@ -19,6 +19,7 @@ from dpcompile import (
     UnsupportedGraphError,
     compile_step,
     dp_compile,
+    set_mask,
 )
 
 B = 6
@@ -385,6 +386,19 @@ def test_batches_of_other_sizes() -> None:
         loop_optimizer.zero_grad()
         step(x, y)
     close(loop, whole)
+
+
+def test_a_step_without_the_mask_that_it_needs_is_refused() -> None:
+    _, _, model, optimizer = twins(lr=0.1)
+    step = compile_step(model, F.cross_entropy, optimizer)
+    x, y = data()
+    set_mask(model, torch.ones(len(x), dtype=torch.bool))
+    step(x, y)
+    with pytest.raises(PrivacyError, match="a second backward on one batch of the loader"):
+        step(x, y)
+    set_mask(model, None)
+    step(x, y)
+    assert optimizer.logical_step == 2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

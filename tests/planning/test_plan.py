@@ -236,6 +236,20 @@ def test_a_second_backward_through_parts_is_refused() -> None:
         loss.backward()
 
 
+def test_no_part_of_a_refused_backward_delivers() -> None:
+    private: Any = dp_compile(deep(), backend="eager", memory_budget=1.0)
+    x = torch.randn(32, 50, 64)
+    engine_of(private).set_mask(torch.ones(32, dtype=torch.bool))
+    private(x).square().mean().backward()
+    engine_of(private).ledger.clear()
+    private.zero_grad()
+    loss = private(x).square().mean()
+    assert private.plan.parts > 1
+    with pytest.raises(PrivacyError, match="a second backward on one batch of the loader"):
+        loss.backward()
+    assert not engine_of(private).ledger.deliveries and all(p.grad is None for p in private.parameters())
+
+
 def test_results_that_cannot_be_joined_are_refused() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
