@@ -31,14 +31,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the sample: the first case of every test and each tenth after it, and nothing that is marked ``full``."""
+    """Of the sample: the first case of every test and each twentieth after it, and nothing that is marked ``full``."""
     if os.environ.get(_SAMPLE) != "1":
         return
     count: Counter[str] = Counter()
     kept, left_out = [], []
     for item in items:
         test = item.nodeid.partition("[")[0]
-        taken = count[test] % 10 == 0 and item.get_closest_marker("full") is None
+        taken = count[test] % 20 == 0 and item.get_closest_marker("full") is None
         (kept if taken else left_out).append(item)
         count[test] += 1
     config.hook.pytest_deselected(items=left_out)

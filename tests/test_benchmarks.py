@@ -18,6 +18,8 @@ from benchmarks.models import CASES
 from benchmarks.report import page, summary
 from benchmarks.results import Results
 
+pytestmark = pytest.mark.full  # processes of their own
+
 OPTIONS = {"model": "tiny", "batch": None, "device": "cpu", "backend": "eager", "path": None}
 
 

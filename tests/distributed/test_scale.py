@@ -25,6 +25,8 @@ from benchmarks.scale.steps import WAYS, size
 from benchmarks.scale.throughput import RANKS, Cluster, Load, amdahl, curve, step_seconds
 from dpcompile.errors import UnsupportedGraphError
 
+pytestmark = pytest.mark.full  # large models
+
 FLOAT = 4
 DOUBLE = 8
 PLACE = 32  # bytes of a reduction: step and draw, and both negated

@@ -15,6 +15,8 @@ from dpcompile.distributed import shards
 from dpcompile.distributed.tensor_parallel import fingerprint
 from dpcompile.noise.mechanism import privatize_
 
+pytestmark = pytest.mark.full  # launches of several ranks
+
 CHECKS = {
     "gradients of MLP", "gradients of attention", "gradients of GPT", "clipping by layer", "inductor",
     "gradients of a block twice", "a block twice, by layer",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from launching import launch
+
+pytestmark = pytest.mark.full  # a launch of several ranks
 
 
 def test_faults_end_every_rank_and_the_last_checkpoint_goes_on(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from launching import launch, passed
 
+pytestmark = pytest.mark.full  # launches of several ranks
+
 CHECKS = {
     "gradients of GPT", "gradients of checkpointed GPT", "gradients of ViT", "gradients of LoRA", "two passes",
     "gradients of GPT, tied head", "gradients of a block twice", "graph breaks",

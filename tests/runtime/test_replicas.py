@@ -14,6 +14,8 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from dpcompile.distributed.shards import as_gradient, computing_device, zeros_for
 
+pytestmark = pytest.mark.full  # launches of several ranks
+
 CHECKS = {
     "gradients of GPT", "gradients of ViT", "gradients of LoRA", "regions", "unused parameters looked for",
     "gradients of checkpointed GPT", "gradients of GPT, tied head", "gradients of a block twice",

@@ -259,6 +259,7 @@ def test_through_inductor() -> None:
         assert model.grad_norms.isfinite().all()
 
 
+@pytest.mark.full
 def test_pools_on_torch_with_the_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the workaround of `_torch` the pool's backward may come too late: then the step is stopped."""
     monkeypatch.setattr(mended_inductor, "FORGETS_WRITES", False)
