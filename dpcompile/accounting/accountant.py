@@ -12,14 +12,13 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
-
-import absl.logging
-from dp_accounting import DpEvent, rdp
-from dp_accounting.pld import privacy_loss_distribution
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from dpcompile.accounting.events import sampled_gaussian, sampled_gaussian_of
 from dpcompile.errors import PrivacyError
+
+if TYPE_CHECKING:  # it takes as long to import as the rest of the package
+    from dp_accounting import DpEvent
 
 __all__ = ["Method", "PrivacyAccountant", "calibrate_noise"]
 
@@ -235,6 +234,8 @@ def _compose(history: Sequence[tuple[float, float, int]], delta: float, method: 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Orders that do not converge are left out of the bound, which stays a bound; dp-accounting logs each of them."""
+    import absl.logging
+
     level = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)
     try:
@@ -256,6 +257,8 @@ def _epsilon(history: Sequence[tuple[float, float, int]], delta: float, method: 
 def _renyi_bound(history: Sequence[tuple[float, float, int]], delta: float) -> float:
     if any(sigma < _LEAST_NOISE for sigma, _, _ in history):
         return math.inf
+    from dp_accounting import rdp
+
     accountant = rdp.RdpAccountant()
     for sigma, q, n in history:
         accountant.compose(sampled_gaussian(sigma, q), n)
@@ -290,6 +293,8 @@ def _interval(history: Sequence[tuple[float, float, int]], delta: float) -> floa
 @functools.lru_cache(maxsize=8)
 def _one_step(sigma: float, q: float, interval: float) -> Any:
     """The privacy loss distribution of one step: what takes time, and is the same for every number of steps."""
+    from dp_accounting.pld import privacy_loss_distribution
+
     return privacy_loss_distribution.from_gaussian_mechanism(
         sigma, sampling_prob=q, value_discretization_interval=interval
     )

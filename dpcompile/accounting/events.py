@@ -6,10 +6,12 @@ The one file that knows which events there are: a mechanism with another kind of
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
+from typing import TYPE_CHECKING
 
 from dpcompile.errors import PrivacyError
+
+if TYPE_CHECKING:  # it takes as long to import as the rest of the package
+    from dp_accounting import DpEvent
 
 __all__ = ["SampledGaussian", "sampled_gaussian", "sampled_gaussian_of"]
 
@@ -32,6 +34,8 @@ class SampledGaussian:
 
 def sampled_gaussian(noise_multiplier: float, sample_rate: float) -> DpEvent:
     """The event of one such step."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+
     return PoissonSampledDpEvent(float(sample_rate), GaussianDpEvent(float(noise_multiplier)))
 
 
@@ -41,6 +45,8 @@ def sampled_gaussian_of(event: DpEvent) -> SampledGaussian:
     Raises:
         PrivacyError: it is another one, of which the accountant knows no bound.
     """
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+
     if isinstance(event, PoissonSampledDpEvent) and isinstance(event.event, GaussianDpEvent):
         return SampledGaussian(event.event.noise_multiplier, event.sampling_probability)
     raise PrivacyError(

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from dp_accounting import DpEvent
 from torch import Tensor
 
 from dpcompile.accounting.events import sampled_gaussian
 from dpcompile.noise.normal import add_gaussian_
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
 
 __all__ = ["GaussianMechanism", "Mechanism", "Release", "privatize_"]
 
