@@ -29,7 +29,6 @@ LONG_FILES = {
     "step.py": "to be cut: the graph, and the step",
 }
 LONG_FUNCTIONS = {
-    "capture/roles.py:assign_roles": "to be cut: a function per kind of input",
     "data/loader.py:__init__": "checks of many arguments, one after the other",
     "runtime/translate.py:translated": "a table of errors",
 }

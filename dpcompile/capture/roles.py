@@ -108,85 +108,118 @@ def assign_roles(
     """
     if trained:
         check_differentiable(gm)
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    trainable: dict[int, str] = {}
-    frozen: dict[int, str] = {}
-    examples: dict[int, int] = {}
-    names: dict[int, str] = {}
-    hints: dict[sympy.Symbol, int] = {}
-    layouts: dict[int, Examples] = {}
-    batch: Size | None = None
-    plain: int | torch.SymInt | None = None  # the same as torch has it, where the examples are a dimension
-    for position, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
+    found = _Found()
+    for position, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
         fake = node.meta.get("example_value")
         if not isinstance(value, Tensor) or not isinstance(fake, Tensor):
             continue
+        found.hint(value, fake)
+        if id(value) in parameters:
+            found.parameter(position, parameters[id(value)], value)
+        elif id(value) in leaves:
+            found.argument(position, *leaves[id(value)], value, fake)
+        else:
+            found.other(position, node, value)
+    if found.batch is None and trained:
+        raise no_example_axis()
+    return Roles(
+        found.trainable,
+        found.frozen,
+        found.examples,
+        found.names,
+        0 if found.batch is None else found.batch,
+        found.hints,
+        narrow=tuple(p for p in found.trainable if inputs[p].element_size() < 4),
+        inputs=len(inputs),
+        arguments=frozenset(i for i, x in enumerate(inputs) if id(x) in leaves),
+        layouts=found.layouts,
+    )
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the inputs seen so far are; see :class:`Roles`.
+
+    Attributes:
+        plain: ``batch`` as torch has it, where the examples are a dimension of their own.
+    """
+
+    trainable: dict[int, str] = field(default_factory=dict)
+    frozen: dict[int, str] = field(default_factory=dict)
+    examples: dict[int, int] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    hints: dict[sympy.Symbol, int] = field(default_factory=dict)
+    layouts: dict[int, Examples] = field(default_factory=dict)
+    batch: Size | None = None
+    plain: int | torch.SymInt | None = None
+
+    def hint(self, value: Tensor, fake: Tensor) -> None:
+        """Learn the values of symbols."""
         for expression, number in zip(shape_of(fake), value.shape, strict=True):
             if isinstance(expression, sympy.Symbol) and isinstance(number, int):
-                hints[expression] = number
-        if id(value) in parameters:
-            names[position] = parameters[id(value)]
-            if value.is_complex() and value.requires_grad:
+                self.hints[expression] = number
+
+    def parameter(self, position: int, name: str, value: Tensor) -> None:
+        """A live parameter."""
+        self.names[position] = name
+        if value.is_complex() and value.requires_grad:
+            raise UnsupportedGraphError(
+                f"parameter '{name}' is complex, and norms and noise are those of real numbers",
+                remedy="keep it as a real parameter [..., 2], and use torch.view_as_complex(it) in forward",
+            )
+        (self.trainable if value.requires_grad else self.frozen)[position] = name
+
+    def argument(self, position: int, name: str, lies: int | Examples | None, value: Tensor, fake: Tensor) -> None:
+        """A tensor of the call, in which examples lie like this."""
+        self.names[position] = name
+        if lies is None:
+            return
+        layout, dim = (None, lies) if isinstance(lies, int) else (lies, lies.dim)
+        self.examples[position] = dim % value.ndim
+        here = shape_of(fake)[dim]
+        if layout is not None and not (is_one(layout.outer) and is_one(layout.inner)):
+            self.layouts[position] = layout
+            here = divide(here, product([layout.outer, layout.inner]))
+            if not isinstance(here, int):
                 raise UnsupportedGraphError(
-                    f"parameter '{names[position]}' is complex, and norms and noise are those of real numbers",
-                    remedy="keep it as a real parameter [..., 2], and use torch.view_as_complex(it) in forward",
+                    f"the examples of '{name}' are flattened into a dimension of symbolic size",
+                    remedy="compile with dynamic=False, or pass the tensor between blocks with a batch dimension of "
+                    "its own",
                 )
-            (trainable if value.requires_grad else frozen)[position] = parameters[id(value)]
-        elif id(value) in leaves:
-            names[position], dim = leaves[id(value)]
-            if dim is not None:
-                layout = None if isinstance(dim, int) else dim
-                dim = dim if isinstance(dim, int) else dim.dim
-                examples[position] = dim % value.ndim
-                here = shape_of(fake)[dim]
-                if layout is not None and not (is_one(layout.outer) and is_one(layout.inner)):
-                    layouts[position] = layout
-                    here = divide(here, product([layout.outer, layout.inner]))
-                    if not isinstance(here, int):
-                        raise UnsupportedGraphError(
-                            f"the examples of '{names[position]}' are flattened into a dimension of symbolic size",
-                            remedy="compile with dynamic=False, or pass the tensor between blocks with a batch "
-                            "dimension of its own",
-                        )
-                if value.shape[dim] == 0:
-                    raise NoExample(
-                        f"input '{names[position]}' holds no example",
-                        remedy="pad an empty draw to a physical batch and mask it, as PoissonLoader does",
-                    )
-                if (
-                    plain is not None and layout is None and plain == fake.shape[dim]
-                ):  # for symbols that differ, a guard
-                    here = batch = size(plain)
-                if batch is not None and not same(batch, here):
-                    raise UnsupportedGraphError(
-                        f"the example axis of '{names[position]}' has the size {here}, others have {batch}",
-                        remedy="pass inputs that hold the same number of examples; in_dims says where they are",
-                    )
-                batch = here
-                plain = fake.shape[dim] if layout is None else plain
-        else:
-            names[position] = _source_name(node)
-            if is_number(node):
-                continue
-            if _ARGUMENTS.match(names[position]):
-                hidden = _HIDDEN.sub(r"\1", names[position])
-                raise UnsupportedGraphError(
-                    f"the model reads the tensor {hidden}, which is inside an object or an array of NumPy: it is not "
-                    "known whether it has an example axis",
-                    remedy="pass tensors themselves (torch.from_numpy), or in lists, tuples and dicts",
-                )
-            if value.requires_grad:
-                raise UnsupportedGraphError(
-                    f"the model uses '{names[position]}', which needs a gradient and is no parameter of the model",
-                    remedy="register it as an nn.Parameter of the model, or detach it",
-                )
-    if batch is None and not trained:
-        batch = 0
-    elif batch is None:
-        raise no_example_axis()
-    narrow = tuple(p for p in trainable if inputs[p].element_size() < 4)
-    arguments = frozenset(i for i, x in enumerate(inputs) if id(x) in leaves)
-    return Roles(trainable, frozen, examples, names, batch, hints, narrow, len(inputs), arguments, layouts=layouts)
+        if value.shape[dim] == 0:
+            raise NoExample(
+                f"input '{name}' holds no example",
+                remedy="pad an empty draw to a physical batch and mask it, as PoissonLoader does",
+            )
+        if (
+            self.plain is not None and layout is None and self.plain == fake.shape[dim]
+        ):  # of symbols that differ: a guard
+            here = self.batch = size(self.plain)
+        if self.batch is not None and not same(self.batch, here):
+            raise UnsupportedGraphError(
+                f"the example axis of '{name}' has the size {here}, others have {self.batch}",
+                remedy="pass inputs that hold the same number of examples; in_dims says where they are",
+            )
+        self.batch = here
+        self.plain = fake.shape[dim] if layout is None else self.plain
+
+    def other(self, position: int, node: fx.Node, value: Tensor) -> None:
+        """A buffer, an attribute, a global, or a number."""
+        name = self.names[position] = _source_name(node)
+        if is_number(node):
+            return
+        if _ARGUMENTS.match(name):
+            hidden = _HIDDEN.sub(r"\1", name)
+            raise UnsupportedGraphError(
+                f"the model reads the tensor {hidden}, which is inside an object or an array of NumPy: it is not "
+                "known whether it has an example axis",
+                remedy="pass tensors themselves (torch.from_numpy), or in lists, tuples and dicts",
+            )
+        if value.requires_grad:
+            raise UnsupportedGraphError(
+                f"the model uses '{name}', which needs a gradient and is no parameter of the model",
+                remedy="register it as an nn.Parameter of the model, or detach it",
+            )
 
 
 def no_example_axis() -> UnsupportedGraphError:
