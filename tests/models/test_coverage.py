@@ -51,16 +51,20 @@ def solved(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, An
     )  # fmt: skip
 
 
-def marks_of(case: Case, run: int, forced: int) -> list[Any]:
-    """One process for all runs of a model, so that its gradients are computed once; of forced rules one is not slow."""
+def marks_of(case: Case, run: int, place: int) -> list[Any]:
+    """One process for all runs of a model, so that its gradients are computed once.
+
+    Of the forced rules one is not slow, by turns, and of every second model.
+    """
+    forced = 1 + place // 2 % 2 if place % 2 == 0 else 0
     slow = run > 0 and (case.slow or run != forced)
     return [pytest.mark.xdist_group(case.id), *([pytest.mark.slow] if slow else [])]
 
 
 def runs() -> list[Any]:
-    """Model by model, under "auto" and one forced rule by turns; the rest is slow."""
+    """Model by model, under "auto" and, every second one, a forced rule by turns; the rest is slow."""
     return [
-        pytest.param(case, norm, id=f"{case.id}-{norm}", marks=marks_of(case, i, 1 + place % 2))
+        pytest.param(case, norm, id=f"{case.id}-{norm}", marks=marks_of(case, i, place))
         for place, case in enumerate(ALL)
         for i, norm in enumerate(NORMS)
         if i == 0 or case.refused is None
