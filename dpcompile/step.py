@@ -13,33 +13,27 @@ import torch
 from torch import Tensor, fx, nn
 
 from dpcompile._torch import pytree
-from dpcompile._torch.aot import PlainAOTOutput, flat_graph
 from dpcompile._torch.dynamo import disable
-from dpcompile._torch.tensors import memory_of
 from dpcompile.batches.draws import Given, nothing
 from dpcompile.capture.arguments import InDims, example_dims
 from dpcompile.capture.example_losses import ExampleLosses
-from dpcompile.capture.inputs import extend
 from dpcompile.capture.outputs import detach_all_but
-from dpcompile.capture.roles import Roles, assign_roles
+from dpcompile.capture.roles import assign_roles
 from dpcompile.capture.tensor_kinds import check_model
 from dpcompile.capture.tracing import tracing_config
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
-from dpcompile.graph.compile import compile_joint
 from dpcompile.module import engine_of
 from dpcompile.optim.optimizer import DPOptimizer
-from dpcompile.options import Options
-from dpcompile.pipeline import Transformed, privatize
 from dpcompile.regions.engine import RegionEngine
 from dpcompile.runtime.base import Engine, with_own_code
 from dpcompile.runtime.changing_numbers import constants_where_needed
 from dpcompile.runtime.delivery import warn_of_lost_examples
 from dpcompile.runtime.forward import AwaitedBackward, Forward, Running
+from dpcompile.runtime.gradient_graph import Gradients, gradient_graph
 from dpcompile.runtime.kept_numbers import reads_of
 from dpcompile.runtime.parts import split_call
 from dpcompile.runtime.sums import Delivered, lying_like
 from dpcompile.runtime.translate import translated
-from dpcompile.runtime.verify import Verifier
 
 __all__ = ["CompiledStep", "compile_step"]
 
@@ -119,26 +113,7 @@ class _Run:
     targets: Any
     dims: Any
     awaited: AwaitedBackward | None = None
-    found: _Gradients | None = None
-
-
-@dataclass(slots=True)
-class _Gradients:
-    """What one run of a compiled graph gave.
-
-    Attributes:
-        losses: ``[B]``, one for every row.
-        mask: float32 ``[B]``, 1 for an example and 0 for padding.
-        norms: ``[B]``, before clipping.
-        sums: parameter name -> its clipped sum, float32 or wider.
-        transformed: plan, certificate and graph.
-    """
-
-    losses: Tensor
-    mask: Tensor
-    norms: Tensor
-    sums: dict[str, Tensor]
-    transformed: Transformed
+    found: Gradients | None = None
 
 
 class CompiledStep:
@@ -192,7 +167,7 @@ class CompiledStep:
         totals = [ledger.total(name) for name in self._engine.trainable()] if ledger.deliveries else []
         return [t for t in totals if t is not None] or None
 
-    def _drawn(self, inputs: Any, targets: Any) -> list[_Gradients]:
+    def _drawn(self, inputs: Any, targets: Any) -> list[Gradients]:
         """Of a batch of the loader, in as many runs of the graph as it takes."""
         draws, dims = self._engine.draws, self._example_dims(inputs, targets)
         assert draws is not None
@@ -202,14 +177,14 @@ class CompiledStep:
             assert claim.refused is not None
             raise claim.refused
         pieces = split_call((inputs, targets), {}, dims, batch.turns)
-        found: list[_Gradients] = []
+        found: list[Gradients] = []
         for ((some, their), _), rows in zip(pieces, mask.chunk(batch.turns), strict=True):
             begin = partial(draws.begin, batch) if not found else nothing
             found.append(self._delivered(some, their, Given(rows, reduces=False, more=bool(found), begin=begin)))
         draws.delivered(batch)
         return found
 
-    def _delivered(self, inputs: Any, targets: Any, given: Given) -> _Gradients:
+    def _delivered(self, inputs: Any, targets: Any, given: Given) -> Gradients:
         """Run the graph, and hand its clipped sums to the ledger."""
         engine = self._engine
         run = _Run(Forward(*_as_call(inputs), given), inputs, targets, _broadcast(self._target_dims, targets))
@@ -221,7 +196,7 @@ class CompiledStep:
         warn_of_lost_examples(found.norms, found.mask)
         return found
 
-    def _gradients(self, run: _Run) -> _Gradients:
+    def _gradients(self, run: _Run) -> Gradients:
         """Losses, norms and clipped sums of a batch, by the graph that fits what is true now."""
         names = tuple(self._engine.trainable())  # Dynamo of torch 2.11 has no guard on it
         if names not in self._compiled:
@@ -265,7 +240,7 @@ class CompiledStep:
         leaves = {id(t): (name, dim) for name, t, dim in self._example_dims(step.inputs, step.targets)}
         roles = assign_roles(gm, inputs, {id(p): n for n, p in engine.parameters().items()}, leaves)
         reads = reads_of(engine.module)
-        program = _program(gm, inputs, roles, replace(engine.options, loss_reduction="sum"))
+        program = gradient_graph(gm, inputs, roles, replace(engine.options, loss_reduction="sum"))
 
         @disable
         def run(*values: Any) -> Sequence[Any]:
@@ -286,71 +261,6 @@ class CompiledStep:
         return run
 
 
-@dataclass(slots=True)
-class _Program:
-    """A rewritten joint graph as a function of the captured graph's inputs and of the mask.
-
-    Attributes:
-        run: the graph, compiled.
-        sources: for every input of it its position among the captured graph's; None for the losses' cotangent.
-        mask: the position of the mask among the captured graph's inputs, and what follows it only receives gradients.
-        returned: where the captured graph's outputs stand among its outputs.
-        slots: parameter name -> the position of its clipped sum; missing if that is zero.
-        transformed: plan, certificate and graph.
-    """
-
-    run: Callable[..., Sequence[Any]]
-    sources: list[int | None]
-    mask: int
-    returned: list[int]
-    slots: dict[str, int]
-    transformed: Transformed
-
-    @torch.no_grad()
-    def __call__(self, values: Sequence[Any], mask: Tensor) -> tuple[list[Any], _Gradients]:
-        """The captured graph's outputs, and the gradients."""
-        every = dict(enumerate(values)) | {self.mask: mask}
-        ones = torch.ones_like(mask)  # the cotangent of every example's own loss
-        outputs = self.run(*(ones if s is None else every.get(s) for s in self.sources))
-        returned = [outputs[i] for i in self.returned]
-        sums = {name: _wide(outputs[slot]) for name, slot in self.slots.items()}
-        norms = outputs[self.transformed.norm_slot]
-        return returned, _Gradients(returned[0], mask, norms, _apart(sums), self.transformed)
-
-
-def _program(gm: fx.GraphModule, inputs: Sequence[Any], roles: Roles, options: Options) -> _Program:
-    """Proved and rewritten; the graph of Dynamo returns one loss per example, and more that needs no gradient."""
-    extended, extra = extend(gm, roles)
-    result: list[Transformed] = []
-    compile_joint(
-        extended,
-        [*inputs, *extra],
-        backend="eager",
-        transform=lambda joint: result.append(privatize(joint, roles, options, 1)),
-        key="",
-    )
-    (transformed,) = result
-    graph, sources = flat_graph(transformed.graph)
-    described = enumerate(transformed.graph.graph.output_node().meta["desc"])
-    places = {d.idx: i for i, d in described if isinstance(d, PlainAOTOutput)}
-    symbolic = any(isinstance(value, torch.SymInt) for value in inputs)
-    run: Callable[..., Any] = graph
-    if options.backend != "eager":
-        run = torch.compile(graph, backend=options.backend, fullgraph=True, dynamic=symbolic)
-        if options.verify:
-            verifier = Verifier("compile_step's graph")
-            verifier.describe(transformed)
-            run = verifier.whole(run, graph)
-    return _Program(
-        run=run,
-        sources=sources,
-        mask=roles.inputs,
-        returned=[places[i] for i in range(len(places))],
-        slots={n: s for n, s in transformed.sum_slots.items() if n in transformed.plan.rules()},
-        transformed=transformed,
-    )
-
-
 def _call_losses(losses: ExampleLosses, inputs: Any, targets: Any, dims: Any) -> Tensor:
     return losses(inputs, targets, dims)
 
@@ -366,20 +276,6 @@ def _broadcast(dims: InDims, value: Any) -> Any:
     if dims is None or isinstance(dims, int):
         return pytree.tree_map(lambda _: dims, value)
     return dims
-
-
-def _apart(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums that share no memory with one another: they are added to in place."""
-    taken: set[int] = set()
-    for name, total in sums.items():
-        if memory_of(total) in taken:
-            sums[name] = total.clone()
-        taken.add(memory_of(total))
-    return sums
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 _BACKWARDS = itertools.count(-2, -1)  # no number of a backward() of autograd

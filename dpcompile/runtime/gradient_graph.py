@@ -1,0 +1,119 @@
+"""A rewritten joint graph as one function: losses, norms and clipped sums of a batch, without autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dpcompile._torch.aot import PlainAOTOutput, flat_graph
+from dpcompile._torch.tensors import memory_of
+from dpcompile.capture.inputs import extend
+from dpcompile.capture.roles import Roles
+from dpcompile.graph.compile import compile_joint
+from dpcompile.options import Options
+from dpcompile.pipeline import Transformed, privatize
+from dpcompile.runtime.verify import Verifier
+
+__all__ = ["GradientGraph", "Gradients", "gradient_graph"]
+
+
+@dataclass(slots=True)
+class Gradients:
+    """What one run of a compiled graph gave.
+
+    Attributes:
+        losses: ``[B]``, one for every row.
+        mask: float32 ``[B]``, 1 for an example and 0 for padding.
+        norms: ``[B]``, before clipping.
+        sums: parameter name -> its clipped sum, float32 or wider.
+        transformed: plan, certificate and graph.
+    """
+
+    losses: Tensor
+    mask: Tensor
+    norms: Tensor
+    sums: dict[str, Tensor]
+    transformed: Transformed
+
+
+@dataclass(slots=True)
+class GradientGraph:
+    """A rewritten joint graph as a function of the captured graph's inputs and of the mask.
+
+    Attributes:
+        run: the graph, compiled.
+        sources: for every input of it its position among the captured graph's; None for the losses' cotangent.
+        mask: the position of the mask among the captured graph's inputs, and what follows it only receives gradients.
+        returned: where the captured graph's outputs stand among its outputs.
+        slots: parameter name -> the position of its clipped sum; missing if that is zero.
+        transformed: plan, certificate and graph.
+    """
+
+    run: Callable[..., Sequence[Any]]
+    sources: list[int | None]
+    mask: int
+    returned: list[int]
+    slots: dict[str, int]
+    transformed: Transformed
+
+    @torch.no_grad()
+    def __call__(self, values: Sequence[Any], mask: Tensor) -> tuple[list[Any], Gradients]:
+        """The captured graph's outputs, and the gradients."""
+        every = dict(enumerate(values)) | {self.mask: mask}
+        ones = torch.ones_like(mask)  # the cotangent of every example's own loss
+        outputs = self.run(*(ones if s is None else every.get(s) for s in self.sources))
+        returned = [outputs[i] for i in self.returned]
+        sums = {name: _wide(outputs[slot]) for name, slot in self.slots.items()}
+        norms = outputs[self.transformed.norm_slot]
+        return returned, Gradients(returned[0], mask, norms, _apart(sums), self.transformed)
+
+
+def gradient_graph(gm: fx.GraphModule, inputs: Sequence[Any], roles: Roles, options: Options) -> GradientGraph:
+    """Proved and rewritten; the graph of Dynamo returns one loss per example, and more that needs no gradient."""
+    extended, extra = extend(gm, roles)
+    result: list[Transformed] = []
+    compile_joint(
+        extended,
+        [*inputs, *extra],
+        backend="eager",
+        transform=lambda joint: result.append(privatize(joint, roles, options, 1)),
+        key="",
+    )
+    (transformed,) = result
+    graph, sources = flat_graph(transformed.graph)
+    described = enumerate(transformed.graph.graph.output_node().meta["desc"])
+    places = {d.idx: i for i, d in described if isinstance(d, PlainAOTOutput)}
+    symbolic = any(isinstance(value, torch.SymInt) for value in inputs)
+    run: Callable[..., Any] = graph
+    if options.backend != "eager":
+        run = torch.compile(graph, backend=options.backend, fullgraph=True, dynamic=symbolic)
+        if options.verify:
+            verifier = Verifier("compile_step's graph")
+            verifier.describe(transformed)
+            run = verifier.whole(run, graph)
+    return GradientGraph(
+        run=run,
+        sources=sources,
+        mask=roles.inputs,
+        returned=[places[i] for i in range(len(places))],
+        slots={n: s for n, s in transformed.sum_slots.items() if n in transformed.plan.rules()},
+        transformed=transformed,
+    )
+
+
+def _apart(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums that share no memory with one another: they are added to in place."""
+    taken: set[int] = set()
+    for name, total in sums.items():
+        if memory_of(total) in taken:
+            sums[name] = total.clone()
+        taken.add(memory_of(total))
+    return sums
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
