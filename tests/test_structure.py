@@ -107,8 +107,8 @@ def _lines(function: ast.FunctionDef) -> int:
     return (function.end_lineno or 0) - function.lineno + 1 - (documented.count("\n") + 1 if documented else 0)
 
 
-@pytest.mark.parametrize("name", ["PrivateModule", "private_view"])
-def test_names_in_earlier_pickles_of_models(name: str) -> None:
+@pytest.mark.parametrize("name", ["PrivateModule", "private_view", "engine_of", "set_mask"])
+def test_names_in_earlier_pickles_and_programs(name: str) -> None:
     assert getattr(runtime, name) is getattr(module, name)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         runtime.nothing  # noqa: B018
