@@ -87,12 +87,17 @@ def compile_step(
             remedy="use the ordinary loop: model(inputs), loss.backward(), optimizer.step(); or compile the model "
             "without regions",
         )
+    _refuse_replicas(engine)
+    return CompiledStep(engine, loss_fn, optimizer, out_dims, target_dims)
+
+
+def _refuse_replicas(engine: Engine) -> None:
+    """At every step too: a model may be wrapped later."""
     if engine.distributed:
         raise UnsupportedGraphError(
             "compile_step makes one graph of the whole step, and this model is replicated by DistributedDataParallel",
             remedy="use the ordinary loop: model(inputs), loss.backward(), optimizer.step()",
         )
-    return CompiledStep(engine, loss_fn, optimizer, out_dims, target_dims)
 
 
 @dataclass(eq=False, slots=True)
@@ -151,6 +156,7 @@ class CompiledStep:
     def __call__(self, inputs: Any, targets: Any) -> Tensor:
         """Run one step, or one of :meth:`dpcompile.PoissonLoader.parts`; returns its examples' mean loss, detached."""
         engine, optimizer = self._engine, self._optimizer
+        _refuse_replicas(engine)
         optimizer.zero_grad()  # nothing, while a logical step is under way
         optimizer.checked_parameters()
         found = (

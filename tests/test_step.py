@@ -452,3 +452,15 @@ def test_two_parameters_with_one_gradient() -> None:
     (2 * F.cross_entropy(x[:, :3] + leaf, y, reduction="sum")).backward()
     torch.testing.assert_close(-model.a, leaf.grad)
     torch.testing.assert_close(-model.b, leaf.grad)
+
+
+def test_a_model_that_is_replicated_later_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dp_compile(nn.Linear(3, 2), backend="eager")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, noise_multiplier=1.0, expected_batch_size=4, seed=1
+    )
+    step = compile_step(model, nn.functional.mse_loss, optimizer)
+    monkeypatch.setattr(type(optimizer.engine.replicas), "known", True)
+    with pytest.raises(UnsupportedGraphError, match=r"(?s)replicated by DistributedDataParallel.*the ordinary loop"):
+        step(torch.randn(4, 3), torch.randn(4, 2))
+    assert optimizer.logical_step == 0

@@ -104,8 +104,7 @@ class PrivacyAccountant:
         _check_steps(n)
         mechanism = self._mechanism
         if event is not None:
-            given = sampled_gaussian_of(event)
-            mechanism = (float(given.noise_multiplier), float(given.sample_rate))
+            mechanism = sampled_gaussian_of(event)
             _check_mechanism(*mechanism)
         if not n:
             return

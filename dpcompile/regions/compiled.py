@@ -71,7 +71,7 @@ class CompiledRegions:
         self.shared: set[str] = set()
         self.breaks = options.regions == "breaks"
         self._regions: dict[Any, CompiledRegion] = {}
-        self._plans: dict[int, Plan] = {}
+        self._plans: list[Plan] = []
         self._trained: tuple[str, ...] = ()
         self._groups: Mapping[str, frozenset[str]] = {}
         self._of_units: dict[Any, tuple[Lowering, tuple[str, ...]]] = {}
@@ -79,7 +79,7 @@ class CompiledRegions:
     @property
     def plans(self) -> tuple[Plan, ...]:
         """Of every graph with trainable parameters, equal ones once."""
-        return tuple(self._plans.values())
+        return tuple(self._plans)
 
     def train(self, names: Sequence[str]) -> None:
         """These parameters are trainable now."""
@@ -129,7 +129,7 @@ class CompiledRegions:
                 )
             if region.transformed is not None:
                 self.newest = region.transformed
-                self._plans[id(region)] = region.transformed.plan
+                self._plans.append(region.transformed.plan)
             if key is None:
                 return region
             self._regions[key] = region
@@ -162,7 +162,7 @@ class CompiledRegions:
         over = peaks.deferred > allowed and not obstacle
         self.two_pass = any_rank(over) if sharded else over
         if self.two_pass:
-            self._regions, self._plans = {}, {}
+            self._regions, self._plans = {}, []
         return describe(peaks, allowed, two_pass=self.two_pass, obstacle=obstacle)
 
     def _obstacle(self) -> str:
