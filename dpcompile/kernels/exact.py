@@ -96,19 +96,24 @@ def linear_slack(squared: Tensor, unit: float, sizes: Tensor) -> Tensor:
 def rounded_again(each: Tensor, sizes: Tensor, positions: int, redo: Callable[[int], Tensor]) -> Tensor:
     """Squared norms of kept gradients ``[B, ...]``, ``[B]``, after those that cancel have been made again, in place.
 
+    **Guarantee.** None is below that of the kept gradient, which the clipped sum is made of, and none is above it by
+    more than :data:`dpcompile.kernels.rounding.CLOSE` of it and the floor. What rounding is likely to have taken from
+    the true norm is added.
+
     Args:
         each: the gradients.
         sizes: their squared sizes.
         positions: how many terms each of their elements is a sum of.
         redo: an example's gradient, in float64.
     """
-    squared = norms_of(each)
-    likely = 2 * positions**0.5 * unit_of(each.dtype)
-    doubtful = sizes.isfinite() & ~(likely**2 * sizes <= CLOSE**2 * squared) | (sizes.isfinite() & ~squared.isfinite())
-    for i in doubtful.nonzero().flatten().tolist() if each.dtype == torch.float32 else ():
+    squared, known = norms_of(each), sizes.isfinite()
+    slack = linear_slack(squared, 2 * positions**0.5 * unit_of(each.dtype), sizes)
+    certain = (slack <= CLOSE * squared) & squared.isfinite()
+    result = torch.where(known, squared + slack, squared)
+    for i in (known & ~certain).nonzero().flatten().tolist() if each.dtype == torch.float32 else ():
         each[i] = redo(i)
-        squared[i] = norms_of(each[i : i + 1])[0]
-    return with_floor(squared, sizes)
+        result[i] = norms_of(each[i : i + 1])[0]
+    return with_floor(result, sizes)
 
 
 def kinds_of(one_hot: Sequence[str | None]) -> str:

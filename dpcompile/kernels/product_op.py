@@ -25,9 +25,9 @@ _ANY_STRIDES = (torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)  # exampl
 def product_with_norms(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor, Tensor]:
     """``rows^T cols`` of every example and block, to be kept, and every example's squared norm.
 
-    **Guarantee.** The norm is that of the result, which is what the clipped sum is made of. Where rounding is likely to
-    have moved the result by more than :data:`dpcompile.kernels.rounding.CLOSE` of itself, it is made in float64 and
-    rounded once.
+    **Guarantee.** The norm is that of the result, which is what the clipped sum is made of, or a little larger: see
+    :func:`dpcompile.kernels.exact.rounded_again`. Where rounding is likely to have moved the squared norm by more than
+    :data:`dpcompile.kernels.rounding.CLOSE` of itself, the result is made in float64 and rounded once.
 
     Args:
         rows: ``[B, K, T, P]``, float32 or float64, any strides.
