@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import dpcompile
 from benchmarks.machine import describe_machine
 from benchmarks.markdown import markdown
-from dpcompile.kernels import filter_op, gram_op, norms_torch
+from dpcompile.kernels import filter_op, gram, norms_torch
 from dpcompile.kernels.fused_rates import unfused_ghost
 from dpcompile.kernels.product_op import product_with_norms
 from dpcompile.kernels.products import own_product
@@ -103,8 +103,8 @@ def images() -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
 @contextmanager
 def counted(found: list[int]) -> Iterator[None]:
     """Count the norms that are looked at, and those that are done again."""
-    modules: list[Any] = [gram_op, norms_torch, filter_op]
-    before = gram_op.settled
+    modules: list[Any] = [gram, norms_torch, filter_op]
+    before = gram.settled
 
     def settled(squared: Tensor, slack: Tensor, sizes: Tensor, redo: Any) -> Tensor:
         found[0] += len(squared)

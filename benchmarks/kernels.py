@@ -11,7 +11,8 @@ import argparse
 
 import torch
 
-from dpcompile.kernels.fused_rates import seconds, unfused_direct, unfused_ghost
+from dpcompile.kernels.fused_rates import unfused_direct, unfused_ghost
+from dpcompile.kernels.measured import seconds
 from dpcompile.kernels.norms import direct_norm, ghost_norm
 from dpcompile.kernels.product_op import product_norms
 from dpcompile.norms.ghost import Sides, ghost

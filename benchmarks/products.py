@@ -17,9 +17,9 @@ import torch
 from benchmarks.machine import describe_machine
 from benchmarks.markdown import markdown
 from benchmarks.measure import interleaved
+from dpcompile.kernels.by_index import sums_and_sizes
 from dpcompile.kernels.filter_op import filter_gradients, filter_norms
-from dpcompile.kernels.index_op import sums_and_sizes
-from dpcompile.kernels.kept_op import squared_norms, weighted_sums
+from dpcompile.kernels.kept import squared_norms, weighted_sums
 from dpcompile.kernels.onednn import multiply_
 from dpcompile.kernels.products import own_product
 from dpcompile.kernels.workspace import Workspace

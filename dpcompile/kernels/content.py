@@ -10,18 +10,16 @@ mistakes, not against somebody who looks for collisions.
 from __future__ import annotations
 
 import ctypes
-import pathlib
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from dpcompile._torch.native import compile_cpp
+from dpcompile.kernels.build import kernel
 
 __all__ = ["different", "fingerprints"]
 
-_SOURCE = pathlib.Path(__file__).parent / "cpp" / "content.cpp"
 _CHUNK = 1 << 20  # words of 32 bits that are worked on at once; keys repeat after as many
 _STRIDE, _START, _WORD = 0x9E3779B1, 0x85EBCA6B, 0xFFFFFFFF
 
@@ -75,8 +73,13 @@ def _flat(tensor: Tensor) -> Tensor:
 @torch.library.custom_op("dpcompile::contents", mutates_args=())
 def contents(flat: Sequence[Tensor]) -> Tensor:
     """The numbers of :func:`fingerprints` by the compiled kernel, for contiguous tensors: int64 ``[len(flat)]``."""
-    library, n = _library(), len(flat)
+    library = _library()
     assert library is not None
+    return _contents(library, flat)
+
+
+def _contents(library: ctypes.CDLL, flat: Sequence[Tensor]) -> Tensor:
+    n = len(flat)
     memory = (ctypes.c_void_p * n)(*(t.data_ptr() for t in flat))
     sizes = (ctypes.c_int64 * n)(*(t.numel() * t.element_size() for t in flat))
     found = torch.empty(n, dtype=torch.int64)
@@ -133,10 +136,8 @@ def _keys(device: torch.device) -> Tensor:
     return (torch.arange(_CHUNK, device=device) * _STRIDE + _START) & _WORD
 
 
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
-    """The compiled kernel; None where there is no compiler, and torch operations do the same (`native` warns of it)."""
-    try:
-        return compile_cpp(_SOURCE.read_text())
-    except Exception:
-        return None
+@kernel("content")
+def _library(library: ctypes.CDLL) -> bool:
+    """Whether it gives what torch operations give, which do the same where there is no kernel."""
+    flat = [torch.arange(n, dtype=torch.float32) - 3 for n in (0, 1, 7, 1001)]
+    return torch.equal(_contents(library, flat), _by_torch(flat, torch.device("cpu")))

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dpcompile.kernels.onednn import squares
 from dpcompile.kernels.rounding import CLOSE, WIDE, gamma, unit_of, with_floor
+from dpcompile.kernels.squares import squares_of
 
 __all__ = [
     "exact_norms",
@@ -22,21 +22,9 @@ __all__ = [
     "rounded_again",
     "settled",
     "sizes_of",
-    "squares_of",
 ]
 
 _AT_ONCE = 2**22  # elements of a gradient that exist at once, in float64
-
-
-def squares_of(values: Tensor) -> Tensor:
-    """Sums of squares over the last axis, float64: ``[.., n]`` to ``[..]``.
-
-    **Guarantee.** No square is lost or overflows: those of float32 numbers lie within float64.
-    """
-    found = squares(values) if values.ndim <= 4 else None
-    if found is not None:
-        return found
-    return torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64).square()
 
 
 def norms_of(each: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpcompile.kernels.exact import linear_slack, norms_of, rounded_again, settled, squares_of
+from dpcompile.kernels.exact import linear_slack, norms_of, rounded_again, settled
 from dpcompile.kernels.filters import Geometry, additions, gradients_, takes
 from dpcompile.kernels.precision import full_precision
 from dpcompile.kernels.rounding import WIDE, gamma, unit_of
+from dpcompile.kernels.squares import squares_of
 from dpcompile.kernels.workspace import kept_gradients
 
 __all__ = ["certain_filter_norms", "filter_gradients", "filter_norms", "grouped_convolution"]
@@ -156,7 +157,7 @@ def certain_filter_norms(
     output_padding: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """:func:`dpcompile.kernels.gram_op.certain_norms` of filters, with the same guarantee.
+    """:func:`dpcompile.kernels.gram.certain_norms` of filters, with the same guarantee.
 
     ``totals`` and ``sizes`` are as there; the others as for :func:`grouped_convolution`.
     """

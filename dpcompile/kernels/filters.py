@@ -7,20 +7,17 @@ channels are padded example by example.
 from __future__ import annotations
 
 import ctypes
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 
 import torch
 from torch import Tensor
 
-from dpcompile._torch.native import compile_cpp
+from dpcompile.kernels.build import kernel
 
 __all__ = ["Geometry", "additions", "fullness", "gradients_", "has_kernel", "takes"]
 
-_SOURCE = pathlib.Path(__file__).parent / "cpp" / "filters.cpp"
 _ROWS, _LANES = 8, 16  # of a tile, at most
 _BLOCK = 128  # places that the kernel adds up from zero, its PLACES
 _TASKS = 4  # for each thread, so that none waits long for the last
@@ -77,7 +74,7 @@ def additions(frames: int, places: Sequence[int]) -> int:
 
 def has_kernel() -> bool:
     """Whether there is a compiler, and what the kernel gave was right."""
-    return _kernel() is not None
+    return _library() is not None
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -103,39 +100,29 @@ def gradients_(images: Tensor, cotangents: Tensor, geometry: Geometry, out: Tens
     Returns:
         Squared norms, ``[B]``, float64.
     """
-    kernel = _kernel()
-    assert kernel is not None
-    return kernel(images, cotangents, geometry, out)
+    library = _library()
+    assert library is not None
+    return _gradients(library, images, cotangents, geometry, out)
 
 
-_Kernel = Callable[[Tensor, Tensor, Geometry, Tensor | None], Tensor]
-
-
-@lru_cache(maxsize=1)
-def _kernel() -> _Kernel | None:
-    try:
-        library = compile_cpp(_SOURCE.read_text(), contract=True)
-        workspace, function = library.dp_filter_workspace, library.dp_filter_gradients
-    except Exception:  # no compiler: torch's own convolutions are right too
-        return None
+def _gradients(
+    library: ctypes.CDLL, images: Tensor, cotangents: Tensor, geometry: Geometry, out: Tensor | None
+) -> Tensor:
+    if not _fits(images, cotangents, geometry):
+        raise ValueError(f"{geometry} on images {tuple(images.shape)} and cotangents {tuple(cotangents.shape)}")
+    batch, threads = images.shape[0], torch.get_num_threads()
+    sizes = _sizes(images, cotangents, geometry)
+    filters = geometry.shape[0] // geometry.groups
+    parts = min(-(-_TASKS * threads // batch), geometry.groups * -(-filters // _ROWS))
+    parts = 1 if batch >= _TASKS * threads else max(parts, 1)
+    workspace = library.dp_filter_workspace
     workspace.restype = ctypes.c_int64
-
-    def kernel(images: Tensor, cotangents: Tensor, geometry: Geometry, out: Tensor | None) -> Tensor:
-        if not _fits(images, cotangents, geometry):
-            raise ValueError(f"{geometry} on images {tuple(images.shape)} and cotangents {tuple(cotangents.shape)}")
-        batch, threads = images.shape[0], torch.get_num_threads()
-        sizes = _sizes(images, cotangents, geometry)
-        filters = geometry.shape[0] // geometry.groups
-        parts = min(-(-_TASKS * threads // batch), geometry.groups * -(-filters // _ROWS))
-        parts = 1 if batch >= _TASKS * threads else max(parts, 1)
-        work = torch.zeros(threads, workspace(sizes))
-        norms = torch.empty(batch, parts, dtype=torch.float64)
-        memory = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (work, out, norms)]
-        inputs = [ctypes.c_void_p(x.data_ptr()) for x in (images, cotangents)]
-        function(*inputs, sizes, ctypes.c_int64(parts), *memory, ctypes.c_int(threads))
-        return norms.sum(1)
-
-    return kernel if _is_right(kernel) else None
+    work = torch.zeros(threads, workspace(sizes))
+    norms = torch.empty(batch, parts, dtype=torch.float64)
+    memory = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (work, out, norms)]
+    inputs = [ctypes.c_void_p(x.data_ptr()) for x in (images, cotangents)]
+    library.dp_filter_gradients(*inputs, sizes, ctypes.c_int64(parts), *memory, ctypes.c_int(threads))
+    return norms.sum(1)
 
 
 def _fits(images: Tensor, cotangents: Tensor, geometry: Geometry) -> bool:
@@ -169,16 +156,17 @@ def _sizes(images: Tensor, cotangents: Tensor, geometry: Geometry) -> ctypes.Arr
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-def _is_right(kernel: _Kernel) -> bool:
+@kernel("filters", contract=True)
+def _library(library: ctypes.CDLL) -> bool:
     """Whether gradients of small integers, which are exact, come out."""
     images = torch.arange(2 * 2 * 3 * 6 * 5).remainder(7).float().reshape(2, 2, 3, 6, 5)
     cotangents = torch.arange(2 * 2 * 9 * 3 * 4).remainder(5).float().reshape(2, 2, 9, 3, 4)
     geometry = Geometry([9, 3, 3, 2], [2, 1], [1, 0], [1, 1], 1)
     found = torch.full((2, 9, 3, 2, 3), torch.nan)
-    norms = kernel(images, cotangents, geometry, found)
+    norms = _gradients(library, images, cotangents, geometry, found)
     padded = torch.nn.functional.pad(images, [0, 0, 1, 1])
     seen = padded.unfold(3, 3, 2).unfold(4, 2, 1)  # [B, F, channels, *places, *kernel]
     wanted = torch.einsum("nfcpqhw,nfopq->nohwc", seen, cotangents)
-    alone = kernel(images, cotangents, geometry, None)
+    alone = _gradients(library, images, cotangents, geometry, None)
     squared = wanted.square().flatten(1).sum(1)
     return torch.equal(found, wanted) and torch.equal(norms, squared.double()) and torch.equal(alone, squared.double())

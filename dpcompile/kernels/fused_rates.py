@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import pathlib
-import re
-import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dpcompile.kernels.measured import place_of, read, seconds, write
 from dpcompile.kernels.norms import direct_norm, ghost_norm
 
-__all__ = ["FusedRates", "Measured", "measure_fused_rates", "seconds", "unfused_direct", "unfused_ghost"]
+__all__ = ["FusedRates", "Measured", "measure_fused_rates", "unfused_direct", "unfused_ghost"]
 
 _FORMAT = 1
 _SHAPES = [(8, 64, 1024, 1024), (8, 256, 768, 768), (8, 256, 768, 3072), (4, 1024, 1024, 1024), (2, 2048, 512, 512)]
@@ -62,15 +56,15 @@ def measure_fused_rates(device: torch.device | str) -> FusedRates:
     """Compare operators and plain products on ``device``; what was measured before is read from disk.
 
     The plain products are timed as a compiler would run them at best: two matrix products, and one pass over their
-    results. To be called outside of tracing: it runs on real tensors. The file is named after the device, the version
-    of torch and whether TF32 is allowed, in ``$XDG_CACHE_HOME/dpcompile`` or ``~/.cache/dpcompile``; without a place
-    to write it, every process measures anew.
+    results. To be called outside of tracing: it runs on real tensors. They are kept by device, version of torch and
+    whether TF32 is allowed; without a place to write (:func:`dpcompile.kernels.measured.place_of`), every process
+    measures anew.
     """
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    path = _path(f"{name}-{torch.__version__}-{'tf32' if tf32 else 'ieee'}")
-    known = _read(path)
+    setting = f"{name}, torch {torch.__version__}, {'tf32' if tf32 else 'ieee'}"
+    known = _known(setting)
     if known is not None:
         return known
     measured = []
@@ -85,7 +79,7 @@ def measure_fused_rates(device: torch.device | str) -> FusedRates:
                     times = [seconds(lambda f=f: f(rows, cols), device) for f in (fused, unfused)]  # type: ignore[misc]  # noqa: B023
                     measured.append(Measured(rule, dtype_name, sizes, *times))
     rates = FusedRates(name, str(torch.__version__), tuple(measured))
-    _write(path, rates)
+    _keep(setting, rates)
     return rates
 
 
@@ -101,31 +95,10 @@ def unfused_ghost(rows: Tensor, cols: Tensor) -> Tensor:
     return torch.linalg.vecdot(r, c)
 
 
-def seconds(call: Callable[[], object], device: torch.device, runs: int = 5) -> float:
-    """The least time of ``runs`` calls, after one to warm up."""
-    times = []
-    for _ in range(runs + 1):
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _path(name: str) -> pathlib.Path:
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(root) / "dpcompile" / f"norms-{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}.json"
-
-
-def _read(path: pathlib.Path) -> FusedRates | None:
+def _known(name: str) -> FusedRates | None:
+    """What was measured before; None where nothing was, or in another version."""
     try:
-        kept = json.loads(path.read_text())
+        kept = read(place_of("norms"))[name]
         if kept["format"] != _FORMAT:
             return None
         measured = [
@@ -133,18 +106,11 @@ def _read(path: pathlib.Path) -> FusedRates | None:
             for r, n, (b, t, p, d), fused, unfused in kept["measured"]
         ]
         return FusedRates(str(kept["device"]), str(kept["torch"]), tuple(measured))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 
-def _write(path: pathlib.Path, rates: FusedRates) -> None:
-    """Whole or not at all: other processes may write the same."""
+def _keep(name: str, rates: FusedRates) -> None:
     rows = [[m.rule, m.dtype, list(m.sizes), m.fused, m.unfused] for m in rates.measured]
-    text = json.dumps({"format": _FORMAT, "device": rates.device, "torch": rates.torch, "measured": rows})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
-    except OSError:
-        return
+    entry = {"format": _FORMAT, "device": rates.device, "torch": rates.torch, "measured": rows}
+    write(place_of("norms"), name, entry)

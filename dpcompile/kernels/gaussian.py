@@ -7,20 +7,15 @@ torch operations (`noise`).
 from __future__ import annotations
 
 import ctypes
-import pathlib
-import warnings
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from dpcompile._torch.native import compile_cpp
 from dpcompile._torch.tensors import is_fake
+from dpcompile.kernels.build import kernel
 
 __all__ = ["adam_", "mean_", "takes"]
-
-_SOURCE = pathlib.Path(__file__).parent / "cpp" / "gaussian.cpp"
 
 
 def takes(tensors: Iterable[Tensor]) -> bool:
@@ -99,28 +94,6 @@ def adam_(
     torch.autograd.graph.increment_version(everything)
 
 
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
-    """The compiled kernel, once it has given the right numbers; None where there is none to trust."""
-    try:
-        library = compile_cpp(_SOURCE.read_text())
-        wrong = not _gives_known_values(library)
-    except Exception as error:
-        warnings.warn(
-            f"the noise kernel could not be compiled ({type(error).__name__}): the same noise is drawn by torch "
-            "operations, which is slower. Install a C++ compiler, or set CXX to one.",
-            stacklevel=2,
-        )
-        return None
-    if wrong:
-        warnings.warn(
-            "the compiled noise kernel gives wrong numbers, so it is not used: the noise is drawn by torch operations, "
-            "which is slower. Set CXX to another C++ compiler.",
-            stacklevel=2,
-        )
-    return None if wrong else library
-
-
 # Elements 0 to 8 of parameter 5 at step 7 under this seed, by torch operations (`dpcompile.noise.normal.gaussian`).
 _SEED, _STEP, _TAG = 0x0123456789ABCDEF, 7, 5
 _KNOWN = (
@@ -129,7 +102,8 @@ _KNOWN = (
 )  # fmt: skip
 
 
-def _gives_known_values(library: ctypes.CDLL) -> bool:
+@kernel("gaussian", else_told="the same noise is drawn by torch operations")
+def _library(library: ctypes.CDLL) -> bool:
     """Whether noise of twice the size, added to ones and halved, is what it should be."""
     values = torch.ones(len(_KNOWN), dtype=torch.float64)
     arguments = [*_spans([values], [values], [_TAG]), *_numbers(values, 2.0, 2.0, _SEED, _STEP)]

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from dpcompile.graph.slices import accumulation_dtype
-from dpcompile.kernels.exact import exact_norms, kinds_of, linear_slack, settled, sizes_of, squares_of
-from dpcompile.kernels.gram_op import certain_norms, gram, gram_norms
-from dpcompile.kernels.index_op import index_norms
+from dpcompile.kernels.by_index import index_norms
+from dpcompile.kernels.exact import exact_norms, kinds_of, linear_slack, settled, sizes_of
+from dpcompile.kernels.gram import certain_norms, gram, gram_norms
 from dpcompile.kernels.products import blocked_product_
 from dpcompile.kernels.rounding import gamma, unit_of
+from dpcompile.kernels.squares import squares_of
 
 __all__ = ["direct_norm", "ghost_norm"]
 

@@ -5,11 +5,9 @@ The choice of rules needs ratios only; the predicted times that a plan prints ne
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 
 from dpcompile._torch.tensors import real_tensors
 from dpcompile.kernels.filter_op import filter_gradients, grouped_convolution
+from dpcompile.kernels.measured import place_of, read, seconds, write
 from dpcompile.kernels.onednn import has_onednn, multiply_
 
 __all__ = ["Rates", "VARIABLE", "adopt", "measure", "rates_for"]
@@ -110,14 +109,14 @@ def adopt(device: torch.device, rates: Rates) -> None:
 def _rates(kind: str, setting: str) -> Rates:
     if setting == "typical" or kind not in _TYPICAL:
         return _TYPICAL["cpu" if kind == "cpu" else "cuda"]
-    place = Path(setting) if setting else _default_place()
+    place = Path(setting) if setting else place_of("rates")
     name = _name(kind)
-    known = _read(place)
+    known = _known(place)
     if name in known:
         return known[name]
     with real_tensors():
         rates = measure(torch.device(kind))
-    _write(place, {**known, name: rates})
+    write(place, name, asdict(rates))
     return rates
 
 
@@ -136,52 +135,39 @@ def measure(device: torch.device) -> Rates:
     source = draw(2**25 if device.type == "cpu" else 2**28)
     target = torch.empty_like(source)
     products = torch.empty(rows.shape[0], rows.shape[2], cols.shape[2], device=device)
-    large = 2 * size**3 / _seconds(lambda: torch.mm(a, b), device)
+    large = 2 * size**3 / seconds(lambda: torch.mm(a, b), device)
     flops = 2 * rows.numel() * cols.shape[2]
-    batched = flops / _seconds(lambda: torch.bmm(rows.mT, cols, out=products), device)
+    batched = flops / seconds(lambda: torch.bmm(rows.mT, cols, out=products), device)
     summed = large
     if device.type == "cpu" and has_onednn():
         product = torch.empty_like(a)
-        own = 2 * size**3 / _seconds(lambda: multiply_(a, b, product), device)
-        each = flops / _seconds(lambda: multiply_(rows.mT, cols, products), device)
+        own = 2 * size**3 / seconds(lambda: multiply_(a, b, product), device)
+        each = flops / seconds(lambda: multiply_(rows.mT, cols, products), device)
         if own > _QUICKER * large and each > _QUICKER * batched:
             batched, summed = each, own
     images = draw(32, 1, 64, 16, 16).to(memory_format=torch.channels_last_3d)
     filters, options = [64, 64, 3, 3], ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     convolved = 2 * images.numel() * 64 * 9
     whole = images.transpose(0, 1)  # one example of 32 images
-    convolution = convolved / _seconds(lambda: grouped_convolution(whole, whole, filters, *options), device)
+    convolution = convolved / seconds(lambda: grouped_convolution(whole, whole, filters, *options), device)
     if device.type == "cpu":
         torchs, ours = (
             partial(filter_gradients, images, images, filters, *options, own, True) for own in (False, True)
         )
-        grouped, filtered = (convolved / _seconds(function, device) for function in (torchs, ours))
+        grouped, filtered = (convolved / seconds(function, device) for function in (torchs, ours))
     else:
-        grouped = convolved / _seconds(lambda: grouped_convolution(images, images, filters, *options), device)
+        grouped = convolved / seconds(lambda: grouped_convolution(images, images, filters, *options), device)
         filtered = grouped
-    filled = _seconds(lambda: target.fill_(1.0), device)
-    moved = 2 * source.numel() * 4 / _seconds(lambda: torch.mul(source, 2.0, out=target), device)
-    newly = _seconds(lambda: torch.empty_like(source).fill_(1.0), device)
+    filled = seconds(lambda: target.fill_(1.0), device)
+    moved = 2 * source.numel() * 4 / seconds(lambda: torch.mul(source, 2.0, out=target), device)
+    newly = seconds(lambda: torch.empty_like(source).fill_(1.0), device)
     few = draw(8)
-    call = _seconds(lambda: few.add_(1.0), device)
+    call = seconds(lambda: few.add_(1.0), device)
     fresh = source.numel() * 4 / max(newly - filled, 1e-3 * filled)
     return Rates(
         large=large, batched=batched, summed=summed, convolution=convolution, grouped=grouped, filters=filtered,
         traffic=moved, fresh=fresh, call=call,
     )  # fmt: skip
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    best = float("inf")
-    for _ in range(7):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def _name(kind: str) -> str:
@@ -198,32 +184,12 @@ def _processor() -> str:
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
 
 
-def _default_place() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "dpcompile" / "rates.json"
-
-
-def _read(place: Path) -> dict[str, Rates]:
-    """What the file says; a file that cannot be read, or is of another version, says nothing."""
-    try:
-        stored = json.loads(place.read_text())
-    except (OSError, ValueError):
-        return {}
+def _known(place: Path) -> dict[str, Rates]:
+    """What the file says of rates; entries of another version say nothing."""
     wanted = {f.name for f in fields(Rates)}
-    entries = stored.items() if isinstance(stored, dict) else ()
+    entries = read(place).items()
     return {n: Rates(**r) for n, r in entries if isinstance(r, dict) and set(r) == wanted and _positive(r.values())}
 
 
-def _positive(values: object) -> bool:
-    return all(isinstance(v, (int, float)) and v > 0 for v in values)  # type: ignore[attr-defined]
-
-
-def _write(place: Path, rates: dict[str, Rates]) -> None:
-    """Replace the file in one go; where it cannot be written, the next process measures again."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft = place.with_name(f"{place.name}.{os.getpid()}")
-        draft.write_text(json.dumps({n: asdict(r) for n, r in rates.items()}, indent=1))
-        draft.replace(place)
-    except OSError:
-        return
+def _positive(values: Iterable[object]) -> bool:
+    return all(isinstance(v, int | float) and v > 0 for v in values)

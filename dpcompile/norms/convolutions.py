@@ -19,8 +19,8 @@ from dpcompile.graph.labels import Examples
 from dpcompile.graph.slices import in_front
 from dpcompile.kernels.filter_op import certain_filter_norms, filter_gradients, filter_norms, grouped_convolution
 from dpcompile.kernels.filters import Geometry, fullness
-from dpcompile.kernels.gram_op import gram, gram_norms
-from dpcompile.kernels.kept_op import squared_norms
+from dpcompile.kernels.gram import gram, gram_norms
+from dpcompile.kernels.kept import squared_norms
 from dpcompile.kernels.rates import rates_for
 from dpcompile.norms.patches import patches
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpcompile.kernels.by_index import index_norms
 from dpcompile.kernels.exact import kinds_of
-from dpcompile.kernels.gram_op import certain_norms, gram, gram_norms
-from dpcompile.kernels.index_op import index_norms
+from dpcompile.kernels.gram import certain_norms, gram, gram_norms
 
 __all__ = ["Sides", "ghost", "merge", "outer"]
 
@@ -62,7 +62,7 @@ def ghost(all_sides: Sequence[Sides], panels: int = 1) -> Tensor:
     """Gram matrices of rows and columns, multiplied and summed; cross terms between sites of different kinds too.
 
     Where all sites have an index for one of their sides, what it selects is summed instead
-    (:mod:`dpcompile.kernels.index_op`).
+    (:mod:`dpcompile.kernels.by_index`).
 
     Args:
         all_sides: of one parameter.
@@ -70,7 +70,7 @@ def ghost(all_sides: Sequence[Sides], panels: int = 1) -> Tensor:
             positions up to its own: ``(panels + 1) / (2 panels)`` of the work.
 
     **Guarantee.** The result is right or too large, whatever the values: Gram matrices are float64, and an example
-    whose terms cancel too far even for that is done again by its gradient (:mod:`dpcompile.kernels.gram_op`).
+    whose terms cancel too far even for that is done again by its gradient (:mod:`dpcompile.kernels.gram`).
 
     Returns:
         ``[B]``, float64.

@@ -10,7 +10,7 @@ import torch
 
 from dpcompile.graph.sizes import Size, hinted, is_one, product, shape_of
 from dpcompile.graph.slices import accumulation_dtype
-from dpcompile.kernels.onednn import has_sums_by_index
+from dpcompile.kernels.by_index import has_sums_by_index
 from dpcompile.norms.factors import Factored, alone, oriented
 from dpcompile.planning.cost import Cost, Shape, costs, gram_cost, summed_cost
 from dpcompile.planning.modes import MODES, Mode

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from dpcompile.graph.slices import accumulation_dtype
-from dpcompile.kernels.kept_op import squared_norms
+from dpcompile.kernels.kept import squared_norms
 from dpcompile.kernels.products import product
 from dpcompile.kernels.rates import rates_for
 from dpcompile.norms.factors import Factored

@@ -15,7 +15,7 @@ from dpcompile.graph.joint import JointGraph
 from dpcompile.graph.locate import where
 from dpcompile.graph.sizes import Size
 from dpcompile.graph.slices import accumulation_dtype
-from dpcompile.kernels.kept_op import FEW, norms_of_vectors, squared_norms
+from dpcompile.kernels.kept import FEW, norms_of_vectors, squared_norms
 from dpcompile.kernels.product_op import product_norms, product_with_norms
 from dpcompile.kernels.products import product
 from dpcompile.norms.factors import alone, factored

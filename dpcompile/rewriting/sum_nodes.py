@@ -14,9 +14,8 @@ from dpcompile.graph.joint import JointGraph
 from dpcompile.graph.labels import Examples
 from dpcompile.graph.sizes import Size
 from dpcompile.graph.slices import scaled
-from dpcompile.kernels.index_op import clipped_sums_by_index
-from dpcompile.kernels.kept_op import FEW, weighted_sums
-from dpcompile.kernels.onednn import has_sums_by_index
+from dpcompile.kernels.by_index import clipped_sums_by_index, has_sums_by_index
+from dpcompile.kernels.kept import FEW, weighted_sums
 from dpcompile.kernels.products import product
 from dpcompile.norms.factors import factored
 from dpcompile.norms.per_example import run_operation, run_tail, tail_inputs

@@ -14,7 +14,7 @@ from oracle import PseudoLoss, assert_right, assert_safe, clip, per_example_grad
 from torch import Tensor, nn
 
 import dpcompile
-from dpcompile.kernels import filter_op, filters
+from dpcompile.kernels import build, filter_op, filters
 from dpcompile.kernels.filter_op import filter_gradients, filter_norms, grouped_convolution
 from dpcompile.kernels.filters import Geometry, fullness, has_kernel
 from dpcompile.norms import convolutions
@@ -179,9 +179,9 @@ def test_any_number_of_threads(threads: int, batch: int) -> None:
 @pytest.fixture
 def fresh_kernel() -> Iterator[None]:
     """Found anew, here and behind."""
-    filters._kernel.cache_clear()
+    filters._library.cache_clear()
     yield
-    filters._kernel.cache_clear()
+    filters._library.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_kernel")
@@ -198,8 +198,8 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
         return SimpleNamespace(dp_filter_workspace=dp_filter_workspace, dp_filter_gradients=lambda *arguments: None)
 
     for source in (library, lambda: 1 / 0):
-        filters._kernel.cache_clear()
-        monkeypatch.setattr(filters, "compile_cpp", lambda code, source=source, **options: source())
+        filters._library.cache_clear()
+        monkeypatch.setattr(build, "compile_cpp", lambda code, source=source, **options: source())
         assert not has_kernel()
         torch.testing.assert_close(filter_gradients(*arguments, True, False)[0], wanted.float())
         assert certain(filter_norms(*arguments), wanted)

@@ -12,8 +12,8 @@ from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_
 from torch import Tensor, nn
 
 import dpcompile
-from dpcompile.kernels import onednn
-from dpcompile.kernels.index_op import clipped_sums_by_index, norms_by_index, sums_and_sizes
+from dpcompile.kernels import by_index
+from dpcompile.kernels.by_index import clipped_sums_by_index, norms_by_index, sums_and_sizes
 
 dp_compile: Any = dpcompile.dp_compile
 WORDS = 11
@@ -22,7 +22,7 @@ WORDS = 11
 @pytest.fixture(params=[True, False], ids=["kernel", "torch"])
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if not request.param:
-        monkeypatch.setattr(onednn, "_library", lambda: None)
+        monkeypatch.setattr(by_index, "_library", lambda: None)
     return request.param
 
 
@@ -50,7 +50,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_norms(shape: tuple[int, int, int], dtype: torch.dtype, layout: str, compiled: bool) -> None:
     index = torch.randint(0, WORDS, shape[:2])
     cotangents = LAYOUTS[layout](torch.randn(shape, dtype=dtype))
-    assert onednn.has_sums_by_index(cotangents.device, dtype) == (compiled and dtype == torch.float32)
+    assert by_index.has_sums_by_index(cotangents.device, dtype) == (compiled and dtype == torch.float32)
     wanted = dense(index, cotangents)
     torch.testing.assert_close(norms_by_index(index, cotangents), wanted)
     torch.testing.assert_close(norms_by_index(index.int() - 5, cotangents), wanted)

@@ -10,8 +10,8 @@ from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_
 from torch import nn
 
 import dpcompile
-from dpcompile.kernels import onednn
-from dpcompile.kernels.kept_op import FEW, norms_of_vectors, weighted_sums
+from dpcompile.kernels import kept
+from dpcompile.kernels.kept import FEW, norms_of_vectors, weighted_sums
 
 dp_compile: Any = dpcompile.dp_compile
 
@@ -25,7 +25,7 @@ def test_weighted_sums_never_read_an_example_of_weight_0(
     weights: list[float], dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(onednn, "_library", lambda: None)
+        monkeypatch.setattr(kept, "_library", lambda: None)
     weight = torch.tensor([weights, [1.0, 1.0, 1.0, 1.0]], dtype=dtype)
     each = [torch.randn(4, 3), torch.randn(4, 2, 5), torch.randn(5, 4, 2).permute(1, 2, 0)]
     each = [e.to(dtype) for e in each]

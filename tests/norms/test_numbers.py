@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import dpcompile
 from dpcompile.clipping.weights import clip_weights, narrowed
-from dpcompile.kernels import exact, onednn, rounding
+from dpcompile.kernels import by_index, exact, rounding
+from dpcompile.kernels.by_index import norms_by_index, sums_and_sizes
 from dpcompile.kernels.filter_op import filter_gradients, filter_norms
-from dpcompile.kernels.index_op import norms_by_index, sums_and_sizes
 from dpcompile.kernels.norms import direct_norm, ghost_norm
 from dpcompile.kernels.product_op import product_norms, product_with_norms
 from dpcompile.kernels.products import own_product
@@ -147,7 +147,7 @@ def test_the_bounds_are_what_makes_it_sound(monkeypatch: pytest.MonkeyPatch) -> 
 def test_looked_up_rows(scale: float, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal indices of opposite sign; tied to a head, in one orientation and the other."""
     if not compiled:
-        monkeypatch.setattr(onednn, "_library", lambda: None)
+        monkeypatch.setattr(by_index, "_library", lambda: None)
     index, cols = torch.randint(0, 5, (3, 12)), torch.randn(3, 1, 12, 4)
     index[0], cols[0] = index[0, :1], torch.where(torch.arange(12)[:, None] % 2 == 0, 1, -1) * cols[0, :, :1]
     cols = (cols + 1e-4 * torch.randn(cols.shape)) * scale

@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dpcompile.kernels import norms_torch
-from dpcompile.kernels.exact import settled, squares_of
+from dpcompile.kernels.exact import settled
 from dpcompile.kernels.rounding import TINY, gram_unit
+from dpcompile.kernels.squares import squares_of
 from dpcompile.kernels.triton.common import WARPS, adding, index_type, power, precision, rounding_of, widened
 
 __all__ = ["ghost_norm", "ghost_norm_one_hot"]

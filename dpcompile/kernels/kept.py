@@ -6,14 +6,16 @@ compiled anew for every model; here they are compiled already.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dpcompile.graph.slices import order_in_memory
-from dpcompile.kernels.exact import norms_of, squares_of
-from dpcompile.kernels.onednn import weighted_sum
+from dpcompile.kernels.build import kernel
+from dpcompile.kernels.exact import norms_of
+from dpcompile.kernels.squares import squares_of
 
 __all__ = ["FEW", "norms_of_vectors", "squared_norms", "weighted_sums"]
 
@@ -97,8 +99,30 @@ def _weighted_sum(weights: Tensor, used: Tensor, each: Tensor) -> Tensor:
     order = order_in_memory(each[0])
     lying = each.permute(0, *(i + 1 for i in order))
     flat = lying.reshape(each.shape[0], -1)
-    total = weighted_sum(flat, used, weights)
-    if total is None:
+    library = _library() if flat.dtype == torch.float32 and flat.is_contiguous() else None
+    if library is None:
         total = torch.mv((flat if len(used) == len(flat) else flat[used]).T, weights)
+    else:
+        total = _sum(library, flat, used, weights)
     back = sorted(range(len(order)), key=order.__getitem__)
     return total.view(lying.shape[1:]).permute(back).contiguous()
+
+
+def _sum(library: ctypes.CDLL, rows: Tensor, used: Tensor, weights: Tensor) -> Tensor:
+    """``sum_k weight_k row_(used_k)``, in one pass over these rows; no other is read: ``[B, n]`` to ``[n]``."""
+    result = rows.new_empty(rows.shape[1])
+    columns, count = (ctypes.c_int64(n) for n in (rows.shape[1], len(used)))
+    source, places, factors, target = (ctypes.c_void_p(x.data_ptr()) for x in (rows, used, weights, result))
+    threads = ctypes.c_int(torch.get_num_threads())
+    library.dp_weighted_sum(source, columns, places, factors, count, target, threads)
+    return result
+
+
+@kernel("kept")
+def _library(library: ctypes.CDLL) -> bool:
+    """Whether sums over small integers, which are exact, come out, and a row that is not used is not read."""
+    rows, used = torch.arange(7.0 * 1030).remainder(11).reshape(7, 1030), torch.tensor([0, 1, 2, 4, 5, 6])
+    weights = torch.arange(6.0)
+    wanted = weights @ rows[used]
+    rows[3] = torch.nan
+    return torch.equal(_sum(library, rows, used, weights), wanted)

@@ -8,16 +8,22 @@ sums, which Inductor adds up element by element in atomic operations.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from dpcompile.graph.labels import Examples
 from dpcompile.graph.slices import scaled
-from dpcompile.kernels.onednn import norms_by_index as norms_by_kernel
-from dpcompile.kernels.onednn import sums_by_index as sums_by_kernel
+from dpcompile.kernels.build import kernel
 from dpcompile.kernels.rounding import WIDE, gamma, with_floor
 
-__all__ = ["clipped_sums_by_index", "index_norms", "norms_by_index", "sums_and_sizes"]
+__all__ = ["clipped_sums_by_index", "has_sums_by_index", "index_norms", "norms_by_index", "sums_and_sizes"]
+
+
+def has_sums_by_index(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether our kernel takes such values."""
+    return device.type == "cpu" and dtype == torch.float32 and _library() is not None
 
 
 def index_norms(index: Tensor, cotangents: Tensor) -> Tensor:
@@ -41,8 +47,9 @@ def index_norms(index: Tensor, cotangents: Tensor) -> Tensor:
 @torch.library.custom_op("dpcompile::norms_by_index", mutates_args=(), tags=[torch.Tag.flexible_layout])
 def norms_by_index(index: Tensor, cotangents: Tensor) -> Tensor:
     """:func:`index_norms` on CPUs."""
-    found = norms_by_kernel(index, cotangents)
-    return _bounded(*(sums_and_sizes(index, cotangents) if found is None else found), index.shape[1])
+    library = _library() if has_sums_by_index(cotangents.device, cotangents.dtype) else None
+    found = sums_and_sizes(index, cotangents) if library is None else _norms(library, index, cotangents)
+    return _bounded(*found, index.shape[1])
 
 
 @norms_by_index.register_fake
@@ -92,9 +99,9 @@ def clipped_sums_by_index(weights: Tensor, index: Tensor, cotangents: Tensor, ro
     Raises:
         IndexError: an index is not that of a row.
     """
-    found = sums_by_kernel(weights, index, cotangents, rows)
-    if found is not None:
-        return found
+    library = _library() if has_sums_by_index(cotangents.device, cotangents.dtype) else None
+    if library is not None and weights.dtype == cotangents.dtype:
+        return _sums(library, weights, index, cotangents, rows)
     values = scaled(cotangents, Examples(0), weights).to(cotangents.dtype).flatten(0, 1)
     return values.new_zeros(rows, values.shape[1]).index_add(0, index.flatten(), values)
 
@@ -103,3 +110,49 @@ def clipped_sums_by_index(weights: Tensor, index: Tensor, cotangents: Tensor, ro
 def _(weights: Tensor, index: Tensor, cotangents: Tensor, rows: int) -> Tensor:
     """Shapes only."""
     return cotangents.new_empty(rows, cotangents.shape[2])
+
+
+def _norms(library: ctypes.CDLL, index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`sums_and_sizes` without further memory."""
+    found = [torch.empty(values.shape[0], dtype=torch.float64) for _ in range(2)]
+    index, threads = index.long().contiguous(), ctypes.c_int(torch.get_num_threads())
+    place, targets = ctypes.c_void_p(index.data_ptr()), [ctypes.c_void_p(x.data_ptr()) for x in found]
+    library.dp_norms_by_index(place, *_strided(values), *_sizes(values), *targets, threads)
+    return found[0], found[1]
+
+
+def _sums(library: ctypes.CDLL, weights: Tensor, index: Tensor, values: Tensor, rows: int) -> Tensor:
+    """:func:`clipped_sums_by_index` in one pass."""
+    result = values.new_empty(rows, values.shape[2])
+    index, weights = index.long().contiguous(), weights.contiguous()
+    places, factors, target = (ctypes.c_void_p(x.data_ptr()) for x in (index, weights, result))
+    sizes, threads = [*_sizes(values), ctypes.c_int64(rows)], ctypes.c_int(torch.get_num_threads())
+    if library.dp_sums_by_index(places, *_strided(values), factors, *sizes, target, threads):
+        raise IndexError(f"an index is not that of one of the table's {rows} rows")
+    return result
+
+
+def _strided(values: Tensor) -> tuple[object, object]:
+    return ctypes.c_void_p(values.data_ptr()), (ctypes.c_int64 * values.ndim)(*values.stride())
+
+
+def _sizes(values: Tensor) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(n) for n in values.shape]
+
+
+@kernel("by_index")
+def _library(library: ctypes.CDLL) -> bool:
+    """Whether sums over small integers, which are exact, come out, of values in both orders in memory."""
+    index, weights = torch.tensor([[0, 2, 0], [1, 2, 1]]), torch.tensor([2.0, 0.0])
+    values = torch.zeros(2, 3, 4)
+    values[..., 0] = torch.tensor([[3.0, 5.0, 4.0], [-2.0, 7.0, 2.0]])
+    norms, sizes = torch.tensor([74.0, 49.0]).double(), torch.tensor([74.0, 65.0]).double()
+    sums = torch.zeros(3, 4)
+    sums[:, 0] = torch.tensor([14.0, 0.0, 10.0])
+    for value in (values, values.mT.contiguous().mT):
+        found = _norms(library, index, value)
+        if not (torch.equal(found[0], norms) and torch.equal(found[1], sizes)):
+            return False
+        if not torch.equal(_sums(library, weights, index, value, 3), sums):
+            return False
+    return True
