@@ -22,7 +22,6 @@ FLOOR = {name: floor for floor, names in enumerate(ORDER.split("\n")) for name i
 # Longer than they should be: the reason, or what is to become of them.
 LONG_FILES = {
     "data/loader.py": "one class, with what it says of itself",
-    "optim/optimizer.py": "to be cut: noise becomes a mechanism",
     "proof/rules/indexing.py": "one subject",
     "proof/scaling.py": "one subject",
     "runtime/verify.py": "one subject",

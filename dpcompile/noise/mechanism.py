@@ -6,7 +6,7 @@ appendix A; Abadi et al. 2016, algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,7 +69,14 @@ class Mechanism(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs so that no noise is drawn twice; plain numbers, and the same on all ranks."""
+        """What a resumed run needs so that no noise is drawn twice; plain numbers, and the same on all ranks.
+
+        ``seed``, ``noise_multiplier``, ``expected_batch_size`` and ``secure`` are among them.
+        """
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the mechanism stood that gave this state, whose numbers, the seed apart, are these."""
         ...
 
 
@@ -113,6 +120,10 @@ class GaussianMechanism:
             "expected_batch_size": self.expected_batch_size,
             "secure": self.secure,
         }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :class:`Mechanism`: the noise of a step is a function of the seed and the step."""
+        self.seed = state["seed"]
 
 
 def privatize_(

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.errors import PrivacyError, PrivacyWarning
 from dpcompile.module import Engine
+from dpcompile.noise.mechanism import Mechanism
 from dpcompile.optim.state_checks import OPTIMIZER, refuse_malformed
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "refuse_forgetful",
     "refuse_missing",
     "refuse_other_accountant",
+    "refuse_other_mechanism",
     "refuse_other_rate",
     "refuse_replaced",
     "refuse_state",
@@ -45,6 +47,17 @@ def refuse_bad_numbers(noise_multiplier: float, expected_batch_size: float) -> N
         raise PrivacyError(
             f"expected_batch_size is {expected_batch_size}",
             remedy="give the sample rate times the size of the dataset, a positive number",
+        )
+
+
+def refuse_other_mechanism(mechanism: Mechanism, engine: Engine) -> None:
+    """Its numbers make sense, and its C is the one that the model clips to."""
+    refuse_bad_numbers(mechanism.noise_multiplier, mechanism.expected_batch_size)
+    if mechanism.max_grad_norm != engine.max_grad_norm:
+        raise PrivacyError(
+            f"the mechanism adds noise for sums clipped to {mechanism.max_grad_norm}, the model clips to "
+            f"{engine.max_grad_norm}",
+            remedy="give both the same max_grad_norm",
         )
 
 

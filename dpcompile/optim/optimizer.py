@@ -6,10 +6,7 @@ batch size as the divisor (the drawn size is private).
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,21 +16,21 @@ from torch.optim import Optimizer
 from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.planned_steps import OnExceed, PlannedSteps
 from dpcompile.batches.feed import Feed
-from dpcompile.distributed.ranks import digest, from_first, refuse_disagreement
-from dpcompile.distributed.shards import as_gradient, local_part, local_runs
+from dpcompile.distributed.ranks import digest
 from dpcompile.errors import PrivacyError
 from dpcompile.module import engine_of
-from dpcompile.noise.counter import check_seed, fresh_seed
-from dpcompile.noise.mechanism import GaussianMechanism, Mechanism, Release
-from dpcompile.optim import carried_state, checks, fused_adam
+from dpcompile.noise.mechanism import Mechanism
+from dpcompile.optim import carried_state, checks
 from dpcompile.optim.chained import as_one, parts_of
+from dpcompile.optim.common import gaussian_mechanism, refuse_other_ranks
+from dpcompile.optim.update import update_
+from dpcompile.optim.wrapping import WrappingOptimizer
 from dpcompile.runtime.loss_scale import check_scaler, notice_scalers
-from dpcompile.runtime.optimizer_hooks import HookedOptimizer
 
 __all__ = ["DPOptimizer"]
 
 
-class DPOptimizer(HookedOptimizer):
+class DPOptimizer(WrappingOptimizer):
     """Any torch optimizer, fed with noised clipped sums of the compiled model instead of plain gradients.
 
     Args:
@@ -48,6 +45,8 @@ class DPOptimizer(HookedOptimizer):
             :func:`dpcompile.noise.fresh_seed`.
         secure: cryptographic noise (ChaCha20).
         accountant: stepped once per logical step.
+        mechanism: what releases the sums, instead of the Gaussian mechanism of the four arguments before. One whose
+            steps the accountant cannot count is stepped without an accountant.
 
     Attributes:
         optimizer: the inner optimizer.
@@ -98,81 +97,44 @@ class DPOptimizer(HookedOptimizer):
         optimizer: Optimizer | Sequence[Optimizer],
         model: nn.Module,
         *,
-        noise_multiplier: float,
-        expected_batch_size: float,
+        noise_multiplier: float | None = None,
+        expected_batch_size: float | None = None,
         seed: int | None = None,
         secure: bool = False,
         accountant: PrivacyAccountant | None = None,
+        mechanism: Mechanism | None = None,
     ) -> None:
         if isinstance(optimizer, DPOptimizer):
             raise PrivacyError("the optimizer is a DPOptimizer already", remedy="wrap the plain torch optimizer once")
         inner = as_one(optimizer)
-        self.engine = engine_of(model)
-        checks.refuse_bad_numbers(noise_multiplier, expected_batch_size)
-        checks.refuse_other_accountant(noise_multiplier, accountant)
+        engine = engine_of(model)
         for part in parts_of(inner):
             checks.refuse_closure_only(part)
-        drawn: int = fresh_seed(secure=secure)
-        if self.engine.distributed:  # also where a seed is given: ranks that wait for one that others do not send hang
-            drawn = from_first(drawn)
-        seed = drawn if seed is None else seed
-        check_seed(seed, secure=secure)
-        self.mechanism: Mechanism = GaussianMechanism(
-            noise_multiplier, self.engine.max_grad_norm, expected_batch_size, seed, secure
-        )
-        self._inner, self._accountant = inner, accountant
+        if mechanism is None:
+            mechanism = gaussian_mechanism(engine, noise_multiplier, expected_batch_size, seed, secure)
+        elif any(given is not None for given in (noise_multiplier, expected_batch_size, seed)) or secure:
+            raise PrivacyError(
+                "a mechanism was given, and noise_multiplier, expected_batch_size, seed or secure too",
+                remedy="give them to the mechanism, and the mechanism alone to DPOptimizer",
+            )
+        checks.refuse_other_mechanism(mechanism, engine)
+        checks.refuse_other_accountant(mechanism.noise_multiplier, accountant)
+        self.mechanism, self._accountant = mechanism, accountant
         self._logical_step = 0
         self._planned = PlannedSteps(None, "raise")
         self._counted = [] if accountant is None else accountant.history  # as far as is known here
         self._accumulating = False
-        self._stepping = False
         self._agreed = False  # whether all ranks are known to mean the same
         self._held = False  # sums of earlier physical batches of an unfinished logical step stand in p.grad
         self._used_draws: dict[str, Any] | None = None  # before the state that was loaded
-        checks.refuse_foreign(self.engine, inner)
-        checks.refuse_missing(self.engine, inner, self.engine.trainable())
-        checks.refuse_complex(self.engine, self.engine.trainable())
-        for part in parts_of(inner):
-            part.register_step_pre_hook(_only_from(weakref.ref(self)))
+        checks.refuse_foreign(engine, inner)
+        checks.refuse_missing(engine, inner, engine.trainable())
+        checks.refuse_complex(engine, engine.trainable())
+        super().__init__(inner, engine)
         carried_state.mark_groups(inner.param_groups)
-        self.engine.steps = self.engine.steps or 0
-        self.engine.ledger.owned = True
+        engine.steps = engine.steps or 0
+        engine.ledger.owned = True
         notice_scalers()
-        # Not __init__, which would build groups and state of its own: this sets up the step hooks and no more.
-        super().__setstate__({})
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The inner optimizer; of several, what steps them."""
-        return self._inner
-
-    @property
-    def noise_multiplier(self) -> float:
-        """Sigma, of the mechanism."""
-        return self.mechanism.noise_multiplier
-
-    @noise_multiplier.setter
-    def noise_multiplier(self, value: float) -> None:
-        self.mechanism.noise_multiplier = value
-
-    @property
-    def expected_batch_size(self) -> float:
-        """The constant that divides the sums, of the mechanism."""
-        return self.mechanism.expected_batch_size
-
-    @expected_batch_size.setter
-    def expected_batch_size(self, value: float) -> None:
-        self.mechanism.expected_batch_size = value
-
-    @property
-    def seed(self) -> int:
-        """Of the noise: a secret."""
-        return self.mechanism.seed
-
-    @property
-    def secure(self) -> bool:
-        """Whether the noise is cryptographic."""
-        return self.mechanism.secure
 
     @property
     def logical_step(self) -> int:
@@ -209,21 +171,6 @@ class DPOptimizer(HookedOptimizer):
         checks.refuse_replaced(self._accountant, value, self._logical_step)
         self._accountant, self._counted = value, [] if value is None else value.history
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The inner optimizer's parameter groups, live."""
-        return self._inner.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The inner optimizer's state, live."""
-        return self._inner.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The inner optimizer's defaults, live."""
-        return self._inner.defaults
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Noise, divide, update; or, while ``accumulating``, wait.
@@ -256,42 +203,22 @@ class DPOptimizer(HookedOptimizer):
         names = self.checked_parameters()
         self.engine.ledger.verify(names)
         self._agree()
-        with self._applying():
-            self._update(names, self.use_noise())
+        with self.applying():
+            update_(self.optimizer, self.engine, self.mechanism, names, self.use_noise())
         self.finish()
         return loss
-
-    @contextmanager
-    def _applying(self) -> Iterator[None]:
-        """Let the inner optimizer step."""
-        self._stepping = self.engine.ledger.applied = True
-        try:
-            yield
-        finally:
-            self._stepping = self.engine.ledger.applied = False
 
     def _agree(self) -> None:
         """Before the first step, and the first after a checkpoint, compare with the other ranks."""
         if self.engine.distributed and not self._agreed:
-            options = self.engine.options
-            refuse_disagreement(
-                {
-                    "logical_step": self.logical_step,
-                    **self.mechanism.state_dict(),
-                    "seed": digest(self.seed),
-                    "max_grad_norm": self.engine.max_grad_norm,
-                    "clipping": options.clipping if isinstance(options.clipping, str) else "a function",
-                    "loss_reduction": options.loss_reduction,
-                    "trainable parameters": self.engine.trainable(),
-                }
-            )
+            refuse_other_ranks(self.engine, self.mechanism, self.logical_step)
             self._agreed = True
 
     def checked_parameters(self) -> list[str]:
         """Names of the parameters that a step updates, after the checks that do not look at gradients."""
         self._planned.check(self.logical_step)
         names, feed = self.engine.trainable(), self.engine.feed
-        checks.refuse_bad_numbers(self.noise_multiplier, self.expected_batch_size)
+        checks.refuse_other_mechanism(self.mechanism, self.engine)
         checks.refuse_foreign(self.engine, self.optimizer)
         checks.refuse_missing(self.engine, self.optimizer, names)
         checks.refuse_stray(self.engine, self.optimizer, names)
@@ -388,59 +315,29 @@ class DPOptimizer(HookedOptimizer):
         """
         own, rest = carried_state.carried(state_dict)
         checks.refuse_state(own, self.private_state())
-        self._load(rest)
+        self.load_inner(rest)
+        carried_state.mark_groups(self.optimizer.param_groups)
         if self.accountant is not None and own["accountant"] is not None:
             self.accountant.load_state_dict(own["accountant"])
             self._counted = self.accountant.history
-        self.mechanism.seed, self._logical_step = own["seed"], own["logical_step"]
+        self.mechanism.load_state_dict(own)
+        self._logical_step = own["logical_step"]
         self._used_draws = own.get("draws")
         self._agreed = False
         self.discard()
-
-    def _load(self, inner: dict[str, Any]) -> None:
-        try:
-            self.optimizer.load_state_dict(inner)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise PrivacyError(
-                f"{type(self.optimizer).__name__} cannot load its part of the state: {type(error).__name__}: {error}",
-                remedy="load what DPOptimizer.state_dict() returned, unchanged",
-            ) from error
-        carried_state.mark_groups(self.optimizer.param_groups)
 
     def fill_state(self) -> None:
         """Let the inner optimizer make its state, to load a checkpoint into; no parameter changes.
 
         It steps once on zero gradients with learning rate 0, if it has no state yet.
         """
-        inner = self.optimizer
-        if inner.state:
+        if self.optimizer.state:
             return
         self.discard()
-        rates = [group["lr"] for group in inner.param_groups]
-        for group in inner.param_groups:
-            group["lr"] = 0.0
-            for p in group["params"]:
-                p.grad = torch.zeros_like(p) if p.requires_grad else None
         try:
-            with self._applying():
-                inner.step()
+            self.step_on_nothing()
         finally:
-            for group, rate in zip(inner.param_groups, rates, strict=True):
-                group["lr"] = rate
             self.discard()
-
-    def __repr__(self) -> str:
-        return (
-            f"DPOptimizer(noise_multiplier={self.noise_multiplier}, max_grad_norm={self.engine.max_grad_norm}, "
-            f"expected_batch_size={self.expected_batch_size}, logical_step={self.logical_step}, "
-            f"optimizer={self.optimizer!r})"
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise PrivacyError(
-            "a DPOptimizer cannot be copied or pickled: the copy would draw the same noise again",
-            remedy="save state_dict(), or make a second DPOptimizer with its own seed",
-        )
 
     def private_state(self) -> dict[str, Any]:
         """What :meth:`state_dict` adds to the inner optimizer's: plain numbers, the seed among them."""
@@ -451,40 +348,3 @@ class DPOptimizer(HookedOptimizer):
             "accountant": None if self.accountant is None else self.accountant.state_dict(),
             "draws": self._used_draws if feed is None else feed.state() or self._used_draws,
         }
-
-    def _update(self, names: Sequence[str], step: int) -> None:
-        """Put the private mean gradient of each trainable parameter into ``p.grad``, and step on it."""
-        parameters = self.engine.parameters()
-        index = {name: i for i, name in enumerate(parameters)}
-        totals = []
-        for name in names:
-            total, p = self.engine.ledger.total(name), parameters[name]
-            if total is None:
-                here = local_part(p.detach())
-                total = torch.zeros_like(here, dtype=torch.promote_types(p.dtype, torch.float32))
-            totals.append(total)
-        release = Release(totals, [index[name] for name in names], step)
-        weights = [parameters[name] for name in names]
-        whole = not self.engine.distributed  # the fused step starts every parameter at its element 0
-        if whole and fused_adam.update_(self.optimizer, weights, release, self.mechanism):
-            return
-        runs = [local_runs(w) for w in weights]
-        totals = [t if len(r) == 1 else t.contiguous() for t, r in zip(totals, runs, strict=True)]
-        self.mechanism.release(replace(release, totals=totals, runs=runs))
-        for p, total in zip(weights, totals, strict=True):
-            p.grad = as_gradient(p, total.to(p.dtype))
-        self.optimizer.step()
-
-
-def _only_from(owner: weakref.ref[DPOptimizer]) -> Callable[..., None]:
-    """A hook of the inner optimizer: stepped by itself it would apply the clipped sums without noise."""
-
-    def refuse(*_: Any) -> None:
-        private = owner()
-        if private is not None and not private._stepping:
-            raise PrivacyError(
-                "the wrapped optimizer was stepped directly: its update would have no noise",
-                remedy="call step() of the DPOptimizer",
-            )
-
-    return refuse

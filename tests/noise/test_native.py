@@ -12,11 +12,13 @@ import torch
 from fakes import PrivateModel, engine_of
 from scipy import stats
 
+from dpcompile.kernels import build
 from dpcompile.kernels import gaussian as native
 from dpcompile.noise.counter import Stream, counter_tag
 from dpcompile.noise.mechanism import privatize_
 from dpcompile.noise.normal import add_gaussian_, box_muller, fractions, gaussian
 from dpcompile.optim import optimizer as optim
+from dpcompile.optim import update
 from dpcompile.optim.optimizer import DPOptimizer
 
 
@@ -155,11 +157,11 @@ def test_without_a_compiler_one_warning_and_the_same_noise(monkeypatch):
     want = torch.zeros(1001)
     add_gaussian_([want], parameters=[2], std=1.0, seed=5, step=1)
 
-    def fail(source: str) -> None:
+    def fail(source: str, **options: bool) -> None:
         raise RuntimeError("no compiler")
 
     native._library.cache_clear()
-    monkeypatch.setattr(native, "compile_cpp", fail)
+    monkeypatch.setattr(build, "compile_cpp", fail)
     try:
         got = torch.zeros(1001)
         with pytest.warns(
@@ -187,11 +189,11 @@ def trained(
     private = DPOptimizer(inner(model), model, noise_multiplier=sigma, expected_batch_size=3.0, seed=0)
     with monkeypatch.context() as patch:
         called = []
-        original = optim.fused_adam.update_
+        original = update.fused_adam.update_
         if not fused:
-            patch.setattr(optim.fused_adam, "update_", lambda *_, **__: False)
+            patch.setattr(update.fused_adam, "update_", lambda *_, **__: False)
         else:
-            patch.setattr(optim.fused_adam, "update_", lambda *a, **k: called.append(original(*a, **k)) or called[-1])
+            patch.setattr(update.fused_adam, "update_", lambda *a, **k: called.append(original(*a, **k)) or called[-1])
         for _ in range(steps):
             model.engine.deliver(**{f"p{n}": torch.randn(n, generator=generator, dtype=dtype) for n in sizes})
             private.step()
@@ -257,11 +259,11 @@ def replaced(model: PrivateModel) -> torch.optim.Optimizer:
 )
 def test_what_is_not_plain_adam_is_stepped_by_itself(monkeypatch, inner):
     calls = []
-    original = optim.fused_adam.update_
+    original = update.fused_adam.update_
     monkeypatch.setattr(optim, "engine_of", engine_of)
     model = PrivateModel(a=torch.zeros(5))
     private = DPOptimizer(inner(model), model, noise_multiplier=1.0, expected_batch_size=2.0, seed=0)
-    monkeypatch.setattr(optim.fused_adam, "update_", lambda *a, **k: calls.append(original(*a, **k)) or calls[-1])
+    monkeypatch.setattr(update.fused_adam, "update_", lambda *a, **k: calls.append(original(*a, **k)) or calls[-1])
     model.engine.deliver()
     private.step()
     assert calls == [False] and model.a.detach().abs().min() > 0

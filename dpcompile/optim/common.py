@@ -1,0 +1,46 @@
+"""What all ranks have in common: the seed that one of them drew, and the mechanism that all of them step by."""
+
+from __future__ import annotations
+
+from dpcompile.distributed.ranks import digest, from_first, refuse_disagreement
+from dpcompile.errors import PrivacyError
+from dpcompile.module import Engine
+from dpcompile.noise.counter import check_seed, fresh_seed
+from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
+from dpcompile.optim.checks import refuse_bad_numbers
+
+__all__ = ["gaussian_mechanism", "refuse_other_ranks"]
+
+
+def gaussian_mechanism(
+    engine: Engine, noise_multiplier: float | None, expected_batch_size: float | None, seed: int | None, secure: bool
+) -> Mechanism:
+    """The Gaussian mechanism of these numbers, of one seed on all ranks of a distributed model."""
+    if noise_multiplier is None or expected_batch_size is None:
+        raise PrivacyError(
+            "DPOptimizer was given no noise_multiplier or no expected_batch_size",
+            remedy="give both, or a mechanism; make_private and calibrate_noise find the noise_multiplier of a target",
+        )
+    refuse_bad_numbers(noise_multiplier, expected_batch_size)
+    drawn: int = fresh_seed(secure=secure)
+    if engine.distributed:  # also where a seed is given: ranks that wait for one that others do not send hang
+        drawn = from_first(drawn)
+    seed = drawn if seed is None else seed
+    check_seed(seed, secure=secure)
+    return GaussianMechanism(noise_multiplier, engine.max_grad_norm, expected_batch_size, seed, secure)
+
+
+def refuse_other_ranks(engine: Engine, mechanism: Mechanism, logical_step: int) -> None:
+    """All ranks have to mean the same step of the same mechanism on the same parameters."""
+    options = engine.options
+    refuse_disagreement(
+        {
+            "logical_step": logical_step,
+            **mechanism.state_dict(),
+            "seed": digest(mechanism.seed),
+            "max_grad_norm": engine.max_grad_norm,
+            "clipping": options.clipping if isinstance(options.clipping, str) else "a function",
+            "loss_reduction": options.loss_reduction,
+            "trainable parameters": engine.trainable(),
+        }
+    )

@@ -1,0 +1,159 @@
+"""An optimizer around another: its groups, state and defaults are the inner one's, which steps only from here."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from dpcompile.errors import PrivacyError
+from dpcompile.module import Engine
+from dpcompile.noise.mechanism import Mechanism
+from dpcompile.optim.chained import parts_of
+from dpcompile.runtime.optimizer_hooks import HookedOptimizer
+
+__all__ = ["WrappingOptimizer"]
+
+
+class WrappingOptimizer(HookedOptimizer):
+    """What :class:`dpcompile.DPOptimizer` shows of the optimizer and the mechanism that it is made of.
+
+    Args:
+        inner: what updates the parameters.
+        engine: of the model.
+
+    Attributes:
+        engine: of the model.
+        mechanism: what releases the sums: sigma, C, the expected batch size and the seed are its own.
+        logical_step: how many draws of noise have been used up.
+
+    **Guarantee.** A step of the inner optimizer that does not come from here is refused: it would apply the clipped
+    sums without noise.
+    """
+
+    mechanism: Mechanism
+    engine: Engine
+    logical_step: int
+
+    def __init__(self, inner: Optimizer, engine: Engine) -> None:
+        self._inner, self.engine, self._stepping = inner, engine, False
+        for part in parts_of(inner):
+            part.register_step_pre_hook(_only_from(weakref.ref(self)))
+        # Not __init__, which would build groups and state of its own: this sets up the step hooks and no more.
+        super().__setstate__({})
+
+    @property
+    def optimizer(self) -> Optimizer:  # type: ignore[override]
+        """The inner optimizer; of several, what steps them."""
+        return self._inner
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Sigma, of the mechanism."""
+        return self.mechanism.noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        self.mechanism.noise_multiplier = value
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The constant that divides the sums, of the mechanism."""
+        return self.mechanism.expected_batch_size
+
+    @expected_batch_size.setter
+    def expected_batch_size(self, value: float) -> None:
+        self.mechanism.expected_batch_size = value
+
+    @property
+    def seed(self) -> int:
+        """Of the noise: a secret."""
+        return self.mechanism.seed
+
+    @property
+    def secure(self) -> bool:
+        """Whether the noise is cryptographic."""
+        return self.mechanism.secure
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's parameter groups, live."""
+        return self._inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's state, live."""
+        return self._inner.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's defaults, live."""
+        return self._inner.defaults
+
+    @contextmanager
+    def applying(self) -> Iterator[None]:
+        """Let the inner optimizer step."""
+        self._stepping = self.engine.ledger.applied = True
+        try:
+            yield
+        finally:
+            self._stepping = self.engine.ledger.applied = False
+
+    def step_on_nothing(self) -> None:
+        """Let the inner optimizer make its state: a step on zero gradients with learning rate 0."""
+        rates = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] = 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+        try:
+            with self.applying():
+                self.optimizer.step()
+        finally:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    def load_inner(self, state: dict[str, Any]) -> None:
+        """Load the inner optimizer's part of a state.
+
+        Raises:
+            PrivacyError: it cannot.
+        """
+        try:
+            self.optimizer.load_state_dict(state)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise PrivacyError(
+                f"{type(self.optimizer).__name__} cannot load its part of the state: {type(error).__name__}: {error}",
+                remedy="load what DPOptimizer.state_dict() returned, unchanged",
+            ) from error
+
+    def __repr__(self) -> str:
+        return (
+            f"DPOptimizer(noise_multiplier={self.noise_multiplier}, max_grad_norm={self.engine.max_grad_norm}, "
+            f"expected_batch_size={self.expected_batch_size}, logical_step={self.logical_step}, "
+            f"optimizer={self.optimizer!r})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise PrivacyError(
+            "a DPOptimizer cannot be copied or pickled: the copy would draw the same noise again",
+            remedy="save state_dict(), or make a second DPOptimizer with its own seed",
+        )
+
+
+def _only_from(owner: weakref.ref[WrappingOptimizer]) -> Callable[..., None]:
+    """A hook of the inner optimizer."""
+
+    def refuse(*_: Any) -> None:
+        private = owner()
+        if private is not None and not private._stepping:
+            raise PrivacyError(
+                "the wrapped optimizer was stepped directly: its update would have no noise",
+                remedy="call step() of the DPOptimizer",
+            )
+
+    return refuse
