@@ -32,6 +32,27 @@ LONG_FUNCTIONS = {
 }
 
 
+# What a module holds that changes: what kind of thing it is.
+MUTABLE = {
+    "extending.py:_registered": "registry of the rules that users gave",
+    "optim/checks.py:_DRAWN": "registry of the noise that this process has drawn",
+    "optim/checks.py:_WARNED": "what was told already",
+    "runtime/bystanders.py:_LEDGERS": "registry of live ledgers",
+    "runtime/bystanders.py:_TOLD": "what was told already",
+    "runtime/base.py:_NUMBERS": "numbers of engines",
+    "runtime/example_memory.py:_MEMORY": "registry, by module, of what examples left on it",
+    "runtime/loss_scale.py:_STARTED": "registry of autograd's latest backwards and their loss scales",
+    "graph/passes.py:_NUMBERS": "numbers of traced graphs",
+    "step.py:_BACKWARDS": "numbers of backwards that are none of autograd's",
+    "kernels/rates.py:_ADOPTED": "cache of the rates that ranks agreed on",
+    "regions/units.py:_HANDLES": "numbers of units",
+    "regions/units.py:_UNITS": "registry of live units, which graphs call by number",
+    "proof/rules/rows.py:_ROW_WISE": "registry of rules",
+    "proof/rules/registry.py:_RULES": "registry of rules",
+    "proof/site_kinds.py:_REGISTERED": "registry of kinds of sites",
+}
+
+
 def _imports(path: pathlib.Path) -> Iterator[tuple[int, str]]:
     """Line and module of what a file imports; for names out of a package, of the name."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -84,6 +105,44 @@ def test_what_is_private_of_torch_stays_in_one_folder() -> None:
                 if not own:
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno} reads .{node.attr}")
     assert not found, "\n".join(found)
+
+
+def test_modules_hold_no_state_but_registries_and_caches() -> None:
+    """What one forward leaves for another lies in an object; a constant table has entries from the start."""
+    found = set()
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and _begins_empty(node.value):
+                (target,) = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found.add(f"{path.relative_to(ROOT)}:{ast.unparse(target)}")
+    assert found == set(MUTABLE), sorted(found ^ set(MUTABLE))
+    assigned = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Global)
+    ]
+    assert not assigned, f"functions that assign to names of their module: {assigned}"
+
+
+def _begins_empty(value: ast.expr) -> bool:
+    """Whether it is made to be filled: an empty container, a counter."""
+    if isinstance(value, ast.Dict | ast.List | ast.Set):
+        return not (value.keys if isinstance(value, ast.Dict) else value.elts)
+    if not isinstance(value, ast.Call):
+        return False
+    name = ast.unparse(value.func).rpartition(".")[2]
+    return "Weak" in name or name in {
+        "count",
+        "defaultdict",
+        "Counter",
+        "deque",
+        "local",
+        "ContextVar",
+        "set",
+        "dict",
+        "list",
+    }
 
 
 def test_files_are_short() -> None:
