@@ -27,6 +27,7 @@ from dpcompile.norms.convolutions import (
     patch_columns,
     positions_in_rows,
 )
+from dpcompile.proof.site_kinds import Form
 from dpcompile.proof.sites import ParameterGradient, Site
 
 __all__ = ["Factored", "alone", "factored", "oriented"]
@@ -91,14 +92,7 @@ def factored(site: Site, batch: Size) -> Factored | None:
     """The site as outer products of real numbers, or None where it is not of that form."""
     if any(o.meta["val"].is_complex() for o in site.operands.values()):
         return None
-    maker = {
-        "mm": _mm,
-        "bmm": _bmm,
-        "index_put": _index_put,
-        "_unsafe_index_put": _index_put,
-        "convolution_backward": _convolution,
-    }.get(site.kind)
-    return maker(site, batch) if maker is not None else None
+    return None if site.form is None else _MAKERS[site.form](site, batch)
 
 
 def oriented(gradient: ParameterGradient, batch: Size) -> list[Factored] | None:
@@ -195,26 +189,20 @@ def _side(value: Tensor, axis: Examples | None, dim: int, batch: int) -> Tensor:
     return front if front.ndim == 4 else front.unsqueeze(1)
 
 
-def _mm(site: Site, batch: Size) -> Factored:
+def _product(site: Site, batch: Size) -> Factored:
+    """Of matrices, or of batches of them: ``x`` lies along the examples with its last dimension, ``y`` with the one
+    before.
+    """
     axes, (x, y) = site.axes, (site.operands["self"], site.operands["mat2"])
     layout = next(iter(axes.values()))
+    *blocks, p, _ = shape_of(x.meta["val"])
+    dim = len(blocks)
 
     def build(x: Tensor, y: Tensor, b: int) -> tuple[Tensor, Tensor]:
-        return _side(x, layout.at(1), 1, b), _side(y, layout.at(0), 0, b)
+        return _side(x, layout.at(dim + 1), dim + 1, b), _side(y, layout.at(dim), dim, b)
 
-    p, d = shape_of(x.meta["val"])[0], shape_of(y.meta["val"])[1]
-    return Factored(site, (x, y), build, (1, product([layout.outer, layout.inner]), p, d))
-
-
-def _bmm(site: Site, batch: Size) -> Factored:
-    axes, (x, y) = site.axes, (site.operands["self"], site.operands["mat2"])
-    layout = next(iter(axes.values()))
-
-    def build(x: Tensor, y: Tensor, b: int) -> tuple[Tensor, Tensor]:
-        return _side(x, layout.at(2), 2, b), _side(y, layout.at(1), 1, b)
-
-    (k, p, _), d = shape_of(x.meta["val"]), shape_of(y.meta["val"])[2]
-    return Factored(site, (x, y), build, (k, product([layout.outer, layout.inner]), p, d))
+    d = shape_of(y.meta["val"])[-1]
+    return Factored(site, (x, y), build, (blocks[0] if blocks else 1, product([layout.outer, layout.inner]), p, d))
 
 
 def _index_put(site: Site, batch: Size) -> Factored | None:
@@ -292,3 +280,10 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
         site, (small, large), build, sizes, unfolded=unfolded, ghost=ghost if cheaper else None, filled=full,
         each=each if full or not narrow else None, norms=norms if full else None,
     )  # fmt: skip
+
+
+_MAKERS: dict[Form, Callable[[Site, Size], Factored | None]] = {
+    "product": _product,
+    "table": _index_put,
+    "filters": _convolution,
+}

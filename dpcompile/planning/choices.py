@@ -169,12 +169,12 @@ def _together(forms: Sequence[Factored], value: torch.Tensor, element: int, hint
         copied=copied,
         one_hot=any(f.one_hot is not None for f in forms),
         indexed=indexed,
-        convolution=any(f.site.kind == "convolution_backward" for f in forms),
+        convolution=any(f.site.form == "filters" for f in forms),
         grouped=filled == 0 and any(f.each is not None for f in forms),
         filled=filled,
         alone=alone(forms) is not None,
         panels=panels_of(hinted(t, hints)),
-        products=element == 4 and all(f.site.kind in ("mm", "bmm") and f.one_hot is None for f in forms),
+        products=element == 4 and all(f.site.form == "product" and f.one_hot is None for f in forms),
     )  # fmt: skip
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["SiteKind", "add_site_kind", "find_site_kind", "site_kinds"]
+__all__ = ["Form", "SiteKind", "add_site_kind", "find_site_kind", "site_kinds"]
+
+
+Form: TypeAlias = Literal["product", "filters", "table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +21,7 @@ class SiteKind:
     Attributes:
         linear: the operands in which it is linear, of which one is scaled to weight the examples; preferred first.
         lies_along: operand -> the dimension that runs along the examples, where its place in the operation tells.
+        form: how the summed outer products are found: "product", "filters" or "table"; None: by no general way.
         per_example: the same for each example by itself: operands with the examples in front to ``[B, *shape]``; None
             leaves it to ``torch.vmap``.
     """
@@ -24,20 +29,21 @@ class SiteKind:
     linear: tuple[str, ...]
     lies_along: Mapping[str, int] = field(default_factory=dict)
     per_example: Callable[..., Tensor] | None = None
+    form: Form | None = None
 
 
 _OWN = {
-    "mm": SiteKind(("self", "mat2"), {"self": 1, "mat2": 0}),
-    "bmm": SiteKind(("self", "mat2"), {"self": 2, "mat2": 1}),
+    "mm": SiteKind(("self", "mat2"), {"self": 1, "mat2": 0}, form="product"),
+    "bmm": SiteKind(("self", "mat2"), {"self": 2, "mat2": 1}, form="product"),
     "mv": SiteKind(("self", "vec"), {"self": 1, "vec": 0}),
     "dot": SiteKind(("self", "tensor"), {"self": 0, "tensor": 0}),
     "sum": SiteKind(("self",)),
     "mean": SiteKind(("self",)),
-    "index_put": SiteKind(("values",)),
-    "_unsafe_index_put": SiteKind(("values",)),
+    "index_put": SiteKind(("values",), form="table"),
+    "_unsafe_index_put": SiteKind(("values",), form="table"),
     "index_add": SiteKind(("source",)),
     "scatter_add": SiteKind(("src",)),
-    "convolution_backward": SiteKind(("grad_output", "input"), {"grad_output": 0, "input": 0}),
+    "convolution_backward": SiteKind(("grad_output", "input"), {"grad_output": 0, "input": 0}, form="filters"),
     "_embedding_bag_backward": SiteKind(("grad",)),
     "_embedding_bag_dense_backward": SiteKind(("grad",)),
 }

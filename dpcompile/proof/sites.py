@@ -18,7 +18,7 @@ from dpcompile.graph.locate import where
 from dpcompile.graph.operations import operation_name
 from dpcompile.proof.alignment import complete_axes
 from dpcompile.proof.prove import Proof
-from dpcompile.proof.site_kinds import SiteKind, find_site_kind
+from dpcompile.proof.site_kinds import Form, SiteKind, find_site_kind
 
 __all__ = ["ParameterGradient", "Site", "find_gradients"]
 
@@ -54,6 +54,11 @@ class Site:
     def known(self) -> SiteKind | None:
         """What is known of the operation."""
         return find_site_kind(self.kind, result_of(self.value))
+
+    @property
+    def form(self) -> Form | None:
+        """How its outer products are found; None: by no general way."""
+        return None if self.known is None else self.known.form
 
 
 @dataclass(frozen=True, slots=True)

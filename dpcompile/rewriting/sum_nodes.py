@@ -156,7 +156,7 @@ def _weighted_site(
             values[node] = scaled(known[node], axis, weights)
         elif name in site.linear_operands:
             values[node] = scaled(known[node], axis, present)
-    if site.kind in ("mm", "bmm"):
+    if site.form == "product":
         return product(values[site.operands["self"]], values[site.operands["mat2"]])
     result = run_operation(site.operation, values, dtype)
     return result if site.value is site.operation else result[site.value.args[1]]  # type: ignore[index]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from functorch.compile import aot_function
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dpcompile.kernels import build, by_index, content, filters, gaussian, gram, kept, onednn, squares
 
@@ -30,14 +34,37 @@ def _name(module: ModuleType) -> str:
     return module.__name__.rpartition(".")[2]
 
 
+def _under_fake_tensors(function: Callable[[Tensor], Tensor]) -> None:
+    with FakeTensorMode():
+        function(torch.ones(3))
+
+
+def _traced(function: Callable[[Tensor], Tensor]) -> None:
+    make_fx(torch.func.functionalize(function), tracing_mode="symbolic")(torch.ones(3))
+
+
+def _mapped(function: Callable[[Tensor], Tensor]) -> None:
+    torch.func.vmap(function)(torch.ones(3, 2))
+
+
+def _decomposed(function: Callable[[Tensor], Tensor]) -> None:
+    aot_function(function, fw_compiler=lambda graph, _: graph)(torch.ones(3, requires_grad=True))
+
+
 @pytest.mark.parametrize("module", KERNELS, ids=_name)
+@pytest.mark.parametrize("trace", [lambda f: f(torch.ones(3)), _under_fake_tensors, _traced, _mapped, _decomposed])
 @pytest.mark.usefixtures("fresh")
-def test_kernels_are_there(module: ModuleType) -> None:
+def test_kernels_are_there(module: ModuleType, trace: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
     """Also when first asked for in the middle of tracing."""
     if module is onednn and onednn._address() is None:
         pytest.skip("torch was built without oneDNN")
-    with FakeTensorMode():
+
+    def traced(x: Tensor) -> Tensor:
         assert isinstance(module._library(), ctypes.CDLL)
+        return x + 1
+
+    module._library.cache_clear()
+    trace(traced)
 
 
 class _Nothing(SimpleNamespace):
