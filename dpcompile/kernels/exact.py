@@ -95,7 +95,7 @@ def rounded_again(each: Tensor, sizes: Tensor, positions: int, redo: Callable[[i
         redo: an example's gradient, in float64.
     """
     squared, known = norms_of(each), sizes.isfinite()
-    slack = linear_slack(squared, 2 * positions**0.5 * unit_of(each.dtype), sizes)
+    slack = linear_slack(squared, positions**0.5 * unit_of(each.dtype), sizes)
     certain = (slack <= CLOSE * squared) & squared.isfinite()
     result = torch.where(known, squared + slack, squared)
     for i in (known & ~certain).nonzero().flatten().tolist() if each.dtype == torch.float32 else ():
