@@ -17,7 +17,7 @@ from models import table
 torch.set_num_threads(1)
 
 _DRAWN: Counter[str] = Counter()
-_SAMPLE = "DPCOMPILE_TESTS_SAMPLED"
+_SAMPLE = "DPCOMPILE_TESTS_SAMPLED"  # read in `tests/support/sampled.py`
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -72,6 +72,7 @@ def losses(printed: str) -> tuple[float, float]:
 SMALL = ["--backend", "eager", "--steps", "8", "--layers", "1", "--width", "32", "--seed", "0"]
 
 
+@pytest.mark.full  # processes of several ranks
 def test_the_sharded_example_learns(tmp_path: pathlib.Path) -> None:
     done = launch(2, str(EXAMPLES / "train_fsdp.py"), *SMALL, "--output-dir", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -96,6 +97,7 @@ def test_the_sharded_example_stops_on_two_ranks_and_goes_on_on_one(tmp_path: pat
     assert abs(start - between) < 2e-3 and after < between < before
 
 
+@pytest.mark.full  # a model of its own
 def test_the_lora_example_learns() -> None:
     pytest.importorskip("peft")
     done = launch(2, str(EXAMPLES / "lora_llama.py"), *SMALL, "--public-steps", "20")

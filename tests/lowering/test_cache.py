@@ -90,6 +90,7 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.full  # a process for every option
 def test_options_changed_between_processes(tmp_path: pathlib.Path) -> None:
     """One shared cache, one option changed at a time: the numbers of an eager run, every time.
 

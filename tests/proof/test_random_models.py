@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_step
 from random_models import FAIR, MIXING, TOKENS, Program, Step
+from sampled import SAMPLED
 
 import dpcompile
 from dpcompile import DPCompileError
@@ -20,7 +21,7 @@ from dpcompile.graph.labels import Examples
 from dpcompile.module import engine_of
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
-EXAMPLES = int(os.environ.get("DPCOMPILE_EXAMPLES", "300"))
+EXAMPLES = int(os.environ.get("DPCOMPILE_EXAMPLES", 60 if SAMPLED else 300))
 number = st.integers(0, 11)
 steps = st.tuples(st.sampled_from(sorted(FAIR)), number, number)
 programs = st.tuples(
