@@ -27,7 +27,7 @@ from dpcompile.options import TWO_PASS
 from dpcompile.pipeline import Transformed
 from dpcompile.runtime.agreement import described, distance, largest, norms_scale, scale_of, suspects, tolerances
 from dpcompile.runtime.random_state import RandomState
-from dpcompile.runtime.reference import Reference
+from dpcompile.runtime.reference import Noise, Reference
 
 __all__ = ["Verifier"]
 
@@ -230,8 +230,8 @@ class Verifier:
             errors = self._errors(found, late, wanted, scales)
             allowed = tolerances(reference.graph, [self._mask])
             wrong = {slot: error for slot, error in errors.items() if error > allowed[slot]}
-            if wrong:
-                moved = self._moved(ran, values, wanted, scales)
+            for decisions in (False, True) if wrong else ():
+                moved = self._moved(ran, values, wanted, scales, decisions)
                 wrong = {s: error for s, error in wrong.items() if error > allowed[s] + _NOISE * moved.get(s, 0.0)}
         except torch.OutOfMemoryError:
             self._stop()
@@ -322,12 +322,12 @@ class Verifier:
         values: Mapping[str, Any],
         wanted: tuple[list[Any], dict[str, list[Tensor]]],
         scales: Mapping[int, Tensor],
+        decisions: bool,
     ) -> dict[int, float]:
-        """How far rounding alone moves each output: by moving every value by up to an epsilon, twice."""
+        """How far rounding alone moves each output: the farthest of four runs with noise of that size."""
         assert self._reference is not None
         moved: dict[int, float] = {}
-        for seed in (1, 2):
-            noise = torch.Generator().manual_seed(seed)
+        for noise in (Noise(seed, sign, decisions) for seed in (1, 2) for sign in (1.0, -1.0)):
             outputs, _ = self._reference.run(values, ran.random, noise)
             for i, error in self._errors(dict(enumerate(outputs)), None, wanted, scales).items():
                 moved[i] = max(moved.get(i, 0.0), error)

@@ -15,7 +15,7 @@ from dpcompile import PrivacyError, UnsupportedGraphError
 from dpcompile._torch import aot, mended_inductor
 from dpcompile._torch import compile as torch_compile
 from dpcompile.module import engine_of
-from dpcompile.runtime.reference import Reference
+from dpcompile.runtime.reference import Noise, Reference
 from dpcompile.runtime.verify import Verifier
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
@@ -248,6 +248,61 @@ def test_tokens_have_no_place_in_what_is_compiled(compiler: Any) -> None:
     compiler(harm)
     with pytest.raises(PrivacyError, match="output 1 by 0.01"):
         step(dp_compile(Solved()))
+
+
+class Rectified(nn.Module):
+    """Of its sums before the ReLU, half are near zero: rounding decides their sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(8, 32, bias=False), nn.Linear(32, 3)
+        with torch.no_grad():
+            self.inp.weight[::2, 4:] = -self.inp.weight[::2, :4]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.inp(x)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_decided_by_rounding_is_no_harm(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """A ReLU near zero is on in one run and off in the other; which moves a gradient by an example's whole share."""
+
+    def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        graph = Reference(gm)
+        names = [n.name for n in graph.graph.find_nodes(op="placeholder")]
+        rounding = None if options.get("is_backward") else Noise(100 + seed, decisions=True)
+
+        def run(arguments: list[Any]) -> list[Any]:
+            given = dict(zip(names, arguments, strict=True))
+            arguments.clear()
+            return graph.run(given, None, rounding)[0]
+
+        return torch_compile.make_boxed(run)
+
+    monkeypatch.setattr(torch_compile, "compile_fx_inner", compile_graph)
+    errors: list[float] = []
+    before = Verifier._errors
+    monkeypatch.setattr(Verifier, "_errors", lambda *a: (found := before(*a), errors.append(max(found.values())))[0])
+    torch.manual_seed(seed)
+    half = torch.randn(6, 4)
+    step(dp_compile(Rectified()), torch.cat([half, half + 1e-7 * torch.randn(6, 4)], 1))
+    assert errors[0] > 1e-3
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_noise(sign: float) -> None:
+    """By an epsilon; a sum near zero, by which something is decided, by some of its row."""
+    value = torch.tensor([[1.0, 1.0, 1e-20]]).repeat(1000, 1)
+    eps = torch.finfo(torch.float32).eps
+    generator = torch.Generator().manual_seed(0)
+    moved = Noise(0, sign).on(value, generator, True) - value
+    assert 0 < moved[:, :2].abs().max() <= eps and moved[:, 2].abs().max() <= 1e-20 * eps * 1.001
+    further = Noise(0, sign, decisions=True)
+    assert (further.on(value, generator, False) - value)[:, 2].abs().max() <= 1e-20 * eps * 1.001
+    moved = further.on(value, generator, True)[:, 2]
+    assert 20 * eps < moved.max() < 33 * eps and -33 * eps < moved.min() < -20 * eps
+    one, other = (Noise(0, s, decisions=True).on(value, torch.Generator().manual_seed(3), True) for s in (1.0, -1.0))
+    torch.testing.assert_close((one + other) / 2, value, rtol=1e-6, atol=1e-12)
 
 
 def test_through_inductor() -> None:
