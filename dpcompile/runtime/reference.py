@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -136,7 +137,8 @@ def _computed(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         if node.op == "placeholder" or any(n in given for n in node.all_input_nodes):
             given.add(node)
-            schema = getattr(node.target, "_schema", None)
+            operation = node.args[0] if node.target is operator.getitem else node  # of several results: each
+            schema = getattr(getattr(operation, "target", None), "_schema", None)
             if node.op == "call_function" and schema is not None and not schema.is_mutable:
                 views = any(r.alias_info is not None for r in schema.returns)
                 if not views and schema.name.partition("::")[2] not in _EXACT:

@@ -48,7 +48,7 @@ def _mapped(function: Callable[[Tensor], Tensor]) -> None:
 
 
 def _decomposed(function: Callable[[Tensor], Tensor]) -> None:
-    aot_function(function, fw_compiler=lambda graph, _: graph)(torch.ones(3, requires_grad=True))
+    aot_function(function, fw_compiler=lambda gm, example_inputs: gm)(torch.ones(3, requires_grad=True))
 
 
 @pytest.mark.parametrize("module", KERNELS, ids=_name)
