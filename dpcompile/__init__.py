@@ -1,15 +1,23 @@
-"""Differentially private training as a compiler pass."""
+"""Differentially private training as a compiler pass.
 
-from dpcompile import losses
-from dpcompile.accounting.accountant import PrivacyAccountant, calibrate_noise
-from dpcompile.api import dp_compile
-from dpcompile.data.loader import PoissonLoader
-from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, PrivacyWarning, UnsupportedGraphError
-from dpcompile.extending import register_axis_rule, register_site
-from dpcompile.module import set_mask
-from dpcompile.optim.optimizer import DPOptimizer
-from dpcompile.private import make_private
-from dpcompile.step import compile_step
+Names are imported when they are first used: the compiler underneath takes seconds, and an accountant needs none of it.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpcompile import losses
+    from dpcompile.accounting.accountant import PrivacyAccountant, calibrate_noise
+    from dpcompile.api import dp_compile
+    from dpcompile.data.loader import PoissonLoader
+    from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, PrivacyWarning, UnsupportedGraphError
+    from dpcompile.extending import register_axis_rule, register_site
+    from dpcompile.module import set_mask
+    from dpcompile.optim.optimizer import DPOptimizer
+    from dpcompile.private import make_private
+    from dpcompile.step import compile_step
 
 __all__ = [
     "DPCompileError",
@@ -29,3 +37,31 @@ __all__ = [
     "register_site",
     "set_mask",
 ]
+
+# Module -> the names that are found there.
+_PLACES = {
+    "accounting.accountant": ("PrivacyAccountant", "calibrate_noise"),
+    "api": ("dp_compile",),
+    "data.loader": ("PoissonLoader",),
+    "errors": ("DPCompileError", "ExampleMixingError", "PrivacyError", "PrivacyWarning", "UnsupportedGraphError"),
+    "extending": ("register_axis_rule", "register_site"),
+    "module": ("set_mask",),
+    "optim.optimizer": ("DPOptimizer",),
+    "private": ("make_private",),
+    "step": ("compile_step",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module of the package, imported now."""
+    for place, names in _PLACES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"{__name__}.{place}"), name)
+            return value
+    if not name.startswith("__") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,6 +6,8 @@ import ast
 import pathlib
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -174,3 +176,28 @@ def test_names_in_earlier_pickles_and_programs(name: str) -> None:
 def test_accountants_in_earlier_pickles() -> None:
     assert pickle.loads(b"cdpcompile.privacy\nPrivacyAccountant\n.") is dpcompile.PrivacyAccountant
     assert privacy.calibrate_noise is dpcompile.calibrate_noise
+
+
+def test_public_names_are_imported_when_they_are_used() -> None:
+    """All of them, also by ``import *``; an accountant loads no compiler."""
+    program = """
+import sys
+import dpcompile
+accountant = dpcompile.PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.01)
+accountant.step(10)
+assert accountant.epsilon(1e-5) > 0
+print([m for m in sys.modules if m.startswith(("torch._inductor", "torch._dynamo", "dpcompile.api"))])
+from dpcompile import *
+assert {n for n in dpcompile.__all__ if n not in globals()} == set()
+assert dpcompile.checkpoint.save_checkpoint and dpcompile.runtime.private_view
+assert set(dpcompile.__all__) <= set(dir(dpcompile))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+    named = {
+        alias.name for node in ast.walk(ast.parse((ROOT / "__init__.py").read_text()))
+        if isinstance(node, ast.ImportFrom) for alias in node.names
+    } - {"import_module", "find_spec", "TYPE_CHECKING", "Any"}  # fmt: skip
+    assert named == set(dpcompile.__all__)
+    with pytest.raises(AttributeError, match="module 'dpcompile' has no attribute 'nothing'"):
+        dpcompile.nothing  # type: ignore[attr-defined]  # noqa: B018
