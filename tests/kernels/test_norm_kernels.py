@@ -68,6 +68,7 @@ WHERE = [
         marks=[
             pytest.mark.skipif(_no_interpreter() is not None, reason=str(_no_interpreter())),
             pytest.mark.xdist_group("triton"),
+            pytest.mark.full,  # a minute in a process of its own
         ],
     ),
 ]

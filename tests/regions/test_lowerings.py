@@ -150,6 +150,7 @@ def test_inductor_runs_both_passes() -> None:
     right(model, dp_compile(model, max_grad_norm=0.5, regions="blocks", norm="two_pass"), ids())
 
 
+@pytest.mark.full
 def test_inductor_clips_at_once() -> None:
     model, x = GPT(2), ids()
     options = {"clipping": "per_block", "backend": "inductor"}
