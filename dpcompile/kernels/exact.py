@@ -84,9 +84,10 @@ def linear_slack(squared: Tensor, unit: float, sizes: Tensor) -> Tensor:
 def rounded_again(each: Tensor, sizes: Tensor, positions: int, redo: Callable[[int], Tensor]) -> Tensor:
     """Squared norms of kept gradients ``[B, ...]``, ``[B]``, after those that cancel have been made again, in place.
 
-    **Guarantee.** None is below that of the kept gradient, which the clipped sum is made of, and none is above it by
-    more than :data:`dpcompile.kernels.rounding.CLOSE` of it and the floor. What rounding is likely to have taken from
-    the true norm is added.
+    **Guarantee.** None is below that of the kept gradient, which the clipped sum is made of. None of float32 gradients
+    is above it by more than :data:`dpcompile.kernels.rounding.CLOSE` of it and the floor: what rounding is likely to
+    have taken from the true one is added, and where that is more, the gradient is made again. Of float64 gradients
+    whatever it is is added.
 
     Args:
         each: the gradients.

@@ -45,8 +45,8 @@ class DPOptimizer(WrappingOptimizer):
             :func:`dpcompile.noise.fresh_seed`.
         secure: cryptographic noise (ChaCha20).
         accountant: stepped once per logical step.
-        mechanism: what releases the sums, instead of the Gaussian mechanism of the four arguments before. One whose
-            steps the accountant cannot count is stepped without an accountant.
+        mechanism: what releases the sums instead of the Gaussian mechanism, for the model's C and with numbers and seed
+            of its own. One whose steps the accountant cannot count is stepped without an accountant.
 
     Attributes:
         optimizer: the inner optimizer.
