@@ -201,3 +201,14 @@ assert set(dpcompile.__all__) <= set(dir(dpcompile))
     assert named == set(dpcompile.__all__)
     with pytest.raises(AttributeError, match="module 'dpcompile' has no attribute 'nothing'"):
         dpcompile.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_rules_do_not_depend_on_what_was_imported_before() -> None:
+    """A rule for an operation that is not there yet is passed over."""
+    found = []
+    for before in ("", "import torch._inductor.compile_fx\n"):
+        program = before + "from dpcompile.proof.rules import rules\nprint(sorted(map(str, rules())))"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout)
+    assert found[0] == found[1] and "_low_memory_max_pool_with_offsets" in found[0]

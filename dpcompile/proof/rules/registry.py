@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import fx
 
+import dpcompile._torch.prims  # noqa: F401  # rules are for operations that are there
 from dpcompile.graph.labels import Examples, Label, Mixed, Shared, Summed
 from dpcompile.graph.operations import operation_name
 from dpcompile.graph.sizes import Size, is_one, shape_of
