@@ -21,6 +21,7 @@ from dpcompile import DPOptimizer, dp_compile
 from dpcompile.graph.compile import compile_joint
 from dpcompile.kernels import gaussian as native
 from dpcompile.noise import normal as noise
+from dpcompile.optim import common
 
 __all__ = ["WAYS", "Way", "compiler", "size"]
 
@@ -212,5 +213,5 @@ def _as_on_a_gpu() -> Iterator[None]:
 @contextmanager
 def _no_talk() -> Iterator[None]:
     """Without the comparison of seed, sigma and C before the first step: there is nobody to compare with."""
-    with unittest.mock.patch("dpcompile.optim.optimizer.refuse_disagreement"):
+    with unittest.mock.patch.object(common, "refuse_disagreement"):
         yield

@@ -117,8 +117,9 @@ def _first(d: _Degrees) -> float | None:
 
 
 def _view(d: _Degrees) -> float | None:
-    """The same bits read as another dtype are other numbers."""
-    return None if "dtype" in d.arguments else _first(d)
+    """The same bits read as another dtype are other numbers; complex ones read as their two parts are the same."""
+    now, before = d.node.meta["val"].dtype, d.node.all_input_nodes[0].meta["val"].dtype
+    return _first(d) if now.to_real() == before.to_real() else None
 
 
 def _padded(d: _Degrees) -> float | None:
