@@ -8,8 +8,9 @@ from typing import TypeAlias
 
 import sympy
 import torch
+from torch import fx
 
-__all__ = ["Size", "divide", "hinted", "is_one", "product", "same", "shape_of", "size"]
+__all__ = ["Size", "divide", "hinted", "is_one", "product", "same", "shape_of", "size", "value_of"]
 
 Size: TypeAlias = "int | sympy.Expr"
 
@@ -22,6 +23,13 @@ def size(value: int | torch.SymInt | sympy.Expr) -> Size:
         value = _without_exact_floors(value)
         return int(value) if value.is_Integer else value
     return int(value)
+
+
+def value_of(number: object) -> Size:
+    """The same for one that may stand in the graph as a node."""
+    if isinstance(number, fx.Node):
+        number = number.meta["val"]
+    return size(number)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=4096)

@@ -1,6 +1,6 @@
 """Convolutions: every example's gradient and the Gram matrix of patches, without an unfolded copy of the images.
 
-Shape letters: N images, F frames (images) of an example, C channels, G groups, S spatial positions of the filter.
+Shape letters as in :mod:`dpcompile.norms.factors`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Sites as sums of outer products: gradient of example b = sum over t of rows[b, :, t, :]^T cols[b, :, t, :].
 
-Shape letters: B examples, K independent blocks (groups, heads), T positions, P rows, D columns.
-A one-hot side (an embedding's rows) is kept as its index.
+Shape letters, here and wherever tensors of examples are meant: B examples, K independent blocks (groups, heads), T
+positions, P rows, D columns; of images N images, F frames (images) of an example, C channels, G groups, S spatial
+positions of the filter. A one-hot side (an embedding's rows) is kept as its index.
 """
 
 from __future__ import annotations

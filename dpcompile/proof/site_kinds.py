@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Form", "SiteKind", "add_site_kind", "find_site_kind", "site_kinds"]
+__all__ = ["Form", "SiteKind", "add_site_kind", "find_site_kind", "own_site_kind", "site_kinds"]
 
 
 Form: TypeAlias = Literal["product", "filters", "table"]
@@ -32,27 +32,18 @@ class SiteKind:
     form: Form | None = None
 
 
-_OWN = {
-    "mm": SiteKind(("self", "mat2"), {"self": 1, "mat2": 0}, form="product"),
-    "bmm": SiteKind(("self", "mat2"), {"self": 2, "mat2": 1}, form="product"),
-    "mv": SiteKind(("self", "vec"), {"self": 1, "vec": 0}),
-    "dot": SiteKind(("self", "tensor"), {"self": 0, "tensor": 0}),
-    "sum": SiteKind(("self",)),
-    "mean": SiteKind(("self",)),
-    "index_put": SiteKind(("values",), form="table"),
-    "_unsafe_index_put": SiteKind(("values",), form="table"),
-    "index_add": SiteKind(("source",)),
-    "scatter_add": SiteKind(("src",)),
-    "convolution_backward": SiteKind(("grad_output", "input"), {"grad_output": 0, "input": 0}, form="filters"),
-    "_embedding_bag_backward": SiteKind(("grad",)),
-    "_embedding_bag_dense_backward": SiteKind(("grad",)),
-}
+_OWN: dict[str, SiteKind] = {}
 _REGISTERED: dict[tuple[str, int], SiteKind] = {}
 
 
 def find_site_kind(operation: str, result: int) -> SiteKind | None:
     """What is known of a result of an operation (by :func:`dpcompile.graph.operations.operation_name`), or None."""
     return _OWN.get(operation) or _REGISTERED.get((operation, result))
+
+
+def own_site_kind(operation: str, kind: SiteKind) -> None:
+    """Register a kind for all results of an operation of torch's own, as its rule does."""
+    assert _OWN.setdefault(operation, kind) == kind, f"two kinds of {operation}"
 
 
 def add_site_kind(operation: str, result: int, kind: SiteKind) -> None:

@@ -9,7 +9,8 @@ from dpcompile.proof.rules import (
     layers,
     pointwise,
     reductions,
-    row_wise,
+    scatters,
+    slices,
     strided,
     views,
 )
@@ -42,8 +43,9 @@ __all__ = [
     "named_arguments",
     "pointwise",
     "reductions",
-    "row_wise",
     "rules",
+    "scatters",
+    "slices",
     "strided",
     "views",
 ]

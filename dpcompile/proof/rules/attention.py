@@ -10,8 +10,10 @@ from torch import fx
 from dpcompile.graph.labels import Examples, Label, Mixed, Shared, Summed
 from dpcompile.graph.operations import operation_name
 from dpcompile.graph.sizes import is_one
+from dpcompile.proof.rules.growth import Degrees, Homogeneous
 from dpcompile.proof.rules.pointwise import combine
 from dpcompile.proof.rules.registry import Call, Labels, axis_rule
+from dpcompile.proof.rules.stripes import Behind, Stripes, broadcast, row_wise
 
 
 @axis_rule(
@@ -42,6 +44,13 @@ def _attention_output(label: Label, value: object) -> Label:
     return label if ndim >= 2 or not isinstance(label, Examples) else Shared()
 
 
+@row_wise(attention)
+def _slices_of_attention(call: Call, stripes: Stripes, result: int) -> Behind:
+    if stripes.dim != 0 or not is_one(stripes.axis.outer) or not is_one(stripes.axis.inner):
+        return None
+    return broadcast(call, [n for n in call.operands if len(call.shape(n)) == 4], stripes, 4)
+
+
 @axis_rule("higher_order.flex_attention")
 def flex_attention(call: Call) -> Labels:
     """Attention with a score and a mask function, which may index captured tensors by the number of the example."""
@@ -53,7 +62,12 @@ def flex_attention(call: Call) -> Labels:
     return tuple(_attention_output(label, v) for v in call.node.meta["val"])
 
 
-@axis_rule("higher_order.flex_attention_backward")
+def _growth_of_flex_attention_backward(d: Degrees) -> float | None:
+    given = [n for n in d.node.args[5:7] if isinstance(n, fx.Node)]
+    return d.common(given) if all(not d.of(n) for n in d.node.all_input_nodes if n not in given) else None
+
+
+@axis_rule("higher_order.flex_attention_backward", growth=Homogeneous(_growth_of_flex_attention_backward))
 def flex_attention_backward(call: Call) -> Labels:
     """Gradients of queries, keys and values lie like these; those of captured tensors are summed over the examples."""
     arguments = call.node.args

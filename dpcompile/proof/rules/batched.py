@@ -10,18 +10,12 @@ from torch import fx
 from dpcompile.graph.labels import Examples, Label, Shared, Summed
 from dpcompile.graph.matrix_exp import matrix_exp_adjoint as matrix_exp_adjoint  # registers the operation
 from dpcompile.graph.sizes import same_shape
+from dpcompile.proof.rules.growth import Linear
+from dpcompile.proof.rules.pointwise import degree_in_sums
 from dpcompile.proof.rules.registry import Call, Labels, axis_rule
 
 # How many trailing dimensions of an operand one matrix or vector takes; 2 where nothing is said.
 _CORE = {"linalg_householder_product": {"tau": 1}, "linalg_lu_solve": {"pivots": 1}, "lu_unpack": {"LU_pivots": 1}}
-# Operations that are linear in one operand where the others are shared.
-_LINEAR_IN = {
-    "linalg_solve_triangular": "B",
-    "_linalg_solve_ex": "B",
-    "linalg_lu_solve": "B",
-    "cholesky_solve": "self",
-    "matrix_exp_adjoint": "g",
-}
 
 
 @axis_rule(
@@ -43,19 +37,21 @@ def by_rows(call: Call) -> Labels:
     return _each(call, label)
 
 
+@axis_rule("aten.linalg_solve_triangular", "aten.linalg_lu_solve", growth=Linear("B"))
+@axis_rule("aten._linalg_solve_ex", growth=Linear("B", first_result=True))
+@axis_rule("aten.cholesky_solve", growth=Linear("self"))
+@axis_rule("dpcompile.matrix_exp_adjoint", growth=Linear("g"))
 @axis_rule(
     "aten.linalg_inv_ex", "aten.linalg_cholesky_ex", "aten.linalg_lu_factor_ex", "aten.linalg_lu", "aten.linalg_qr",
     "aten._linalg_svd", "aten._linalg_eigh", "aten._linalg_det", "aten._linalg_slogdet", "aten.linalg_matrix_exp",
-    "aten.linalg_householder_product", "aten.linalg_solve_triangular", "aten._linalg_solve_ex", "aten.linalg_lu_solve",
-    "aten.cholesky_solve", "aten.cholesky_inverse", "aten.lu_unpack", "aten.linalg_pinv",
-    "dpcompile.matrix_exp_adjoint",
+    "aten.linalg_householder_product", "aten.cholesky_inverse", "aten.lu_unpack", "aten.linalg_pinv",
 )  # fmt: skip
 def matrices(call: Call) -> Labels:
     """Linear algebra on the last two dimensions; the dimensions before are a batch, broadcast together."""
     name = call.name
     leading = {n: len(call.shape(n)) - _core(call, name, n) for n in call.operands}
     if call.summed():
-        return _results(call, name, _linear(call, name))
+        return _results(call, name, _linear(call))
     batch_ndim = max(leading.values())
     found: Examples | None = None
     for node in call.operands:
@@ -97,17 +93,15 @@ def _core(call: Call, name: str, operand: fx.Node) -> int:
     return 2
 
 
-def _linear(call: Call, name: str) -> Label:
-    linear = _LINEAR_IN.get(name)
-    if linear is None or not isinstance(call.label(call[linear]), Summed):
+def _linear(call: Call) -> Label:
+    if degree_in_sums(call) != 1:
         return call.mixes("it is not linear in a sum over the examples")
-    others = [call.label(v) for k, v in call.arguments.items() if k != linear]
-    if not all(isinstance(x, Shared) for x in others):
+    if any(isinstance(call.label(n), Examples) for n in call.operands):
         return call.mixes("it combines a sum over all examples with other values of examples")
     return Summed()
 
 
-@axis_rule("aten._fft_c2c", "aten._fft_r2c", "aten._fft_c2r")
+@axis_rule("aten._fft_c2c", "aten._fft_r2c", "aten._fft_c2r", growth=Linear())
 def fourier(call: Call) -> Label:
     """Transform some dimensions; linear over the real numbers, as clip weights are."""
     label = call.label(call["self"])
@@ -116,7 +110,13 @@ def fourier(call: Call) -> Label:
     return label
 
 
-@axis_rule("aten.view_as_real", "aten.view_as_complex", "aten.view_as_real_copy", "aten.view_as_complex_copy")
+@axis_rule(
+    "aten.view_as_real",
+    "aten.view_as_complex",
+    "aten.view_as_real_copy",
+    "aten.view_as_complex_copy",
+    growth=Linear(),
+)
 def parts_of_complex(call: Call) -> Label:
     """A last dimension of real and imaginary parts, to and fro."""
     source = call["self"]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dpcompile.graph.labels import Examples, Label, Summed
 from dpcompile.graph.sizes import divide, product
+from dpcompile.proof.rules.growth import Linear
 from dpcompile.proof.rules.registry import Call, axis_rule
+from dpcompile.proof.rules.stripes import Behind, Stripes, row_wise
 
 _AFTER_THE_SUM = (
     "it adds up, over the ranks of tensor parallelism, what was summed over the examples already: the norm of a "
@@ -20,13 +22,13 @@ _REMEDY = (
 )
 
 
-@axis_rule("_c10d_functional.wait_tensor")
+@axis_rule("_c10d_functional.wait_tensor", growth=Linear())
 def wait(call: Call) -> Label:
     """The same values."""
     return call.label(call.operands[0])
 
 
-@axis_rule("_c10d_functional.all_reduce")
+@axis_rule("_c10d_functional.all_reduce", growth=Linear())
 def all_reduce(call: Call) -> Label:
     """Element by element over the ranks."""
     if call.summed():
@@ -34,7 +36,12 @@ def all_reduce(call: Call) -> Label:
     return call.label(call.operands[0])
 
 
-@axis_rule("_c10d_functional.all_gather_into_tensor")
+@row_wise(wait, all_reduce, "inductor_force_stride_order")
+def _slices_of_same_places(call: Call, stripes: Stripes, result: int) -> Behind:
+    return [(call.operands[0], stripes)]
+
+
+@axis_rule("_c10d_functional.all_gather_into_tensor", growth=Linear())
 def all_gather(call: Call) -> Label:
     """The ranks' values one behind the other along dimension 0."""
     if call.summed():
@@ -45,7 +52,7 @@ def all_gather(call: Call) -> Label:
     return label
 
 
-@axis_rule("_c10d_functional.reduce_scatter_tensor")
+@axis_rule("_c10d_functional.reduce_scatter_tensor", growth=Linear())
 def reduce_scatter(call: Call) -> Label:
     """The sum over the ranks, cut into one piece for each along dimension 0: whole batches, or no examples there."""
     if call.summed():

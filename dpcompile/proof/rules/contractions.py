@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from dpcompile.graph.labels import Examples, Label, Shared, Summed
+from dpcompile.proof.rules.growth import Product, ProductAndSum
 from dpcompile.proof.rules.registry import Call, axis_rule
+from dpcompile.proof.rules.stripes import Behind, Stripes, broadcast, row_wise
+from dpcompile.proof.site_kinds import SiteKind
 
 __all__ = ["contraction"]
 
@@ -38,32 +41,43 @@ def contraction(call: Call, spec: str, operands: list[Any]) -> Label:
     return label.at(output.index(letter)) if letter in output else Summed()
 
 
-@axis_rule("aten.mm")
+@axis_rule(
+    "aten.mm",
+    growth=Product(("self", "mat2")),
+    site=SiteKind(("self", "mat2"), {"self": 1, "mat2": 0}, form="product"),
+)
 def mm(call: Call) -> Label:
     """Matrix times matrix."""
     return contraction(call, "pn,nd->pd", [call["self"], call["mat2"]])
 
 
-@axis_rule("aten.bmm")
+@axis_rule(
+    "aten.bmm",
+    growth=Product(("self", "mat2")),
+    site=SiteKind(("self", "mat2"), {"self": 2, "mat2": 1}, form="product"),
+)
 def bmm(call: Call) -> Label:
     """Batched matrix times matrix."""
     return contraction(call, "kpn,knd->kpd", [call["self"], call["mat2"]])
 
 
-@axis_rule("aten.mv")
+@axis_rule("aten.mv", growth=Product(("self", "vec")), site=SiteKind(("self", "vec"), {"self": 1, "vec": 0}))
 def mv(call: Call) -> Label:
     """Matrix times vector."""
     return contraction(call, "pn,n->p", [call["self"], call["vec"]])
 
 
-@axis_rule("aten.dot", "aten.vdot")
+@axis_rule("aten.dot", growth=Product(("self", "tensor")), site=SiteKind(("self", "tensor"), {"self": 0, "tensor": 0}))
+@axis_rule("aten.vdot", growth=Product(("self", "other")))
 def dot(call: Call) -> Label:
     """Vector times vector."""
     operands = [call["self"], call["tensor"] if call["tensor"] is not None else call["other"]]
     return contraction(call, "n,n->", operands)
 
 
-@axis_rule("aten.addmm", "aten.baddbmm", "aten.addmv")
+@axis_rule("aten.addmm", growth=ProductAndSum(("mat1", "mat2"), "self"))
+@axis_rule("aten.baddbmm", growth=ProductAndSum(("batch1", "batch2"), "self"))
+@axis_rule("aten.addmv", growth=ProductAndSum(("mat", "vec"), "self"))
 def add_product(call: Call) -> Label:
     """A product plus a value broadcast to its shape."""
     if call["batch1"] is not None:
@@ -97,3 +111,23 @@ def _shared_product(call: Call, spec: str, factors: list[Any], axis: Examples) -
     letter = output[axis.dim]
     refusals = (call.by_row(x, axis.at(i.find(letter))) for x, i in zip(factors, inputs.split(","), strict=True))
     return next((r for r in refusals if r is not None), axis)
+
+
+@row_wise(mm, bmm, mv, add_product)
+def _slices_of_product(call: Call, stripes: Stripes, result: int) -> Behind:
+    spec, operands = _PRODUCTS[call.name]
+    inputs, _, output = spec.partition("->")
+    letter = output[stripes.dim]
+    places = [(call[k], i.find(letter)) for k, i in zip(operands, inputs.split(","), strict=True)]
+    found = [(x, stripes.at(d)) for x, d in places if d >= 0]
+    return found + (broadcast(call, [call["self"]], stripes) if "self" not in operands else [])
+
+
+_PRODUCTS = {
+    "mm": ("pn,nd->pd", ("self", "mat2")),
+    "bmm": ("kpn,knd->kpd", ("self", "mat2")),
+    "mv": ("pn,n->p", ("self", "vec")),
+    "addmm": ("pn,nd->pd", ("mat1", "mat2")),
+    "baddbmm": ("kpn,knd->kpd", ("batch1", "batch2")),
+    "addmv": ("pn,n->p", ("mat", "vec")),
+}

@@ -1,4 +1,4 @@
-"""Look-ups and accumulations by index."""
+"""Look-ups by index."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from torch import fx
 
 from dpcompile.graph.labels import Examples, Label, Mixed, Shared, Summed
 from dpcompile.graph.sizes import is_one, same
+from dpcompile.proof.rules.growth import Linear, Sum
 from dpcompile.proof.rules.pointwise import common_axis
 from dpcompile.proof.rules.registry import Call, Labels, axis_rule
+from dpcompile.proof.rules.stripes import Behind, Stripes, broadcast, row_wise, whole_dim
 
 
-@axis_rule("aten.embedding")
+@axis_rule("aten.embedding", growth=Linear())
 def embedding(call: Call) -> Label:
     """Rows of a table, one for each index."""
     table, indices = call.label(call["weight"]), call.label(call["indices"])
@@ -35,6 +37,12 @@ def _rows(call: Call, table: Examples, indices: Label) -> Label:
     return call.mixes("it looks up values of examples by an index across the examples")
 
 
+@row_wise(embedding)
+def _slices_of_embedding(call: Call, stripes: Stripes, result: int) -> Behind:
+    inside = len(call.shape(call["indices"]))
+    return [(call["indices"], stripes)] if stripes.dim < inside else [(call["weight"], stripes.at(1))]
+
+
 @axis_rule("aten.embedding_renorm")
 def embedding_renorm(call: Call) -> Label:
     """Rescale the rows of a table that are looked up."""
@@ -54,7 +62,7 @@ def embedding_bag(call: Call) -> Labels:
     return tuple(refusal for _ in call.node.meta["val"])
 
 
-@axis_rule("aten.index_select")
+@axis_rule("aten.index_select", growth=Linear())
 def index_select(call: Call) -> Label:
     """Positions along one dimension."""
     label, index = call.label(call["self"]), call.label(call["index"])
@@ -69,9 +77,16 @@ def index_select(call: Call) -> Label:
     return call.mixes("it selects by an index across the examples")
 
 
+@row_wise(index_select)
+def _slices_of_index_select(call: Call, stripes: Stripes, result: int) -> Behind:
+    if call.dim(call["dim"], len(call.out_shape)) == stripes.dim:
+        return [(call["index"], stripes.at(0))]
+    return [(call["self"], stripes)]
+
+
 def geometry_of(call: Call) -> Geometry | None:
     """Of a look-up; None where boolean masks make it something else."""
-    if any(i is not None and _is_mask(i) for i in call["indices"]):
+    if any(i is not None and is_mask(i) for i in call["indices"]):
         return None
     return Geometry(call, call["self"], call["indices"])
 
@@ -133,7 +148,7 @@ class Geometry:
 
 def _look_up(call: Call) -> Label:
     """The label of values at indices."""
-    if any(i is not None and _is_mask(i) for i in call["indices"]):
+    if any(i is not None and is_mask(i) for i in call["indices"]):
         return call.mixes("a boolean mask makes the number of results depend on the data")
     geometry = Geometry(call, call["self"], call["indices"])
     label, by = call.label(call["self"]), geometry.index_label()
@@ -151,13 +166,32 @@ def _look_up(call: Call) -> Label:
     return _own(call, geometry, label, by)
 
 
-@axis_rule("aten.index", "aten._unsafe_index")
+@axis_rule("aten.index", "aten._unsafe_index", growth=Linear())
 def index(call: Call) -> Label:
     """Advanced indexing: shared tables by examples' indices, examples by shared indices, examples by themselves."""
     return _look_up(call)
 
 
-@axis_rule("aten._unsafe_masked_index")
+@row_wise(index)
+def _slices_of_index(call: Call, stripes: Stripes, result: int) -> Behind:
+    geometry = geometry_of(call)
+    if geometry is None:
+        return None
+    within = stripes.dim - geometry.start
+    if 0 <= within < geometry.index_ndim:
+        found = []
+        for dim, node in zip(geometry.indexed, geometry.index_nodes, strict=True):
+            label, own = call.label(node), within - geometry.index_ndim + len(call.shape(node))
+            if isinstance(label, Shared) and label.counts == own:  # every row looks up its own, which may be alike
+                found.append((call["self"], whole_dim(call, call["self"], dim)))
+            else:
+                found += broadcast(call, [node], stripes.at(within), geometry.index_ndim)
+        return found
+    kept = [d for d in range(len(call.shape(call["self"]))) if d not in geometry.indexed]
+    return [(call["self"], stripes.at(next(d for d in kept if geometry.dim_of_base(d) == stripes.dim)))]
+
+
+@axis_rule("aten._unsafe_masked_index", growth=Sum(("self", "fill")))
 def masked_index(call: Call) -> Label:
     """The same, with a number where a mask, broadcast to the result, says so."""
     found, mask = _look_up(call), call.label(call["mask"])
@@ -191,91 +225,6 @@ def _own(call: Call, geometry: Geometry, label: Examples, by: Label) -> Label:
     return geometry.by_row(own, label.dim) or own
 
 
-@axis_rule("aten.index_put", "aten._unsafe_index_put", "aten.index_put_", "aten._index_put_impl")
-def index_put(call: Call) -> Label:
-    """Write or accumulate at indices: into a shared table this sums over the examples."""
-    base, values = call["self"], call["values"]
-    if any(i is not None and _is_mask(i) for i in call["indices"]):
-        return _write_by_mask(call)
-    geometry = Geometry(call, base, call["indices"])
-    label, by, value = call.label(base), geometry.index_label(), call.label(values)
-    if isinstance(by, Mixed):
-        return by
-    if isinstance(value, Examples):
-        ndim = geometry.index_ndim + len(call.shape(base)) - len(geometry.indexed)
-        value = value.at(value.dim + ndim - len(call.shape(values)))
-    zero = isinstance(label, Shared) and label.zero
-    if isinstance(value, Summed) or isinstance(label, Summed):
-        if isinstance(by, Shared) and all(_neutral(x) for x in (label, value)):
-            return Summed()
-        return call.mixes("it writes a sum over the examples at positions or into values that are not")
-    if isinstance(by, Examples) and isinstance(value, Examples) and (by.dim != value.dim or not by.same_layout(value)):
-        return call.mixes("the indices enumerate the examples in a different order than the values")
-    if isinstance(label, Examples) or not zero or isinstance(by, Shared):
-        return _write_to_examples(call, geometry, label, by, value)
-    assert isinstance(by, Examples)
-    for dim in geometry.indexed:
-        own = geometry.own_position(dim)
-        if own is not None and own.dim == by.dim:
-            return _written(call, geometry, own, dim) or Examples(dim)
-    if call["accumulate"]:
-        return _written(call, geometry, by) or Summed()
-    return call.mixes("examples overwrite each other's values in a shared table")
-
-
-def _written(call: Call, geometry: Geometry, axis: Examples, own: int | None = None) -> Mixed | None:
-    """The refusal where shared indices or values go by the row number along an axis of what is written."""
-    ndim = geometry.index_ndim + len(call.shape(call["self"])) - len(geometry.indexed)
-    return geometry.by_row(axis, own) or call.any_by_row([call["values"]], axis, ndim)
-
-
-def _write_by_mask(call: Call) -> Label:
-    """One value at all places of a mask over the leading dimensions: element by element, like ``torch.where``."""
-    base, (mask, *others), values = call["self"], call["indices"], call["values"]
-    if others or mask is None or not all(is_one(n) for n in call.shape(values)) or call["accumulate"]:
-        return call.unsupported("it writes several values through a boolean mask; use torch.where")
-    labels = [call.label(x) for x in (base, mask, values)]
-    if call.summed():
-        linear = isinstance(labels[1], Shared) and _neutral(labels[0]) and _neutral(labels[2])
-        return Summed() if linear else call.mixes("it is not linear in a sum over the examples")
-    if isinstance(labels[2], Examples):
-        return call.mixes("it writes a value of one example to all the others")
-    axes = [x for x in labels[:2] if isinstance(x, Examples)]  # the dimensions of the mask are the first of the base
-    if any(x.dim != axes[0].dim or not x.same_layout(axes[0]) for x in axes):
-        return call.mixes("the mask enumerates the examples in a different order than the values")
-    return call.by_row(base, axes[0]) or call.by_row(mask, axes[0]) or axes[0]
-
-
-def _write_to_examples(call: Call, geometry: Geometry, label: Label, by: Label, value: Label) -> Label:
-    """The base has an example axis, or gets it from the values written at shared positions."""
-    axis = label if isinstance(label, Examples) else None
-    if axis is None:
-        carrier = value if isinstance(value, Examples) else by
-        assert isinstance(carrier, Examples)
-        for dim in range(len(call.shape(call["self"]))):
-            indexed = dim in geometry.indexed
-            target = geometry.own_position(dim) if indexed else carrier.at(geometry.dim_of_base(dim))
-            if target is not None and target.dim == carrier.dim and target.same_layout(carrier):
-                differing = _written(call, geometry, carrier, dim if indexed else None)
-                return differing or call.by_row(call["self"], carrier.at(dim)) or carrier.at(dim)
-        if call["accumulate"] and isinstance(label, Shared) and label.zero:
-            return _written(call, geometry, carrier) or Summed()
-        return call.mixes("examples write into a value that all of them share")
-    target = (
-        geometry.own_position(axis.dim) if axis.dim in geometry.indexed else axis.at(geometry.dim_of_base(axis.dim))
-    )
-    if target is None:
-        return call.mixes("it writes to examples picked by an index")
-    for other in (by, value):
-        if isinstance(other, Examples) and (other.dim != target.dim or not other.same_layout(target)):
-            return call.mixes("one example writes into another's values")
-    return _written(call, geometry, target, axis.dim if axis.dim in geometry.indexed else None) or axis
-
-
-def _neutral(label: Label) -> bool:
-    return isinstance(label, Summed) or (isinstance(label, Shared) and label.zero)
-
-
 @axis_rule("aten.searchsorted", "aten.bucketize")
 def search(call: Call) -> Label:
     """Positions in sorted values: those of a table that all share, or those of each row."""
@@ -293,11 +242,19 @@ def search(call: Call) -> Label:
     return call.by_row(table, axes[0]) or call.by_row(call["self"], axes[0]) or axes[0]
 
 
-def _is_mask(index: fx.Node) -> bool:
+@row_wise(search)
+def _slices_of_search(call: Call, stripes: Stripes, result: int) -> Behind:
+    table = call["boundaries"] if call["boundaries"] is not None else call["sorted_sequence"]
+    by_rows = [] if len(call.shape(table)) == 1 else [(table, stripes)]
+    return None if by_rows and stripes.dim == len(call.out_shape) - 1 else [(call["self"], stripes), *by_rows]
+
+
+def is_mask(index: fx.Node) -> bool:
+    """Whether an index says of every position if it counts."""
     return index.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
-@axis_rule("aten.gather", "aten.take_along_dim")
+@axis_rule("aten.gather", "aten.take_along_dim", growth=Linear())
 def gather(call: Call) -> Label:
     """Pick along one dimension, position by position in all the others."""
     label, by = call.label(call["self"]), call.label(call["index"])
@@ -313,48 +270,10 @@ def gather(call: Call) -> Label:
     return (call.by_row(call["self"], axis) if axis.dim != dim else None) or call.by_row(call["index"], axis) or axis
 
 
-@axis_rule("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")
-def scatter(call: Call) -> Label:
-    """Write along one dimension, position by position in all the others."""
-    base, by = call["self"], call.label(call["index"])
-    source = call["src"] if call["src"] is not None else call["value"]
-    labels = [call.label(base), by, call.label(source)]
-    dim = call.dim(call["dim"], len(call.out_shape))
-    if call.summed():
-        if isinstance(by, Shared) and _neutral(labels[0]) and _neutral(labels[2]):
-            return Summed()
-        return call.mixes("it scatters a sum over the examples at positions that depend on examples")
-    axes = [x for x in labels if isinstance(x, Examples)]
-    if any(x.dim != axes[0].dim or not x.same_layout(axes[0]) for x in axes):
-        return call.mixes("its operands carry their examples in different places")
-    differing = call.any_by_row([base, call["index"], source], axes[0], len(call.out_shape))
-    if axes[0].dim != dim:
-        return differing or axes[0]
-    adds = call.name == "scatter_add"
-    if differing is not None:
-        return differing
-    if adds and isinstance(labels[0], Shared) and labels[0].zero:
-        return Summed()
-    return call.mixes("it scatters across the examples")
-
-
-@axis_rule("aten.index_add", "aten.index_copy")
-def index_add(call: Call) -> Label:
-    """Accumulate slices along one dimension."""
-    base, by, value = call.label(call["self"]), call.label(call["index"]), call.label(call["source"])
-    dim = call.dim(call["dim"], len(call.out_shape))
-    if call.summed():
-        if isinstance(by, Shared) and _neutral(base) and _neutral(value):
-            return Summed()
-        return call.mixes("it writes a sum over the examples into other values")
-    axes = [x for x in (base, value) if isinstance(x, Examples)]
-    if isinstance(by, Shared) and axes and all(x.dim == axes[0].dim and x.same_layout(axes[0]) for x in axes):
-        if axes[0].dim != dim:
-            return call.by_row(call["self"], axes[0]) or call.by_row(call["source"], axes[0]) or axes[0]
-    adds = call.name == "index_add"
-    aligned = isinstance(value, Examples) and value.dim == dim
-    same_order = not isinstance(by, Examples) or (isinstance(value, Examples) and by.same_layout(value))
-    if adds and isinstance(base, Shared) and base.zero and aligned and same_order:
-        assert isinstance(value, Examples)
-        return call.by_row(call["index"], value.at(0)) or Summed()
-    return call.mixes("it writes across the examples")
+@row_wise(gather)
+def _slices_of_gather(call: Call, stripes: Stripes, result: int) -> Behind:
+    source, positions = call["self"], call["index"]
+    if call.dim(call["dim"], len(call.out_shape)) == stripes.dim:
+        return [(positions, stripes)]
+    whole = same(call.shape(source)[stripes.dim], call.out_shape[stripes.dim])
+    return [(source, stripes if whole else whole_dim(call, source, stripes.dim)), (positions, stripes)]

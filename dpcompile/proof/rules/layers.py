@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dpcompile.graph.labels import Examples, Label, Shared, Summed
+from dpcompile.proof.rules.growth import Degrees, Homogeneous, Linear, ProductAndSum
 from dpcompile.proof.rules.pointwise import combine
 from dpcompile.proof.rules.registry import Call, Labels, axis_rule
+from dpcompile.proof.rules.stripes import Behind, Stripes, broadcast, row_wise
+from dpcompile.proof.site_kinds import SiteKind
 
 
-@axis_rule("aten.convolution", "aten.mkldnn_convolution", "aten.conv2d")
+@axis_rule("aten.convolution", growth=ProductAndSum(("input", "weight"), "bias"))
+@axis_rule("aten.mkldnn_convolution", "aten.conv2d")
 def convolution(call: Call) -> Label:
     """Slide shared filters over every example."""
     source, weight, bias = (call.label(call[k]) for k in ("input", "weight", "bias"))
@@ -24,7 +28,21 @@ def convolution(call: Call) -> Label:
     return source
 
 
-@axis_rule("aten.convolution_backward")
+@row_wise(convolution)
+def _slices_of_convolution(call: Call, stripes: Stripes, result: int) -> Behind:
+    return [(call["input"], stripes)] if stripes.dim == 0 else None
+
+
+def _growth_of_convolution_backward(d: Degrees) -> tuple[float, float, float]:
+    cotangent, source, weight = (d.of(d.arguments[k]) for k in ("grad_output", "input", "weight"))
+    return (cotangent + weight, cotangent + source, cotangent)
+
+
+@axis_rule(
+    "aten.convolution_backward",
+    growth=Homogeneous(_growth_of_convolution_backward),
+    site=SiteKind(("grad_output", "input"), {"grad_output": 0, "input": 0}, form="filters"),
+)
 def convolution_backward(call: Call) -> Labels:
     """Gradients of a convolution: the input's keeps examples apart, the filters' and the bias's sum over them."""
     cotangent, source, weight = (call.label(call[k]) for k in ("grad_output", "input", "weight"))
@@ -43,18 +61,20 @@ def convolution_backward(call: Call) -> Labels:
 
 
 @axis_rule(
+    "aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d", "aten._adaptive_avg_pool2d", "aten._adaptive_avg_pool3d",
+    "aten.upsample_nearest1d", "aten.upsample_nearest2d", "aten.upsample_nearest3d", "aten.upsample_linear1d",
+    "aten.upsample_bilinear2d", "aten.upsample_bicubic2d", "aten.upsample_trilinear3d",
+    "aten._upsample_bilinear2d_aa", growth=Linear(),
+)  # fmt: skip
+@axis_rule(
     "aten.max_pool2d_with_indices", "aten.max_pool2d_with_indices_backward", "aten.max_pool3d_with_indices",
     "aten.max_pool3d_with_indices_backward", "aten._low_memory_max_pool_with_offsets",
     "prims._low_memory_max_pool_with_offsets", "prims._low_memory_max_pool_offsets_to_indices",
-    "aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool2d_backward", "aten.avg_pool3d", "aten.avg_pool3d_backward",
-    "aten._adaptive_avg_pool2d", "aten._adaptive_avg_pool2d_backward", "aten._adaptive_avg_pool3d",
+    "aten.avg_pool2d_backward", "aten.avg_pool3d_backward", "aten._adaptive_avg_pool2d_backward",
     "aten._adaptive_avg_pool3d_backward", "aten.adaptive_max_pool2d", "aten.adaptive_max_pool2d_backward",
-    "aten.adaptive_max_pool3d", "aten.adaptive_max_pool3d_backward",
-    "aten.upsample_nearest1d", "aten.upsample_nearest1d_backward", "aten.upsample_nearest2d",
-    "aten.upsample_nearest2d_backward", "aten.upsample_nearest3d", "aten.upsample_nearest3d_backward",
-    "aten.upsample_bilinear2d", "aten.upsample_bilinear2d_backward", "aten.upsample_bicubic2d",
-    "aten.upsample_bicubic2d_backward", "aten._upsample_bilinear2d_aa", "aten._upsample_bilinear2d_aa_backward",
-    "aten.upsample_linear1d", "aten.upsample_linear1d_backward", "aten.upsample_trilinear3d",
+    "aten.adaptive_max_pool3d", "aten.adaptive_max_pool3d_backward", "aten.upsample_nearest1d_backward",
+    "aten.upsample_nearest2d_backward", "aten.upsample_nearest3d_backward", "aten.upsample_bilinear2d_backward",
+    "aten.upsample_bicubic2d_backward", "aten._upsample_bilinear2d_aa_backward", "aten.upsample_linear1d_backward",
     "aten.upsample_trilinear3d_backward", "aten.reflection_pad1d_backward", "aten.reflection_pad2d_backward",
     "aten.reflection_pad3d_backward", "aten.replication_pad1d_backward", "aten.replication_pad2d_backward",
     "aten.replication_pad3d_backward",
@@ -77,6 +97,13 @@ def spatial_dims(call: Call) -> int:
     if "low_memory" in name:
         return len(call["kernel_size"])
     return next((n for n in (1, 3) if f"{n}d" in name), 2)
+
+
+@row_wise(spatial)
+def _slices_of_spatial(call: Call, stripes: Stripes, result: int) -> Behind:
+    if stripes.dim >= len(call.out_shape) - spatial_dims(call):
+        return None
+    return broadcast(call, call.operands, stripes)
 
 
 @axis_rule("aten.native_layer_norm", "aten.native_layer_norm_backward", "aten._fused_rms_norm",

@@ -6,27 +6,41 @@ import torch
 from torch import fx
 
 from dpcompile.graph.labels import Examples, Label, Shared, Summed
+from dpcompile.graph.sizes import divide, value_of
+from dpcompile.proof.rules.growth import (
+    SIGN,
+    Degrees,
+    Homogeneous,
+    Linear,
+    Product,
+    ProductAndSum,
+    Quotient,
+    Sum,
+    add_growth,
+    first,
+    power,
+)
 from dpcompile.proof.rules.registry import Call, axis_rule
+from dpcompile.proof.rules.stripes import Behind, Stripes, broadcast, row_wise
 
 __all__ = ["combine", "common_axis", "pointwise"]
 
-_LINEAR_IN_ONE = {
-    "neg", "positive", "clone", "alias", "detach", "_to_copy", "convert_element_type", "to", "contiguous",
-    "lift_fresh_copy", "_conj", "_conj_physical", "conj_physical", "real", "imag", "view_of", "device_put",
-    "tril", "triu", "_neg_view",
-}  # fmt: skip
 
-
+@axis_rule("aten.masked_fill", growth=Sum(("self", "value")))
+@axis_rule("aten.where", growth=Sum(("self", "other")))
+@axis_rule("aten.complex", growth=Sum(("real", "imag")))
+@axis_rule("prims.fma", growth=ProductAndSum(("a", "b"), "c"))
 @axis_rule(
-    "aten.clone", "aten.alias", "aten.detach", "aten._to_copy", "aten.to", "aten.contiguous",
-    "aten.lift_fresh_copy", "aten.masked_fill", "aten.where", "aten.native_dropout", "aten.native_dropout_backward",
-    "aten.complex", "aten.polar", "aten.bernoulli", "aten.rrelu_with_noise_functional",
-    "aten.rrelu_with_noise_backward", "aten._conj", "aten._neg_view",
-    "aten._prelu_kernel", "aten._prelu_kernel_backward", "aten.nan_to_num", "aten.floor_divide",
-    "prims.convert_element_type", "prims.device_put", "prims.view_of", "prims.inductor_force_stride_order",
-    "prims.fma", "aten.uniform", "aten.normal", "aten.normal_functional", "aten.exponential", "aten.geometric",
-    "aten.log_normal", "aten.cauchy", "aten.random", "aten.fake_quantize_per_tensor_affine_cachemask",
-    "aten.fake_quantize_per_tensor_affine_cachemask_backward",
+    "aten.clone", "aten.alias", "aten.detach", "aten._to_copy", "aten.to", "aten.contiguous", "aten.lift_fresh_copy",
+    "aten._conj", "aten._neg_view", "prims.convert_element_type", "prims.device_put", "prims.view_of",
+    "prims.inductor_force_stride_order", growth=Linear(),
+)  # fmt: skip
+@axis_rule(
+    "aten.native_dropout", "aten.native_dropout_backward", "aten.polar", "aten.bernoulli",
+    "aten.rrelu_with_noise_functional", "aten.rrelu_with_noise_backward", "aten._prelu_kernel",
+    "aten._prelu_kernel_backward", "aten.nan_to_num", "aten.floor_divide", "aten.uniform", "aten.normal",
+    "aten.normal_functional", "aten.exponential", "aten.geometric", "aten.log_normal", "aten.cauchy", "aten.random",
+    "aten.fake_quantize_per_tensor_affine_cachemask", "aten.fake_quantize_per_tensor_affine_cachemask_backward",
 )  # fmt: skip
 def pointwise(call: Call) -> Label:
     """Position by position: the result has the example axis of its operands, which must agree."""
@@ -35,7 +49,23 @@ def pointwise(call: Call) -> Label:
     return combine(call, call.operands, call.out_shape)
 
 
-@axis_rule("aten.copy")
+@row_wise(pointwise)
+def _slices_of_pointwise(call: Call, stripes: Stripes, result: int) -> Behind:
+    return broadcast(call, call.operands, stripes)
+
+
+@row_wise("remainder")
+def _slices_of_remainder(call: Call, stripes: Stripes, result: int) -> Behind:
+    """``arange(B * T) % T`` is the position within an example."""
+    source, divisor = call["self"], call["other"]
+    counts = getattr(call.label(source), "counts", None) if isinstance(source, fx.Node) else None
+    if counts is not None and not call.shape(divisor) and call.shape(source) == call.out_shape:
+        if counts != stripes.dim or divide(stripes.axis.inner, value_of(divisor)) is not None:
+            return []
+    return broadcast(call, call.operands, stripes)
+
+
+@axis_rule("aten.copy", growth=Homogeneous(lambda d: d.of(d.arguments["src"])))
 def copy(call: Call) -> Label:
     """The values of the source, in the shape of a destination whose values do not matter."""
     source = call["src"]
@@ -47,13 +77,23 @@ def copy(call: Call) -> Label:
     return Shared(zero=isinstance(label, Shared) and label.zero)
 
 
-@axis_rule("aten.tril", "aten.triu")
+@row_wise(copy)
+def _slices_of_copy(call: Call, stripes: Stripes, result: int) -> Behind:
+    return broadcast(call, [call["src"]], stripes)
+
+
+@axis_rule("aten.tril", "aten.triu", growth=Linear())
 def triangle(call: Call) -> Label:
     """Keep what lies below, or above, a diagonal of the last two dimensions."""
     label = call.label(call["self"])
     if isinstance(label, Examples) and label.dim >= len(call.out_shape) - 2:
         return call.mixes("what it keeps of an example depends on the example's row number in the batch")
     return label
+
+
+@row_wise("tril", "triu")
+def _slices_of_triangle(call: Call, stripes: Stripes, result: int) -> Behind:
+    return None if stripes.dim >= len(call.out_shape) - 2 else [(call["self"], stripes)]
 
 
 def combine(call: Call, operands: list[fx.Node], shape: tuple) -> Label:
@@ -109,25 +149,29 @@ def _linear(call: Call) -> Label:
         )
     if _rounds(call):
         return call.mixes("it rounds a sum over the examples")
-    if name in _LINEAR_IN_ONE:
+    degree = degree_in_sums(call)
+    if degree == 1:
         return Summed()
-    if name == "mul" and sum(summed) == 1:
-        return Summed()
-    if name == "div" and summed == [True, False] and call["rounding_mode"] is None:
-        return Summed()
-    if name == "fma":  # a * b + c
-        a, b, c = call.node.args
-        if isinstance(call.label(a), Summed) != isinstance(call.label(b), Summed):
-            return _all_summed_or_zero(call, [c])
-    if name == "complex":
-        return _all_summed_or_zero(call, [call["real"], call["imag"]])
-    if name in ("add", "sub"):
-        return _all_summed_or_zero(call, [first, second])
-    if name == "where" and not isinstance(call.label(call["condition"]), Summed):
-        return _all_summed_or_zero(call, [first, second])
-    if name == "masked_fill" and summed[0] and not isinstance(call.label(call["mask"]), Summed):
-        return _all_summed_or_zero(call, [first, call["value"]])
+    if degree is None and isinstance(call.growth, (Sum, ProductAndSum)):
+        return call.mixes("it adds a part that belongs to no example to a sum over the examples")
     return call.mixes("it is not linear in a sum over the examples")
+
+
+def degree_in_sums(call: Call) -> float | None:
+    """How the (first) result grows with the sums over examples among its operands: 1 if it is linear in them.
+
+    None if that is not known.
+    """
+    if call.growth is None or isinstance(call.growth, Homogeneous):
+        return None
+    degrees = {n: float(isinstance(call.label(n), Summed)) for n in call.operands}
+    degrees = dict.fromkeys(call.node.all_input_nodes, 0.0) | degrees
+    degree = call.growth.degree(Degrees(call.node, call.arguments, degrees, lambda n: _is_zero(call.label(n))))
+    return degree[0] if isinstance(degree, tuple) else degree
+
+
+def _is_zero(label: Label) -> bool:
+    return isinstance(label, Shared) and label.zero
 
 
 def _rounds(call: Call) -> bool:
@@ -135,9 +179,23 @@ def _rounds(call: Call) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex)
 
 
-def _all_summed_or_zero(call: Call, operands: list) -> Label:
-    for operand in operands:
-        label = call.label(operand)
-        if not isinstance(label, Summed) and not (isinstance(label, Shared) and label.zero):
-            return call.mixes("it adds a part that belongs to no example to a sum over the examples")
-    return Summed()
+# Operations that torch tags as pointwise need no rule of their own.
+add_growth(Linear(), "neg", "positive", "_conj_physical", "conj_physical", "real", "imag")
+add_growth(Homogeneous(first), "abs", "relu")
+add_growth(Product(("self", "other")), "mul")
+add_growth(Quotient("self", "other"), "div")
+add_growth(power(2), "square")
+add_growth(power(0.5), "sqrt")
+add_growth(power(-0.5), "rsqrt")
+add_growth(power(-1), "reciprocal")
+add_growth(power(), "pow")
+add_growth(Sum(("self", "other")), "add", "sub", "rsub")
+add_growth(Sum(("self", "end")), "lerp")
+add_growth(ProductAndSum(("tensor1", "tensor2"), "self"), "addcmul")
+add_growth(Homogeneous(Sum(("self", "other")).degree), "maximum", "minimum")
+add_growth(
+    Homogeneous(lambda d: d.common(Sum(("self", "min", "max")).among(d.arguments))), "clamp", "clamp_min", "clamp_max"
+)
+add_growth(
+    SIGN, "sign", "sgn", "signbit", "gt", "lt", "ge", "le", "eq", "ne", "isnan", "isinf", "isfinite", "logical_not"
+)

@@ -6,15 +6,21 @@ from typing import Any
 
 from dpcompile.graph.labels import Examples, Label, Summed
 from dpcompile.graph.sizes import shape_of
+from dpcompile.proof.rules.growth import Homogeneous, Linear, first
 from dpcompile.proof.rules.registry import Call, Labels, axis_rule
+from dpcompile.proof.rules.stripes import Behind, Stripes, broadcast, row_wise
+from dpcompile.proof.site_kinds import SiteKind
 
 
+@axis_rule("aten.sum", "aten.mean", "prims.sum", growth=Linear(), site=SiteKind(("self",)))
 @axis_rule(
-    "aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.var_mean", "aten.std", "aten.std_mean",
-    "aten.logsumexp", "aten.prod", "aten.any", "aten.all", "aten.argmax", "aten.argmin", "aten.linalg_vector_norm",
-    "aten.norm", "aten.max", "aten.min", "aten.median", "aten.nanmedian", "aten.mode", "aten.count_nonzero",
-    "aten.aminmax", "aten.kthvalue", "aten.quantile", "aten.nansum", "prims.sum", "prims.amax", "prims.amin",
-    "prims.var", "prims.prod",
+    "aten.amax", "aten.amin", "aten.linalg_vector_norm", "aten.nansum", "prims.amax", "prims.amin",
+    growth=Homogeneous(first),
+)  # fmt: skip
+@axis_rule(
+    "aten.var", "aten.var_mean", "aten.std", "aten.std_mean", "aten.logsumexp", "aten.prod", "aten.any", "aten.all",
+    "aten.argmax", "aten.argmin", "aten.norm", "aten.max", "aten.min", "aten.median", "aten.nanmedian", "aten.mode",
+    "aten.count_nonzero", "aten.aminmax", "aten.kthvalue", "aten.quantile", "prims.var", "prims.prod",
 )  # fmt: skip
 def reduction(call: Call) -> Labels:
     """Reduce dimensions away: a sum or mean over the example axis is a sum over examples, all else mixes them."""
@@ -25,7 +31,7 @@ def reduction(call: Call) -> Labels:
     count = len(value) if isinstance(value, (tuple, list)) else 0
     if isinstance(label, Examples):
         label = _reduce(call, label, len(shape), name)
-    elif name not in ("sum", "mean"):
+    elif not isinstance(call.growth, Linear):
         label = call.mixes("it is not linear in a sum over the examples")
     return tuple(label for _ in range(count)) if count else label
 
@@ -33,7 +39,7 @@ def reduction(call: Call) -> Labels:
 def _reduce(call: Call, label: Examples, ndim: int, name: str) -> Label:
     dims = reduced_dims(call, ndim)
     if label.dim in dims:
-        if name in ("sum", "mean"):
+        if isinstance(call.growth, Linear):
             return Summed()
         return call.mixes(f"`{name}` runs over the examples")
     kept_dims = len(call.out_shape) == ndim
@@ -48,11 +54,21 @@ def reduced_dims(call: Call, ndim: int) -> set[int]:
     return {d % ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
 
 
+@row_wise(reduction)
+def _slices_of_reduction(call: Call, stripes: Stripes, result: int) -> Behind:
+    source = call.operands[0]
+    ndim = len(call.shape(source))
+    if len(call.out_shape) == ndim:
+        return [(source, stripes)]
+    kept = [d for d in range(ndim) if d not in reduced_dims(call, ndim)]
+    return [(source, stripes.at(kept[stripes.dim]))]
+
+
+@axis_rule("aten.cumsum", "aten.flip", "aten.roll", "aten.rot90", "prims.cumsum", "prims.rev", growth=Linear())
 @axis_rule(
     "aten._softmax", "aten._log_softmax", "aten._softmax_backward_data", "aten._log_softmax_backward_data",
-    "aten.cumsum", "aten.cumprod", "aten.cummax", "aten.cummin", "aten.logcumsumexp", "aten.sort", "aten.topk",
-    "aten.argsort", "aten.flip", "aten.roll", "aten.glu", "aten.glu_backward", "aten.softmax", "aten.log_softmax",
-    "aten._safe_softmax", "prims.cumsum", "prims.rev", "aten.rot90",
+    "aten.cumprod", "aten.cummax", "aten.cummin", "aten.logcumsumexp", "aten.sort", "aten.topk", "aten.argsort",
+    "aten.glu", "aten.glu_backward", "aten.softmax", "aten.log_softmax", "aten._safe_softmax",
     "prims.prepare_softmax_online",
 )  # fmt: skip
 def along_dim(call: Call) -> Labels:
@@ -67,7 +83,7 @@ def _along(call: Call) -> Label:
     name = call.name
     axes = [(n, x) for n in call.operands if isinstance(x := call.label(n), Examples)]
     if call.summed():
-        linear = name in ("cumsum", "flip", "roll", "rev") and not axes
+        linear = isinstance(call.growth, Linear) and not axes
         return Summed() if linear else call.mixes("it is not linear in a sum over the examples")
     node, label = axes[0]
     if any(x.dim != label.dim or not x.same_layout(label) for _, x in axes):
@@ -89,6 +105,13 @@ def touched_dims(call: Call, ndim: int) -> set[int]:
     if dims is None:
         dims = -1
     return {d % ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
+
+
+@row_wise(along_dim)
+def _slices_of_along_dim(call: Call, stripes: Stripes, result: int) -> Behind:
+    if stripes.dim in touched_dims(call, len(call.out_shape)):
+        return None
+    return broadcast(call, call.operands, stripes)
 
 
 @axis_rule("aten.multinomial")

@@ -2,7 +2,9 @@
 
 A rule sees one call and answers with the label of its result (a tuple of labels where the operation returns several
 values). It is asked only when a value of an example, or a sum over examples, is among the operands: a function of
-shared values is shared. Operations without a rule are refused by name.
+shared values is shared. Operations without a rule are refused by name. What else is known of an operation is said with
+its rule: how its result grows with its operands (:mod:`dpcompile.proof.rules.growth`), how its sums over the examples
+are clipped (:mod:`dpcompile.proof.site_kinds`), what its slices are made of (:mod:`dpcompile.proof.rules.stripes`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import dpcompile._torch.prims  # noqa: F401  # rules are for operations that are
 from dpcompile.graph.labels import Examples, Label, Mixed, Shared, Summed
 from dpcompile.graph.operations import operation_name
 from dpcompile.graph.sizes import Size, is_one, shape_of
+from dpcompile.proof.rules.growth import Growth, add_growth, find_growth
+from dpcompile.proof.site_kinds import SiteKind, own_site_kind
 
 __all__ = ["AxisRule", "Call", "Labels", "axis_rule", "find_rule", "is_pointwise", "named_arguments"]
 
@@ -63,6 +67,11 @@ class Call:
     def name(self) -> str:
         """Of the operation: :func:`dpcompile.graph.operations.operation_name`."""
         return operation_name(self.node.target)
+
+    @property
+    def growth(self) -> Growth | None:
+        """How the result grows with the operands, where that is known."""
+        return find_growth(self.name)
 
     @property
     def out_shape(self) -> tuple[Size, ...]:
@@ -133,10 +142,17 @@ AxisRule: TypeAlias = Callable[[Call], Labels]
 _RULES: dict[Any, AxisRule] = {}
 
 
-def axis_rule(*names: str) -> Callable[[AxisRule], AxisRule]:
-    """Register a rule for operations named ``namespace.operation``, all overloads.
+def axis_rule(
+    *names: str, growth: Growth | None = None, site: SiteKind | None = None
+) -> Callable[[AxisRule], AxisRule]:
+    """Register a rule for operations named ``namespace.operation``, all overloads, and what else is known of them.
 
     Operations that this version of torch does not have are passed over.
+
+    Args:
+        names: of the operations.
+        growth: how their results grow with their operands.
+        site: how their sums over the examples are clipped.
     """
 
     def register(rule: AxisRule) -> AxisRule:
@@ -146,6 +162,10 @@ def axis_rule(*names: str) -> Callable[[AxisRule], AxisRule]:
             if packet is not None:
                 assert packet not in _RULES, f"two rules for {name}"
                 _RULES[packet] = rule
+                if growth is not None:
+                    add_growth(growth, operation_name(packet))
+                if site is not None:
+                    own_site_kind(operation_name(packet), site)
         return rule
 
     return register

@@ -7,57 +7,21 @@ rows, ``tril``. Without one example the rows behind it move up and get other val
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from collections.abc import Mapping
 
 import torch
 from torch import fx
 
-from dpcompile.graph.labels import Examples, Mixed, Shared, reshape_axis
+from dpcompile.graph.labels import Examples, Mixed, Shared
 from dpcompile.graph.locate import where
 from dpcompile.graph.operations import operation_name
-from dpcompile.graph.sizes import Size, is_one, product, same, shape_of
+from dpcompile.graph.sizes import Size, is_one, same, shape_of
 from dpcompile.proof.rules.pointwise import pointwise
 from dpcompile.proof.rules.registry import Call, Labels, find_rule, is_pointwise, named_arguments
+from dpcompile.proof.rules.stripes import RowWise, Stripes, broadcast, find_row_wise
 
-__all__ = ["Behind", "Rows", "Stripes", "made_of", "row_wise"]
+__all__ = ["Rows", "made_of"]
 
-
-@dataclass(frozen=True, slots=True)
-class Stripes:
-    """The question whether a value is the same at all ``count`` places of ``axis``.
-
-    With ``count == B`` the places are the examples; with a dimension's whole size they are its positions.
-    """
-
-    axis: Examples
-    count: Size
-
-    @property
-    def dim(self) -> int:
-        """The dimension."""
-        return self.axis.dim
-
-    @property
-    def period(self) -> Size:
-        """How many positions hold each of the places once."""
-        return product([self.count, self.axis.inner])
-
-    def at(self, dim: int) -> Stripes:
-        """The same along another dimension."""
-        return replace(self, axis=self.axis.at(dim))
-
-    def reshaped(self, old: tuple[Size, ...], new: tuple[Size, ...]) -> Stripes | None:
-        """The same before or after a reshape; None if the places are spread over several dimensions."""
-        moved = reshape_axis(self.axis, old, new, self.count)
-        return None if moved is None else replace(self, axis=moved)
-
-
-# What must be the same as well; None if the operation makes the places differ.
-Behind: TypeAlias = "list[tuple[fx.Node, Stripes]] | None"
-RowWise: TypeAlias = "Callable[[Call, Stripes, int], Behind]"
-_ROW_WISE: dict[object, RowWise] = {}
 
 _SAME = {
     "full", "zeros", "ones", "scalar_tensor", "full_like", "zeros_like", "ones_like", "new_full", "new_zeros",
@@ -79,22 +43,10 @@ _REMEDY = (
 )
 
 
-def row_wise(*rules_or_names: object) -> Callable[[RowWise], RowWise]:
-    """Register what the places of a result are made of, for operations by name or all those of an axis rule."""
-
-    def register(behind: RowWise) -> RowWise:
-        for key in rules_or_names:
-            assert key not in _ROW_WISE, key
-            _ROW_WISE[key] = behind
-        return behind
-
-    return register
-
-
 def made_of(target: object) -> RowWise | None:
     """What is registered of an operation."""
     rule = find_rule(target) or (pointwise if is_pointwise(target) else None)
-    return _ROW_WISE.get(operation_name(target)) or _ROW_WISE.get(rule)
+    return find_row_wise(operation_name(target)) or find_row_wise(rule)
 
 
 class Rows:
@@ -193,15 +145,3 @@ class Rows:
         name, place = operation_name(node.target), where(node)
         text = f"`{_CALLED.get(name, name).removeprefix('python::')}`"
         return text if place is None else f"{text} ({place.partition(', in ')[0]})"
-
-
-def broadcast(call: Call, operands: list[fx.Node], stripes: Stripes, ndim: int | None = None) -> list:
-    """The same question for operands that are broadcast together to ``ndim`` dimensions."""
-    ndim = len(call.out_shape) if ndim is None else ndim
-    found = []
-    for operand in operands:
-        shape = call.shape(operand)
-        dim = stripes.dim - ndim + len(shape)
-        if dim >= 0 and not is_one(shape[dim]):
-            found.append((operand, stripes.at(dim)))
-    return found

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dpcompile.graph.labels import Examples, Label, Shared, reshape_axis
 from dpcompile.graph.operations import FILLED, KEEPS_VALUES, RESHAPES, ZEROS
 from dpcompile.graph.sizes import Size, same, same_shape
+from dpcompile.proof.rules.growth import Linear, Product, ProductAndSum, Quotient, Sum
 from dpcompile.proof.rules.registry import Call
 
 __all__ = ["shared"]
 
-_ZERO_IF_ANY = {"mul", "mm", "bmm"}
-_ZERO_IF_FIRST = {"neg", "sum", "mean", "div", "permute"}
-_ZERO_IF_ALL = {"add", "sub", "cat"}
 # How many positions, counted from 0, a dtype tells apart.
 _POSITIONS = {
     torch.int64: 2**63, torch.int32: 2**31, torch.int16: 2**15, torch.int8: 2**7, torch.uint8: 2**8,
@@ -43,17 +43,25 @@ def _zero(call: Call, name: str, labels: list[Shared]) -> bool:
         return isinstance(value, (int, float)) and value == 0
     if name in KEEPS_VALUES:
         return bool(labels) and labels[0].zero
-    if name in _ZERO_IF_FIRST:
-        return bool(labels) and labels[0].zero and call.operands[0] is call.node.args[0]
-    if name in _ZERO_IF_ALL:
-        return bool(labels) and all(x.zero for x in labels) and len(labels) == len(call.operands) == len(_flat(call))
-    return name in _ZERO_IF_ANY and any(x.zero for x in labels)
+    match call.growth:
+        case Linear(operand, first_result):
+            linear = call.node.args[0] if operand is None else call[operand]
+            return not first_result and _all_zero(call, [linear])
+        case Quotient(numerator):
+            return _all_zero(call, [call[numerator]])
+        case Product(factors):
+            return any(_all_zero(call, [call[k]]) for k in factors)
+        case ProductAndSum(factors, added):
+            product = any(_all_zero(call, [call[k]]) for k in factors)
+            return product and (call[added] is None or _all_zero(call, [call[added]]))
+        case Sum() as total:
+            return _all_zero(call, total.among(call.arguments))
+    return False
 
 
-def _flat(call: Call) -> list[object]:
-    """The operands, numbers too."""
-    first = call.node.args[0]
-    return list(first) if isinstance(first, (list, tuple)) else list(call.node.args[:2])
+def _all_zero(call: Call, operands: Sequence[object]) -> bool:
+    labels = [call.label(x) for x in operands]
+    return bool(labels) and all(isinstance(x, Shared) and x.zero for x in labels)
 
 
 def _counts(call: Call, name: str) -> int | None:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from dpcompile.graph.labels import Examples, Label, Summed, reshape_axis
-from dpcompile.graph.sizes import Size, product, same, size
+from dpcompile.graph.sizes import Size, is_one, product, same, size, value_of
+from dpcompile.proof.rules.growth import Linear, Sum
 from dpcompile.proof.rules.registry import Call, axis_rule
-from dpcompile.proof.rules.views import linear_write, value_of
+from dpcompile.proof.rules.slices import linear_write
+from dpcompile.proof.rules.stripes import Behind, Stripes, row_wise
 
 
-@axis_rule("aten.as_strided", "aten.as_strided_copy")
+@axis_rule("aten.as_strided", "aten.as_strided_copy", growth=Linear())
 def as_strided(call: Call) -> Label:
     """Addresses into memory: followed where both sides fill the same memory without gaps or overlaps."""
     source = call["self"]
@@ -25,7 +27,19 @@ def as_strided(call: Call) -> Label:
     return label if isinstance(label, Summed) else call.unsupported(_ADDRESSES)
 
 
-@axis_rule("aten.as_strided_scatter")
+@row_wise(as_strided)
+def _slices_of_as_strided(call: Call, stripes: Stripes, result: int) -> Behind:
+    source, wanted = call["self"], [value_of(s) for s in call["stride"]]
+    if same(wanted[stripes.dim], 0) and is_one(stripes.axis.outer) and is_one(stripes.axis.inner):
+        return []
+    below = [size(s) for s in source.meta["val"].stride()]
+    if not same(value_of(call["storage_offset"] or 0), 0):
+        return None
+    moved = through_memory(stripes.axis, (call.out_shape, wanted), (call.shape(source), below), stripes.count)
+    return None if moved is None else [(source, Stripes(moved, stripes.count))]
+
+
+@axis_rule("aten.as_strided_scatter", growth=Sum(("self", "src")))
 def as_strided_scatter(call: Call) -> Label:
     """Write at addresses in memory: followed where all of the memory is written, without gaps or overlaps."""
     base, source = call["self"], call["src"]
