@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpcompile import losses
-    from dpcompile.accounting.accountant import PrivacyAccountant, calibrate_noise
+    from dpcompile.accounting.accountant import PrivacyAccountant
+    from dpcompile.accounting.calibration import calibrate_noise
     from dpcompile.api import dp_compile
     from dpcompile.data.loader import PoissonLoader
     from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, PrivacyWarning, UnsupportedGraphError
@@ -40,7 +41,8 @@ __all__ = [
 
 # Module -> the names that are found there.
 _PLACES = {
-    "accounting.accountant": ("PrivacyAccountant", "calibrate_noise"),
+    "accounting.accountant": ("PrivacyAccountant",),
+    "accounting.calibration": ("calibrate_noise",),
     "api": ("dp_compile",),
     "data.loader": ("PoissonLoader",),
     "errors": ("DPCompileError", "ExampleMixingError", "PrivacyError", "PrivacyWarning", "UnsupportedGraphError"),

@@ -10,7 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpcompile.accounting.accountant import Method, PrivacyAccountant, calibrate_noise
+from dpcompile.accounting.accountant import PrivacyAccountant
+from dpcompile.accounting.arguments import Method, Relation
+from dpcompile.accounting.calibration import calibrate_noise
 from dpcompile.accounting.planned_steps import OnExceed
 from dpcompile.api import dp_compile
 from dpcompile.data.loader import PoissonLoader
@@ -18,6 +20,7 @@ from dpcompile.distributed.ranks import from_first, rank, world_size
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine, PrivateModule, engine_of
 from dpcompile.noise.counter import fresh_seed
+from dpcompile.optim.checks import refuse_rate_from_size
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.runtime.replicas import inner_module
 
@@ -36,6 +39,7 @@ def make_private(
     steps: int | None = None,
     max_grad_norm: float | None = None,
     accountant: Method = "pld",
+    relation: Relation = "zero_out",
     physical_batch_size: int | None = None,
     padding_example: Any = None,
     on_exceed: OnExceed = "raise",
@@ -60,6 +64,8 @@ def make_private(
         steps: logical steps that are planned.
         max_grad_norm: C; None: 1.0, or what a model compiled already has.
         accountant: "pld" or "rdp".
+        relation: which datasets are neighbours, see :class:`dpcompile.PrivacyAccountant`. "add_remove" needs a
+            PoissonLoader whose rate does not come from the dataset's size.
         physical_batch_size: see :class:`dpcompile.PoissonLoader`.
         padding_example: see there.
         on_exceed: with a target, what a step beyond the planned ones does: "raise", "warn" (once) or "ignore".
@@ -88,6 +94,7 @@ def make_private(
         drawn = from_first(drawn)
     seed = drawn if seed is None else seed
     private_loader = _private_loader(loader, physical_batch_size, padding_example, seed, secure, engine)
+    refuse_rate_from_size(relation, private_loader)
     planned = None
     if noise_multiplier is None:
         assert target_epsilon is not None and target_delta is not None
@@ -98,6 +105,7 @@ def make_private(
             sample_rate=private_loader.sample_rate,
             steps=planned,
             method=accountant,
+            relation=relation,
         )
     private_optimizer = DPOptimizer(
         optimizer,
@@ -107,7 +115,10 @@ def make_private(
         seed=seed,
         secure=secure,
         accountant=PrivacyAccountant(
-            noise_multiplier=noise_multiplier, sample_rate=private_loader.sample_rate, method=accountant
+            noise_multiplier=noise_multiplier,
+            sample_rate=private_loader.sample_rate,
+            method=accountant,
+            relation=relation,
         ),
     )
     private_optimizer.plan(planned, on_exceed)

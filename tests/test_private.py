@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from dpcompile import compile_step, dp_compile
-from dpcompile.accounting.accountant import PrivacyAccountant, calibrate_noise
+from dpcompile.accounting.accountant import PrivacyAccountant
+from dpcompile.accounting.calibration import calibrate_noise
 from dpcompile.data.loader import PoissonLoader
 from dpcompile.data.sampling import poisson_draw
 from dpcompile.errors import PrivacyError
@@ -307,3 +308,34 @@ def test_seeds_do_not_come_from_torchs_generator():
         torch.manual_seed(0)
         seeds.append(private(seed=None)[1].seed)
     assert seeds[0] != seeds[1]
+
+
+def test_the_relation_is_that_of_calibration_and_accountant() -> None:
+    found = {}
+    for relation in ("zero_out", "replace_one"):
+        target = {"target_epsilon": 3.0, "target_delta": 1e-3, "epochs": 1}
+        _, optimizer, loader = private(None, relation=relation, **target)
+        counted = accountant_of(optimizer)
+        assert counted.relation == relation
+        counted.step(len(loader))
+        assert 2.9 < counted.epsilon(1e-3) <= 3.0
+        found[relation] = optimizer.noise_multiplier
+    assert found["replace_one"] > found["zero_out"]
+
+
+def test_add_remove_takes_a_loader_whose_rate_was_given() -> None:
+    with pytest.raises(PrivacyError, match=r"(?s)comes from the size of the dataset.*PoissonLoader both sample_rate="):
+        private(relation="add_remove")
+    model, optimizer, loader = parts()
+    given = PoissonLoader.from_dataloader(loader, sample_rate=0.2, seed=1)
+    model, private_optimizer, loader = make_private(
+        model, optimizer, given, noise_multiplier=1.0, relation="add_remove", backend="eager"
+    )
+    epoch(model, private_optimizer, loader)
+    counted = accountant_of(private_optimizer)
+    assert (counted.relation, counted.sample_rate, counted.steps, loader.expected_batch_size) == (
+        "add_remove",
+        0.2,
+        5,
+        8,
+    )

@@ -17,17 +17,19 @@ class Feed:
     """A loader that is attached to a model and its optimizer.
 
     Args:
-        loader: has ``seed``, ``secure``, ``sample_rate``.
+        loader: has ``seed``, ``secure``, ``sample_rate``, ``from_size``.
         optimizer: that steps on its draws.
 
     Attributes:
         sample_rate: of the loader.
+        from_size: whether the rate comes from the size of the dataset.
         draws: its batches on their way.
     """
 
     def __init__(self, loader: Any, optimizer: Any) -> None:
         self._loader, self._optimizer = weakref.ref(loader), weakref.ref(optimizer)
         self.sample_rate: float = loader.sample_rate
+        self.from_size: bool = loader.from_size
         self.draws = Draws()
 
     @property

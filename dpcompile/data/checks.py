@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
+from dpcompile.optim.checks import refuse_other_rate
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.optim.state_checks import LOADER, refuse_malformed
 
@@ -91,7 +92,7 @@ def taken_over(loader: DataLoader[Any]) -> dict[str, Any]:
     return {"dataset": loader.dataset, "expected_batch_size": batch_sampler.batch_size, **options}
 
 
-def refuse_other_optimizer(engine: Engine, optimizer: Any, expected_batch_size: float, sample_rate: float) -> None:
+def refuse_other_optimizer(engine: Engine, optimizer: Any, loader: Any) -> None:
     """The optimizer adds noise, to this model, and divides and accounts for what the loader draws."""
     if not isinstance(optimizer, DPOptimizer):
         raise PrivacyError(
@@ -102,18 +103,13 @@ def refuse_other_optimizer(engine: Engine, optimizer: Any, expected_batch_size: 
         raise PrivacyError(
             "the optimizer was made for another model", remedy="make the DPOptimizer with the model that is trained"
         )
-    if optimizer.expected_batch_size != expected_batch_size:
+    if optimizer.expected_batch_size != loader.expected_batch_size:
         raise PrivacyError(
-            f"the loader draws {expected_batch_size} examples on average, the optimizer divides by "
+            f"the loader draws {loader.expected_batch_size} examples on average, the optimizer divides by "
             f"{optimizer.expected_batch_size}",
             remedy="give both the same expected_batch_size",
         )
-    accountant = optimizer.accountant
-    if accountant is not None and not math.isclose(accountant.sample_rate, sample_rate, rel_tol=1e-9):
-        raise PrivacyError(
-            f"the loader samples at rate {sample_rate}, the accountant assumes {accountant.sample_rate}",
-            remedy="make the PrivacyAccountant with sample_rate=loader.sample_rate",
-        )
+    refuse_other_rate(optimizer.accountant, loader)
 
 
 def check_rank(rank: int, world_size: int) -> None:
@@ -166,6 +162,12 @@ def refuse_state(saved: Any, current: Any) -> None:
                 f"{name} was {saved[name]} in the saved run and is {current[name]} here: the draws would differ",
                 remedy=f"make the PoissonLoader with the same {name}",
             )
+    rate = saved.get("sample_rate", saved["expected_batch_size"] / max(saved["dataset_size"], 1))
+    if not isinstance(rate, float) or not math.isclose(rate, current["sample_rate"], rel_tol=1e-9):
+        raise PrivacyError(
+            f"sample_rate was {rate} in the saved run and is {current['sample_rate']} here: the draws would differ",
+            remedy="make the PoissonLoader with the same sample_rate",
+        )
     if saved["seed"] == current["seed"] and saved["step"] < current["step"]:
         raise PrivacyError(
             f"the state dict stands at logical step {saved['step']}, this loader at {current['step']} of the same "

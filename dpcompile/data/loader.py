@@ -6,7 +6,6 @@ Subsampling" (NeurIPS 2024), for fixed physical sizes with masks, and why shuffl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from dpcompile.batches.draws import Draws
 from dpcompile.batches.matching import DrawnBatch
 from dpcompile.data import checks
 from dpcompile.data.padding import Collated, PaddedCollate, RequestedExamples, rows_of
+from dpcompile.data.rate import SamplingRate
 from dpcompile.data.sampling import PoissonBatches, default_physical_batch_size
 from dpcompile.distributed.ranks import digest, from_first, gathered, refuse_disagreement
 from dpcompile.errors import PrivacyError
@@ -49,7 +49,7 @@ class PhysicalBatch:
 
 
 class PoissonLoader:
-    """Batches in which each example is, independently, with probability ``expected_batch_size / len(dataset)``.
+    """Batches in which each example is, independently, with probability ``sample_rate``.
 
     Iterating needs :meth:`attach` (`make_private` does it) and gives every logical batch whole, as the dataset has it,
     so that the ordinary loop is right, and a framework's: one batch is a step, and ``len(loader)`` of them are a pass.
@@ -59,10 +59,13 @@ class PoissonLoader:
 
     Args:
         dataset: map-style, with a length.
-        expected_batch_size: mean size of a logical batch.
+        expected_batch_size: mean size of a logical batch, and the constant that divides its sum.
+        sample_rate: the chance of each example; None: ``expected_batch_size / len(dataset)``. With both given, nothing
+            here depends on the size of the dataset, as ``relation="add_remove"`` asks for
+            (:class:`dpcompile.PrivacyAccountant`); they should fit together about.
         physical_batch_size: examples per forward, padding included; a larger draw takes several. None: the expected
             size plus two standard deviations, up to a multiple of 8, at most ``len(dataset)``.
-        steps: logical steps in one pass; None: ``ceil(len(dataset) / expected_batch_size)``.
+        steps: logical steps in one pass; None: so many that an example is drawn once on average, rounded up.
         seed: of the draws, a secret like the noise's; it may be the same one. None draws one.
         secure: draw with ChaCha20.
         collate_fn: as in DataLoader. It is called with drawn examples only, and once with one of them a second time.
@@ -80,11 +83,12 @@ class PoissonLoader:
 
     Attributes:
         step: the next logical step to be drawn. It only grows: no draw is handed out twice.
-        sample_rate: ``expected_batch_size / len(dataset)``.
+        sample_rate: the chance of each example.
+        from_size: whether rate or expected batch size come from the size of the dataset.
 
     Raises:
-        PrivacyError: sizes that are not positive, an expected batch larger than the dataset, an empty or an iterable
-            dataset.
+        PrivacyError: sizes that are not positive, a rate that is none, an expected batch larger than the dataset, an
+            empty or an iterable dataset.
 
     **Guarantee.** The logical batches are independent Poisson samples of rate ``sample_rate``, each handed out once;
     what fills them up has mask False. Attached, the model knows the mask of each by its tensors, uses each once, and
@@ -112,7 +116,8 @@ class PoissonLoader:
         self,
         dataset: Any,
         *,
-        expected_batch_size: float,
+        expected_batch_size: float | None = None,
+        sample_rate: float | None = None,
         physical_batch_size: int | None = None,
         steps: int | None = None,
         seed: int | None = None,
@@ -131,17 +136,11 @@ class PoissonLoader:
     ) -> None:
         checks.check_rank(rank, world_size)
         size = checks.checked_size(dataset)
-        if not (math.isfinite(expected_batch_size) and 0 < expected_batch_size <= size):
-            raise PrivacyError(
-                f"expected_batch_size is {expected_batch_size}, not in (0, {size}] (the size of the dataset)",
-                remedy="give the mean size that a logical batch should have",
-            )
+        rate = SamplingRate.given(size, expected_batch_size, sample_rate, steps)
         if physical_batch_size is None:
-            physical_batch_size = default_physical_batch_size(expected_batch_size / world_size, size)
+            physical_batch_size = default_physical_batch_size(rate.sample_rate * size / world_size, size)
         checks.check_count("physical_batch_size", physical_batch_size)
-        if steps is None:
-            steps = math.ceil(size / expected_batch_size)
-        checks.check_count("steps", steps)
+        checks.check_count("steps", rate.steps)
         drawn = fresh_seed(secure=secure)
         if world_size > 1:  # also where a seed is given: ranks that wait for one that others do not send hang
             drawn = from_first(drawn)
@@ -150,11 +149,11 @@ class PoissonLoader:
         self._agreed = world_size == 1
         check_seed(self.seed, secure=secure)
         self.dataset = dataset
-        self.expected_batch_size, self.physical_batch_size = expected_batch_size, physical_batch_size
-        self.sample_rate = expected_batch_size / size
+        self.expected_batch_size, self.physical_batch_size = rate.expected_batch_size, physical_batch_size
+        self.sample_rate, self.from_size = rate.sample_rate, rate.from_size
         self.secure = secure
         self.step = 0
-        self._length = steps
+        self._length = rate.steps
         self._position = 0  # logical steps of the current pass that have been handed out
         self._resumes = False
         self._attached: tuple[Engine, DPOptimizer, Draws] | None = None
@@ -219,10 +218,10 @@ class PoissonLoader:
 
         Raises:
             PrivacyError: another kind of optimizer or one for another model, or one that divides or accounts for
-                another batch size than this loader draws.
+                another batch size or relation than this loader draws for.
         """
         engine = engine_of(model)
-        checks.refuse_other_optimizer(engine, optimizer, self.expected_batch_size, self.sample_rate)
+        checks.refuse_other_optimizer(engine, optimizer, self)
         if engine.distributed:
             checks.refuse_same_examples(self.world_size, engine.data_ranks)
         elif self.world_size > 1:
@@ -280,13 +279,14 @@ class PoissonLoader:
             "position": self._position,
             "dataset_size": self._sampler.size,
             "expected_batch_size": self.expected_batch_size,
+            "sample_rate": self.sample_rate,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where the saved loader was; the first pass is the rest of the one it was in.
 
         Raises:
-            PrivacyError: another dataset size, expected batch size or generator; or an earlier step of the same seed.
+            PrivacyError: another dataset size, batch size, rate or generator; or an earlier step of the same seed.
         """
         checks.refuse_state(state_dict, self.state_dict())
         self.seed = self._sampler.seed = state_dict["seed"]

@@ -45,7 +45,7 @@ class Mechanism(Protocol):
 
     Attributes:
         noise_multiplier: sigma; 0: no noise.
-        max_grad_norm: C: by how much all sums together change, in L2 norm, when one example is added or removed.
+        max_grad_norm: C: by how much all sums together change, in L2 norm, when one example is taken out.
         expected_batch_size: the constant that divides the sums.
         seed: of the noise, a secret.
         secure: whether the noise is cryptographic.
@@ -150,7 +150,7 @@ def privatize_(
         step: the logical step.
         secure: ChaCha20 instead of Philox.
 
-    **Guarantee.** If all ``totals`` together change by at most C in L2 norm when one example is added or removed, the
+    **Guarantee.** If all ``totals`` together change by at most C in L2 norm when one example is taken out, the
     result is the Gaussian mechanism of noise multiplier ``std / C``, provided that (seed, step) was used for no other
     release. That is a statement about real numbers: floating-point sums are rounded (Mironov 2012).
 

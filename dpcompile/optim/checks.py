@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dpcompile.accounting.accountant import PrivacyAccountant
+from dpcompile.accounting.arguments import Relation
 from dpcompile.errors import PrivacyError, PrivacyWarning
 from dpcompile.module import Engine
 from dpcompile.noise.mechanism import Mechanism
@@ -81,12 +82,27 @@ def refuse_other_accountant(noise_multiplier: float, accountant: PrivacyAccounta
         )
 
 
-def refuse_other_rate(accountant: PrivacyAccountant | None, sample_rate: float) -> None:
-    """The accountant must count draws at the rate of the loader that feeds the model."""
-    if accountant is not None and not math.isclose(accountant.sample_rate, sample_rate, rel_tol=1e-9):
+def refuse_other_rate(accountant: PrivacyAccountant | None, feed: Any) -> None:
+    """The accountant must count draws at the rate of the loader that feeds the model, for a relation that allows it."""
+    if accountant is None:
+        return
+    if not math.isclose(accountant.sample_rate, feed.sample_rate, rel_tol=1e-9):
         raise PrivacyError(
-            f"the loader samples at rate {sample_rate}, the accountant assumes {accountant.sample_rate}",
+            f"the loader samples at rate {feed.sample_rate}, the accountant assumes {accountant.sample_rate}",
             remedy="make the PrivacyAccountant with sample_rate=loader.sample_rate",
+        )
+    refuse_rate_from_size(accountant.relation, feed)
+
+
+def refuse_rate_from_size(relation: Relation, feed: Any) -> None:
+    """Where the dataset's size is protected, the sample rate may not come from it."""
+    if relation == "add_remove" and feed.from_size:
+        raise PrivacyError(
+            "the loader's sample rate comes from the size of the dataset, which relation='add_remove' protects: with "
+            "one example more, all the others would be drawn less often",
+            remedy="give PoissonLoader both sample_rate= and expected_batch_size=, numbers that were fixed without "
+            "looking at the data (and steps=, if not one pass is 1 / sample_rate of them); or take "
+            "relation='zero_out', which has the same epsilon and takes the size as public",
         )
 
 
@@ -118,6 +134,12 @@ def refuse_replaced(old: PrivacyAccountant | None, new: PrivacyAccountant | None
         return
     known = steps if old is None else old.steps
     rates = new.sample_rate if old is None else old.sample_rate
+    if old is not None and new.relation != old.relation:
+        raise PrivacyError(
+            f"another accountant, for relation {new.relation!r}, in place of one for {old.relation!r}: its epsilon is "
+            "another promise",
+            remedy=f"make it with relation={old.relation!r}",
+        )
     if new.sample_rate != rates or new.steps < known:
         raise PrivacyError(
             f"another accountant, of sample rate {new.sample_rate} and {new.steps} steps, in place of one of sample "

@@ -228,7 +228,7 @@ class DPOptimizer(WrappingOptimizer):
         if feed is not None:
             feed.check_optimizer(self)
             feed.check_resumed(self._used_draws)
-            checks.refuse_other_rate(self.accountant, feed.sample_rate)
+            checks.refuse_other_rate(self.accountant, feed)
         return names
 
     def plan(self, steps: int | None, on_exceed: OnExceed = "raise") -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import pathlib
+import pickle
+import re
 from typing import Any
 
 import dp_accounting
 import pytest
 from dp_accounting import DpEvent, GaussianDpEvent, LaplaceDpEvent, PoissonSampledDpEvent, pld, rdp
 
-from dpcompile.accounting import accountant as privacy
-from dpcompile.accounting.accountant import PrivacyAccountant, calibrate_noise
+from benchmarks.mechanisms import relations
+from dpcompile.accounting import accountant as accountants
+from dpcompile.accounting import composition
+from dpcompile.accounting.accountant import PrivacyAccountant
+from dpcompile.accounting.calibration import calibrate_noise
 from dpcompile.accounting.events import sampled_gaussian
 from dpcompile.errors import PrivacyError
 from dpcompile.noise.mechanism import GaussianMechanism
@@ -62,11 +68,8 @@ def test_steps_one_by_one_are_one_run():
 
 
 def test_epsilon_is_computed_once_per_steps_and_delta(monkeypatch):
-    from dpcompile.accounting import accountant as privacy
-
     calls = []
-    original = privacy._compose
-    monkeypatch.setattr(privacy, "_compose", lambda *a: calls.append(a) or original(*a))
+    monkeypatch.setattr(accountants, "composed_epsilon", lambda *a: calls.append(a) or composition.composed_epsilon(*a))
     counted = accountant(method="rdp", steps=3)
     assert counted.epsilon(1e-5) == counted.epsilon(1e-5) and len(calls) == 1
     assert counted.epsilon(1e-6) > counted.epsilon(1e-5) and len(calls) == 2
@@ -163,14 +166,14 @@ MANY_STEPS = [(1.0, 0.01, 10**15), (1e4, 1.0, 10**10), (1.0, 1e-9, 10**12), (1e3
 @pytest.mark.parametrize(("sigma", "q", "steps"), LITTLE_NOISE + MANY_STEPS)
 def test_pld_answers_where_its_grid_would_not_fit(sigma, q, steps, monkeypatch):
     composed = []
-    original = privacy._one_step
+    original = composition._one_step
 
     def one_step(*args: float) -> Any:
         result = original(*args)
         composed.append(result._pmf_remove.size)
         return result
 
-    monkeypatch.setattr(privacy, "_one_step", one_step)
+    monkeypatch.setattr(composition, "_one_step", one_step)
     bound, looser = (accountant(sigma, q, m, steps).epsilon(1e-5) for m in ("pld", "rdp"))
     assert 0 <= bound <= looser and all(size < 5e5 for size in composed)
 
@@ -178,7 +181,7 @@ def test_pld_answers_where_its_grid_would_not_fit(sigma, q, steps, monkeypatch):
 @pytest.mark.parametrize(("sigma", "q", "steps", "coarser"), [(0.5, 0.01, 30, 8e-4), (0.7, 0.1, 100, 3.2e-3)])
 def test_a_coarser_grid_rounds_up(sigma, q, steps, coarser, monkeypatch):
     finer = accountant(sigma, q, "pld", steps).epsilon(1e-5)
-    monkeypatch.setattr(privacy, "_interval", lambda *_: coarser)
+    monkeypatch.setattr(composition, "_interval", lambda *_: coarser)
     assert finer <= accountant(sigma, q, "pld", steps).epsilon(1e-5) < finer * 1.001
 
 
@@ -233,3 +236,110 @@ def test_events_without_a_bound_are_not_counted(event: DpEvent) -> None:
     with pytest.raises(PrivacyError, match="sample_rate is 1.5"):
         accountant.step(event=sampled_gaussian(1.0, 1.5))
     assert accountant.steps == 0
+
+
+# ---- which datasets are neighbours
+
+
+@pytest.mark.parametrize(
+    ("relation", "method", "epsilon"),
+    [
+        ("add_remove", "pld", 1.82824),
+        ("zero_out", "pld", 1.82824),
+        ("replace_one", "pld", 2.84345),
+        ("add_remove", "rdp", 2.10137),
+        ("zero_out", "rdp", 2.10137),
+    ],
+)
+def test_epsilon_of_each_relation(relation: Any, method: Any, epsilon: float) -> None:
+    counted = PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.01, method=method, relation=relation)
+    counted.step(1000)
+    assert counted.epsilon(1e-5) == pytest.approx(epsilon, abs=1e-5)
+    assert counted.relation == relation and f"relation={relation!r}" in repr(counted)
+
+
+def test_a_replaced_example_is_as_one_taken_out_and_one_put_in() -> None:
+    """(2 epsilon, (1 + e^epsilon) delta): two steps from neighbour to neighbour; and never below one of them."""
+    for sigma, q, n in [
+        (1.0, 0.01, 1000),
+        (0.5, 1.0, 3),
+        (4.0, 1.0, 50),
+        (2.0, 0.3, 100),
+        (0.3, 0.5, 1),
+        (0.7, 1.0, 1),
+    ]:
+        zero, replaced = (
+            PrivacyAccountant(noise_multiplier=sigma, sample_rate=q, relation=r) for r in ("zero_out", "replace_one")
+        )
+        zero.step(n)
+        replaced.step(n)
+        one = zero.epsilon(1e-6)
+        assert one <= replaced.epsilon(1e-6)
+        assert replaced.epsilon(min(1e-6 * (1 + math.exp(one)), 0.5)) <= 2 * one + 1e-3
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 3.0])
+def test_a_replaced_example_of_a_whole_batch_is_twice_as_far(sigma: float) -> None:
+    """Without sampling the mechanism is Gaussian, with half the noise for the distance."""
+    replaced = PrivacyAccountant(noise_multiplier=sigma, sample_rate=1.0, relation="replace_one")
+    halved = PrivacyAccountant(noise_multiplier=sigma / 2, sample_rate=1.0)
+    replaced.step(5)
+    halved.step(5)
+    assert replaced.epsilon(1e-5) == pytest.approx(halved.epsilon(1e-5), rel=1e-3)
+
+
+@pytest.mark.parametrize(("sigma", "q", "steps"), LITTLE_NOISE + MANY_STEPS)
+def test_replaced_examples_where_the_grid_would_not_fit(sigma: float, q: float, steps: int) -> None:
+    replaced = PrivacyAccountant(noise_multiplier=sigma, sample_rate=q, relation="replace_one")
+    replaced.step(steps)
+    assert 0 <= replaced.epsilon(1e-5) <= accountant(sigma / 2, 1.0, "rdp", steps).epsilon(1e-5)
+
+
+def test_noise_is_calibrated_for_the_relation() -> None:
+    target: dict[str, Any] = {"target_epsilon": 2.0, "target_delta": 1e-5, "sample_rate": 0.05, "steps": 100}
+    zero, replaced = (calibrate_noise(**target, relation=r) for r in ("zero_out", "replace_one"))
+    assert replaced > zero
+    for sigma, enough in ((replaced, True), (replaced * 0.999, False)):
+        counted = PrivacyAccountant(noise_multiplier=sigma, sample_rate=0.05, relation="replace_one")
+        counted.step(100)
+        assert (counted.epsilon(1e-5) <= 2.0) == enough
+
+
+def test_accountants_pickled_before_there_were_relations_load() -> None:
+    old = pickle.loads(pickle.dumps(accountant(steps=3)))
+    del old.__dict__["_relation"]
+    again = pickle.loads(pickle.dumps(old))
+    assert again.relation == "zero_out" and again.epsilon(1e-5) == accountant(steps=3).epsilon(1e-5)
+
+
+def test_relations_without_a_bound_are_refused() -> None:
+    with pytest.raises(
+        PrivacyError, match=r"relation 'swap' is not known.*\n.*'zero_out', 'add_remove' or 'replace_one'"
+    ):
+        PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.1, relation="swap")  # type: ignore[arg-type]
+    with pytest.raises(PrivacyError, match=r"no Rényi bound is known.*replaced.*\n.*method='pld'"):
+        PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.1, method="rdp", relation="replace_one")
+    with pytest.raises(PrivacyError, match=r"no Rényi bound is known"):
+        calibrate_noise(
+            target_epsilon=1, target_delta=1e-5, sample_rate=0.1, steps=1, method="rdp", relation="replace_one"
+        )
+
+
+def test_steps_whose_rate_told_the_size_are_not_counted_for_add_remove() -> None:
+    add_remove = PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.1, relation="add_remove")
+    for state in (accountant(steps=3).state_dict(), {"history": [[1.0, 0.1, 3]]}):
+        with pytest.raises(
+            PrivacyError, match=r"(?s)counted for relation 'zero_out'.*with the relation of the saved run"
+        ):
+            add_remove.load_state_dict(state)
+    add_remove.step(2)
+    for relation in ("zero_out", "replace_one", "add_remove"):
+        other = PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.1, relation=relation)  # type: ignore[arg-type]
+        other.load_state_dict(add_remove.state_dict())
+        assert other.steps == 2 and other.relation == relation
+
+
+def test_the_page_has_the_figures_of_the_command() -> None:
+    page = (pathlib.Path(__file__).parents[2] / "docs/sharp_edges.md").read_text()
+    for relation, epsilon in relations().items():
+        assert re.search(rf'\| `"{relation}"` \|.*\| {epsilon:.3f} \|', page)

@@ -790,3 +790,64 @@ def test_an_accountant_of_another_sample_rate_is_refused():
     accountant = PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.1)
     with pytest.raises(PrivacyError, match=r"samples at rate 0.2, the accountant assumes 0.1"):
         trained(sigma=1.0, accountant=accountant)
+
+
+# ---- rates that were fixed without looking at the size
+
+
+@pytest.mark.parametrize(
+    ("given", "rate", "expected", "steps", "from_size"),
+    [
+        ({"expected_batch_size": 8}, 0.2, 8, 5, True),
+        ({"expected_batch_size": 6}, 0.15, 6, 7, True),
+        ({"sample_rate": 0.25}, 0.25, 10.0, 4, True),
+        ({"sample_rate": 0.3, "expected_batch_size": 9}, 0.3, 9, 4, False),
+        ({"sample_rate": 0.3, "expected_batch_size": 9, "steps": 2}, 0.3, 9, 2, False),
+        ({"sample_rate": 0.5, "expected_batch_size": 1000}, 0.5, 1000, 2, False),
+    ],
+)
+def test_rate_batch_size_and_steps_come_from_the_size_only_where_they_are_not_given(
+    given: dict[str, Any], rate: float, expected: float, steps: int, from_size: bool
+) -> None:
+    loader = PoissonLoader(numbers(40), seed=0, **given)
+    assert (loader.sample_rate, loader.expected_batch_size) == (pytest.approx(rate), pytest.approx(expected))
+    assert (len(loader), loader.from_size) == (steps, from_size)
+    drawn = [i for step in range(200) for i in poisson_draw(0, step=step, size=40, sample_rate=rate)]
+    assert abs(len(drawn) / 8000 - rate) < 0.03
+    assert [i - 1 for i in draws(loader)[0]] == poisson_draw(0, step=0, size=40, sample_rate=rate)
+
+
+def test_rates_without_sense_are_refused() -> None:
+    for odd in (0, -0.1, 1.5, math.nan, "0.1", True):
+        with pytest.raises(PrivacyError, match=r"sample_rate is .*, not in \(0, 1\]"):
+            PoissonLoader(numbers(40), sample_rate=odd)  # type: ignore[arg-type]
+    with pytest.raises(PrivacyError, match=r"neither expected_batch_size nor sample_rate.*\n.*expected_batch_size="):
+        PoissonLoader(numbers(40))
+    with pytest.raises(PrivacyError, match=r"expected_batch_size is inf, not in \(0, inf\)|expected_batch_size is inf"):
+        PoissonLoader(numbers(40), sample_rate=0.1, expected_batch_size=math.inf)
+
+
+def test_add_remove_needs_a_rate_that_does_not_come_from_the_size() -> None:
+    def counting(rate: float) -> PrivacyAccountant:
+        return PrivacyAccountant(noise_multiplier=1.0, sample_rate=rate, relation="add_remove")
+
+    refused = r"(?s)comes from the size of the dataset.*sample_rate= and expected_batch_size=.*relation='zero_out'"
+    with pytest.raises(PrivacyError, match=refused):
+        trained(sigma=1.0, accountant=counting(0.2))
+    model, optimizer, loader = trained(sigma=1.0, accountant=counting(0.2), sample_rate=0.2)
+    assert not loader.from_size
+    with pytest.raises(PrivacyError, match=r"for relation 'zero_out', in place of one for 'add_remove'"):
+        optimizer.accountant = PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.2)
+
+
+def test_a_run_is_resumed_at_the_same_rate() -> None:
+    saved = PoissonLoader(numbers(40), sample_rate=0.2, expected_batch_size=8, seed=0).state_dict()
+    with pytest.raises(
+        PrivacyError, match=r"(?s)sample_rate was 0.2 in the saved run and is 0.25 here.*same sample_rate"
+    ):
+        PoissonLoader(numbers(40), sample_rate=0.25, expected_batch_size=8, seed=0).load_state_dict(saved)
+    loader_of().load_state_dict(saved)
+    del saved["sample_rate"]  # as states of earlier versions
+    loader_of().load_state_dict(saved)
+    with pytest.raises(PrivacyError, match=r"sample_rate was nonsense"):
+        loader_of().load_state_dict({**saved, "sample_rate": "nonsense"})

@@ -504,7 +504,7 @@ class Loader:
     """What an optimizer sees of a loader."""
 
     def __init__(self, seed: int = 3, sample_rate: float = 0.1) -> None:
-        self.seed, self.sample_rate, self.secure = seed, sample_rate, False
+        self.seed, self.sample_rate, self.from_size, self.secure = seed, sample_rate, True, False
 
 
 @pytest.mark.parametrize("where", ["model", "inner", "by hand"])

@@ -1,0 +1,64 @@
+"""What is given to an accountant, checked."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypeAlias, get_args
+
+from dpcompile.errors import PrivacyError
+
+__all__ = ["Method", "Relation", "check_bound", "check_delta", "check_mechanism", "check_steps", "number"]
+
+Method: TypeAlias = Literal["pld", "rdp"]
+Relation: TypeAlias = Literal["zero_out", "add_remove", "replace_one"]
+
+
+def number(x: Any) -> float:
+    """Not a number where it is none."""
+    try:
+        return float(x) if not isinstance(x, str) else math.nan
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
+
+
+def check_mechanism(noise_multiplier: float, sample_rate: float) -> None:
+    """Sigma is finite and q a probability, above 0."""
+    if not 0 <= number(noise_multiplier) < math.inf:
+        raise PrivacyError(
+            f"noise_multiplier is {noise_multiplier!r}",
+            remedy="give a finite number, 0 or more (0: epsilon is infinite)",
+        )
+    if not 0 < number(sample_rate) <= 1:
+        raise PrivacyError(
+            f"sample_rate is {sample_rate!r}, not in (0, 1]",
+            remedy="give the expected batch size divided by the size of the dataset",
+        )
+
+
+def check_delta(delta: float) -> None:
+    """A probability, neither 0 nor 1."""
+    if not 0 < number(delta) < 1:
+        raise PrivacyError(
+            f"delta is {delta!r}, not in (0, 1)", remedy="give a number well below 1 / size of the dataset"
+        )
+
+
+def check_steps(n: int) -> None:
+    """A count that is saved exactly."""
+    if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**63:
+        raise PrivacyError(f"the number of steps is {n!r}", remedy="give an integer, 0 or more and below 2**63")
+
+
+def check_bound(method: str, relation: str) -> None:
+    """A bound is known for this method and this relation."""
+    if method not in get_args(Method):
+        raise PrivacyError(f"accounting method {method!r} is not known", remedy="take 'pld' or 'rdp'")
+    if relation not in get_args(Relation):
+        raise PrivacyError(
+            f"relation {relation!r} is not known", remedy="take 'zero_out', 'add_remove' or 'replace_one'"
+        )
+    if (method, relation) == ("rdp", "replace_one"):
+        raise PrivacyError(
+            "no Rényi bound is known for Poisson samples of datasets in which one example is replaced",
+            remedy="take method='pld' (accountant='pld' in make_private)",
+        )

@@ -1,0 +1,87 @@
+"""How much noise a target needs."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+from dpcompile.accounting.arguments import (
+    Method,
+    Relation,
+    check_bound,
+    check_delta,
+    check_mechanism,
+    check_steps,
+    number,
+)
+from dpcompile.accounting.composition import composed_epsilon
+from dpcompile.errors import PrivacyError
+
+__all__ = ["calibrate_noise"]
+
+_TOLERANCE = 1e-4  # of a calibrated noise multiplier, relative
+
+
+def calibrate_noise(
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    sample_rate: float,
+    steps: int,
+    method: Method = "pld",
+    relation: Relation = "zero_out",
+) -> float:
+    """The smallest noise multiplier, to a relative 1e-4, whose epsilon after ``steps`` is at most the target.
+
+    Args:
+        target_epsilon: more than 0.
+        target_delta: in (0, 1); well below 1 / size of the dataset.
+        sample_rate: in (0, 1].
+        steps: logical steps of the whole training, at least 1.
+        method: of the accountant that will be used.
+        relation: of that accountant.
+
+    Raises:
+        PrivacyError: an argument out of its range, or a target that no noise multiplier up to 2**20 reaches.
+
+    **Guarantee.** ``PrivacyAccountant(noise_multiplier=result, ...)`` with the same method and relation says at most
+    ``target_epsilon`` at ``target_delta`` after ``steps``.
+    """
+    if not 0 < number(target_epsilon) < math.inf:
+        raise PrivacyError(f"target_epsilon is {target_epsilon!r}", remedy="give a finite number above 0")
+    check_delta(target_delta)
+    check_mechanism(1.0, sample_rate)
+    check_steps(steps)
+    check_bound(method, relation)
+    if steps == 0:
+        raise PrivacyError(
+            "steps is 0: nothing to calibrate", remedy="give the number of logical steps of the training"
+        )
+    search = functools.partial(_smallest, target_epsilon, target_delta, sample_rate, steps)
+    # PLD is slow for little noise, so it starts from RDP's answer, which is fast and a few per cent above.
+    sigma = search("rdp", "zero_out", 1.0, 2.0)
+    return sigma if method == "rdp" else search("pld", relation, sigma, 1.1)
+
+
+def _smallest(
+    epsilon: float, delta: float, q: float, steps: int, method: Method, relation: Relation, start: float, factor: float
+) -> float:
+    def spent(sigma: float) -> float:
+        return composed_epsilon(((sigma, q, steps),), delta, method, relation)
+
+    low = high = start
+    while spent(high) > epsilon:
+        low, high = high, high * factor
+        if high > 2**20:
+            raise PrivacyError(
+                f"no noise multiplier up to 2**20 gives epsilon {epsilon} at delta {delta} in {steps} steps",
+                remedy="raise target_epsilon or target_delta, or train fewer steps",
+            )
+    while low == high or spent(low) <= epsilon:
+        high, low = low, low / factor
+        if low < 2**-10:
+            return high  # the target is so loose that next to no noise meets it
+    while high > low * (1 + _TOLERANCE):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if spent(middle) > epsilon else (low, middle)
+    return high
