@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpcompile import losses
+    from dpcompile import losses, schedules
     from dpcompile.accounting.accountant import PrivacyAccountant
     from dpcompile.accounting.calibration import calibrate_noise
     from dpcompile.api import dp_compile
@@ -36,6 +36,7 @@ __all__ = [
     "make_private",
     "register_axis_rule",
     "register_site",
+    "schedules",
     "set_mask",
 ]
 

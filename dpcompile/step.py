@@ -164,7 +164,8 @@ class CompiledStep:
         )
         losses, mask = (torch.cat([getattr(f, name) for f in found]) for name in ("losses", "mask"))
         optimizer.step()
-        return (losses * mask).sum() / mask.sum().clamp_min(1)
+        counts = mask > 0
+        return (losses * counts).sum() / counts.sum().clamp_min(1)
 
     @property
     def _sums(self) -> list[Tensor] | None:

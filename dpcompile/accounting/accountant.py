@@ -76,6 +76,11 @@ class PrivacyAccountant:
         """Sigma of the steps to come."""
         return self._mechanism[0]
 
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        check_mechanism(value, self.sample_rate)
+        self._mechanism = (float(value), self.sample_rate)
+
     @property
     def sample_rate(self) -> float:
         """Sample rate of the steps to come."""

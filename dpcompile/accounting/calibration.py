@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 from dpcompile.accounting.arguments import (
     Method,
@@ -30,6 +32,7 @@ def calibrate_noise(
     steps: int,
     method: Method = "pld",
     relation: Relation = "zero_out",
+    schedule: Callable[[int], float] | None = None,
 ) -> float:
     """The smallest noise multiplier, to a relative 1e-4, whose epsilon after ``steps`` is at most the target.
 
@@ -40,12 +43,14 @@ def calibrate_noise(
         steps: logical steps of the whole training, at least 1.
         method: of the accountant that will be used.
         relation: of that accountant.
+        schedule: what the result is multiplied by in step t, counted from 0 (:mod:`dpcompile.schedules`); None: 1.
 
     Raises:
-        PrivacyError: an argument out of its range, or a target that no noise multiplier up to 2**20 reaches.
+        PrivacyError: an argument out of its range, a factor that is not above 0, or a target that no noise multiplier
+            up to 2**20 reaches.
 
     **Guarantee.** ``PrivacyAccountant(noise_multiplier=result, ...)`` with the same method and relation says at most
-    ``target_epsilon`` at ``target_delta`` after ``steps``.
+    ``target_epsilon`` at ``target_delta`` after ``steps``, each of the noise that the schedule gives it.
     """
     if not 0 < number(target_epsilon) < math.inf:
         raise PrivacyError(f"target_epsilon is {target_epsilon!r}", remedy="give a finite number above 0")
@@ -57,17 +62,30 @@ def calibrate_noise(
         raise PrivacyError(
             "steps is 0: nothing to calibrate", remedy="give the number of logical steps of the training"
         )
-    search = functools.partial(_smallest, target_epsilon, target_delta, sample_rate, steps)
+    factors = {1.0: steps} if schedule is None else Counter(map(_factor(schedule), range(steps)))
+    search = functools.partial(_smallest, target_epsilon, target_delta, sample_rate, factors)
+    if method == "pld" and len(factors) > 1:  # Rényi's bound takes longer for each sigma
+        return search("pld", relation, 1.0, 2.0)
     # PLD is slow for little noise, so it starts from RDP's answer, which is fast and a few per cent above.
     sigma = search("rdp", "zero_out", 1.0, 2.0)
     return sigma if method == "rdp" else search("pld", relation, sigma, 1.1)
 
 
 def _smallest(
-    epsilon: float, delta: float, q: float, steps: int, method: Method, relation: Relation, start: float, factor: float
+    epsilon: float,
+    delta: float,
+    q: float,
+    factors: Mapping[float, int],
+    method: Method,
+    relation: Relation,
+    start: float,
+    factor: float,
 ) -> float:
+    steps = sum(factors.values())
+
+    @functools.cache
     def spent(sigma: float) -> float:
-        return composed_epsilon(((sigma, q, steps),), delta, method, relation)
+        return composed_epsilon([(sigma * f, q, n) for f, n in factors.items()], delta, method, relation)
 
     low = high = start
     while spent(high) > epsilon:
@@ -81,7 +99,37 @@ def _smallest(
         high, low = low, low / factor
         if low < 2**-10:
             return high  # the target is so loose that next to no noise meets it
+    return _between(spent, epsilon, low, high)
+
+
+def _between(spent: Callable[[float], float], epsilon: float, low: float, high: float) -> float:
+    """Where epsilon is met, of a ``low`` that does not meet it and a ``high`` that does.
+
+    Epsilon is about a power of sigma: from the interpolation by such a power it is asked a little above and below.
+    """
+    at_low, at_high, aim = spent(low), spent(high), 1
     while high > low * (1 + _TOLERANCE):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if spent(middle) > epsilon else (low, middle)
+        if 0 < at_high < at_low < math.inf and high < 2 * low:
+            share = math.log(at_low / epsilon) / math.log(at_low / at_high)
+            guess = low * (high / low) ** share * (1 + aim * _TOLERANCE / 3)
+            middle = guess if low < guess < high else middle
+        found = spent(middle)
+        if found > epsilon:
+            low, at_low, aim = middle, found, 1
+        else:
+            high, at_high, aim = middle, found, -1
     return high
+
+
+def _factor(schedule: Callable[[int], float]) -> Callable[[int], float]:
+    def checked(step: int) -> float:
+        factor = number(schedule(step))
+        if not 0 < factor < math.inf:
+            raise PrivacyError(
+                f"the schedule multiplies the noise of step {step} by {factor}: such a step would have none",
+                remedy="give a schedule of finite numbers above 0",
+            )
+        return factor
+
+    return checked

@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 from dpcompile.accounting.arguments import Method, Relation
 from dpcompile.accounting.events import sampled_gaussian
 
-__all__ = ["History", "composed_epsilon"]
+__all__ = ["History", "composed_epsilon", "merged", "rounded_down"]
 
 History: TypeAlias = "Sequence[tuple[float, float, int]]"  # runs of equal steps: sigma, q, how many
 _INTERVAL = 1e-4  # of the PLD's grid, in units of epsilon; dp-accounting's own default
 _ONE_STEP, _COMPOSED = 4e5, 8e6  # so many points at most: some seconds, and below a gigabyte
 _LARGEST_LOSS = 500.0  # its exponential is to stay below float64's largest number
+# Kinds of steps that are told apart, and of which the grid is as fine as of one.
+_DISTINCT, _FINE, _DISTINCT_RENYI = 32, 4, 8
 _LEAST_NOISE, _MOST_NOISE = 1e-100, 1e100  # divergences are of its square
 
 
@@ -36,7 +38,7 @@ def composed_epsilon(history: History, delta: float, method: Method, relation: R
 
     **Guarantee.** An upper bound for Gaussian noise of ``sigma`` times the sensitivity on Poisson samples of rate q.
     """
-    history = [(min(sigma, _MOST_NOISE), q, n) for sigma, q, n in history if n]
+    history = merged((min(sigma, _MOST_NOISE), q, n) for sigma, q, n in history if n)
     if not history:
         return 0.0
     if any(sigma == 0 for sigma, _, _ in history):
@@ -62,11 +64,42 @@ def _epsilon(history: History, delta: float, method: Method, replaced: bool) -> 
     interval = _interval(history, delta, replaced) if method == "pld" else None
     if interval is None:
         return _renyi_bound(history, delta, replaced)
-    first, *rest = (_one_step(sigma, q, interval, replaced).self_compose(n) for sigma, q, n in history)
+    fewer = rounded_down(history, _DISTINCT)
+    width = interval * 2 ** max(0, math.ceil(math.log2(len(fewer) / _FINE)))
+    first, *rest = (_one_step(sigma, q, width, replaced).self_compose(n) for sigma, q, n in fewer)
     total = functools.reduce(lambda a, b: a.compose(b), rest, first)
     bound = float(cast(Any, total).get_epsilon_for_delta(delta))
     exact = interval == _INTERVAL and bound < math.inf
     return bound if exact else min(bound, _renyi_bound(history, delta, replaced))
+
+
+def merged(history: Iterable[tuple[float, float, int]]) -> History:
+    """Equal steps counted together: their order does not matter to what they cost."""
+    counts: dict[tuple[float, float], int] = {}
+    for sigma, q, n in history:
+        counts[sigma, q] = counts.get((sigma, q), 0) + n
+    return [(sigma, q, n) for (sigma, q), n in counts.items()]
+
+
+def rounded_down(history: History, most: int) -> History:
+    """At most so many kinds of steps for each sample rate, none with more noise than it had.
+
+    A schedule gives every step a sigma of its own, and every sigma takes a privacy loss distribution. Within a group
+    sigma is the smallest one of the group; groups are equally wide by ratio.
+    """
+    if len(history) <= most:
+        return history
+    found = []
+    for rate in sorted({q for _, q, _ in history}):
+        runs = sorted((sigma, n) for sigma, q, n in history if q == rate)
+        width = math.log(runs[-1][0] / runs[0][0]) / most or 1.0
+        groups: dict[int, tuple[float, int]] = {}
+        for sigma, n in runs:  # ascending: the first of a group is its smallest
+            place = min(int(math.log(sigma / runs[0][0]) / width), most - 1)
+            least, count = groups.get(place, (sigma, 0))
+            groups[place] = least, count + n
+        found += [(least, rate, count) for least, count in groups.values()]
+    return found
 
 
 def _renyi_bound(history: History, delta: float, replaced: bool) -> float:
@@ -80,7 +113,7 @@ def _renyi_bound(history: History, delta: float, replaced: bool) -> float:
     from dp_accounting import rdp
 
     accountant = rdp.RdpAccountant()
-    for sigma, q, n in history:
+    for sigma, q, n in rounded_down(history, _DISTINCT_RENYI):
         accountant.compose(sampled_gaussian(sigma / 2, 1.0) if replaced else sampled_gaussian(sigma, q), n)
     return float(accountant.get_epsilon(delta))
 
@@ -115,7 +148,7 @@ def _interval(history: History, delta: float, replaced: bool) -> float | None:
     return interval if points <= 1 or interval < one / 10 else None
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2 * _DISTINCT)
 def _one_step(sigma: float, q: float, interval: float, replaced: bool) -> Any:
     """The privacy loss distribution of one step: what takes time, and is the same for every number of steps."""
     from dp_accounting import NeighboringRelation

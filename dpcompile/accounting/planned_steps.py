@@ -28,6 +28,16 @@ class PlannedSteps:
             raise PrivacyError(f"on_exceed is {on_exceed!r}", remedy=f"give one of {', '.join(get_args(OnExceed))}")
         self.steps, self._on_exceed = steps, on_exceed
 
+    def refuse_less_noise(self, before: float, after: float) -> None:
+        """Raise PrivacyError if the noise of planned steps is to become less than what was calibrated for them."""
+        if self.steps is not None and after < before:
+            raise PrivacyError(
+                f"noise_multiplier was to go from {before} to {after}, and {before} is what a target epsilon was "
+                f"calibrated to for {self.steps} steps",
+                remedy="calibrate the schedule as a whole, calibrate_noise(..., schedule=factor), and give "
+                "make_private its noise_multiplier in place of the target",
+            )
+
     def check(self, taken: int) -> None:
         """Before a step, when so many were ``taken``.
 

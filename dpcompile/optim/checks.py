@@ -227,7 +227,8 @@ def refuse_state(own: Mapping[str, Any] | None, current: Mapping[str, Any]) -> N
         if own[name] != current[name]:
             raise PrivacyError(
                 f"{name} was {own[name]} in the saved run and is {current[name]} here",
-                remedy=f"make the DPOptimizer with {name}={own[name]}",
+                remedy=f"make the DPOptimizer with {name}={own[name]}"
+                + ("; with a NoiseSchedule, load the schedule's state first" if name == "noise_multiplier" else ""),
             )
     if current["accountant"] is not None and current["logical_step"] and own["seed"] != current["seed"]:
         raise PrivacyError(

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from dpcompile.accounting.accountant import PrivacyAccountant
+from dpcompile.accounting.planned_steps import PlannedSteps
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.noise.mechanism import Mechanism
 from dpcompile.optim.chained import parts_of
+from dpcompile.optim.checks import refuse_bad_numbers
 from dpcompile.runtime.optimizer_hooks import HookedOptimizer
 
 __all__ = ["WrappingOptimizer"]
@@ -36,6 +39,9 @@ class WrappingOptimizer(HookedOptimizer):
     """
 
     mechanism: Mechanism
+    _accountant: PrivacyAccountant | None
+    _planned: PlannedSteps
+    _agreed: bool
     engine: Engine
     logical_step: int
 
@@ -53,12 +59,27 @@ class WrappingOptimizer(HookedOptimizer):
 
     @property
     def noise_multiplier(self) -> float:
-        """Sigma, of the mechanism."""
+        """Sigma, of the mechanism; a new one is for the steps to come, which the accountant counts as such."""
         return self.mechanism.noise_multiplier
 
     @noise_multiplier.setter
     def noise_multiplier(self, value: float) -> None:
-        self.mechanism.noise_multiplier = value
+        refuse_bad_numbers(value, self.expected_batch_size)
+        self._planned.refuse_less_noise(self.noise_multiplier, value)
+        if self._accountant is not None:
+            self._accountant.noise_multiplier = value
+        self.mechanism.noise_multiplier, self._agreed = value, False
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C, that the model clips to and the mechanism adds noise for; a new one counts from the next forward on."""
+        return self.engine.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float) -> None:
+        self.engine.move_max_grad_norm(value)
+        self.mechanism.max_grad_norm = self.engine.max_grad_norm
+        self._agreed = False
 
     @property
     def expected_batch_size(self) -> float:

@@ -26,6 +26,7 @@ from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.kernels.workspace import kept_gradients
 from dpcompile.options import Options
 from dpcompile.pipeline import Transformed
+from dpcompile.runtime.bound import ClipBound
 from dpcompile.runtime.bystanders import watch
 from dpcompile.runtime.example_memory import ExampleMemory
 from dpcompile.runtime.first_step import FirstStep
@@ -78,6 +79,7 @@ class Engine(ABC):
         self.steps: int | None = None
         self.kept = ExampleMemory(module, breaks=options.regions == "breaks")
         self._unchecked = options.check
+        self._bound = ClipBound(options.clipping, options.max_grad_norm)
         self._norms: list[tuple[Tensor, Tensor]] = []  # with their masks, of the last backward
         self._mask: Tensor | None = None  # which rows of the next batch are examples
         self._masked = False  # that is said of every batch
@@ -102,8 +104,12 @@ class Engine(ABC):
 
     @property
     def max_grad_norm(self) -> float:
-        """C, the sensitivity of the clipped sum to one example."""
-        return float(self.options.max_grad_norm)
+        """C, the sensitivity of the clipped sum to one example, of the forwards to come."""
+        return self._bound.now
+
+    def move_max_grad_norm(self, value: float) -> None:
+        """Take another C from the next forward on: :meth:`dpcompile.runtime.bound.ClipBound.move`."""
+        self._bound.move(value, under_way=self.ledger.deliveries > 0)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All parameters by name, tied ones once."""
@@ -288,7 +294,8 @@ class Engine(ABC):
         batch = forward.batch
         if batch.mask is None:
             batch.refused = self._refused_backward(forward)
-            batch.mask = self.take_mask(forward, size * batch.parts, device)
+            batch.bound = self.max_grad_norm
+            batch.mask = self._bound.into(self.take_mask(forward, size * batch.parts, device))
         # A draw's turns are told apart by the draw.
         running = current_backward() if forward.given.reduces is None else -1
         return AwaitedBackward(
@@ -308,6 +315,7 @@ class Engine(ABC):
         has agreed that its batch is next, and together with its norms.
         """
         batch, given = awaited.part.whole, awaited.given
+        found = self._bound.out_of(found, batch.bound)
         batch.delivered += 1
         if batch.delivered == 1:
             given.begin()
@@ -315,19 +323,13 @@ class Engine(ABC):
             refuse_other_place(self.place(), found.mask.device)
         task = found.graph_task if awaited.within is None else awaited.within
         to_ledger(
-            self.ledger,
-            self.replicas,
-            self.trained(),
-            found.sums,
-            graph_task=task,
-            call=batch,
-            reduces=awaited.reduces,
+            self.ledger, self.replicas, self.trained(), found.sums, graph_task=task, call=batch, reduces=awaited.reduces
         )
         if found.norms is not None:
             assert batch.mask is not None
             self.note_norms(batch.with_norms(found.norms.detach(), awaited.rows), batch.mask, more=given.more)
             if awaited.first_step is not None:
-                awaited.first_step.compare(found.norms, found.mask, found.sums)
+                awaited.first_step.compare(found.norms, found.mask, found.sums, batch.bound)
         if batch.delivered == batch.parts:
             given.end()
 

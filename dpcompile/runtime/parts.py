@@ -6,6 +6,7 @@ example's clipped gradient depends on no other example, so the clipped sums of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class WholeBatch:
     Attributes:
         parts: how many there are.
         mask: ``[B]`` weights of the whole batch, once a part asked for them.
+        bound: C that it is clipped to, known with the mask.
         refused: why the call may have no backward, known with the mask; or None.
         norms: ``[B]`` of the whole batch, as far as parts had their backward; None before the first.
         filters: parameters by name, as the compiled parts take them; they share one copy.
@@ -35,6 +37,7 @@ class WholeBatch:
 
     parts: int = 1
     mask: Tensor | None = None
+    bound: float = math.inf
     refused: PrivacyError | None = None
     norms: Tensor | None = None
     filters: dict[str, Tensor] = field(default_factory=dict)

@@ -25,6 +25,9 @@ class FakeEngine:
         self.feed: Any = None
         self.steps: int | None = None
 
+    def move_max_grad_norm(self, value: float) -> None:
+        self.max_grad_norm = value
+
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
 

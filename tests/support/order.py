@@ -17,7 +17,7 @@ runtime
 regions
 module
 optim
-data extending
+data extending schedules
 api step checkpoint
 private
 __init__
