@@ -71,7 +71,7 @@ class Median(Mixer):
         return h - h.median(0).values
 
 
-@register(vectors, refused="`sort`", reason="quantile over the batch")
+@register(vectors, refused="`(sort|any)`", reason="quantile over the batch")
 class Quantile(Mixer):
     def mix(self, h: Tensor) -> Tensor:
         return h.clamp(max=h.quantile(0.9, dim=0).detach())
