@@ -49,6 +49,7 @@ class Schedule:
     """
 
     number: str
+    setter: Callable[[DPOptimizer, float], None]
 
     def __init__(self, optimizer: DPOptimizer, factor: Factor) -> None:
         if not isinstance(optimizer, DPOptimizer):
@@ -81,16 +82,18 @@ class Schedule:
         self._set()
 
     def _set(self) -> None:
-        setattr(self._optimizer, self.number, self.value)
+        type(self).setter(self._optimizer, self.value)
 
 
 class NoiseSchedule(Schedule):
     """Of sigma, ``optimizer.noise_multiplier``."""
 
     number = "noise_multiplier"
+    setter = DPOptimizer.move_noise_multiplier
 
 
 class ClipSchedule(Schedule):
     """Of C, ``optimizer.max_grad_norm``; nothing is compiled anew. For "flat", "per_layer" and "per_block" clipping."""
 
     number = "max_grad_norm"
+    setter = DPOptimizer.move_max_grad_norm

@@ -78,7 +78,8 @@ def refuse_other_accountant(noise_multiplier: float, accountant: PrivacyAccounta
         raise PrivacyError(
             f"the optimizer adds noise of multiplier {noise_multiplier}, its accountant counts "
             f"{accountant.noise_multiplier}",
-            remedy="give both the same noise_multiplier",
+            remedy="give both the same noise_multiplier; to change it on the way, take "
+            "dpcompile.schedules.NoiseSchedule, which tells the accountant",
         )
 
 

@@ -59,11 +59,19 @@ class WrappingOptimizer(HookedOptimizer):
 
     @property
     def noise_multiplier(self) -> float:
-        """Sigma, of the mechanism; a new one is for the steps to come, which the accountant counts as such."""
+        """Sigma, of the mechanism. Assigned to, it no longer is what the accountant counts, and the step is refused."""
         return self.mechanism.noise_multiplier
 
     @noise_multiplier.setter
     def noise_multiplier(self, value: float) -> None:
+        self.mechanism.noise_multiplier = value
+
+    def move_noise_multiplier(self, value: float) -> None:
+        """Take another sigma for the steps to come, which the accountant counts as such.
+
+        Raises:
+            PrivacyError: no sigma, or less than what a target was calibrated to.
+        """
         refuse_bad_numbers(value, self.expected_batch_size)
         self._planned.refuse_less_noise(self.noise_multiplier, value)
         if self._accountant is not None:
@@ -77,6 +85,14 @@ class WrappingOptimizer(HookedOptimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float) -> None:
+        self.move_max_grad_norm(value)
+
+    def move_max_grad_norm(self, value: float) -> None:
+        """Take another C, of model and noise, from the next forward on; nothing is compiled for it.
+
+        Raises:
+            PrivacyError: within a logical step, or a C that cannot be (:class:`dpcompile.runtime.bound.ClipBound`).
+        """
         self.engine.move_max_grad_norm(value)
         self.mechanism.max_grad_norm = self.engine.max_grad_norm
         self._agreed = False

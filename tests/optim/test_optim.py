@@ -376,7 +376,7 @@ def test_an_accountant_of_other_noise_is_refused():
     with pytest.raises(PrivacyError, match="noise of multiplier 1.0, its accountant counts 2.0"):
         wrapped(model, accountant=accountant)
     optimizer = wrapped(model, noise_multiplier=2.0, accountant=accountant)
-    optimizer.mechanism.noise_multiplier = 1.0
+    optimizer.noise_multiplier = 1.0
     model.engine.deliver()
     with pytest.raises(PrivacyError, match="noise of multiplier 1.0, its accountant counts 2.0"):
         optimizer.step()
@@ -569,9 +569,10 @@ def test_numbers_without_sense_are_refused_when_assigned_too():
     model = model_of()
     optimizer = wrapped(model)
     model.engine.deliver()
+    optimizer.noise_multiplier = math.nan
     with pytest.raises(PrivacyError, match="noise_multiplier is nan"):
-        optimizer.noise_multiplier = math.nan
-    optimizer.expected_batch_size = 0
+        optimizer.step()
+    optimizer.noise_multiplier, optimizer.expected_batch_size = 1.0, 0
     with pytest.raises(PrivacyError, match="expected_batch_size is 0"):
         optimizer.step()
 

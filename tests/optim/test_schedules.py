@@ -99,21 +99,28 @@ def test_a_schedule_that_takes_the_noise_away_is_refused(factor: Any) -> None:
     with pytest.raises(PrivacyError, match=r"(?s)multiplies the noise of step . by .*finite numbers above 0"):
         calibrate_noise(target_epsilon=1, target_delta=DELTA, sample_rate=Q, steps=5, schedule=factor)
     _, optimizer = optimizer_of()
-    with pytest.raises(PrivacyError, match="noise_multiplier is -1.0|noise_multiplier is nan"):
-        optimizer.noise_multiplier = -1.0
-    with pytest.raises(PrivacyError, match="noise_multiplier is nan"):
-        optimizer.noise_multiplier = math.nan
+    for odd in (-1.0, math.nan, math.inf):
+        with pytest.raises(PrivacyError, match=f"noise_multiplier is {odd}"):
+            optimizer.move_noise_multiplier(odd)
 
 
 def test_less_noise_than_a_target_was_calibrated_to_is_refused() -> None:
     _, optimizer = optimizer_of(2.0, PrivacyAccountant(noise_multiplier=2.0, sample_rate=Q))
     optimizer.plan(10)
-    optimizer.noise_multiplier = 2.5
+    optimizer.move_noise_multiplier(2.5)
     with pytest.raises(PrivacyError, match=r"(?s)from 2.5 to 1.0.*calibrated to for 10 steps.*schedule=factor"):
-        optimizer.noise_multiplier = 1.0
+        optimizer.move_noise_multiplier(1.0)
     assert optimizer.noise_multiplier == optimizer.mechanism.noise_multiplier == 2.5
     with pytest.raises(PrivacyError, match="calibrated to"):
         schedules.NoiseSchedule(optimizer, schedules.exponential(0.5)).step()
+
+
+def test_noise_that_is_merely_assigned_is_refused() -> None:
+    model, optimizer = optimizer_of(2.0, PrivacyAccountant(noise_multiplier=2.0, sample_rate=Q))
+    optimizer.noise_multiplier = 0.01
+    model.engine.deliver()
+    with pytest.raises(PrivacyError, match=r"(?s)multiplier 0.01, its accountant counts 2.0.*schedules.NoiseSchedule"):
+        optimizer.step()
 
 
 def test_only_private_optimizers_have_schedules() -> None:
