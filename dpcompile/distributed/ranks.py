@@ -100,7 +100,8 @@ def refuse_other_place(place: Sequence[int], device: torch.device, group: Any = 
     """Compare where training stands over the ranks of a group; every rank must call this, and all raise.
 
     Args:
-        place: numbers below 2**63, as many on every rank: steps taken, draws; none: nothing is compared.
+        place: numbers below 2**63, as many on every rank: steps taken, draws, a digest of C and sigma; none: nothing
+            is compared.
         device: where collectives work.
         group: None: all ranks.
 
@@ -114,8 +115,9 @@ def refuse_other_place(place: Sequence[int], device: torch.device, group: Any = 
     largest, smallest = ends[: len(place)], -ends[len(place) :]
     if bool((largest != smallest).any()):
         raise PrivacyError(
-            f"the ranks are at different steps or draws of the loader: this one at {list(place)}, others from "
-            f"{smallest.tolist()} to {largest.tolist()}; their clipped sums do not belong together",
+            "the ranks are at different steps or draws of the loader, or moved C or the noise otherwise: "
+            f"this one at {list(place)}, others from {smallest.tolist()} to {largest.tolist()}; their clipped sums do "
+            "not belong together",
             remedy="run every batch on every rank: no `continue` or `break` that one rank alone takes (to skip a draw, "
             "agree on it first, with torch.distributed.all_reduce, on a condition that is not private)",
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import weakref
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +43,6 @@ class WrappingOptimizer(HookedOptimizer):
     mechanism: Mechanism
     _accountant: PrivacyAccountant | None
     _planned: PlannedSteps
-    _agreed: bool
     engine: Engine
     logical_step: int
 
@@ -76,7 +77,8 @@ class WrappingOptimizer(HookedOptimizer):
         self._planned.refuse_less_noise(self.noise_multiplier, value)
         if self._accountant is not None:
             self._accountant.noise_multiplier = value
-        self.mechanism.noise_multiplier, self._agreed = value, False
+        self.mechanism.noise_multiplier = value
+        self._note_numbers()
 
     @property
     def max_grad_norm(self) -> float:
@@ -95,7 +97,12 @@ class WrappingOptimizer(HookedOptimizer):
         """
         self.engine.move_max_grad_norm(value)
         self.mechanism.max_grad_norm = self.engine.max_grad_norm
-        self._agreed = False
+        self._note_numbers()
+
+    def _note_numbers(self) -> None:
+        """For the comparison with other ranks, which every backward makes."""
+        numbers = struct.pack("<dd", self.engine.max_grad_norm, self.noise_multiplier)
+        self.engine.numbers = zlib.crc32(numbers)
 
     @property
     def expected_batch_size(self) -> float:

@@ -65,6 +65,7 @@ class Engine(ABC):
         transformed: of the graph that ran last, or was compiled since.
         feed: the loader that is attached; None without one.
         steps: logical steps that optimizers took with this model, in this process; None before there is one.
+        numbers: a digest of C and sigma, which all ranks must have alike; 0 until one of them is moved.
         kept: memory that holds examples.
     """
 
@@ -77,6 +78,7 @@ class Engine(ABC):
         self.transformed: Transformed | None = None
         self.feed: Feed | None = None
         self.steps: int | None = None
+        self.numbers = 0
         self.kept = ExampleMemory(module, breaks=options.regions == "breaks")
         self._unchecked = options.check
         self._bound = ClipBound(options.clipping, options.max_grad_norm)
@@ -124,14 +126,14 @@ class Engine(ABC):
         return {name: self._parameters[name] for name in self.trainable()}
 
     def place(self) -> tuple[int, ...]:
-        """Where training stands: logical steps taken, and the draw of the loader (-1: none); ``()`` without optimizer.
+        """Where training stands: logical steps taken, the draw of the loader (-1: none), and :attr:`numbers`.
 
-        Public numbers.
+        ``()`` without an optimizer. Public numbers.
         """
         if self.steps is None:
             return ()
         draw = None if self.feed is None else self.feed.draw
-        return self.steps, -1 if draw is None else draw
+        return self.steps, -1 if draw is None else draw, self.numbers
 
     def check_parameters(self, named: Iterable[tuple[str, Tensor]], *, gathered: bool = False) -> None:
         """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks that never run.

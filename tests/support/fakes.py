@@ -24,6 +24,7 @@ class FakeEngine:
         self.ledger = GradientLedger(self.parameters())
         self.feed: Any = None
         self.steps: int | None = None
+        self.numbers = 0
 
     def move_max_grad_norm(self, value: float) -> None:
         self.max_grad_norm = value

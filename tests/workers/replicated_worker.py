@@ -154,10 +154,10 @@ def made_private() -> None:
 
 
 def apart() -> None:
-    """A rank that skips a batch, before its forward or before its step: all ranks are told, and none hangs."""
+    """A rank that skips a batch, or moves C or sigma alone: all ranks are told, and none hangs."""
     data = torch.utils.data.DataLoader(TensorDataset(torch.randn(40, D)), batch_size=4)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for before in ("forward", "step"):
+    for before in ("forward", "step", "C", "sigma"):
         for model in (replicated(MLP), shard(made(MLP), mesh)):
             options = {} if isinstance(model, DistributedDataParallel) else {"max_grad_norm": C, "backend": "eager"}
             inner = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -167,7 +167,12 @@ def apart() -> None:
                 private: Any = private, optimizer: Any = optimizer, loader: Any = loader, before: str = before
             ) -> None:
                 for i, (x,) in enumerate(loader):
-                    skips = i == 3 and dist.get_rank() == 1
+                    alone = i == 3 and dist.get_rank() == 1
+                    if alone and before == "C":
+                        optimizer.max_grad_norm *= 2
+                    if alone and before == "sigma":
+                        optimizer.move_noise_multiplier(0.7)
+                    skips = alone and before in ("forward", "step")
                     if skips and before == "forward":
                         continue
                     step(private, x)
