@@ -107,7 +107,7 @@ def test_options_changed_between_processes(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_a_forced_hit_in_autograds_cache_is_refused(tmp_path: pathlib.Path) -> None:
-    """A graph from there skips the proof: nothing is known of it, so nothing is run. A verified one is not kept there."""
+    """A graph from there skips the proof, and nothing is run of it; a verified one is not kept there."""
     for _ in range(2):
         (verified,) = run(tmp_path, {}, variables=AUTOGRAD)
         assert close(verified["sums"], eager()["sums"])
