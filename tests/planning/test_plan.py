@@ -193,7 +193,7 @@ def deep() -> nn.Module:
 def test_check_compares_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the first try asked for parts and did not run."""
     compared: list[int] = []
-    monkeypatch.setattr(FirstStep, "compare", lambda self, norms, mask, sums: compared.append(len(mask)))
+    monkeypatch.setattr(FirstStep, "compare", lambda self, norms, mask, sums, bound: compared.append(len(mask)))
     private: Any = dp_compile(deep(), backend="eager", memory_budget=1.0, check=True)
     for _ in range(2):
         private(torch.randn(32, 50, 64)).square().mean().backward()
