@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from dpcompile import PrivacyAccountant
 from dpcompile.accounting.arguments import Relation
 
 NOISE_MULTIPLIER, SAMPLE_RATE, STEPS, DELTA = 1.0, 0.01, 1000, 1e-5
-RELATIONS: tuple[Relation, ...] = ("zero_out", "add_remove", "replace_one")
 
 __all__ = ["relations"]
 
@@ -14,7 +15,7 @@ __all__ = ["relations"]
 def relations() -> dict[str, float]:
     """Epsilon by which datasets are neighbours."""
     found = {}
-    for relation in RELATIONS:
+    for relation in get_args(Relation):
         accountant = PrivacyAccountant(noise_multiplier=NOISE_MULTIPLIER, sample_rate=SAMPLE_RATE, relation=relation)
         accountant.step(STEPS)
         found[relation] = accountant.epsilon(DELTA)

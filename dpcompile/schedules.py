@@ -1,10 +1,8 @@
 """Schedules of the noise multiplier and of C, in the manner of ``torch.optim.lr_scheduler``.
 
 The learning rate's schedulers are torch's own. A schedule is a function of the number of its :meth:`Schedule.step`
-calls alone, not of the data: what it does is public. The accountant counts every step with the noise that it had, and
-for a target `calibrate_noise` and `make_private` take the same function.
-
-Source: Opacus' noise and clipping schedulers have the same shapes (Yousefpour et al. 2021, arXiv:2109.12298).
+calls alone, not of the data: what it does is public. The accountant counts every step with the noise that it had. For a
+target `calibrate_noise` takes the same function, and `make_private` the noise multiplier that it returns.
 """
 
 from __future__ import annotations

@@ -76,11 +76,6 @@ class PrivacyAccountant:
         """Sigma of the steps to come."""
         return self._mechanism[0]
 
-    @noise_multiplier.setter
-    def noise_multiplier(self, value: float) -> None:
-        check_mechanism(value, self.sample_rate)
-        self._mechanism = (float(value), self.sample_rate)
-
     @property
     def sample_rate(self) -> float:
         """Sample rate of the steps to come."""
@@ -127,10 +122,20 @@ class PrivacyAccountant:
             n += self._history.pop()[2]
         self._history.append((*mechanism, n))
 
+    def move_noise_multiplier(self, value: float) -> None:
+        """Expect steps of another sigma from now on.
+
+        Raises:
+            PrivacyError: it is none.
+        """
+        check_mechanism(value, self.sample_rate)
+        self._mechanism = (float(value), self.sample_rate)
+
     def epsilon(self, delta: float) -> float:
         """Epsilon at ``delta`` of all counted steps. Remembered per number of steps and delta.
 
-        With PLD a new number of steps takes about a tenth of a second, with little noise some seconds.
+        With PLD a new number of steps takes about a tenth of a second, with little noise or a sigma for every
+        step some seconds. More than 32 kinds of steps are rounded to less noise.
 
         Raises:
             PrivacyError: delta outside (0, 1).

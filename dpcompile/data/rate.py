@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from dpcompile.accounting.arguments import number
 from dpcompile.errors import PrivacyError
 
 __all__ = ["SamplingRate"]
@@ -64,4 +65,4 @@ class SamplingRate:
 
 
 def _number(x: Any) -> float:
-    return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else math.nan
+    return math.nan if isinstance(x, bool) else number(x)

@@ -76,7 +76,7 @@ class WrappingOptimizer(HookedOptimizer):
         refuse_bad_numbers(value, self.expected_batch_size)
         self._planned.refuse_less_noise(self.noise_multiplier, value)
         if self._accountant is not None:
-            self._accountant.noise_multiplier = value
+            self._accountant.move_noise_multiplier(value)
         self.mechanism.noise_multiplier = value
         self._note_numbers()
 

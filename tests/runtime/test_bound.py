@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import clip, per_example_gradients
+from small_models import labelled, net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -32,14 +33,8 @@ WAYS = {
 }
 
 
-def net() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 3))
-
-
 def batch() -> tuple[Tensor, Tensor]:
-    torch.manual_seed(2)
-    return torch.randn(B, 6), torch.randint(0, 3, (B,))
+    return labelled(B)
 
 
 def wrapped(module: nn.Module, **options: Any) -> tuple[Any, DPOptimizer]:

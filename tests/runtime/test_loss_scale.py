@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import labelled, net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,14 +18,8 @@ from dpcompile.module import engine_of
 C, B = 0.5, 8
 
 
-def net() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 3))
-
-
 def batch() -> tuple[Tensor, Tensor]:
-    torch.manual_seed(2)
-    return torch.randn(B, 6), torch.randint(0, 3, (B,))
+    return labelled(B)
 
 
 def private(module: nn.Module, **options: Any) -> tuple[Any, DPOptimizer]:

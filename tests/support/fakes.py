@@ -12,7 +12,7 @@ from dpcompile.batches.draws import Draws
 from dpcompile.errors import PrivacyError
 from dpcompile.runtime.ledger import GradientLedger
 
-_tasks = itertools.count()
+_tasks = itertools.count(-(10**9), -1)  # no numbers of backwards of autograd, which may have been scaled
 
 
 class FakeEngine:
