@@ -29,7 +29,7 @@ pytestmark = pytest.mark.full  # large models
 
 FLOAT = 4
 DOUBLE = 8
-PLACE = 32  # bytes of a reduction: step and draw, and both negated
+PLACE = 48  # bytes of a reduction: step, draw, and sigma and C as a checksum, and all three negated
 
 
 @pytest.fixture(autouse=True)
