@@ -81,7 +81,9 @@ def linear_slack(squared: Tensor, unit: float, sizes: Tensor) -> Tensor:
     return moved * (2 * squared.sqrt() + moved)
 
 
-def rounded_again(each: Tensor, sizes: Tensor, positions: int, redo: Callable[[int], Tensor]) -> Tensor:
+def rounded_again(
+    each: Tensor, squared: Tensor, sizes: Tensor, positions: int, redo: Callable[[int], Tensor]
+) -> Tensor:
     """Squared norms of kept gradients ``[B, ...]``, ``[B]``, after those that cancel have been made again, in place.
 
     **Guarantee.** None is below that of the kept gradient, which the clipped sum is made of. None of float32 gradients
@@ -91,11 +93,12 @@ def rounded_again(each: Tensor, sizes: Tensor, positions: int, redo: Callable[[i
 
     Args:
         each: the gradients.
+        squared: their squared norms, float64, as they are.
         sizes: their squared sizes.
         positions: how many terms each of their elements is a sum of.
         redo: an example's gradient, in float64.
     """
-    squared, known = norms_of(each), sizes.isfinite()
+    known = sizes.isfinite()
     slack = linear_slack(squared, positions**0.5 * unit_of(each.dtype), sizes)
     certain = (slack <= CLOSE * squared) & squared.isfinite()
     result = torch.where(known, squared + slack, squared)

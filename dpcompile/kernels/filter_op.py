@@ -85,7 +85,7 @@ def filter_gradients(
     small, large = (source, cotangent) if transposed else (cotangent, source)
     geometry, places = Geometry(shape, stride, padding, dilation, groups), small.shape[3:]
     if own and takes(small, large, memory):
-        squared = gradients_(large, small, geometry, memory)
+        squared, sizes = gradients_(large, small, geometry, memory)
         roundings = additions(small.shape[1], places)
     else:
         each = (source.numel() + cotangent.numel() + 2 * result.numel()) // max(batch, 1)
@@ -94,11 +94,11 @@ def filter_gradients(
             for start in range(0, batch, size):
                 part = slice(start, start + size)
                 result[part] = grouped_convolution(cotangent[part], source[part], shape, *options)
-        squared, roundings = norms_of(memory), small.shape[1] * prod(places)
-    sizes = _sizes(small, large, geometry)
+        squared, sizes = norms_of(memory), _sizes(small, large, geometry)
+        roundings = small.shape[1] * prod(places)
     if kept:
         wide = (cotangent, source, shape, *options)
-        return result, rounded_again(result, sizes, roundings, lambda i: _wide(*wide, [i])[0])
+        return result, rounded_again(result, squared, sizes, roundings, lambda i: _wide(*wide, [i])[0])
     return result, _settled(squared, roundings, sizes, cotangent, source, shape, *options)
 
 
@@ -131,7 +131,7 @@ def filter_norms(
     options = (stride, padding, dilation, transposed, output_padding, groups)
     if takes(small, large):
         geometry = Geometry(shape, stride, padding, dilation, groups)
-        squared, sizes = gradients_(large, small, geometry, None), _sizes(small, large, geometry)
+        squared, sizes = gradients_(large, small, geometry, None)
         roundings = additions(small.shape[1], small.shape[3:])
         return _settled(squared, roundings, sizes, cotangent, source, shape, *options)
     return filter_gradients(cotangent, source, shape, *options, False, False, False)[1]

@@ -1,4 +1,4 @@
-"""The C++ kernel of `kernels/cpp/filters.cpp`: every example's gradient of a convolution's filters, and its norm.
+"""The C++ kernel of `kernels/cpp/filters.cpp`: every example's gradient of a convolution's filters, norm and size.
 
 oneDNN makes them as one convolution with the examples among the groups, for which every operand is copied, and whose
 channels are padded example by example.
@@ -82,7 +82,7 @@ def takes(*tensors: Tensor) -> bool:
     return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in tensors) and has_kernel()
 
 
-def gradients_(images: Tensor, cotangents: Tensor, geometry: Geometry, out: Tensor | None) -> Tensor:
+def gradients_(images: Tensor, cotangents: Tensor, geometry: Geometry, out: Tensor | None) -> tuple[Tensor, Tensor]:
     """Write every example's gradient of the filters to ``out``, if it is there.
 
     Contract: :func:`takes`.
@@ -98,7 +98,7 @@ def gradients_(images: Tensor, cotangents: Tensor, geometry: Geometry, out: Tens
         out: ``[B, filters, *kernel, channels of a group]``, contiguous.
 
     Returns:
-        Squared norms, ``[B]``, float64.
+        Squared norms and squared sizes (:mod:`dpcompile.kernels.rounding`), both ``[B]``, float64.
     """
     library = _library()
     assert library is not None
@@ -107,7 +107,7 @@ def gradients_(images: Tensor, cotangents: Tensor, geometry: Geometry, out: Tens
 
 def _gradients(
     library: ctypes.CDLL, images: Tensor, cotangents: Tensor, geometry: Geometry, out: Tensor | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     if not _fits(images, cotangents, geometry):
         raise ValueError(f"{geometry} on images {tuple(images.shape)} and cotangents {tuple(cotangents.shape)}")
     batch, threads = images.shape[0], torch.get_num_threads()
@@ -118,11 +118,11 @@ def _gradients(
     workspace = library.dp_filter_workspace
     workspace.restype = ctypes.c_int64
     work = torch.zeros(threads, workspace(sizes))
-    norms = torch.empty(batch, parts, dtype=torch.float64)
-    memory = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (work, out, norms)]
+    norms, lengths = (torch.empty(n, dtype=torch.float64) for n in (batch * parts, batch))
+    memory = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (work, out, norms, lengths)]
     inputs = [ctypes.c_void_p(x.data_ptr()) for x in (images, cotangents)]
     library.dp_filter_gradients(*inputs, sizes, ctypes.c_int64(parts), *memory, ctypes.c_int(threads))
-    return norms.sum(1)
+    return norms.view(batch, parts).sum(1), lengths
 
 
 def _fits(images: Tensor, cotangents: Tensor, geometry: Geometry) -> bool:
@@ -163,10 +163,12 @@ def _library(library: ctypes.CDLL) -> bool:
     cotangents = torch.arange(2 * 2 * 9 * 3 * 4).remainder(5).float().reshape(2, 2, 9, 3, 4)
     geometry = Geometry([9, 3, 3, 2], [2, 1], [1, 0], [1, 1], 1)
     found = torch.full((2, 9, 3, 2, 3), torch.nan)
-    norms = _gradients(library, images, cotangents, geometry, found)
+    norms, sizes = _gradients(library, images, cotangents, geometry, found)
     padded = torch.nn.functional.pad(images, [0, 0, 1, 1])
     seen = padded.unfold(3, 3, 2).unfold(4, 2, 1)  # [B, F, channels, *places, *kernel]
     wanted = torch.einsum("nfcpqhw,nfopq->nohwc", seen, cotangents)
-    alone = _gradients(library, images, cotangents, geometry, None)
-    squared = wanted.square().flatten(1).sum(1)
-    return torch.equal(found, wanted) and torch.equal(norms, squared.double()) and torch.equal(alone, squared.double())
+    alone, _ = _gradients(library, images, cotangents, geometry, None)
+    squared = wanted.square().flatten(1).sum(1).double()
+    lengths = seen.double().square().sum((2, 5, 6)).sqrt() * cotangents.double().square().sum(2).sqrt()
+    sized = torch.allclose(sizes, lengths.flatten(1).sum(1).square(), rtol=1e-12)
+    return sized and torch.equal(found, wanted) and torch.equal(norms, squared) and torch.equal(alone, squared)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpcompile.kernels.exact import rounded_again, sizes_of
+from dpcompile.kernels.exact import norms_of, rounded_again, sizes_of
 from dpcompile.kernels.norms_torch import direct_norm
 from dpcompile.kernels.products import product_
 from dpcompile.kernels.workspace import kept_gradients
@@ -46,7 +46,7 @@ def product_with_norms(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor,
     def redo(i: int) -> Tensor:
         return torch.matmul(rows[i].double().mT, cols[i].double())
 
-    return result, rounded_again(result, sizes_of(rows, cols), positions, redo)
+    return result, rounded_again(result, norms_of(result), sizes_of(rows, cols), positions, redo)
 
 
 @product_with_norms.register_fake

@@ -1,4 +1,5 @@
-// Every example's gradient of a convolution's filters, and its squared norm, without an unfolded copy of the images.
+// Every example's gradient of a convolution's filters, its squared norm, and what that would be if no two places
+// cancelled, without an unfolded copy of the images.
 //
 // An image is laid out with its channels last and zeros around it. What a line of a filter sees from one place, its
 // columns times the channels, then lies in memory in one piece, and that of the next place one stride further on: the
@@ -6,8 +7,10 @@
 // stays in registers while all places of the image are added up.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -168,6 +171,71 @@ double squared_norm(const float* values, int64_t length) {
   return total;
 }
 
+// Adds the squares of `channels` numbers at every point of space: onto `sums`, with lines of `row` in planes of `plane`.
+void add_squares(
+    const float* from, int64_t channels, const int64_t* space, const int64_t* strides, double* sums, int64_t plane,
+    int64_t row) {
+  const int64_t *t = strides, width = space[2];
+  for (int64_t d = 0; d < space[0]; ++d)
+    for (int64_t h = 0; h < space[1]; ++h) {
+      const float* line = from + d * t[3] + h * t[4];
+      double* to = sums + d * plane + h * row;
+      if (t[2] == 1 && channels > 4) {
+        for (int64_t w = 0; w < width; ++w) to[w] += squared_norm(line + w * t[5], channels);
+        continue;
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        const float* numbers = line + c * t[2];
+#pragma omp simd
+        for (int64_t w = 0; w < width; ++w) to[w] += double(numbers[w * t[5]]) * numbers[w * t[5]];
+      }
+    }
+}
+
+// The sum over places of the length of the cotangents times that of what the filter sees from there, both squared.
+// Roots are taken of products: those of squares of floats are inside of double. `seen`: a line of places.
+double lengths(const double* image, const double* cotangent, const Sizes& s, const Layout& layout, double* seen) {
+  const int64_t width = s.places[2];
+  double total = 0;
+  for (int64_t l = 0; l < layout.lines; ++l, cotangent += width) {
+    std::fill(seen, seen + width, 0.0);
+    for (int64_t i = 0; i < s.kernel[0]; ++i)
+      for (int64_t j = 0; j < s.kernel[1]; ++j) {
+        const int64_t d = l / s.places[1] * s.stride[0] + i * s.dilation[0];
+        const int64_t h = l % s.places[1] * s.stride[1] + j * s.dilation[1];
+        for (int64_t k = 0; k < s.kernel[2]; ++k) {
+          const double* line = image + (d * layout.padded[1] + h) * layout.padded[2] + k * s.dilation[2];
+#pragma omp simd
+          for (int64_t w = 0; w < width; ++w) seen[w] += line[w * s.stride[2]];
+        }
+      }
+#pragma omp simd reduction(+ : total)
+    for (int64_t w = 0; w < width; ++w) total += std::sqrt(seen[w] * cotangent[w]);
+  }
+  return total;
+}
+
+// An example's squared size, of the groups' gradients together.
+double squared_size(const float* images, const float* cotangents, const Sizes& s, const Layout& layout) {
+  const int64_t *pad = s.padding, *padded = layout.padded, *t = s.image_strides, *u = s.cotangent_strides;
+  const int64_t plane = padded[1] * padded[2], row = padded[2], inside = pad[0] * plane + pad[1] * row + pad[2];
+  std::vector<double> image(padded[0] * plane), cotangent(layout.lines * s.places[2]), seen(s.places[2]);
+  double total = 0;
+  for (int64_t group = 0; group < s.groups; ++group) {
+    double size = 0;
+    for (int64_t frame = 0; frame < s.frames; ++frame) {
+      std::fill(image.begin(), image.end(), 0.0), std::fill(cotangent.begin(), cotangent.end(), 0.0);
+      const float* source = images + frame * t[1] + group * layout.channels * t[2];
+      add_squares(source, layout.channels, s.image, t, image.data() + inside, plane, row);
+      source = cotangents + frame * u[1] + group * layout.filters * u[2];
+      add_squares(source, layout.filters, s.places, u, cotangent.data(), s.places[1] * s.places[2], s.places[2]);
+      size += lengths(image.data(), cotangent.data(), s, layout, seen.data());
+    }
+    total += size * size;
+  }
+  return total;
+}
+
 }  // namespace
 
 // How many numbers of memory a thread needs to work in.
@@ -177,10 +245,11 @@ extern "C" int64_t dp_filter_workspace(const Sizes* sizes) {
 }
 
 // Gradients [batch, filters, *kernel, channels / groups], if `result` is there, and squared norms [batch, parts]: each
-// example's filters are worked on in `parts` parts. `work`: [threads, dp_filter_workspace], zeros.
+// example's filters are worked on in `parts` parts. Squared sizes [batch]: what the norms would be if no two places
+// cancelled. `work`: [threads, dp_filter_workspace], zeros.
 extern "C" void dp_filter_gradients(
     const float* images, const float* cotangents, const Sizes* sizes, int64_t parts, float* work, float* result,
-    double* norms, int threads) {
+    double* norms, double* squared_sizes, int threads) {
   const Sizes& s = *sizes;
   const Layout layout(s);
   const int64_t each = dp_filter_workspace(sizes), units = s.groups * layout.blocks;
@@ -206,5 +275,9 @@ extern "C" void dp_filter_gradients(
       norm += squared_norm(sums, count * layout.row);
     }
     norms[task] = norm;
+    if (part == 0) {
+      const int64_t *i = s.image_strides, *c = s.cotangent_strides;
+      squared_sizes[b] = squared_size(images + b * i[0], cotangents + b * c[0], s, layout);
+    }
   }
 }
