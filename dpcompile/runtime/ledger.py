@@ -219,8 +219,8 @@ class GradientLedger:
         return fingerprints([local_part(self._entries[name].grad) for name in names])
 
     def _changed(self) -> set[str]:
-        """The entries whose tensor no longer holds what was put there. What ``unscale_`` did is undone first."""
-        noted = {n: entry.content for n, entry in self._entries.items() if entry.content is not None}
+        """The entries that may count and no longer hold what was put there. What ``unscale_`` did is undone first."""
+        noted = {n: e.content for n, e in self._entries.items() if e.content is not None and self._counts(n, e)}
         names, before = list(noted), list(noted.values())
         changed = {names[i] for i in different(before, self._contents(names))}
         if changed and self.scales:
@@ -229,6 +229,11 @@ class GradientLedger:
                 grad.mul_(self.scales[-1].to(grad.device))
             changed = {names[i] for i in different(before, self._contents(names))}
         return changed
+
+    def _counts(self, name: str, entry: _Entry) -> bool:
+        """Whether the parameter still has the entry's tensor, or was cleared within a logical step."""
+        grad = self._parameters[name].grad
+        return grad is entry.grad or (grad is None and self._kept)
 
     def _is_spent(self, name: str, parameter: nn.Parameter) -> bool:
         spent = self._spent.get(name)

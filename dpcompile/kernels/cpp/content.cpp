@@ -1,4 +1,4 @@
-// One number for the content of each of several tensors, in one pass over memory: see dpcompile/content.py.
+// One number for the content of each of several tensors, in one pass over memory: see kernels/content.py.
 //
 // Source: the hash NH of Black, Halevi, Krawczyk, Krovetz, Rogaway, "UMAC" (CRYPTO 1999).
 

@@ -1,4 +1,4 @@
-// The noise of dpcompile/noise.py, added in one pass over memory; with it the division, and Adam's update.
+// The noise of noise/normal.py, added in one pass over memory; with it the division, and Adam's update.
 //
 // The same numbers as noise.py: its counters, Philox4x32-10, 53 bits for each uniform, Box-Muller in double. Every
 // operation is one of IEEE 754, a fused multiply-add only where it is written, so that a value depends neither on the
