@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dpcompile._torch.aot import is_gradient_of_input
+from dpcompile._torch.aot import ForwardTokenAOTOutput, is_gradient_of_input
 from dpcompile._torch.compile import Boxed
 from dpcompile._torch.inductor_random import drawing_as_inductor
 from dpcompile._torch.tensors import WeakMemory, is_fake, memory_of, weak_memory
@@ -100,8 +100,7 @@ class Verifier:
         self._reference: Reference | None = None
         self._forwards: list[_Forward] = []
         self._left: set[int] = set()
-        self._tries = 0
-        self._first = 0
+        self._tries = self._first = self._tokens = 0
 
     def take(self, joint: fx.GraphModule) -> None:
         """See :class:`dpcompile._torch.Watcher`."""
@@ -109,6 +108,7 @@ class Verifier:
         descriptors = self._reference.graph.output_node().meta["desc"]
         forward = [i for i, d in enumerate(descriptors) if d is not None and is_gradient_of_input(d) is None]
         self._first = max(forward, default=-1) + 1  # an input without a gradient has a place, and no descriptor
+        self._tokens = sum(isinstance(d, ForwardTokenAOTOutput) for d in descriptors)  # forwards do not return them
         self._left = {i for i, n in enumerate(self._reference.outputs) if i >= self._first and n is not None}
 
     def describe(self, transformed: Transformed) -> None:
@@ -119,8 +119,6 @@ class Verifier:
     def forward(self, gm: fx.GraphModule) -> Callable[[Boxed], Boxed]:
         """See :class:`dpcompile._torch.Watcher`."""
         names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
-        output = gm.graph.output_node()
-        absent = len(output.meta["desc"]) - len(output.args[0])  # type: ignore[arg-type]  # tokens that order effects
 
         def watched(compiled: Boxed) -> Boxed:
             def run(arguments: list[Any]) -> Sequence[Any]:
@@ -129,7 +127,7 @@ class Verifier:
                     return compiled(arguments)
                 ran = self._before(reference, dict(zip(names, arguments, strict=True)))
                 outputs = compiled(arguments)
-                self._after(ran, [*[None] * absent, *outputs])
+                self._after(ran, [*[None] * self._tokens, *outputs])
                 return outputs
 
             return run

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import dpcompile
 from dpcompile import PrivacyError, UnsupportedGraphError
@@ -225,6 +226,21 @@ def test_a_whole_graph(compiler: Any) -> None:
     verified(1.0)(*values)
     with pytest.raises(PrivacyError, match="the step.*'out.weight' by 0.01"):
         verified(1.01)(*values)
+
+
+def test_states_of_generators_among_what_is_saved() -> None:
+    """Of a draw that is made again in the backward the forward saves the generator's state, behind its outputs."""
+
+    def block(x: Tensor) -> Tensor:
+        return x * nn.functional.dropout1d(torch.ones_like(x), 0.5)
+
+    class Again(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(block, super().forward(x), use_reentrant=False)  # type: ignore[return-value]
+
+    private: Any = dp_compile(Again(5, 4))
+    private(torch.randn(3, 6, 5)).sum((1, 2)).mean().backward()
+    assert private.grad_norms.shape == (3,)
 
 
 class Solved(nn.Module):
