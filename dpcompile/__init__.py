@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, PrivacyWarning, UnsupportedGraphError
     from dpcompile.extending import register_axis_rule, register_site
     from dpcompile.module import set_mask
+    from dpcompile.noise.adaptive import AdaptiveClip
     from dpcompile.optim.optimizer import DPOptimizer
     from dpcompile.private import make_private
     from dpcompile.step import compile_step
 
 __all__ = [
+    "AdaptiveClip",
     "DPCompileError",
     "DPOptimizer",
     "ExampleMixingError",
@@ -49,6 +51,7 @@ _PLACES = {
     "errors": ("DPCompileError", "ExampleMixingError", "PrivacyError", "PrivacyWarning", "UnsupportedGraphError"),
     "extending": ("register_axis_rule", "register_site"),
     "module": ("set_mask",),
+    "noise.adaptive": ("AdaptiveClip",),
     "optim.optimizer": ("DPOptimizer",),
     "private": ("make_private",),
     "step": ("compile_step",),

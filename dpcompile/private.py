@@ -19,6 +19,7 @@ from dpcompile.data.loader import PoissonLoader
 from dpcompile.distributed.ranks import from_first, rank, world_size
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine, PrivateModule, engine_of
+from dpcompile.noise.adaptive import AdaptiveClip
 from dpcompile.noise.counter import fresh_seed
 from dpcompile.optim.checks import refuse_rate_from_size
 from dpcompile.optim.optimizer import DPOptimizer
@@ -37,7 +38,7 @@ def make_private(
     target_delta: float | None = None,
     epochs: int | None = None,
     steps: int | None = None,
-    max_grad_norm: float | None = None,
+    max_grad_norm: float | AdaptiveClip | None = None,
     accountant: Method = "pld",
     relation: Relation = "zero_out",
     physical_batch_size: int | None = None,
@@ -62,7 +63,8 @@ def make_private(
         target_delta: with ``target_epsilon``; well below 1 / size of the dataset.
         epochs: passes over the loader that are planned; needed with a target, unless ``steps`` is given.
         steps: logical steps that are planned.
-        max_grad_norm: C; None: 1.0, or what a model compiled already has.
+        max_grad_norm: C; None: 1.0, or what a model compiled already has. :class:`dpcompile.AdaptiveClip`: it follows a
+            quantile of the gradients' norms, at the same epsilon.
         accountant: "pld" or "rdp".
         relation: which datasets are neighbours, see :class:`dpcompile.PrivacyAccountant`. "add_remove" needs a
             PoissonLoader whose rate does not come from the dataset's size.
@@ -87,7 +89,8 @@ def make_private(
     _check_target(noise_multiplier, target_epsilon, target_delta, epochs, steps)
     if isinstance(optimizer, DPOptimizer):
         raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
-    private_model = _private_model(model, max_grad_norm, dp_compile_options)
+    clip = max_grad_norm if isinstance(max_grad_norm, AdaptiveClip) else None
+    private_model = _private_model(model, clip.initial if clip else max_grad_norm, dp_compile_options)
     engine = engine_of(private_model)
     drawn: int = fresh_seed(secure=secure)
     if engine.distributed:  # on every rank, whether it is given a seed or not
@@ -120,6 +123,7 @@ def make_private(
             method=accountant,
             relation=relation,
         ),
+        adaptive_clip=clip,
     )
     private_optimizer.plan(planned, on_exceed)
     return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 
@@ -20,6 +21,7 @@ __all__ = [
     "refuse_disagreement",
     "refuse_other_place",
     "refuse_some",
+    "summed",
     "world_size",
 ]
 
@@ -50,6 +52,13 @@ def gathered(value: Any) -> list[Any]:
     everywhere: list[Any] = [None] * world_size()
     dist.all_gather_object(everywhere, value)
     return everywhere
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum over all ranks; every rank must call this."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
 
 
 def digest(secret: int) -> str:

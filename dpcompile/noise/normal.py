@@ -21,6 +21,7 @@ from dpcompile.noise.counter import MASK, STEPS, Span, Stream, check_range, chec
 
 __all__ = ["add_gaussian_", "gaussian", "gaussians", "uniform"]
 _SCRATCH_CPU, _SCRATCH = 2**17, 2**22  # values per pass; scratch is about 16 times half that many int64 lanes
+_NORMAL = (Stream.GRADIENT, Stream.VOTES)
 
 
 def gaussian(
@@ -33,6 +34,7 @@ def gaussian(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     secure: bool = False,
+    stream: Stream = Stream.GRADIENT,
 ) -> Tensor:
     """Standard normal values ``[numel]``: elements ``[start, start + numel)`` of one parameter's noise at one step.
 
@@ -46,14 +48,15 @@ def gaussian(
         device: where the values are wanted. They are drawn there without waiting for the device (on the CPU for
             devices without float64).
         secure: ChaCha20 instead of Philox.
+        stream: what for: ``Stream.GRADIENT``, or ``Stream.VOTES``.
 
     Raises:
-        PrivacyError: an argument out of range.
+        PrivacyError: an argument out of range, or a stream of uniform numbers.
 
-    **Guarantee.** Two calls with the same seed and the same generator share a counter block only where step, parameter
-    and element agree, and no call shares one with :func:`uniform`. Elements drawn separately equal the same elements
-    drawn together, bit for bit, on one kind of device; between kinds, logarithm and cosine may differ in the last bit
-    of float64.
+    **Guarantee.** Two calls with the same seed and the same generator share a counter block only where stream, step,
+    parameter and element agree, and no call shares one with :func:`uniform`. Elements drawn separately equal the same
+    elements drawn together, bit for bit, on one kind of device; between kinds, logarithm and cosine may differ in the
+    last bit of float64.
 
     =============================================  ================================================
     edge case                                      outcome
@@ -67,8 +70,12 @@ def gaussian(
                                                    to are themselves rounded
     =============================================  ================================================
     """
+    if stream not in _NORMAL:
+        raise PrivacyError(
+            f"normal numbers cannot come from stream {stream!r}", remedy="take Stream.GRADIENT or Stream.VOTES"
+        )
     span = Span(parameter, numel, start)
-    return gaussians(seed, step=step, spans=[span], dtype=dtype, device=device, secure=secure)[0]
+    return gaussians(seed, step=step, spans=[span], dtype=dtype, device=device, secure=secure, stream=stream)[0]
 
 
 def gaussians(
@@ -79,11 +86,12 @@ def gaussians(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     secure: bool = False,
+    stream: Stream = Stream.GRADIENT,
 ) -> list[Tensor]:
     """The same as :func:`gaussian`, one tensor per span; many small spans cost little more than their sum."""
     _check_dtype(dtype)
     outs = [torch.empty(span.numel, dtype=dtype, device=device) for span in spans]
-    for i, offset, values in _pieces(seed, step, spans, torch.device(device), secure):
+    for i, offset, values in _pieces(seed, step, spans, torch.device(device), secure, stream):
         outs[i][offset : offset + values.numel()].copy_(values)
     return outs
 
@@ -168,22 +176,22 @@ def uniform(
     Args:
         seed: as in :func:`gaussian`.
         step: logical step, in [0, 2**32).
-        stream: what for; ``Stream.GRADIENT`` is kept for :func:`gaussian`.
+        stream: what for; ``Stream.GRADIENT`` and ``Stream.VOTES`` are kept for :func:`gaussian`.
         numel: how many elements.
         start: index of the first one.
         device: where.
         secure: ChaCha20 instead of Philox.
 
     Raises:
-        PrivacyError: an argument out of range, or the gradient noise's own stream.
+        PrivacyError: an argument out of range, or a stream of normal numbers.
 
     **Guarantee.** Two calls with the same seed and generator share a counter block only where stream, step and element
     agree, and no call shares one with :func:`gaussian`.
     """
-    if not isinstance(stream, Stream) or stream is Stream.GRADIENT:
+    if not isinstance(stream, Stream) or stream in _NORMAL:
         raise PrivacyError(
             f"uniform numbers cannot come from stream {stream!r}",
-            remedy="take Stream.SAMPLING or Stream.WORKERS; Stream.GRADIENT is kept for the gradient noise",
+            remedy="take Stream.SAMPLING or Stream.WORKERS; the others are kept for noise",
         )
     parts = list(_pieces(seed, step, [Span(0, numel, start)], torch.device(device), secure, stream, _unit))
     return torch.cat([v for _, _, v in parts]) if parts else torch.empty(0, dtype=torch.float64, device=device)

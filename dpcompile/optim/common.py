@@ -5,6 +5,7 @@ from __future__ import annotations
 from dpcompile.distributed.ranks import digest, from_first, refuse_disagreement
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
+from dpcompile.noise.adaptive import AdaptiveClip, AdaptiveGaussianMechanism
 from dpcompile.noise.counter import check_seed, fresh_seed
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 from dpcompile.optim.checks import refuse_bad_numbers
@@ -13,7 +14,12 @@ __all__ = ["gaussian_mechanism", "refuse_other_ranks"]
 
 
 def gaussian_mechanism(
-    engine: Engine, noise_multiplier: float | None, expected_batch_size: float | None, seed: int | None, secure: bool
+    engine: Engine,
+    noise_multiplier: float | None,
+    expected_batch_size: float | None,
+    seed: int | None,
+    secure: bool,
+    clip: AdaptiveClip | None,
 ) -> Mechanism:
     """The Gaussian mechanism of these numbers, of one seed on all ranks of a distributed model."""
     if noise_multiplier is None or expected_batch_size is None:
@@ -27,7 +33,8 @@ def gaussian_mechanism(
         drawn = from_first(drawn)
     seed = drawn if seed is None else seed
     check_seed(seed, secure=secure)
-    return GaussianMechanism(noise_multiplier, engine.max_grad_norm, expected_batch_size, seed, secure)
+    numbers = (noise_multiplier, engine.max_grad_norm, expected_batch_size, seed, secure)
+    return GaussianMechanism(*numbers) if clip is None else AdaptiveGaussianMechanism(*numbers, clip)
 
 
 def refuse_other_ranks(engine: Engine, mechanism: Mechanism, logical_step: int) -> None:

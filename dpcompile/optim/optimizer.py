@@ -19,6 +19,7 @@ from dpcompile.batches.feed import Feed
 from dpcompile.distributed.ranks import digest
 from dpcompile.errors import PrivacyError
 from dpcompile.module import engine_of
+from dpcompile.noise.adaptive import AdaptiveClip
 from dpcompile.noise.mechanism import Mechanism
 from dpcompile.optim import carried_state, checks
 from dpcompile.optim.chained import as_one, parts_of
@@ -47,6 +48,7 @@ class DPOptimizer(WrappingOptimizer):
         accountant: stepped once per logical step.
         mechanism: what releases the sums instead of the Gaussian mechanism, for the model's C and with numbers and seed
             of its own. One whose steps the accountant cannot count is stepped without an accountant.
+        adaptive_clip: C is not the model's for good, but follows a quantile of the gradients' norms, at the same cost.
 
     Attributes:
         optimizer: the inner optimizer.
@@ -103,6 +105,7 @@ class DPOptimizer(WrappingOptimizer):
         secure: bool = False,
         accountant: PrivacyAccountant | None = None,
         mechanism: Mechanism | None = None,
+        adaptive_clip: AdaptiveClip | None = None,
     ) -> None:
         if isinstance(optimizer, DPOptimizer):
             raise PrivacyError("the optimizer is a DPOptimizer already", remedy="wrap the plain torch optimizer once")
@@ -111,10 +114,10 @@ class DPOptimizer(WrappingOptimizer):
         for part in parts_of(inner):
             checks.refuse_closure_only(part)
         if mechanism is None:
-            mechanism = gaussian_mechanism(engine, noise_multiplier, expected_batch_size, seed, secure)
-        elif any(given is not None for given in (noise_multiplier, expected_batch_size, seed)) or secure:
+            mechanism = gaussian_mechanism(engine, noise_multiplier, expected_batch_size, seed, secure, adaptive_clip)
+        elif any(given is not None for given in (noise_multiplier, expected_batch_size, seed, adaptive_clip)) or secure:
             raise PrivacyError(
-                "a mechanism was given, and noise_multiplier, expected_batch_size, seed or secure too",
+                "a mechanism was given, and noise_multiplier, expected_batch_size, seed, secure or adaptive_clip too",
                 remedy="give them to the mechanism, and the mechanism alone to DPOptimizer",
             )
         checks.refuse_other_mechanism(mechanism, engine)
@@ -131,6 +134,7 @@ class DPOptimizer(WrappingOptimizer):
         checks.refuse_missing(engine, inner, engine.trainable())
         checks.refuse_complex(engine, engine.trainable())
         super().__init__(inner, engine)
+        self.watch_quantile()
         carried_state.mark_groups(inner.param_groups)
         engine.steps = engine.steps or 0
         engine.ledger.owned = True
@@ -203,9 +207,11 @@ class DPOptimizer(WrappingOptimizer):
         names = self.checked_parameters()
         self.engine.ledger.verify(names)
         self._agree()
+        votes, step = self.engine.ledger.votes, self.use_noise()
         with self.applying():
-            update_(self.optimizer, self.engine, self.mechanism, names, self.use_noise())
+            update_(self.optimizer, self.engine, self.mechanism, names, step)
         self.finish()
+        self.adapt(votes, step)
         return loss
 
     def _agree(self) -> None:
@@ -325,19 +331,8 @@ class DPOptimizer(WrappingOptimizer):
         self._used_draws = own.get("draws")
         self._agreed = False
         self.discard()
-
-    def fill_state(self) -> None:
-        """Let the inner optimizer make its state, to load a checkpoint into; no parameter changes.
-
-        It steps once on zero gradients with learning rate 0, if it has no state yet.
-        """
-        if self.optimizer.state:
-            return
-        self.discard()
-        try:
-            self.step_on_nothing()
-        finally:
-            self.discard()
+        if self.mechanism.max_grad_norm != self.max_grad_norm:
+            self.move_max_grad_norm(self.mechanism.max_grad_norm)
 
     def private_state(self) -> dict[str, Any]:
         """What :meth:`state_dict` adds to the inner optimizer's: plain numbers, the seed among them."""

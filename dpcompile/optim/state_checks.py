@@ -82,6 +82,9 @@ def refuse_malformed(state: Any, kinds: Mapping[str, _Kind], whose: str) -> None
         if not holds(state[name]):
             value = "something else" if name == "seed" else repr(state[name])  # a seed is a secret
             raise PrivacyError(f"{name!r} of the {whose}'s state is {value}, not {kind}", remedy=remedy)
+    if not _positive(state.get("max_grad_norm", 1.0)):
+        value = state["max_grad_norm"]
+        raise PrivacyError(f"'max_grad_norm' of the {whose}'s state is {value!r}, not a bound", remedy=remedy)
     if not state["secure"] and state["seed"] >= 2**64:
         raise PrivacyError(f"the {whose}'s state holds a seed for the other generator", remedy=remedy)
     if state.get("accountant") is not None:

@@ -7,16 +7,21 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.planned_steps import PlannedSteps
+from dpcompile.distributed.ranks import summed, world_size
+from dpcompile.distributed.shards import computing_device
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
-from dpcompile.noise.mechanism import Mechanism
+from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
+from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 from dpcompile.optim.chained import parts_of
 from dpcompile.optim.checks import refuse_bad_numbers
 from dpcompile.runtime.optimizer_hooks import HookedOptimizer
@@ -45,6 +50,7 @@ class WrappingOptimizer(HookedOptimizer):
     _planned: PlannedSteps
     engine: Engine
     logical_step: int
+    discard: Callable[[], None]
 
     def __init__(self, inner: Optimizer, engine: Engine) -> None:
         self._inner, self.engine, self._stepping = inner, engine, False
@@ -74,6 +80,8 @@ class WrappingOptimizer(HookedOptimizer):
             PrivacyError: no sigma, or less than what a target was calibrated to.
         """
         refuse_bad_numbers(value, self.expected_batch_size)
+        if isinstance(self.mechanism, GaussianMechanism):
+            replace(self.mechanism, noise_multiplier=value)  # raises where the kind of mechanism cannot have it
         self._planned.refuse_less_noise(self.noise_multiplier, value)
         if self._accountant is not None:
             self._accountant.move_noise_multiplier(value)
@@ -98,6 +106,30 @@ class WrappingOptimizer(HookedOptimizer):
         self.engine.move_max_grad_norm(value)
         self.mechanism.max_grad_norm = self.engine.max_grad_norm
         self._note_numbers()
+
+    def watch_quantile(self) -> None:
+        """Let examples vote on C, if the mechanism moves it.
+
+        Raises:
+            PrivacyError: the model's clipping is not a function of norms over C.
+        """
+        if isinstance(self.mechanism, AdaptiveGaussianMechanism):
+            first = self.mechanism.clip.initial
+            self.move_max_grad_norm(self.engine.max_grad_norm if first is None else first)
+            self.mechanism.first = self.mechanism.max_grad_norm
+            self.engine.votes = True
+
+    def adapt(self, votes: Tensor | None, step: int) -> None:
+        """After a step, whose examples voted like this (None: there was none): take the next C, if it moves."""
+        if not isinstance(self.mechanism, AdaptiveGaussianMechanism):
+            return
+        if votes is None:
+            device = computing_device(next(iter(self.engine.parameters().values())))
+            votes = torch.zeros((), dtype=torch.int64, device=device)
+        if self.engine.distributed:
+            votes = summed(votes)
+        copies = world_size() // self.engine.data_ranks if self.engine.distributed else 1
+        self.move_max_grad_norm(self.mechanism.next_bound(int(votes) / copies, step))
 
     def _note_numbers(self) -> None:
         """For the comparison with other ranks, which every backward makes."""
@@ -160,6 +192,19 @@ class WrappingOptimizer(HookedOptimizer):
         finally:
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
+
+    def fill_state(self) -> None:
+        """Let the inner optimizer make its state, to load a checkpoint into; no parameter changes.
+
+        It steps once on zero gradients with learning rate 0, if it has no state yet.
+        """
+        if self.optimizer.state:
+            return
+        self.discard()
+        try:
+            self.step_on_nothing()
+        finally:
+            self.discard()
 
     def load_inner(self, state: dict[str, Any]) -> None:
         """Load the inner optimizer's part of a state.

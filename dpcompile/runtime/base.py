@@ -26,7 +26,7 @@ from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.kernels.workspace import kept_gradients
 from dpcompile.options import Options
 from dpcompile.pipeline import Transformed
-from dpcompile.runtime.bound import ClipBound
+from dpcompile.runtime.bound import ClipBound, votes_within
 from dpcompile.runtime.bystanders import watch
 from dpcompile.runtime.example_memory import ExampleMemory
 from dpcompile.runtime.first_step import FirstStep
@@ -67,6 +67,7 @@ class Engine(ABC):
         steps: logical steps that optimizers took with this model, in this process; None before there is one.
         numbers: a digest of C and sigma, which all ranks must have alike; 0 until one of them is moved.
         kept: memory that holds examples.
+        votes: whether each example says if its gradient is within C (:func:`dpcompile.runtime.bound.votes_within`).
     """
 
     def __init__(self, module: nn.Module, options: Options) -> None:
@@ -78,7 +79,7 @@ class Engine(ABC):
         self.transformed: Transformed | None = None
         self.feed: Feed | None = None
         self.steps: int | None = None
-        self.numbers = 0
+        self.numbers, self.votes = 0, False
         self.kept = ExampleMemory(module, breaks=options.regions == "breaks")
         self._unchecked = options.check
         self._bound = ClipBound(options.clipping, options.max_grad_norm)
@@ -323,6 +324,8 @@ class Engine(ABC):
             given.begin()
         if self.distributed and not self.replicas.known:
             refuse_other_place(self.place(), found.mask.device)
+        if self.votes and found.norms is not None:
+            self.ledger.vote(votes_within(found.norms, found.mask, batch.bound))
         task = found.graph_task if awaited.within is None else awaited.within
         to_ledger(
             self.ledger, self.replicas, self.trained(), found.sums, graph_task=task, call=batch, reduces=awaited.reduces

@@ -16,10 +16,25 @@ from dpcompile.clipping.groups import Clipping, validate_clipping
 from dpcompile.errors import PrivacyError
 from dpcompile.runtime.sums import Delivered
 
-__all__ = ["ClipBound"]
+__all__ = ["ClipBound", "votes_within"]
 
 _LARGEST_RATIO = 2.0**40  # masks are float32, and weights of narrower dtypes are made with them
 _SCALE_FREE = ("flat", "per_layer", "per_block")
+
+
+def votes_within(norms: Tensor, mask: Tensor, bound: float) -> Tensor:
+    """How many examples have a gradient within C, less how many have not: int64 ``[]``.
+
+    Args:
+        norms: ``[B]``, before clipping.
+        mask: ``[B]``, 0 for padding.
+        bound: C.
+
+    **Guarantee.** One example more or less moves the sum by 1, whatever its norm: one that is no number is not within
+    (Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping", section 3.1).
+    """
+    within = (norms <= bound).long()
+    return ((2 * within - 1) * (mask > 0)).sum()
 
 
 class ClipBound:

@@ -57,6 +57,7 @@ class GradientLedger:
 
     Attributes:
         scales: loss scales of the backwards since the last step or :meth:`clear`, where there were any.
+        votes: what :meth:`vote` was given of the examples whose sums stand in ``p.grad``, added up; None: nothing.
         owned: a DPOptimizer was made for these parameters.
         applied: a DPOptimizer is applying the sums, with their noise.
     """
@@ -72,6 +73,8 @@ class GradientLedger:
         self._held: dict[str, Tensor] = {}
         self._kept = False
         self.scales: list[Tensor] = []
+        self.votes: Tensor | None = None
+        self._coming: Tensor | None = None
         self.owned = self.applied = False
 
     def waiting(self, among: Collection[int]) -> str | None:
@@ -109,6 +112,14 @@ class GradientLedger:
         self._graph_task, self._call = graph_task, call
         self.add(sums)
 
+    def vote(self, votes: Tensor) -> None:
+        """A number ``[]`` that belongs to the sums that are about to come, and is dropped when those are.
+
+        **Guarantee.** :attr:`votes` is the sum of these numbers over backwards of which a sum stands in ``p.grad``: who
+        begins anew there begins anew here.
+        """
+        self._coming = votes if self._coming is None else self._coming + votes
+
     def hold(self, sums: Iterable[tuple[str, Tensor]]) -> None:
         """Keep one backward's sums back, to be added up over replicas: :meth:`take_held` hands them on."""
         for name, clipped in sums:
@@ -126,6 +137,11 @@ class GradientLedger:
         if not sums:
             return
         changed = self._changed()
+        if not any(self._lasts(name, changed) for name in self._entries):
+            self.votes = None
+        if self._coming is not None:
+            self.votes = self._coming if self.votes is None else self.votes + self._coming
+            self._coming = None
         for name, clipped in sums:
             self._add(name, self._parameters[name], clipped, changed)
         for entry, content in zip(self._entries.values(), self._contents(self._entries), strict=True):
@@ -188,11 +204,11 @@ class GradientLedger:
 
     def _forget(self) -> None:
         self._deliveries, self._graph_task, self._call, self._kept = 0, None, None, False
-        self.scales = []
+        self.scales, self.votes, self._coming = [], None, None
 
     def _add(self, name: str, parameter: nn.Parameter, clipped: Tensor, changed: Collection[str]) -> None:
         entry, grad = self._entries.get(name), parameter.grad
-        if entry is not None and (self._stands(name, changed) or (grad is None and self._kept and name not in changed)):
+        if entry is not None and self._lasts(name, changed):
             total = entry.total.add_(clipped)
         elif grad is None or not local_part(grad).any():
             if entry is not None and self._kept:
@@ -214,6 +230,11 @@ class GradientLedger:
     def _stands(self, name: str, changed: Collection[str]) -> bool:
         entry = self._entries.get(name)
         return entry is not None and self._parameters[name].grad is entry.grad and name not in changed
+
+    def _lasts(self, name: str, changed: Collection[str]) -> bool:
+        """Whether the next sum is added to that of the entry."""
+        cleared = self._kept and self._parameters[name].grad is None and name not in changed
+        return self._stands(name, changed) or cleared
 
     def _contents(self, names: Iterable[str]) -> list[Tensor]:
         return fingerprints([local_part(self._entries[name].grad) for name in names])
