@@ -20,8 +20,8 @@ pytestmark = pytest.mark.full  # launches of several ranks
 CHECKS = {
     "gradients of MLP", "gradients of attention", "gradients of GPT", "clipping by layer", "inductor",
     "gradients of a block twice", "a block twice, by layer",
-    "frozen parameters", "one example", "training with noise", "secure noise", "loading", "checkpoints",
-    "communication", "refusals", "other rates",
+    "frozen parameters", "one example", "training with noise", "C by a quantile", "secure noise", "loading",
+    "checkpoints", "communication", "refusals", "other rates",
 }  # fmt: skip
 
 
@@ -34,7 +34,14 @@ def test_ranks_that_share_layers_come_to_what_one_process_does(ranks: int, tmp_p
 
 def test_what_layers_that_are_cut_twice_do_otherwise(tmp_path: Path) -> None:
     """Two by two, with FSDP2; the rest of their checks is slow."""
-    few = {"gradients of GPT", "clipping by layer", "training with noise", "communication", "refusals"}
+    few = {
+        "gradients of GPT",
+        "clipping by layer",
+        "training with noise",
+        "C by a quantile",
+        "communication",
+        "refusals",
+    }
     assert passed(launch(4, "tensor_worker.py", str(tmp_path), *few)) == few
 
 

@@ -287,9 +287,7 @@ def test_numbers_without_sense_are_refused(options: dict[str, float], message: s
 
 
 def test_a_count_that_costs_more_than_the_step_is_refused() -> None:
-    with pytest.raises(
-        PrivacyError, match=r"(?s)count_noise 0.4 is not more than half of .* multiplier 0.8.*leave"
-    ):
+    with pytest.raises(PrivacyError, match=r"(?s)count_noise 0.4 is not more than half of .* multiplier 0.8.*leave"):
         wrapped(net(), AdaptiveClip(count_noise=0.4))
     _, optimizer = wrapped(net(), AdaptiveClip(count_noise=0.5))
     with pytest.raises(PrivacyError, match="not more than half of the noise multiplier 1.0"):

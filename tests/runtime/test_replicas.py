@@ -21,6 +21,7 @@ CHECKS = {
     "gradients of checkpointed GPT", "gradients of GPT, tied head", "gradients of a block twice",
     "regions with a tied head",
     "gradients in buckets", "training with noise", "micro-batches", "loading", "unused parameters", "refusals",
+    "C by a quantile",
     "mesh of replicas", "parts", "make_private", "a rank that skips", "replicate", "offloaded", "checkpoints",
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ Replicas under DistributedDataParallel, under FSDP2 on a mesh that only replicat
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import sys
@@ -42,7 +43,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
-from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError, compile_step, make_private
+from dpcompile import (
+    AdaptiveClip,
+    DPOptimizer,
+    PoissonLoader,
+    PrivacyError,
+    UnsupportedGraphError,
+    compile_step,
+    make_private,
+)
 from dpcompile.checkpoint import load_checkpoint, save_checkpoint
 from dpcompile.distributed.ranks import from_first
 
@@ -71,7 +80,8 @@ def gradients(name: str, **options: Any) -> None:
 
 def agree(model: Any) -> None:
     """All replicas are the same, bit for bit."""
-    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+    weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in (q.detach() for q in model.parameters())]
+    digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights)).hexdigest()
     digests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest)
     assert len(set(digests)) == 1
@@ -89,6 +99,30 @@ def training(**options: Any) -> None:
         torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-5, msg=name)
 
 
+def quantile() -> None:
+    """C moves by the votes of all ranks' examples, of replicas and of shards, and of micro-batches under no_sync()."""
+    batches = [torch.randint(0, V, (BATCH, T)) for _ in range(4)]
+    clip = AdaptiveClip(learning_rate=1.0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for model in (replicated(gpt), dp_compile(shard(made(gpt), mesh), max_grad_norm=C, backend="eager")):
+        optimizer = optimizer_of(model, adaptive_clip=clip)
+        single = dp_compile(made(gpt), max_grad_norm=C, backend="eager")
+        alone = optimizer_of(single, adaptive_clip=clip)
+        bounds = {C}
+        for x in batches:
+            weights_after(single, alone, [x], lambda x: x)
+            with model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext():
+                optimizer.accumulating = True
+                step(model, part(x)[:1])
+                optimizer.step()
+                optimizer.accumulating = False
+            weights_after(model, optimizer, [part(x)[1:]], lambda x: x)
+            assert optimizer.max_grad_norm == alone.max_grad_norm
+            bounds.add(alone.max_grad_norm)
+        assert len(bounds) == 5
+        agree(model)
+
+
 def micro_batches() -> None:
     """Under no_sync sums wait; one all-reduce has them all, and what was reduced before is not added again."""
     batches = [torch.randint(0, V, (BATCH, T)) for _ in range(4)]
@@ -100,7 +134,7 @@ def micro_batches() -> None:
     optimizer = optimizer_of(model)
     with Collectives() as counter:
         step(model, part(batches[0]))
-    assert counter.seen["c10d.allreduce_.default"] == 2, counter.seen  # the second: 32 bytes, the place in training
+    assert counter.seen["c10d.allreduce_.default"] == 2, counter.seen  # the second: the place in training
     before = {n: g.clone() for n, g in own(model).items()}
     with model.no_sync(), Collectives() as counter:
         step(model, part(batches[1]))
@@ -386,6 +420,7 @@ def main() -> None:
         "unused parameters looked for": lambda: gradients("GPT", find_unused_parameters=True),
         "gradients in buckets": lambda: gradients("GPT", gradient_as_bucket_view=True),
         "training with noise": training,
+        "C by a quantile": quantile,
         "micro-batches": micro_batches,
         "loading": loading,
         "unused parameters": unused_parameters,

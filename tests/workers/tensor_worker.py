@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpcompile
-from dpcompile import DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError, make_private
+from dpcompile import AdaptiveClip, DPOptimizer, PoissonLoader, PrivacyError, UnsupportedGraphError, make_private
 from dpcompile.checkpoint import load_checkpoint, save_checkpoint
 from dpcompile.kernels import rates
 from dpcompile.module import engine_of
@@ -239,18 +239,19 @@ def optimizer_of(model: Any, **options: Any) -> DPOptimizer:
     return DPOptimizer(inner, model, noise_multiplier=0.5, expected_batch_size=B, seed=7, **options)
 
 
-def training(mesh: DeviceMesh, secure: bool) -> None:
-    """Weights after steps with noise are those of one process; copies stay copies."""
-    batches = [torch.randint(0, V, (B, T)) for _ in range(2 if secure else 4)]
+def training(mesh: DeviceMesh, few: int = 4, **options: Any) -> None:
+    """Weights after steps with noise, and C where it moves, are those of one process; copies stay copies."""
+    batches = [torch.randint(0, V, (B, T)) for _ in range(few)]
     single = made(GPT)
     private = dp_compile(single, max_grad_norm=C, backend="eager")
     model = dp_compile(placed(GPT, mesh), max_grad_norm=C, backend="eager")
-    optimizers = [(private, optimizer_of(private, secure=secure)), (model, optimizer_of(model, secure=secure))]
+    optimizers = [(private, optimizer_of(private, **options)), (model, optimizer_of(model, **options))]
     for x in batches:
         for trained, optimizer in optimizers:
             step(trained, part(x, mesh) if trained is model else x)
             optimizer.step()
             optimizer.zero_grad()
+        assert optimizers[0][1].max_grad_norm == optimizers[1][1].max_grad_norm
     same_weights(model, single, 1e-5)
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, {n: whole(p.detach()) for n, p in model.named_parameters()})
@@ -518,9 +519,10 @@ def main() -> None:
     checks["inductor"] = lambda: gradients("MLP", mesh, backend="inductor")
     checks["frozen parameters"] = lambda: frozen(mesh)
     checks["one example"] = lambda: one_example(mesh)
-    checks["training with noise"] = lambda: training(mesh, False)
+    checks["training with noise"] = lambda: training(mesh)
+    checks["C by a quantile"] = lambda: training(mesh, adaptive_clip=AdaptiveClip(learning_rate=1.0))
     checks["other rates"] = lambda: other_rates(mesh)
-    checks["secure noise"] = lambda: training(mesh, True)
+    checks["secure noise"] = lambda: training(mesh, 2, secure=True)
     checks["loading"] = lambda: loading(mesh)
     checks["checkpoints"] = lambda: checkpoints(mesh, Path(sys.argv[1]))
     checks["communication"] = lambda: communication(mesh)
