@@ -72,6 +72,21 @@ class PrivateModule:
         """The proof that examples never mix; print it."""
         return _transformed(self).certificate
 
+    def report(self, delta: float) -> Any:
+        """``report`` of the :class:`dpcompile.DPOptimizer` that steps on the attached loader's draws.
+
+        Raises:
+            PrivacyError: none is attached, or what that raises.
+        """
+        feed = engine_of(self).feed
+        optimizer = None if feed is None else feed.optimizer
+        if optimizer is None:
+            raise PrivacyError(
+                "the model does not know who steps on its sums: no loader is attached to it and its optimizer",
+                remedy="call optimizer.report(delta) of the DPOptimizer",
+            )
+        return optimizer.report(delta)
+
     def __prepare_scriptable__(self) -> Any:
         """What ``torch.jit.script`` calls first."""
         raise UnsupportedGraphError("a private model cannot be scripted by torch.jit", remedy=REBUILD)

@@ -23,6 +23,7 @@ class Feed:
     Attributes:
         sample_rate: of the loader.
         from_size: whether the rate comes from the size of the dataset.
+        dataset_size: how many examples the loader draws from; None if it does not say.
         draws: its batches on their way.
     """
 
@@ -30,7 +31,13 @@ class Feed:
         self._loader, self._optimizer = weakref.ref(loader), weakref.ref(optimizer)
         self.sample_rate: float = loader.sample_rate
         self.from_size: bool = loader.from_size
+        self.dataset_size: int | None = getattr(loader, "dataset_size", None)
         self.draws = Draws()
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer that steps on the draws; None once it is gone."""
+        return self._optimizer()
 
     @property
     def draw(self) -> int | None:

@@ -233,6 +233,11 @@ class PoissonLoader:
         self._attached = (engine, optimizer, engine.feed.draws)
         return self
 
+    @property
+    def dataset_size(self) -> int:
+        """How many examples are drawn from."""
+        return self._sampler.size
+
     def __len__(self) -> int:
         """Logical steps of one pass, and batches that iterating over it gives."""
         return self._length
@@ -277,7 +282,7 @@ class PoissonLoader:
             "secure": self.secure,
             "step": self.step,
             "position": self._position,
-            "dataset_size": self._sampler.size,
+            "dataset_size": self.dataset_size,
             "expected_batch_size": self.expected_batch_size,
             "sample_rate": self.sample_rate,
         }
@@ -296,7 +301,7 @@ class PoissonLoader:
 
     def __repr__(self) -> str:
         return (
-            f"PoissonLoader(dataset_size={self._sampler.size}, expected_batch_size={self.expected_batch_size}, "
+            f"PoissonLoader(dataset_size={self.dataset_size}, expected_batch_size={self.expected_batch_size}, "
             f"physical_batch_size={self.physical_batch_size}, steps={len(self)}, step={self.step})"
         )
 

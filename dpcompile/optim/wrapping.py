@@ -24,6 +24,8 @@ from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 from dpcompile.optim.chained import parts_of
 from dpcompile.optim.checks import refuse_bad_numbers
+from dpcompile.reporting.facts import report_of
+from dpcompile.reporting.report import Report
 from dpcompile.runtime.optimizer_hooks import HookedOptimizer
 
 __all__ = ["WrappingOptimizer"]
@@ -219,6 +221,26 @@ class WrappingOptimizer(HookedOptimizer):
                 f"{type(self.optimizer).__name__} cannot load its part of the state: {type(error).__name__}: {error}",
                 remedy="load what DPOptimizer.state_dict() returned, unchanged",
             ) from error
+
+    def report(self, delta: float, *, audit: Any = None) -> Report:
+        """A page for the person who must sign: what was trained, how, what it cost at ``delta``, what is not covered.
+
+        ``print`` it, or ``.save("report.html")`` (.md, .json). ``audit``: what was measured beside, to be printed.
+
+        Raises:
+            PrivacyError: no accountant, or a delta outside (0, 1).
+        """
+        inner = getattr(self._inner, "parts", (self._inner,))
+        names = " and ".join(type(part).__name__ for part in inner)
+        return report_of(
+            self.engine,
+            self.mechanism,
+            self._accountant,
+            delta=delta,
+            steps=self.logical_step,
+            optimizer=names,
+            audit=audit,
+        )
 
     def __repr__(self) -> str:
         return (

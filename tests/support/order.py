@@ -16,6 +16,7 @@ pipeline
 runtime
 regions
 module
+reporting
 optim
 data extending schedules
 api step checkpoint

@@ -1,0 +1,1 @@
+"""A page for the person who must sign: what was trained, how, and what it cost."""

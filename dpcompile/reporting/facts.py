@@ -1,0 +1,183 @@
+"""What a report says of a run, read off its model, mechanism, accountant and loader.
+
+Nothing that epsilon does not cover is read: no loss, no norm, no weight, no seed, and no size of a dataset that the
+relation protects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from dpcompile.accounting.accountant import PrivacyAccountant
+from dpcompile.accounting.arguments import check_delta
+from dpcompile.distributed.ranks import world_size
+from dpcompile.errors import PrivacyError
+from dpcompile.module import Engine
+from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
+from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
+from dpcompile.reporting.report import Report
+
+__all__ = ["report_of"]
+
+_DELTAS = tuple(10.0**-k for k in range(2, 13))
+_MOST_KINDS = 8  # of steps that are listed
+_RELATIONS = {
+    "zero_out": "zero-out: one example counts or does not, in a dataset whose size is public",
+    "add_remove": "add/remove: one example is there or is not; the size of the dataset is protected",
+    "replace_one": "replace-one: one example is another one, in a dataset whose size is public",
+}
+_NOT_COVERED = (
+    "Other releases from the same data: earlier runs, other models, statistics, the choice of hyper-parameters by "
+    "their results on it. Compose them with this epsilon.",
+    "Losses, gradient norms and accuracies on training examples that were printed, plotted or logged: they are "
+    "computed without noise.",
+    "Checkpoints that hold the optimizer's or the loader's state: they hold the seeds, with which the noise can be "
+    "subtracted. Weights alone may be published.",
+    "Pre-trained weights and public data that the run began with, and preprocessing with numbers computed from the "
+    "data.",
+    "More than one example of one person: the unit is the example.",
+    "Arithmetic: the noise is floating-point, and its low bits can tell what it was added to (Mironov 2012); running "
+    "times are not hidden.",
+)
+
+
+def report_of(
+    engine: Engine,
+    mechanism: Mechanism,
+    accountant: PrivacyAccountant | None,
+    *,
+    delta: float,
+    steps: int,
+    optimizer: str,
+    audit: Any = None,
+) -> Report:
+    """A run as it stands.
+
+    Args:
+        engine: of the model.
+        mechanism: that releases its sums.
+        accountant: that counted them.
+        delta: of the summary.
+        steps: logical steps of the optimizer.
+        optimizer: the name of the inner one.
+        audit: what was measured beside; its ``str`` is printed.
+
+    Raises:
+        PrivacyError: no accountant, whose epsilon the report is about, or a delta outside (0, 1).
+    """
+    check_delta(delta)
+    if accountant is None:
+        raise PrivacyError(
+            "a report on an optimizer without an accountant: nobody counted its steps",
+            remedy="make the optimizer with accountant=PrivacyAccountant(...), as make_private does",
+        )
+    epsilon = accountant.epsilon(delta)
+    sections = {
+        "Privacy": dict(_privacy(accountant, mechanism, delta, epsilon)),
+        "Data": dict(_data(engine, accountant)),
+        "Model": dict(_model(engine, optimizer, steps)),
+        "Versions": dict(_versions()),
+    }
+    if audit is not None:
+        sections["Audit"] = {"a lower bound, measured": str(audit)}
+    deltas = sorted({*_DELTAS, delta}, reverse=True)
+    name = type(engine.module).__name__
+    summary = (
+        f"The weights of this {name} are ({epsilon:.4g}, {delta:g})-differentially private for one example, after "
+        f"{accountant.steps} steps."
+        if math.isfinite(epsilon)
+        else f"The weights of this {name} are not differentially private: steps were taken without noise."
+    )
+    return Report(
+        title=f"Privacy of {name}",
+        summary=summary,
+        sections=sections,
+        curve=[(d, accountant.epsilon(d)) for d in deltas],
+        certificate=_certificate(engine),
+        not_covered=[*_NOT_COVERED, *_own_gaps(engine, accountant, delta)],
+    )
+
+
+def _privacy(
+    accountant: PrivacyAccountant, mechanism: Mechanism, delta: float, epsilon: float
+) -> Iterator[tuple[str, str]]:
+    yield "ε", f"{epsilon:.4f} at δ = {delta:g}, an upper bound"
+    yield "neighbouring datasets", _RELATIONS[accountant.relation]
+    yield "accounting", f"{accountant.method.upper()}, by dp-accounting"
+    yield from _steps(accountant)
+    kinds = {GaussianMechanism: "Gaussian", AdaptiveGaussianMechanism: "Gaussian, with the count of examples within C"}
+    yield "mechanism", kinds.get(type(mechanism), type(mechanism).__name__)
+    if isinstance(mechanism, AdaptiveGaussianMechanism):
+        yield "C", f"follows the {mechanism.clip.quantile:g} quantile of the gradients' norms"
+    yield "generator of the noise", "ChaCha20, cryptographic" if mechanism.secure else "Philox, not cryptographic"
+
+
+def _steps(accountant: PrivacyAccountant) -> Iterator[tuple[str, str]]:
+    kinds: Counter[str] = Counter()
+    for sigma, rate, n in accountant.history:
+        kinds[f"noise multiplier {sigma:g}, sample rate {rate:g}"] += n
+    if len(kinds) <= _MOST_KINDS:
+        yield from ((kind, f"{n} steps") for kind, n in kinds.items())
+        return
+    sigmas, rates = ([run[i] for run in accountant.history] for i in (0, 1))
+    numbers = f"noise multipliers from {min(sigmas):g} to {max(sigmas):g}, sample rates to {max(rates):g}"
+    yield numbers, f"{accountant.steps} steps of {len(kinds)} kinds"
+
+
+def _data(engine: Engine, accountant: PrivacyAccountant) -> Iterator[tuple[str, str]]:
+    yield "unit", "one example: one item of the dataset"
+    feed = engine.feed
+    if feed is None:
+        yield "sampling", "by the loop; epsilon takes it to be Poisson sampling"
+        return
+    yield "sampling", f"Poisson, each example with probability {feed.sample_rate:g} in every step"
+    size = feed.dataset_size
+    if size is not None and accountant.relation != "add_remove":
+        yield "examples", str(size)
+
+
+def _model(engine: Engine, optimizer: str, steps: int) -> Iterator[tuple[str, str]]:
+    options, parameters = engine.options, engine.parameters()
+    trained = [p for p in parameters.values() if p.requires_grad]
+    yield "trained", f"{sum(p.numel() for p in trained)} numbers in {len(trained)} parameters"
+    frozen = [p for p in parameters.values() if not p.requires_grad]
+    if frozen:
+        yield "frozen", f"{sum(p.numel() for p in frozen)} numbers in {len(frozen)} parameters"
+    yield "optimizer", f"{optimizer}, {steps} logical steps"
+    yield "clipping", options.clipping if isinstance(options.clipping, str) else "a function of the user"
+    yield "C", f"{engine.max_grad_norm:g}"
+    yield "ranks", str(world_size() if engine.distributed else 1)
+    if engine.transformed is not None:
+        rules = Counter(engine.transformed.plan.rules().values())
+        yield "rules of the last graph", ", ".join(f"{rule} {n}" for rule, n in sorted(rules.items()))
+        yield "certificate of the last graph", "SHA-256 " + hashlib.sha256(_certificate(engine).encode()).hexdigest()
+    yield "compiled code", f"{options.backend}, " + ("compared with its graph" if options.verify else "not compared")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in ("dpcompile", "torch", "dp-accounting"):
+        try:
+            yield name, metadata.version(name) if name != "torch" else torch.__version__
+        except metadata.PackageNotFoundError:
+            yield name, "not known"
+    yield "Python", platform.python_version()
+
+
+def _certificate(engine: Engine) -> str:
+    return "" if engine.transformed is None else str(engine.transformed.certificate)
+
+
+def _own_gaps(engine: Engine, accountant: PrivacyAccountant, delta: float) -> Iterator[str]:
+    if engine.feed is None:
+        yield "How batches were drawn: no PoissonLoader is attached, and epsilon takes them to be Poisson samples."
+    size = None if engine.feed is None else engine.feed.dataset_size
+    if size is not None and accountant.relation != "add_remove" and delta >= 1 / size:
+        yield f"δ = {delta:g} is not below 1 / {size}: publishing an example whole, at random, would satisfy it too."
