@@ -102,13 +102,9 @@ def make_private(
     if noise_multiplier is None:
         assert target_epsilon is not None and target_delta is not None
         planned = steps if steps is not None else (epochs or 0) * len(private_loader)
+        target: dict[str, Any] = {"target_epsilon": target_epsilon, "target_delta": target_delta, "steps": planned}
         noise_multiplier = calibrate_noise(
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            sample_rate=private_loader.sample_rate,
-            steps=planned,
-            method=accountant,
-            relation=relation,
+            **target, sample_rate=private_loader.sample_rate, method=accountant, relation=relation
         )
     private_optimizer = DPOptimizer(
         optimizer,
