@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.planned_steps import PlannedSteps
+from dpcompile.accounting.protocol import Accountant
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.noise.mechanism import Mechanism
@@ -41,7 +41,7 @@ class WrappingOptimizer(HookedOptimizer):
     """
 
     mechanism: Mechanism
-    _accountant: PrivacyAccountant | None
+    _accountant: Accountant | None
     _planned: PlannedSteps
     engine: Engine
     logical_step: int
