@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from dpcompile import losses, schedules
     from dpcompile.accounting.accountant import PrivacyAccountant
     from dpcompile.accounting.calibration import calibrate_noise
+    from dpcompile.accounting.plan import plan_privacy
+    from dpcompile.accounting.solving import solve
     from dpcompile.api import dp_compile
     from dpcompile.data.loader import PoissonLoader
     from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, PrivacyWarning, UnsupportedGraphError
@@ -36,16 +38,20 @@ __all__ = [
     "dp_compile",
     "losses",
     "make_private",
+    "plan_privacy",
     "register_axis_rule",
     "register_site",
     "schedules",
     "set_mask",
+    "solve",
 ]
 
 # Module -> the names that are found there.
 _PLACES = {
     "accounting.accountant": ("PrivacyAccountant",),
     "accounting.calibration": ("calibrate_noise",),
+    "accounting.plan": ("plan_privacy",),
+    "accounting.solving": ("solve",),
     "api": ("dp_compile",),
     "data.loader": ("PoissonLoader",),
     "errors": ("DPCompileError", "ExampleMixingError", "PrivacyError", "PrivacyWarning", "UnsupportedGraphError"),

@@ -90,7 +90,7 @@ def load_checkpoint(
     with _quiet():
         load(private, checkpoint_id=directory)
     saved = json.loads(private["private"])
-    optim_checks.refuse_state(saved["optimizer"], optimizer.private_state())
+    optim_checks.refuse_state(saved["optimizer"], optimizer.private_state(), optimizer.accountant)
     if (loader is None) != (saved["loader"] is None):
         raise PrivacyError(
             f"the checkpoint {'holds no' if saved['loader'] is None else 'holds the'} state of a loader, and "

@@ -14,6 +14,7 @@ from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.arguments import Method, Relation
 from dpcompile.accounting.calibration import calibrate_noise
 from dpcompile.accounting.planned_steps import OnExceed
+from dpcompile.accounting.protocol import Accountant, check_accountant
 from dpcompile.api import dp_compile
 from dpcompile.data.loader import PoissonLoader
 from dpcompile.distributed.ranks import from_first, rank, world_size
@@ -21,7 +22,7 @@ from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine, PrivateModule, engine_of
 from dpcompile.noise.adaptive import AdaptiveClip
 from dpcompile.noise.counter import fresh_seed
-from dpcompile.optim.checks import refuse_rate_from_size
+from dpcompile.optim.checks import refuse_other_rate, refuse_rate_from_size
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.runtime.replicas import inner_module
 
@@ -39,7 +40,7 @@ def make_private(
     epochs: int | None = None,
     steps: int | None = None,
     max_grad_norm: float | AdaptiveClip | None = None,
-    accountant: Method = "pld",
+    accountant: Method | Accountant = "pld",
     relation: Relation = "zero_out",
     physical_batch_size: int | None = None,
     padding_example: Any = None,
@@ -65,7 +66,8 @@ def make_private(
         steps: logical steps that are planned.
         max_grad_norm: C; None: 1.0, or what a model compiled already has. :class:`dpcompile.AdaptiveClip`: it follows a
             quantile of the gradients' norms, at the same epsilon.
-        accountant: "pld" or "rdp".
+        accountant: "pld" or "rdp"; or, with ``noise_multiplier``, one that is made already: a PrivacyAccountant that
+            counts other releases too, or one of your own (:class:`dpcompile.accounting.protocol.Accountant`).
         relation: which datasets are neighbours, see :class:`dpcompile.PrivacyAccountant`. "add_remove" needs a
             PoissonLoader whose rate does not come from the dataset's size.
         physical_batch_size: see :class:`dpcompile.PoissonLoader`.
@@ -81,12 +83,13 @@ def make_private(
 
     Raises:
         PrivacyError: not exactly one of ``noise_multiplier`` and ``target_epsilon``, an incomplete target, options for
-            a model or a loader that is made already and has others, or whatever the parts refuse.
+            a model, a loader or an accountant that is made already and has others, or whatever the parts refuse.
 
     **Guarantee.** The returned loader samples at the rate that the accountant counts, the optimizer adds the noise that
     it counts, to the sums that the model clips, and once per draw of the loader.
     """
     _check_target(noise_multiplier, target_epsilon, target_delta, epochs, steps)
+    relation = _relation(accountant, relation, target_epsilon)
     if isinstance(optimizer, DPOptimizer):
         raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
     clip = max_grad_norm if isinstance(max_grad_norm, AdaptiveClip) else None
@@ -100,7 +103,7 @@ def make_private(
     refuse_rate_from_size(relation, private_loader)
     planned = None
     if noise_multiplier is None:
-        assert target_epsilon is not None and target_delta is not None
+        assert target_epsilon is not None and target_delta is not None and isinstance(accountant, str)
         planned = steps if steps is not None else (epochs or 0) * len(private_loader)
         target: dict[str, Any] = {"target_epsilon": target_epsilon, "target_delta": target_delta, "steps": planned}
         noise_multiplier = calibrate_noise(
@@ -113,12 +116,7 @@ def make_private(
         expected_batch_size=private_loader.expected_batch_size,
         seed=seed,
         secure=secure,
-        accountant=PrivacyAccountant(
-            noise_multiplier=noise_multiplier,
-            sample_rate=private_loader.sample_rate,
-            method=accountant,
-            relation=relation,
-        ),
+        accountant=_accountant(accountant, noise_multiplier, private_loader, relation),
         adaptive_clip=clip,
     )
     private_optimizer.plan(planned, on_exceed)
@@ -152,6 +150,36 @@ def _check_target(
     for name, value in (("epochs", epochs), ("steps", steps)):
         if value is not None and not (math.isfinite(value) and value >= 1 and value == int(value)):
             raise PrivacyError(f"{name} is {value!r}", remedy="give an integer, 1 or more")
+
+
+def _relation(accountant: Method | Accountant, relation: Relation, target_epsilon: float | None) -> Relation:
+    """The relation that the accountant counts for, once it is known to be one."""
+    if isinstance(accountant, str):
+        return relation
+    check_accountant(accountant)
+    if target_epsilon is not None:
+        raise PrivacyError(
+            "target_epsilon, and an accountant that is made already: it has a noise multiplier",
+            remedy="give noise_multiplier=accountant.noise_multiplier in place of the target; dpcompile.solve and "
+            "calibrate_noise find the one of a target",
+        )
+    if relation not in ("zero_out", accountant.relation):
+        raise PrivacyError(
+            f"the accountant counts for relation {accountant.relation!r}, not {relation!r}",
+            remedy="leave relation out, or make the accountant with it",
+        )
+    return accountant.relation
+
+
+def _accountant(
+    accountant: Method | Accountant, noise_multiplier: float, loader: PoissonLoader, relation: Relation
+) -> Accountant:
+    if not isinstance(accountant, str):
+        refuse_other_rate(accountant, loader)
+        return accountant
+    return PrivacyAccountant(
+        noise_multiplier=noise_multiplier, sample_rate=loader.sample_rate, method=accountant, relation=relation
+    )
 
 
 def _private_model(model: nn.Module, max_grad_norm: float | None, options: dict[str, Any]) -> Any:

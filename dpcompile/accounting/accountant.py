@@ -6,12 +6,27 @@ to its discretisation and rounds up; with little noise its grid is coarser, or t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dpcompile.accounting.arguments import Method, Relation, check_bound, check_delta, check_mechanism, check_steps
-from dpcompile.accounting.composition import composed_epsilon
+from dpcompile.accounting.arguments import (
+    Method,
+    Relation,
+    check_bound,
+    check_delta,
+    check_epsilon,
+    check_mechanism,
+    check_rate,
+    check_slack,
+    check_steps,
+)
+from dpcompile.accounting.composition import Composed, composed
 from dpcompile.accounting.events import sampled_gaussian_of
+from dpcompile.accounting.known import refuse_unbounded
+from dpcompile.accounting.releases import event_of, text_of, whole_event
+from dpcompile.accounting.saved import saved_releases, saved_runs
+from dpcompile.accounting.tradeoff import GaussianBound, gaussian_bound, true_positive_rate
 from dpcompile.errors import PrivacyError
 
 if TYPE_CHECKING:  # it takes as long to import as the rest of the package
@@ -21,7 +36,7 @@ __all__ = ["PrivacyAccountant"]
 
 
 class PrivacyAccountant:
-    """Counts logical steps and tells their epsilon.
+    """Counts logical steps, and other releases of the same data, and tells their epsilon and delta.
 
     Args:
         noise_multiplier: sigma: standard deviation of the noise over the sensitivity C. 0: epsilon is infinite.
@@ -37,8 +52,9 @@ class PrivacyAccountant:
     Raises:
         PrivacyError: an argument out of its range, or "rdp" with "replace_one", for which no bound is known.
 
-    **Guarantee.** ``epsilon(delta)`` is an upper bound for the composition of all counted steps, under Poisson
-    sampling at ``sample_rate``, for the relation. It is not one for shuffled batches.
+    **Guarantee.** ``epsilon(delta)`` and ``delta(epsilon)`` are upper bounds for the composition of all counted steps,
+    under Poisson sampling at ``sample_rate``, and of all composed releases, for the relation. They are none for
+    shuffled batches. What was counted stays counted.
 
     ==========================================  ===================================================
     edge case                                   outcome
@@ -50,10 +66,16 @@ class PrivacyAccountant:
     "pld" with little noise, sigma below 0.2    a coarser grid, which rounds up; RDP's bound where it is smaller
     "pld" with losses above 500                 RDP's bound: a grid of them would take gigabytes
     sigma below 1e-100                          infinity
+    where epsilon is infinite, delta            1.0, at any epsilon
+    delta at infinite epsilon, sigma above 0    0.0
+    a release with no bound for method/relation refused
+    a state without a release composed before   refused: it would be forgotten
     ==========================================  ===================================================
     """
 
-    _relation: Relation = "zero_out"  # of accountants that were pickled before there were others
+    # Of accountants that were pickled before there were others.
+    _relation: Relation = "zero_out"
+    _releases: tuple[tuple[str, int], ...] = ()  # each as text, and how often
 
     def __init__(
         self,
@@ -69,7 +91,8 @@ class PrivacyAccountant:
         self._method: Method = method
         self._relation = relation
         self._history: list[tuple[float, float, int]] = []
-        self._epsilons: dict[tuple[tuple[tuple[float, float, int], ...], float], float] = {}
+        self._releases = ()
+        self._epsilons: dict[tuple[Any, ...], float] = {}
 
     @property
     def noise_multiplier(self) -> float:
@@ -100,6 +123,38 @@ class PrivacyAccountant:
     def history(self) -> list[tuple[float, float, int]]:
         """Runs of equal steps: ``(noise_multiplier, sample_rate, number of steps)``; a copy."""
         return list(self._history)
+
+    @property
+    def releases(self) -> list[tuple[DpEvent, int]]:
+        """What was released beside the steps, and how often; a copy."""
+        return [(event_of(json.loads(text)), count) for text, count in self._releases]
+
+    @property
+    def event(self) -> DpEvent:
+        """All steps and releases so far, as one event of dp-accounting's: to repeat it, or to compose it elsewhere."""
+        return whole_event(self._history, self.releases)
+
+    def compose(self, event: DpEvent, count: int = 1) -> None:
+        """Count what was released of the same data beside the steps: statistics, an earlier run, a tuning run.
+
+        Noise multipliers of ``event`` are over the bound of one example's term, as those of steps are, and the relation
+        is the same. A tuning run that keeps the best of a random number of runs is, with method "rdp", ``compose(
+        RepeatAndSelectDpEvent(run.event, mean, shape))`` (Papernot and Steinke 2022).
+
+        Args:
+            event: Gaussian, Laplace, DiscreteLaplace, RandomizedResponse, ZCDp, RepeatAndSelect, on a Poisson sample or
+                composed of such, of ``dp_accounting`` and ``dp_accounting.dp_event``.
+            count: how often, 0 or more.
+
+        Raises:
+            PrivacyError: an event for which no bound is known with this method and relation; nothing is counted then.
+        """
+        check_steps(count)
+        text = text_of(event)
+        refuse_unbounded(event, self._method, self._relation)
+        if count:
+            counts = dict(self._releases)
+            self._releases = tuple((counts | {text: counts.get(text, 0) + count}).items())
 
     def step(self, n: int = 1, *, event: DpEvent | None = None) -> None:
         """Count steps.
@@ -141,51 +196,111 @@ class PrivacyAccountant:
             PrivacyError: delta outside (0, 1).
         """
         check_delta(delta)
-        key = (tuple(self._history), delta)
+        key = (tuple(self._history), self._releases, delta)
         if key not in self._epsilons:
-            self._epsilons[key] = composed_epsilon(key[0], delta, self._method, self._relation)
+            self._epsilons[key] = self._composed().epsilon(delta)
         return self._epsilons[key]
 
-    def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` takes: the history as plain numbers, and the relation."""
-        return {"history": [list(run) for run in self._history], "relation": self._relation}
+    def delta(self, epsilon: float) -> float:
+        """Delta at ``epsilon`` of all counted steps: how much may leak with more than epsilon. It never rises.
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Replace the history. Sigma, sample rate, method and relation stay: they are those of the steps to come.
+        At 0 it is the total variation, which no attack's advantage exceeds. No steps: 0. Without noise: 1. With PLD no
+        less than about 1e-15 is told apart, unless RDP's bound is smaller.
 
         Raises:
-            PrivacyError: no history, or an entry that is no possible run of steps; or steps of another relation for
-                "add_remove", whose sample rates may have told the dataset's size. Nothing is changed then.
+            PrivacyError: epsilon is below 0 or none.
         """
-        runs = state_dict.get("history") if isinstance(state_dict, Mapping) else None
-        if not isinstance(runs, (list, tuple)):
-            raise PrivacyError(
-                "the accountant's state has no list 'history': which steps it counted is unknown",
-                remedy="load what PrivacyAccountant.state_dict() returned",
-            )
-        history = []
-        for run in runs:
-            if not isinstance(run, (list, tuple)) or len(run) != 3:
-                raise PrivacyError(
-                    f"the accountant's history holds {run!r} in place of (noise_multiplier, sample_rate, steps)",
-                    remedy="load what PrivacyAccountant.state_dict() returned",
-                )
-            noise_multiplier, sample_rate, n = run
-            check_mechanism(noise_multiplier, sample_rate)
-            check_steps(n)
-            history.append((noise_multiplier, sample_rate, n))
+        check_epsilon(epsilon)
+        return self._composed().delta(epsilon)
+
+    def curve(self, epsilons: Iterable[float]) -> list[tuple[float, float]]:
+        """``(epsilon, delta)`` for each of them: all of these hold at once, of the same steps.
+
+        Raises:
+            PrivacyError: one is below 0 or none.
+        """
+        return [(epsilon, self.delta(epsilon)) for epsilon in epsilons]
+
+    def gaussian_bound(self, slack: float = 1e-8) -> GaussianBound:
+        """Mu of Gaussian DP, one number for the whole curve, and the regret: how much it gives away.
+
+        Gomez et al. 2025 report mu where the regret is below 0.01, and the curve where it is not.
+
+        Args:
+            slack: how far delta may be above that of mu, in (0, 1): far below any delta that is of interest.
+
+        Returns:
+            ``(mu, regret)``; mu is infinity where a step had no noise.
+
+        Raises:
+            PrivacyError: slack outside its range.
+
+        **Guarantee.** At every epsilon, the delta of all that was counted is at most that of mu-Gaussian DP plus
+        ``slack``. (With "rdp" :meth:`delta` may be larger: mu follows from all of the curve, which is not convex.)
+        """
+        check_slack(slack)
+        return gaussian_bound(self._composed().delta, float(slack))
+
+    def attack_advantage(self) -> float:
+        """At most so much can the true-positive rate of an attack be above its false-positive rate: delta at 0."""
+        return self.delta(0.0)
+
+    def true_positive_rate(self, false_positive_rate: float) -> float:
+        """At most so often does an attack with this false-positive rate find out what tells neighbours apart.
+
+        Args:
+            false_positive_rate: in [0, 1].
+
+        Raises:
+            PrivacyError: it is outside.
+        """
+        check_rate(false_positive_rate)
+        return true_positive_rate(self._composed().delta, float(false_positive_rate))
+
+    def _composed(self) -> Composed:
+        return composed(tuple(self._history), self._releases, self._method, self._relation)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` takes: history and releases as plain numbers and text, and the relation."""
+        return {
+            "history": [list(run) for run in self._history],
+            "releases": [[json.loads(text), count] for text, count in self._releases],
+            "relation": self._relation,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Replace history and releases. Sigma, sample rate, method and relation stay: those of the steps to come.
+
+        Releases that were composed before are taken for those of the saved run, and must be among them.
+
+        Raises:
+            PrivacyError: no history, or an entry that is no possible run of steps or release; steps of another relation
+                for "add_remove", whose sample rates may have told the dataset's size; a release for which no bound is
+                known here, or none that was composed here already. Nothing is changed then.
+        """
+        history, releases = saved_runs(state_dict), saved_releases(state_dict)
         counted = state_dict.get("relation", "zero_out")
-        if history and self._relation == "add_remove" != counted:
+        if (history or releases) and self._relation == "add_remove" != counted:
             raise PrivacyError(
                 f"the saved steps were counted for relation {counted!r}: their sample rates may depend on the size of "
                 "the dataset, which 'add_remove' protects",
                 remedy="make the accountant with the relation of the saved run",
             )
-        self._history = history
+        for text in releases:
+            refuse_unbounded(event_of(json.loads(text)), self._method, self._relation)
+        for text, count in self._releases:
+            if releases.get(text, 0) < count:
+                raise PrivacyError(
+                    f"the accountant counts {count} times {event_of(json.loads(text))!r}, and the state to be loaded "
+                    f"{releases.get(text, 0)} times: epsilon would leave some out",
+                    remedy="load the state first, and compose what it does not hold afterwards",
+                )
+        self._history, self._releases = history, tuple(releases.items())
 
     def __repr__(self) -> str:
         sigma, q = self._mechanism
         return (
             f"PrivacyAccountant(noise_multiplier={sigma}, sample_rate={q}, method={self._method!r}, "
-            f"relation={self._relation!r}, steps={self.steps})"
+            f"relation={self._relation!r}, steps={self.steps}"
+            + (f", releases={sum(count for _, count in self._releases)})" if self._releases else ")")
         )

@@ -7,7 +7,20 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from dpcompile.errors import PrivacyError
 
-__all__ = ["Method", "Relation", "check_bound", "check_delta", "check_mechanism", "check_steps", "number"]
+__all__ = [
+    "Method",
+    "Relation",
+    "check_bound",
+    "check_delta",
+    "check_epsilon",
+    "check_mechanism",
+    "check_rate",
+    "check_size",
+    "check_slack",
+    "check_steps",
+    "check_target",
+    "number",
+]
 
 Method: TypeAlias = Literal["pld", "rdp"]
 Relation: TypeAlias = Literal["zero_out", "add_remove", "replace_one"]
@@ -41,6 +54,36 @@ def check_delta(delta: float) -> None:
         raise PrivacyError(
             f"delta is {delta!r}, not in (0, 1)", remedy="give a number well below 1 / size of the dataset"
         )
+
+
+def check_epsilon(epsilon: float) -> None:
+    """0 or more; infinity is one."""
+    if not number(epsilon) >= 0:
+        raise PrivacyError(f"epsilon is {epsilon!r}", remedy="give a number, 0 or more")
+
+
+def check_rate(false_positive_rate: float) -> None:
+    """A share of those that an attack could accuse wrongly."""
+    if not 0 <= number(false_positive_rate) <= 1:
+        raise PrivacyError(f"false_positive_rate is {false_positive_rate!r}", remedy="give a number in [0, 1]")
+
+
+def check_size(dataset_size: int) -> None:
+    """A number of examples."""
+    if isinstance(dataset_size, bool) or not isinstance(dataset_size, int) or dataset_size < 1:
+        raise PrivacyError(f"dataset_size is {dataset_size!r}", remedy="give the number of examples, 1 or more")
+
+
+def check_target(target_epsilon: float) -> None:
+    """An epsilon that can be met."""
+    if not 0 < number(target_epsilon) < math.inf:
+        raise PrivacyError(f"target_epsilon is {target_epsilon!r}", remedy="give a finite number above 0")
+
+
+def check_slack(slack: float) -> None:
+    """A probability that is neglected."""
+    if not 0 < number(slack) < 1:
+        raise PrivacyError(f"slack is {slack!r}, not in (0, 1)", remedy="give a number far below delta, such as 1e-8")
 
 
 def check_steps(n: int) -> None:

@@ -14,6 +14,7 @@ from dpcompile.accounting.arguments import (
     check_delta,
     check_mechanism,
     check_steps,
+    check_target,
     number,
 )
 from dpcompile.accounting.composition import composed_epsilon
@@ -52,8 +53,7 @@ def calibrate_noise(
     **Guarantee.** ``PrivacyAccountant(noise_multiplier=result, ...)`` with the same method and relation says at most
     ``target_epsilon`` at ``target_delta`` after ``steps``, each of the noise that the schedule gives it.
     """
-    if not 0 < number(target_epsilon) < math.inf:
-        raise PrivacyError(f"target_epsilon is {target_epsilon!r}", remedy="give a finite number above 0")
+    check_target(target_epsilon)
     check_delta(target_delta)
     check_mechanism(1.0, sample_rate)
     check_steps(steps)

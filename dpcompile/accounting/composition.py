@@ -1,4 +1,4 @@
-"""Epsilon of a history of steps, by dp-accounting.
+"""What a history of steps and other releases costs together, by dp-accounting.
 
 Sources: Mironov 2017 and Mironov, Talwar, Zhang 2019 (RDP), Koskela, Jälkö, Honkela 2020 and Doroshenko et al. 2022
 (privacy loss distributions, PLD).
@@ -8,43 +8,143 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeAlias, cast
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from dpcompile.accounting.arguments import Method, Relation
-from dpcompile.accounting.events import sampled_gaussian
+from dpcompile.accounting.events import sampled_gaussian_of
+from dpcompile.accounting.known import neighbours
+from dpcompile.accounting.losses import delta_reader
+from dpcompile.accounting.releases import event_of, largest_loss, leaves
+from dpcompile.accounting.renyi import Renyi
+from dpcompile.accounting.runs import History, Releases, merged, rounded_down
 
-__all__ = ["History", "composed_epsilon", "merged", "rounded_down"]
+if TYPE_CHECKING:  # it takes as long to import as the rest of the package
+    from dp_accounting import DpEvent
 
-History: TypeAlias = "Sequence[tuple[float, float, int]]"  # runs of equal steps: sigma, q, how many
+__all__ = ["Composed", "composed", "composed_epsilon"]
+
 _INTERVAL = 1e-4  # of the PLD's grid, in units of epsilon; dp-accounting's own default
 _ONE_STEP, _COMPOSED = 4e5, 8e6  # so many points at most: some seconds, and below a gigabyte
 _LARGEST_LOSS = 500.0  # its exponential is to stay below float64's largest number
 # Kinds of steps that are told apart, and of which the grid is as fine as of one.
-_DISTINCT, _FINE, _DISTINCT_RENYI = 32, 4, 8
+_DISTINCT, _FINE = 32, 4
 _LEAST_NOISE, _MOST_NOISE = 1e-100, 1e100  # divergences are of its square
+_OFTEN, _FEW = 10**5, 1000  # compositions at once, of so few points
+_TAILS = 1e-15  # mass that may be cut off in all
+_USUAL_DELTA = 1e-5  # at which it is estimated how far losses reach
+_CERTAIN = 1e-12  # what Fourier transforms and truncated tails leave of a smaller delta is not much
 
 
 def composed_epsilon(history: History, delta: float, method: Method, relation: Relation) -> float:
-    """Epsilon at ``delta`` of all steps together.
+    """Epsilon at ``delta`` of all steps together: :class:`Composed`."""
+    return Composed(history, method, relation).epsilon(delta)
+
+
+@functools.lru_cache(maxsize=1)
+def composed(
+    history: tuple[tuple[float, float, int], ...],
+    releases: tuple[tuple[str, int], ...],
+    method: Method,
+    relation: Relation,
+) -> Composed:
+    """Steps and releases, which are given as :func:`dpcompile.accounting.releases.text_of`; the last one is kept."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+
+    runs, others = list(history), []
+    for text, count in releases:
+        for event, n in leaves(event_of(json.loads(text)), count):
+            if isinstance(event, GaussianDpEvent):
+                runs.append((event.noise_multiplier, 1.0, n))
+            elif isinstance(event, PoissonSampledDpEvent) and isinstance(event.event, GaussianDpEvent):
+                runs.append((*sampled_gaussian_of(event), n))
+            else:
+                others.append((event, n))
+    return Composed(runs, method, relation, others)
+
+
+class Composed:
+    """All steps and releases together.
 
     Args:
         history: of the steps.
-        delta: in (0, 1).
         method: "pld" or "rdp".
         relation: which datasets are neighbours. "zero_out" and "add_remove" have the same privacy loss: in both, one
             example's term is there or is not.
+        releases: others, none of which is Gaussian noise on a Poisson sample, nor composed of others.
 
-    **Guarantee.** An upper bound for Gaussian noise of ``sigma`` times the sensitivity on Poisson samples of rate q.
+    Attributes:
+        free: nothing was released.
+        infinite: something was released without noise.
+
+    **Guarantee.** :meth:`epsilon` and :meth:`delta` are upper bounds, for Gaussian noise of ``sigma`` times the
+    sensitivity on Poisson samples of rate q, and for the releases.
     """
-    history = merged((min(sigma, _MOST_NOISE), q, n) for sigma, q, n in history if n)
-    if not history:
-        return 0.0
-    if any(sigma == 0 for sigma, _, _ in history):
-        return math.inf
-    with _quiet():
-        return _epsilon(history, delta, method, relation == "replace_one")
+
+    def __init__(self, history: History, method: Method, relation: Relation, releases: Releases = ()) -> None:
+        from dp_accounting import NonPrivateDpEvent
+
+        self._history = merged((min(sigma, _MOST_NOISE), q, n) for sigma, q, n in history if n)
+        self._releases, self._relation = tuple(releases), relation
+        self.free = not self._history and not self._releases
+        self.infinite = any(sigma < _LEAST_NOISE for sigma, _, _ in self._history) or any(
+            isinstance(event, NonPrivateDpEvent) for event, _ in self._releases
+        )
+        interval = None
+        if method == "pld" and not self.free and not self.infinite:
+            with _quiet():
+                interval = _interval(self._history, self._releases, relation == "replace_one", self._usual_epsilon)
+        self._fine = interval == _INTERVAL
+        self._losses = None if interval is None else self._composed_losses(interval)
+
+    def epsilon(self, delta: float) -> float:
+        """Epsilon at ``delta``, in (0, 1)."""
+        if self.free or self.infinite:
+            return math.inf if self.infinite else 0.0
+        with _quiet():
+            if self._losses is None:
+                return self._renyi.epsilon(delta)
+            bound = float(self._losses.get_epsilon_for_delta(delta))
+            return bound if self._fine and bound < math.inf else min(bound, self._renyi.epsilon(delta))
+
+    def delta(self, epsilon: float) -> float:
+        """Delta at ``epsilon``, 0 or more."""
+        if self.free or self.infinite:
+            return 1.0 if self.infinite else 0.0
+        with _quiet():
+            if self._losses is None:
+                return self._renyi.delta(epsilon)
+            bound, tails = (min(max(self._delta(e), 0.0), 1.0) for e in (epsilon, math.inf))
+            sharp = self._fine and bound > max(_CERTAIN, 4 * tails)
+            return bound if sharp else min(bound, self._renyi.delta(epsilon))
+
+    @functools.cached_property
+    def _renyi(self) -> Renyi:
+        return Renyi(self._history, self._releases, self._relation)
+
+    def _usual_epsilon(self) -> float:
+        return self._renyi.epsilon(_USUAL_DELTA)
+
+    def _composed_losses(self, interval: float) -> Any:
+        fewer = rounded_down(self._history, _DISTINCT)
+        width = interval * 2 ** max(0, math.ceil(math.log2(max(len(fewer) + len(self._releases), 1) / _FINE)))
+        replaced = self._relation == "replace_one"
+        parts = [
+            _repeated(_one_step(sigma, q, width, replaced), n, _loss(sigma, q, replaced) / width)
+            for sigma, q, n in fewer
+        ]
+        parts += [
+            _repeated(_one_release(event, width, self._relation), n, largest_loss(event, replaced) / width)
+            for event, n in self._releases
+        ]
+        return functools.reduce(lambda a, b: a.compose(b), parts)
+
+    @functools.cached_property
+    def _delta(self) -> Callable[[float], float]:
+        said = self._losses.get_delta_for_epsilon
+        return delta_reader(self._losses, lambda epsilon: float(said(epsilon)))
 
 
 @contextlib.contextmanager
@@ -60,79 +160,34 @@ def _quiet() -> Iterator[None]:
         absl.logging.set_verbosity(level)
 
 
-def _epsilon(history: History, delta: float, method: Method, replaced: bool) -> float:
-    interval = _interval(history, delta, replaced) if method == "pld" else None
-    if interval is None:
-        return _renyi_bound(history, delta, replaced)
-    fewer = rounded_down(history, _DISTINCT)
-    width = interval * 2 ** max(0, math.ceil(math.log2(len(fewer) / _FINE)))
-    first, *rest = (_one_step(sigma, q, width, replaced).self_compose(n) for sigma, q, n in fewer)
-    total = functools.reduce(lambda a, b: a.compose(b), rest, first)
-    bound = float(cast(Any, total).get_epsilon_for_delta(delta))
-    exact = interval == _INTERVAL and bound < math.inf
-    return bound if exact else min(bound, _renyi_bound(history, delta, replaced))
-
-
-def merged(history: Iterable[tuple[float, float, int]]) -> History:
-    """Equal steps counted together: their order does not matter to what they cost."""
-    counts: dict[tuple[float, float], int] = {}
-    for sigma, q, n in history:
-        counts[sigma, q] = counts.get((sigma, q), 0) + n
-    return [(sigma, q, n) for (sigma, q), n in counts.items()]
-
-
-def rounded_down(history: History, most: int) -> History:
-    """At most so many kinds of steps for each sample rate, none with more noise than it had.
-
-    A schedule gives every step a sigma of its own, and every sigma takes a privacy loss distribution. Within a group
-    sigma is the smallest one of the group; groups are equally wide by ratio.
-    """
-    if len(history) <= most:
-        return history
-    found = []
-    for rate in sorted({q for _, q, _ in history}):
-        runs = sorted((sigma, n) for sigma, q, n in history if q == rate)
-        width = math.log(runs[-1][0] / runs[0][0]) / most or 1.0
-        groups: dict[int, tuple[float, int]] = {}
-        for sigma, n in runs:  # ascending: the first of a group is its smallest
-            place = min(int(math.log(sigma / runs[0][0]) / width), most - 1)
-            least, count = groups.get(place, (sigma, 0))
-            groups[place] = least, count + n
-        found += [(least, rate, count) for least, count in groups.values()]
-    return found
-
-
-def _renyi_bound(history: History, delta: float, replaced: bool) -> float:
-    """Rényi's; of replaced examples as though all of them were in every step, since none is known of samples.
-
-    With the same examples drawn of both datasets, the sums differ by at most two sensitivities, and the divergence of
-    mixtures is at most that of their parts (joint quasi-convexity; van Erven and Harremoës 2014, theorem 13).
-    """
-    if any(sigma < _LEAST_NOISE for sigma, _, _ in history):
+def _loss(sigma: float, q: float, replaced: bool) -> float:
+    """About the largest loss of one step, at ten standard deviations of the noise; infinity if it is far too large."""
+    if sigma < 1 / _LARGEST_LOSS or 0.5 / sigma**2 + 10 / sigma > _LARGEST_LOSS:
         return math.inf
-    from dp_accounting import rdp
-
-    accountant = rdp.RdpAccountant()
-    for sigma, q, n in rounded_down(history, _DISTINCT_RENYI):
-        accountant.compose(sampled_gaussian(sigma / 2, 1.0) if replaced else sampled_gaussian(sigma, q), n)
-    return float(accountant.get_epsilon(delta))
+    loss = math.log1p(q * math.expm1(0.5 / sigma**2 + 10 / sigma))
+    if replaced:  # what one example adds to the loss, and what the other one's absence does
+        loss += min(-math.log1p(-q), 1.5 / sigma**2 + 10 / sigma) if q < 1 else 1.5 / sigma**2 + 10 / sigma
+    return loss
 
 
-def _interval(history: History, delta: float, replaced: bool) -> float | None:
+def _interval(history: History, releases: Releases, replaced: bool, usual: Callable[[], float]) -> float | None:
     """The finest grid, down to the usual one, that is composed in seconds; None if there is none.
 
     How far losses reach is estimated: in one step, at ten standard deviations of the noise; composed, by epsilon, and
     by dp-accounting's bound on the tails that it keeps, which grows with the variance over the loss of one step.
     """
     one = tails = divergences = 0.0
-    for sigma, q, n in history:
-        if sigma < 1 / _LARGEST_LOSS or 0.5 / sigma**2 + 10 / sigma > _LARGEST_LOSS:
+    for event, n in releases:
+        loss = largest_loss(event, replaced)
+        if loss > _LARGEST_LOSS:
             return None
-        loss = math.log1p(q * math.expm1(0.5 / sigma**2 + 10 / sigma))
-        if replaced:  # what one example adds to the loss, and what the other one's absence does
-            loss += min(-math.log1p(-q), 1.5 / sigma**2 + 10 / sigma) if q < 1 else 1.5 / sigma**2 + 10 / sigma
-            if loss > _LARGEST_LOSS:
-                return None
+        divergence = n * min(loss, loss**2)
+        reach = min(n * loss, divergence + 10 * loss * math.sqrt(n))
+        one, tails, divergences = max(one, loss), tails + reach, divergences + divergence
+    for sigma, q, n in history:
+        loss = _loss(sigma, q, replaced)
+        if loss > _LARGEST_LOSS:
+            return None
         distance = (4 if replaced else 1) * sigma**-2
         divergence = n * math.log1p(q**2 * math.expm1(min(distance, _LARGEST_LOSS)))  # Rényi's, of order 2
         loss = max(loss, 3 * _INTERVAL)
@@ -140,12 +195,27 @@ def _interval(history: History, delta: float, replaced: bool) -> float | None:
         one, tails, divergences = max(one, loss), tails + rounded / loss, divergences + divergence
     points = max(one / _ONE_STEP, max(tails, divergences) / _COMPOSED) / _INTERVAL
     if points > 1 and divergences > tails:  # often far too large
-        epsilon = _renyi_bound(history, delta, replaced)
+        epsilon = usual()
         if epsilon > _LARGEST_LOSS and not replaced:
             return None
         points = max(one / _ONE_STEP, max(tails, min(epsilon, divergences)) / _COMPOSED) / _INTERVAL
     interval = _INTERVAL * 2 ** math.ceil(math.log2(max(points, 1)))
     return interval if points <= 1 or interval < one / 10 else None
+
+
+def _repeated(distribution: Any, n: int, points: float) -> Any:
+    """``n`` times; of few points by thousands, as dp-accounting takes their number to the n-th power."""
+    if n <= _OFTEN or points > _FEW:
+        return distribution.self_compose(n)
+    total, tails, weight = None, _TAILS / n, 1
+    while n:
+        n, digit = divmod(n, 1000)
+        if digit:
+            part = distribution.self_compose(digit, tails * weight)
+            total = part if total is None else total.compose(part)
+        weight *= 1000
+        distribution = distribution.self_compose(1000, tails * weight) if n else distribution
+    return total
 
 
 @functools.lru_cache(maxsize=2 * _DISTINCT)
@@ -160,3 +230,25 @@ def _one_step(sigma: float, q: float, interval: float, replaced: bool) -> Any:
         value_discretization_interval=interval,
         neighboring_relation=NeighboringRelation.REPLACE_ONE if replaced else NeighboringRelation.ADD_OR_REMOVE_ONE,
     )
+
+
+def _one_release(event: DpEvent, interval: float, relation: Relation) -> Any:
+    """The privacy loss distribution of a release that is no Gaussian noise; dp-accounting's accountant takes these."""
+    from dp_accounting import dp_event
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    width = {"value_discretization_interval": interval}
+    match event:
+        case dp_event.LaplaceDpEvent():
+            return pld.from_laplace_mechanism(event.noise_multiplier, **width)
+        case dp_event.PoissonSampledDpEvent():
+            return pld.from_laplace_mechanism(
+                event.event.noise_multiplier, sampling_prob=event.sampling_probability, **width
+            )
+        case dp_event.DiscreteLaplaceDpEvent():
+            return pld.from_discrete_laplace_mechanism(event.noise_parameter, event.sensitivity, **width)
+        case dp_event.RandomizedResponseDpEvent():
+            return pld.from_randomized_response(
+                event.noise_parameter, event.num_buckets, neighboring_relation=neighbours(relation), **width
+            )
+    raise AssertionError(event)

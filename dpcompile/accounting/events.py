@@ -1,6 +1,6 @@
 """What a step costs: as dp-accounting has it, and as the plain numbers that are saved and compared.
 
-The one file that knows which events there are: a mechanism with another kind of noise adds its own here.
+The one file that knows which events steps are: a mechanism with another kind of noise adds its own here.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import warnings
@@ -13,14 +14,15 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.arguments import Relation
+from dpcompile.accounting.protocol import Accountant, check_accountant, counted
 from dpcompile.errors import PrivacyError, PrivacyWarning
 from dpcompile.module import Engine
 from dpcompile.noise.mechanism import Mechanism
 from dpcompile.optim.state_checks import OPTIMIZER, refuse_malformed
 
 __all__ = [
+    "refuse_bad_accountant",
     "refuse_bad_numbers",
     "refuse_closure_only",
     "refuse_complex",
@@ -72,7 +74,14 @@ def refuse_closure_only(optimizer: Optimizer) -> None:
         )
 
 
-def refuse_other_accountant(noise_multiplier: float, accountant: PrivacyAccountant | None) -> None:
+def refuse_bad_accountant(noise_multiplier: float, accountant: Accountant | None) -> None:
+    """It is an accountant, and counts the noise that is added."""
+    if accountant is not None:
+        check_accountant(accountant)
+    refuse_other_accountant(noise_multiplier, accountant)
+
+
+def refuse_other_accountant(noise_multiplier: float, accountant: Accountant | None) -> None:
     """The accountant must count the noise that is added."""
     if accountant is not None and accountant.noise_multiplier != noise_multiplier:
         raise PrivacyError(
@@ -83,7 +92,7 @@ def refuse_other_accountant(noise_multiplier: float, accountant: PrivacyAccounta
         )
 
 
-def refuse_other_rate(accountant: PrivacyAccountant | None, feed: Any) -> None:
+def refuse_other_rate(accountant: Accountant | None, feed: Any) -> None:
     """The accountant must count draws at the rate of the loader that feeds the model, for a relation that allows it."""
     if accountant is None:
         return
@@ -107,24 +116,24 @@ def refuse_rate_from_size(relation: Relation, feed: Any) -> None:
         )
 
 
-def refuse_forgetful(accountant: PrivacyAccountant | None, counted: Sequence[tuple[float, float, int]]) -> None:
-    """Steps that were counted stay so, each as what it was."""
+def refuse_forgetful(accountant: Accountant | None, before: Counter[Any]) -> None:
+    """What was counted stays so, each step and each other release as what it was."""
     if accountant is None:
         return
-    now, before = Counter[tuple[float, float]](), Counter[tuple[float, float]]()
-    for runs, found in ((accountant.history, now), (counted, before)):
-        for sigma, rate, steps in runs:
-            found[sigma, rate] += steps
-    for (sigma, rate), steps in before.items():
-        if now[sigma, rate] < steps:
+    now = counted(accountant)
+    for what, count in before.items():
+        if now[what] < count:
+            kind = f"releases {what}"
+            if isinstance(what, tuple):
+                kind = f"steps of noise multiplier {what[0]} and sample rate {what[1]}"
             raise PrivacyError(
-                f"the accountant counts {now[sigma, rate]} steps of noise multiplier {sigma} and sample rate "
-                f"{rate}, and counted {steps} after the last one: epsilon would leave some out",
+                f"the accountant counts {now[what]} {kind}, and counted {count} after the last step: epsilon would "
+                "leave some out",
                 remedy="load accountant states through load_state_dict of a new DPOptimizer only",
             )
 
 
-def refuse_replaced(old: PrivacyAccountant | None, new: PrivacyAccountant | None, steps: int) -> None:
+def refuse_replaced(old: Accountant | None, new: Accountant | None, steps: int) -> None:
     """An accountant that takes another's place goes on where that one is."""
     if new is None and old is not None:
         raise PrivacyError(
@@ -133,6 +142,7 @@ def refuse_replaced(old: PrivacyAccountant | None, new: PrivacyAccountant | None
         )
     if new is None:
         return
+    check_accountant(new)
     known = steps if old is None else old.steps
     rates = new.sample_rate if old is None else old.sample_rate
     if old is not None and new.relation != old.relation:
@@ -147,6 +157,7 @@ def refuse_replaced(old: PrivacyAccountant | None, new: PrivacyAccountant | None
             f"rate {rates} and {known} steps",
             remedy="make it with the same sample_rate and load the old one's state_dict into it",
         )
+    refuse_forgetful(new, Counter({k: n for k, n in counted(old).items() if not isinstance(k, tuple)}))
 
 
 def refuse_foreign(engine: Engine, optimizer: Optimizer) -> None:
@@ -208,8 +219,13 @@ def refuse_complex(engine: Engine, trainable: Sequence[str]) -> None:
             )
 
 
-def refuse_state(own: Mapping[str, Any] | None, current: Mapping[str, Any]) -> None:
-    """A state to resume from has our entry, goes on where noise has not been used, and means the same mechanism."""
+def refuse_state(
+    own: Mapping[str, Any] | None, current: Mapping[str, Any], accountant: Accountant | None = None
+) -> None:
+    """A state to resume from has our entry, goes on where noise has not been used, and means the same mechanism.
+
+    What ``accountant`` refuses of it is refused before anything is loaded.
+    """
     if own is None:
         raise PrivacyError(
             "the state dict has no 'dpcompile' entry: seed and logical step of the run are unknown",
@@ -242,6 +258,15 @@ def refuse_state(own: Mapping[str, Any] | None, current: Mapping[str, Any]) -> N
             f"the saved run took {own['logical_step']} steps without an accountant: epsilon would leave them out",
             remedy="load it into a DPOptimizer without accountant, or give the saving run an accountant",
         )
+    if accountant is not None and own["accountant"] is not None:
+        trial = copy.deepcopy(accountant)
+        trial.load_state_dict(own["accountant"])
+        if trial.steps < own["logical_step"]:
+            raise PrivacyError(
+                f"the accountant, a {type(accountant).__name__}, counts {trial.steps} steps after loading the state of "
+                f"{own['logical_step']}: epsilon would leave steps out",
+                remedy="let load_state_dict take up what state_dict returned",
+            )
 
 
 _DRAWN: dict[tuple[str, bool], tuple[weakref.ref[Any], int]] = {}  # stream of noise -> who drew last, and which step

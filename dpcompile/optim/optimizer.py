@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.planned_steps import OnExceed, PlannedSteps
+from dpcompile.accounting.protocol import Accountant, count_step, counted
 from dpcompile.batches.feed import Feed
 from dpcompile.distributed.ranks import digest
 from dpcompile.errors import PrivacyError
@@ -45,7 +45,7 @@ class DPOptimizer(WrappingOptimizer):
         seed: of the noise, a secret; None draws one (rank 0 does, for all ranks of a sharded or replicated model). See
             :func:`dpcompile.noise.fresh_seed`.
         secure: cryptographic noise (ChaCha20).
-        accountant: stepped once per logical step.
+        accountant: stepped once per logical step: any :class:`dpcompile.accounting.protocol.Accountant`.
         mechanism: what releases the sums instead of the Gaussian mechanism, for the model's C and with numbers and seed
             of its own. One whose steps the accountant cannot count is stepped without an accountant.
         adaptive_clip: C is not the model's for good, but follows a quantile of the gradients' norms, at the same cost.
@@ -103,7 +103,7 @@ class DPOptimizer(WrappingOptimizer):
         expected_batch_size: float | None = None,
         seed: int | None = None,
         secure: bool = False,
-        accountant: PrivacyAccountant | None = None,
+        accountant: Accountant | None = None,
         mechanism: Mechanism | None = None,
         adaptive_clip: AdaptiveClip | None = None,
     ) -> None:
@@ -121,11 +121,11 @@ class DPOptimizer(WrappingOptimizer):
                 remedy="give them to the mechanism, and the mechanism alone to DPOptimizer",
             )
         checks.refuse_other_mechanism(mechanism, engine)
-        checks.refuse_other_accountant(mechanism.noise_multiplier, accountant)
+        checks.refuse_bad_accountant(mechanism.noise_multiplier, accountant)
         self.mechanism, self._accountant = mechanism, accountant
         self._logical_step = 0
         self._planned = PlannedSteps(None, "raise")
-        self._counted = [] if accountant is None else accountant.history  # as far as is known here
+        self._counted = counted(accountant)  # as far as is known here
         self._accumulating = False
         self._agreed = False  # whether all ranks are known to mean the same
         self._held = False  # sums of earlier physical batches of an unfinished logical step stand in p.grad
@@ -166,14 +166,14 @@ class DPOptimizer(WrappingOptimizer):
         self._accumulating = value
 
     @property
-    def accountant(self) -> PrivacyAccountant | None:
+    def accountant(self) -> Accountant | None:
         """What counts the logical steps."""
         return self._accountant
 
     @accountant.setter
-    def accountant(self, value: PrivacyAccountant | None) -> None:
+    def accountant(self, value: Accountant | None) -> None:
         checks.refuse_replaced(self._accountant, value, self._logical_step)
-        self._accountant, self._counted = value, [] if value is None else value.history
+        self._accountant, self._counted = value, counted(value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -256,8 +256,7 @@ class DPOptimizer(WrappingOptimizer):
         self._logical_step += 1
         self.engine.steps = (self.engine.steps or 0) + 1
         if self.accountant is not None:
-            self.accountant.step(event=self.mechanism.event(self.accountant.sample_rate))
-            self._counted = self.accountant.history
+            self._counted = count_step(self.accountant, self.mechanism.event(self.accountant.sample_rate))
         return used
 
     def finish(self) -> None:
@@ -320,12 +319,12 @@ class DPOptimizer(WrappingOptimizer):
                 would not know of, or forget.
         """
         own, rest = carried_state.carried(state_dict)
-        checks.refuse_state(own, self.private_state())
+        checks.refuse_state(own, self.private_state(), self.accountant)
         self.load_inner(rest)
         carried_state.mark_groups(self.optimizer.param_groups)
         if self.accountant is not None and own["accountant"] is not None:
             self.accountant.load_state_dict(own["accountant"])
-            self._counted = self.accountant.history
+            self._counted = counted(self.accountant)
         self.mechanism.load_state_dict(own)
         self._logical_step = own["logical_step"]
         self._used_draws = own.get("draws")

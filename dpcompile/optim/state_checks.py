@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dpcompile.accounting.accountant import PrivacyAccountant
+from dpcompile.accounting.saved import saved_runs
 from dpcompile.errors import PrivacyError
 
 __all__ = ["LOADER", "OPTIMIZER", "refuse_malformed"]
@@ -21,7 +21,7 @@ def _whole(x: Any, below: int) -> bool:
 def _is_accountant(x: Any) -> bool:
     if x is None:
         return True
-    PrivacyAccountant(noise_multiplier=1.0, sample_rate=1.0).load_state_dict(x)  # says itself what is wrong
+    saved_runs(x)  # says itself what is wrong
     return True
 
 
@@ -48,7 +48,7 @@ OPTIMIZER: Mapping[str, _Kind] = {
     "noise_multiplier": _NOISE,
     "expected_batch_size": _SIZE,
     "secure": _FLAG,
-    "accountant": ("a PrivacyAccountant's state or None", _is_accountant),
+    "accountant": ("an accountant's state or None", _is_accountant),
     "draws": ("how far a loader's draws were used, or None", _are_draws),
 }
 LOADER: Mapping[str, _Kind] = {

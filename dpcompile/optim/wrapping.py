@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.planned_steps import PlannedSteps
+from dpcompile.accounting.protocol import Accountant
 from dpcompile.distributed.ranks import summed, world_size
 from dpcompile.distributed.shards import computing_device
 from dpcompile.errors import PrivacyError
@@ -48,7 +48,7 @@ class WrappingOptimizer(HookedOptimizer):
     """
 
     mechanism: Mechanism
-    _accountant: PrivacyAccountant | None
+    _accountant: Accountant | None
     _planned: PlannedSteps
     engine: Engine
     logical_step: int

@@ -69,7 +69,7 @@ def test_steps_one_by_one_are_one_run():
 
 def test_epsilon_is_computed_once_per_steps_and_delta(monkeypatch):
     calls = []
-    monkeypatch.setattr(accountants, "composed_epsilon", lambda *a: calls.append(a) or composition.composed_epsilon(*a))
+    monkeypatch.setattr(accountants, "composed", lambda *a: calls.append(a) or composition.composed(*a))
     counted = accountant(method="rdp", steps=3)
     assert counted.epsilon(1e-5) == counted.epsilon(1e-5) and len(calls) == 1
     assert counted.epsilon(1e-6) > counted.epsilon(1e-5) and len(calls) == 2

@@ -10,7 +10,8 @@ import torch
 from fakes import PrivateModel
 
 from dpcompile import DPOptimizer, PrivacyAccountant, PrivacyError, calibrate_noise, schedules
-from dpcompile.accounting.composition import composed_epsilon, merged, rounded_down
+from dpcompile.accounting.composition import composed_epsilon
+from dpcompile.accounting.runs import merged, rounded_down
 
 Q, DELTA = 0.1, 1e-5
 

@@ -1,0 +1,190 @@
+"""Any one of epsilon, noise multiplier, steps and sample rate, from the others."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+from dpcompile.accounting.arguments import (
+    Method,
+    Relation,
+    check_bound,
+    check_delta,
+    check_mechanism,
+    check_size,
+    check_steps,
+    check_target,
+    number,
+)
+from dpcompile.accounting.calibration import calibrate_noise
+from dpcompile.accounting.composition import composed_epsilon
+from dpcompile.errors import PrivacyError
+
+__all__ = ["solve"]
+
+_TOLERANCE = 1e-4  # of what is found, relative
+_MOST_STEPS, _LEAST_RATE = 2**40, 1e-9
+
+
+def solve(
+    *,
+    target_delta: float,
+    target_epsilon: float | None = None,
+    noise_multiplier: float | None = None,
+    steps: int | None = None,
+    sample_rate: float | None = None,
+    expected_batch_size: float | None = None,
+    dataset_size: int | None = None,
+    method: Method = "pld",
+    relation: Relation = "zero_out",
+) -> float:
+    """The one that is left out of epsilon, noise multiplier, steps and sample rate, from the others.
+
+    Args:
+        target_delta: in (0, 1); well below 1 / size of the dataset.
+        target_epsilon: more than 0; left out, the epsilon is returned.
+        noise_multiplier: sigma; left out, the smallest that meets the target is returned.
+        steps: logical steps, at least 1; left out, the largest number that meets the target is returned, an int.
+        sample_rate: in (0, 1]; left out, the largest that meets the target is returned.
+        expected_batch_size: with ``dataset_size``, in place of the sample rate, which is their ratio.
+        dataset_size: number of examples.
+        method: of the accountant that will be used.
+        relation: of that accountant.
+
+    Raises:
+        PrivacyError: not exactly one left out, an argument out of its range, or a target that nothing meets.
+
+    **Guarantee.** With what is returned, ``PrivacyAccountant`` with the same method and relation says at most
+    ``target_epsilon`` at ``target_delta``. What is returned is the best to a relative 1e-4: the next better one that
+    was tried does not meet the target, and was no further away.
+
+    ==============================================  ===================================================
+    edge case                                       outcome
+    ==============================================  ===================================================
+    a target that one step or rate 1e-9 misses      refused
+    a target that 2**40 steps, or rate 1, meet      2**40 steps, or rate 1
+    noise 0                                         epsilon is infinity, no number of steps meets a target
+    an expected batch size that is sought           a float, to be rounded down; at most the dataset's size
+    ==============================================  ===================================================
+    """
+    check_delta(target_delta)
+    check_bound(method, relation)
+    rate = _rate(sample_rate, expected_batch_size, dataset_size)
+    given = {
+        "target_epsilon": target_epsilon,
+        "noise_multiplier": noise_multiplier,
+        "steps": steps,
+        "sample_rate": rate,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) != 1:
+        raise PrivacyError(
+            f"{len(missing)} are left out: {', '.join(missing) or 'none'}",
+            remedy="leave out exactly one of target_epsilon, noise_multiplier, steps and sample_rate (or "
+            "expected_batch_size, with dataset_size): the one to be found",
+        )
+    check_mechanism(1.0 if noise_multiplier is None else noise_multiplier, 1.0 if rate is None else rate)
+    if steps is not None:
+        check_steps(steps)
+    if steps == 0:
+        raise PrivacyError("steps is 0: nothing is released", remedy="give 1 or more")
+    if target_epsilon is not None:
+        check_target(target_epsilon)
+
+    def spent(method: Method, relation: Relation, steps: int, rate: float) -> float:
+        assert noise_multiplier is not None
+        return composed_epsilon([(noise_multiplier, rate, steps)], target_delta, method, relation)
+
+    if target_epsilon is None:
+        assert steps is not None and rate is not None
+        return spent(method, relation, steps, rate)
+    if noise_multiplier is None:
+        assert steps is not None and rate is not None
+        return calibrate_noise(
+            target_epsilon=target_epsilon, target_delta=target_delta, sample_rate=rate, steps=steps, method=method,
+            relation=relation,
+        )  # fmt: skip
+    if steps is None:
+        assert rate is not None
+        return _largest(lambda m, r, n: spent(m, r, int(n), rate), target_epsilon, method, relation, (1, _MOST_STEPS))
+    size = dataset_size or 1
+    ends = (_LEAST_RATE * size, float(size))
+    return _largest(lambda m, r, b: spent(m, r, steps, b / size), target_epsilon, method, relation, ends)
+
+
+def _rate(sample_rate: float | None, expected_batch_size: float | None, dataset_size: int | None) -> float | None:
+    if dataset_size is None and expected_batch_size is not None:
+        raise PrivacyError(
+            "expected_batch_size without dataset_size", remedy="give both, or sample_rate, which is their ratio"
+        )
+    if dataset_size is None:
+        return sample_rate
+    check_size(dataset_size)
+    if sample_rate is not None:
+        raise PrivacyError(
+            "sample_rate and dataset_size: the rate is known without",
+            remedy="leave one of them out; with dataset_size the rate is expected_batch_size / dataset_size",
+        )
+    if expected_batch_size is None:
+        return None
+    if not 0 < number(expected_batch_size) < math.inf:
+        raise PrivacyError(
+            f"expected_batch_size is {expected_batch_size!r}", remedy="give a number above 0, up to dataset_size"
+        )
+    check_mechanism(1.0, expected_batch_size / dataset_size)
+    return expected_batch_size / dataset_size
+
+
+def _largest(
+    spent: Callable[[Method, Relation, float], float],
+    epsilon: float,
+    method: Method,
+    relation: Relation,
+    ends: tuple[float, float],
+) -> float:
+    """The largest that meets a target, of numbers that cost more the larger they are; whole ones if the ends are."""
+    start, factor = math.sqrt(ends[0] * ends[1]), 4.0
+    if method == "pld":  # from what Rényi's bound says, in no time and a little below
+        try:
+            start, factor = _largest(spent, epsilon, "rdp", "zero_out", ends), 1.1
+        except PrivacyError:
+            start = ends[0]
+    whole = isinstance(ends[0], int)
+    cost = functools.cache(functools.partial(spent, method, relation))
+    rounded = (lambda x: min(max(round(x), ends[0]), ends[1])) if whole else (lambda x: min(max(x, ends[0]), ends[1]))
+    low = high = rounded(start)
+    if cost(low) <= epsilon:
+        while cost(high) <= epsilon:
+            if high == ends[1]:
+                return high
+            low, high = high, rounded(high * factor + whole)
+            factor *= factor
+    else:
+        while cost(low) > epsilon:
+            if low == ends[0]:
+                raise PrivacyError(
+                    f"{low:g} alone costs epsilon {cost(low):.6g}, more than the target of {epsilon}",
+                    remedy="raise target_epsilon, target_delta or noise_multiplier",
+                )
+            low, high = rounded(low / factor - whole), low
+            factor *= factor
+    return _between(cost, epsilon, low, high, whole)
+
+
+def _between(cost: Callable[[float], float], epsilon: float, low: float, high: float, whole: bool) -> float:
+    """Where epsilon is met, of a ``low`` that meets it and a ``high`` that does not."""
+    aim = -1
+    while high - low > max(whole, low * _TOLERANCE):
+        middle, at_low, at_high = math.sqrt(low * high), cost(low), cost(high)
+        if 0 < at_low < at_high < math.inf and high < 2 * low:
+            share = math.log(epsilon / at_low) / math.log(at_high / at_low)
+            guess = low * (high / low) ** share * (1 + aim * _TOLERANCE / 3)
+            middle = guess if low < guess < high else middle
+        if whole:
+            middle = min(max(round(middle), low + 1), high - 1)
+        if cost(middle) <= epsilon:
+            low, aim = middle, 1
+        else:
+            high, aim = middle, -1
+    return low
