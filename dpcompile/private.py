@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpcompile.accounting.accountant import PrivacyAccountant
-from dpcompile.accounting.arguments import Method, Relation
+from dpcompile.accounting.arguments import Method, Relation, check_bands
 from dpcompile.accounting.calibration import calibrate_noise
 from dpcompile.accounting.planned_steps import OnExceed
 from dpcompile.api import dp_compile
@@ -21,6 +21,7 @@ from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine, PrivateModule, engine_of
 from dpcompile.noise.counter import fresh_seed
 from dpcompile.optim.checks import refuse_rate_from_size
+from dpcompile.optim.common import banded_mechanism
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.runtime.replicas import inner_module
 
@@ -40,6 +41,7 @@ def make_private(
     max_grad_norm: float | None = None,
     accountant: Method = "pld",
     relation: Relation = "zero_out",
+    bands: int | None = None,
     physical_batch_size: int | None = None,
     padding_example: Any = None,
     on_exceed: OnExceed = "raise",
@@ -66,6 +68,11 @@ def make_private(
         accountant: "pld" or "rdp".
         relation: which datasets are neighbours, see :class:`dpcompile.PrivacyAccountant`. "add_remove" needs a
             PoissonLoader whose rate does not come from the dataset's size.
+        bands: noise that is correlated over so many steps (:class:`dpcompile.noise.banded.BandedMechanism`), with
+            coefficients that are best for the planned steps, and draws from as many parts of the dataset by turns
+            (:class:`dpcompile.PoissonLoader`). None: a PoissonLoader's own, else 1: independent noise. What is best
+            depends on the run: more bands need a larger sigma for a target, of which less adds up in the weights
+            (``python -m benchmarks.mechanisms``).
         physical_batch_size: see :class:`dpcompile.PoissonLoader`.
         padding_example: see there.
         on_exceed: with a target, what a step beyond the planned ones does: "raise", "warn" (once) or "ignore".
@@ -93,7 +100,9 @@ def make_private(
     if engine.distributed:  # on every rank, whether it is given a seed or not
         drawn = from_first(drawn)
     seed = drawn if seed is None else seed
-    private_loader = _private_loader(loader, physical_batch_size, padding_example, seed, secure, engine)
+    options = {"physical_batch_size": physical_batch_size, "bands": bands}
+    private_loader = _private_loader(loader, options, padding_example, seed, secure, engine)
+    bands = private_loader.bands
     refuse_rate_from_size(relation, private_loader)
     planned = None
     if noise_multiplier is None:
@@ -106,14 +115,21 @@ def make_private(
             steps=planned,
             method=accountant,
             relation=relation,
+            bands=bands,
         )
+    numbers: dict[str, Any] = {
+        "noise_multiplier": noise_multiplier,
+        "expected_batch_size": private_loader.expected_batch_size,
+        "seed": seed,
+        "secure": secure,
+    }
+    if bands > 1:
+        check_bands(bands, relation)
+        numbers = {"mechanism": banded_mechanism(engine, **numbers, bands=bands, steps=planned or steps)}
     private_optimizer = DPOptimizer(
         optimizer,
         private_model,
-        noise_multiplier=noise_multiplier,
-        expected_batch_size=private_loader.expected_batch_size,
-        seed=seed,
-        secure=secure,
+        **numbers,
         accountant=PrivacyAccountant(
             noise_multiplier=noise_multiplier,
             sample_rate=private_loader.sample_rate,
@@ -172,11 +188,11 @@ def _private_model(model: nn.Module, max_grad_norm: float | None, options: dict[
 
 
 def _private_loader(
-    loader: Any, physical_batch_size: int | None, padding_example: Any, seed: int, secure: bool, engine: Engine
+    loader: Any, numbers: Mapping[str, int | None], padding_example: Any, seed: int, secure: bool, engine: Engine
 ) -> PoissonLoader:
     if not isinstance(loader, PoissonLoader):
-        options: dict[str, Any] = {"physical_batch_size": physical_batch_size, "seed": seed, "secure": secure}
-        options["padding_example"] = padding_example
+        options: dict[str, Any] = {**numbers, "seed": seed, "secure": secure, "padding_example": padding_example}
+        options["bands"] = 1 if numbers["bands"] is None else numbers["bands"]
         if engine.distributed:
             if engine.data_ranks != world_size():
                 raise PrivacyError(
@@ -187,9 +203,10 @@ def _private_loader(
                 )
             options |= {"rank": rank(), "world_size": world_size()}
         return PoissonLoader.from_dataloader(loader, **options)
-    if physical_batch_size not in (None, loader.physical_batch_size):
-        raise PrivacyError(
-            f"physical_batch_size is {physical_batch_size}, and the PoissonLoader has {loader.physical_batch_size}",
-            remedy="leave it out, or make the PoissonLoader with it",
-        )
+    for name, value in numbers.items():
+        if value not in (None, getattr(loader, name)):
+            raise PrivacyError(
+                f"{name} is {value}, and the PoissonLoader has {getattr(loader, name)}",
+                remedy="leave it out, or make the PoissonLoader with it",
+            )
     return loader

@@ -35,6 +35,7 @@ class Stream(enum.Enum):
     GRADIENT = 0
     SAMPLING = 1
     WORKERS = 2
+    PARTS = 3
 
 
 @dataclass(frozen=True, slots=True)

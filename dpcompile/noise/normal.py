@@ -183,7 +183,7 @@ def uniform(
     if not isinstance(stream, Stream) or stream is Stream.GRADIENT:
         raise PrivacyError(
             f"uniform numbers cannot come from stream {stream!r}",
-            remedy="take Stream.SAMPLING or Stream.WORKERS; Stream.GRADIENT is kept for the gradient noise",
+            remedy="take another stream, such as Stream.SAMPLING; Stream.GRADIENT is kept for the gradient noise",
         )
     parts = list(_pieces(seed, step, [Span(0, numel, start)], torch.device(device), secure, stream, _unit))
     return torch.cat([v for _, _, v in parts]) if parts else torch.empty(0, dtype=torch.float64, device=device)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpcompile.accounting.accountant import PrivacyAccountant
+from dpcompile.accounting.events import rounds
 from dpcompile.errors import PrivacyError
 
 __all__ = ["LOADER", "OPTIMIZER", "refuse_malformed"]
@@ -82,11 +83,13 @@ def refuse_malformed(state: Any, kinds: Mapping[str, _Kind], whose: str) -> None
         if not holds(state[name]):
             value = "something else" if name == "seed" else repr(state[name])  # a seed is a secret
             raise PrivacyError(f"{name!r} of the {whose}'s state is {value}, not {kind}", remedy=remedy)
+    if not _whole(state.get("bands", 1), 2**63) or state.get("bands", 1) < 1:
+        raise PrivacyError(f"'bands' of the {whose}'s state is {state['bands']!r}, no integer above 0", remedy=remedy)
     if not state["secure"] and state["seed"] >= 2**64:
         raise PrivacyError(f"the {whose}'s state holds a seed for the other generator", remedy=remedy)
     if state.get("accountant") is not None:
         counted = sum(run[2] for run in state["accountant"]["history"])
-        if counted < state["logical_step"]:
+        if counted < rounds(state["logical_step"], state.get("bands", 1)):
             raise PrivacyError(
                 f"the {whose}'s state stands at logical step {state['logical_step']}, and its accountant counted "
                 f"{counted}: epsilon would leave steps out",

@@ -19,6 +19,7 @@ from dpcompile.module import Engine
 from dpcompile.noise.mechanism import Mechanism
 from dpcompile.optim.chained import parts_of
 from dpcompile.optim.checks import refuse_bad_numbers
+from dpcompile.optim.correlated import refuse_move
 from dpcompile.runtime.optimizer_hooks import HookedOptimizer
 
 __all__ = ["WrappingOptimizer"]
@@ -74,6 +75,7 @@ class WrappingOptimizer(HookedOptimizer):
             PrivacyError: no sigma, or less than what a target was calibrated to.
         """
         refuse_bad_numbers(value, self.expected_batch_size)
+        refuse_move(self.mechanism, self.logical_step, "noise_multiplier", self.noise_multiplier, value)
         self._planned.refuse_less_noise(self.noise_multiplier, value)
         if self._accountant is not None:
             self._accountant.move_noise_multiplier(value)
@@ -95,6 +97,7 @@ class WrappingOptimizer(HookedOptimizer):
         Raises:
             PrivacyError: within a logical step, or a C that cannot be (:class:`dpcompile.runtime.bound.ClipBound`).
         """
+        refuse_move(self.mechanism, self.logical_step, "max_grad_norm", self.engine.max_grad_norm, value)
         self.engine.move_max_grad_norm(value)
         self.mechanism.max_grad_norm = self.engine.max_grad_norm
         self._note_numbers()
@@ -160,6 +163,19 @@ class WrappingOptimizer(HookedOptimizer):
         finally:
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
+
+    def fill_state(self) -> None:
+        """Let the inner optimizer make its state, to load a checkpoint into; no parameter changes.
+
+        It steps once on zero gradients with learning rate 0, if it has no state yet.
+        """
+        if self.optimizer.state:
+            return
+        self.discard()
+        try:
+            self.step_on_nothing()
+        finally:
+            self.discard()
 
     def load_inner(self, state: dict[str, Any]) -> None:
         """Load the inner optimizer's part of a state.
