@@ -104,19 +104,14 @@ def make_private(
     private_loader = _private_loader(loader, options, padding_example, seed, secure, engine)
     bands = private_loader.bands
     refuse_rate_from_size(relation, private_loader)
+    check_bands(bands, relation)
+    counted: dict[str, Any] = {"sample_rate": private_loader.sample_rate, "method": accountant, "relation": relation}
+    length = steps if steps is not None else (epochs or 0) * len(private_loader) or None
     planned = None
     if noise_multiplier is None:
-        assert target_epsilon is not None and target_delta is not None
-        planned = steps if steps is not None else (epochs or 0) * len(private_loader)
-        noise_multiplier = calibrate_noise(
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            sample_rate=private_loader.sample_rate,
-            steps=planned,
-            method=accountant,
-            relation=relation,
-            bands=bands,
-        )
+        assert target_epsilon is not None and target_delta is not None and length is not None
+        planned, target = length, {"target_epsilon": target_epsilon, "target_delta": target_delta}
+        noise_multiplier = calibrate_noise(**target, **counted, steps=planned, bands=bands)
     numbers: dict[str, Any] = {
         "noise_multiplier": noise_multiplier,
         "expected_batch_size": private_loader.expected_batch_size,
@@ -124,18 +119,12 @@ def make_private(
         "secure": secure,
     }
     if bands > 1:
-        check_bands(bands, relation)
-        numbers = {"mechanism": banded_mechanism(engine, **numbers, bands=bands, steps=planned or steps)}
+        numbers = {"mechanism": banded_mechanism(engine, **numbers, bands=bands, steps=length)}
     private_optimizer = DPOptimizer(
         optimizer,
         private_model,
         **numbers,
-        accountant=PrivacyAccountant(
-            noise_multiplier=noise_multiplier,
-            sample_rate=private_loader.sample_rate,
-            method=accountant,
-            relation=relation,
-        ),
+        accountant=PrivacyAccountant(noise_multiplier=noise_multiplier, **counted),
     )
     private_optimizer.plan(planned, on_exceed)
     return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)

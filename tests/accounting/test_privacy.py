@@ -12,7 +12,7 @@ import dp_accounting
 import pytest
 from dp_accounting import DpEvent, GaussianDpEvent, LaplaceDpEvent, PoissonSampledDpEvent, pld, rdp
 
-from benchmarks.mechanisms import relations
+from benchmarks.mechanisms import bands, relations
 from dpcompile.accounting import accountant as accountants
 from dpcompile.accounting import composition
 from dpcompile.accounting.accountant import PrivacyAccountant
@@ -384,3 +384,11 @@ def test_what_is_not_proved_of_bands_is_refused():
     for bad in (0, 1.5, True):
         with pytest.raises(PrivacyError, match=f"(?s)bands is {bad}.*give an integer, 1 or more"):
             calibrate_noise(**common, bands=bad)
+
+
+def test_the_table_of_bands():
+    """More bands need more noise for a target; what adds up is less where epsilon is large."""
+    found = bands(0.01, 1000, 8.0)
+    assert found[1][0] == pytest.approx(1.82824, abs=1e-5) and found[8][0] == pytest.approx(6.22838, abs=1e-5)
+    sigmas, errors = ([row[i] for row in found.values()] for i in (1, 2))
+    assert sigmas == sorted(sigmas) and errors == sorted(errors, reverse=True)
