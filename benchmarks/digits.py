@@ -39,6 +39,7 @@ WAYS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         for q in (0.3, 0.5, 0.7)
         for c in (0.1, 10.0)
     ],
+    "correlated noise": [(f"{b} bands", {"bands": b}) for b in (2, 4)],
     "automatic": [("", {"clipping": "automatic"})],
     "per layer": [(f"{c:g}", {"clipping": "per_layer", "max_grad_norm": c}) for c in (0.3, 1.0)],
 }

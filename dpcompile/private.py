@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpcompile.accounting.accountant import PrivacyAccountant
-from dpcompile.accounting.arguments import Method, Relation
+from dpcompile.accounting.arguments import Method, Relation, check_bands
 from dpcompile.accounting.calibration import calibrate_noise
 from dpcompile.accounting.planned_steps import OnExceed
 from dpcompile.accounting.protocol import Accountant, check_accountant
@@ -23,6 +23,7 @@ from dpcompile.module import Engine, PrivateModule, engine_of
 from dpcompile.noise.adaptive import AdaptiveClip
 from dpcompile.noise.counter import fresh_seed
 from dpcompile.optim.checks import refuse_other_rate, refuse_rate_from_size
+from dpcompile.optim.common import banded_mechanism
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.runtime.replicas import inner_module
 
@@ -42,6 +43,7 @@ def make_private(
     max_grad_norm: float | AdaptiveClip | None = None,
     accountant: Method | Accountant = "pld",
     relation: Relation = "zero_out",
+    bands: int | None = None,
     physical_batch_size: int | None = None,
     padding_example: Any = None,
     on_exceed: OnExceed = "raise",
@@ -70,6 +72,11 @@ def make_private(
             counts other releases too, or one of your own (:class:`dpcompile.accounting.protocol.Accountant`).
         relation: which datasets are neighbours, see :class:`dpcompile.PrivacyAccountant`. "add_remove" needs a
             PoissonLoader whose rate does not come from the dataset's size.
+        bands: noise that is correlated over so many steps (:class:`dpcompile.noise.banded.BandedMechanism`), with
+            coefficients that are best for the planned steps, and draws from as many parts of the dataset by turns
+            (:class:`dpcompile.PoissonLoader`). None: a PoissonLoader's own, else 1: independent noise. What is best
+            depends on the run: more bands need a larger sigma for a target, of which less adds up in the weights
+            (``python -m benchmarks.mechanisms``).
         physical_batch_size: see :class:`dpcompile.PoissonLoader`.
         padding_example: see there.
         on_exceed: with a target, what a step beyond the planned ones does: "raise", "warn" (once) or "ignore".
@@ -99,26 +106,23 @@ def make_private(
     if engine.distributed:  # on every rank, whether it is given a seed or not
         drawn = from_first(drawn)
     seed = drawn if seed is None else seed
-    private_loader = _private_loader(loader, physical_batch_size, padding_example, seed, secure, engine)
+    options = {"physical_batch_size": physical_batch_size, "bands": bands}
+    private_loader = _private_loader(loader, options, padding_example, seed, secure, engine)
+    bands = private_loader.bands
     refuse_rate_from_size(relation, private_loader)
+    check_bands(bands, relation)
+    counted: dict[str, Any] = {"sample_rate": private_loader.sample_rate, "method": accountant, "relation": relation}
+    length = steps if steps is not None else (epochs or 0) * len(private_loader) or None
     planned = None
     if noise_multiplier is None:
-        assert target_epsilon is not None and target_delta is not None and isinstance(accountant, str)
-        planned = steps if steps is not None else (epochs or 0) * len(private_loader)
-        target: dict[str, Any] = {"target_epsilon": target_epsilon, "target_delta": target_delta, "steps": planned}
-        noise_multiplier = calibrate_noise(
-            **target, sample_rate=private_loader.sample_rate, method=accountant, relation=relation
-        )
-    private_optimizer = DPOptimizer(
-        optimizer,
-        private_model,
-        noise_multiplier=noise_multiplier,
-        expected_batch_size=private_loader.expected_batch_size,
-        seed=seed,
-        secure=secure,
-        accountant=_accountant(accountant, noise_multiplier, private_loader, relation),
-        adaptive_clip=clip,
-    )
+        assert target_epsilon is not None and target_delta is not None and length is not None
+        planned, target = length, {"target_epsilon": target_epsilon, "target_delta": target_delta}
+        noise_multiplier = calibrate_noise(**target, **counted, steps=planned, bands=bands)
+    numbers: dict[str, Any] = {"noise_multiplier": noise_multiplier, "seed": seed, "secure": secure}
+    numbers["expected_batch_size"] = private_loader.expected_batch_size
+    counts = _accountant(accountant, noise_multiplier, private_loader, relation)
+    mechanism = _mechanism(engine, numbers, clip, bands, length)
+    private_optimizer = DPOptimizer(optimizer, private_model, accountant=counts, **mechanism)
     private_optimizer.plan(planned, on_exceed)
     return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)
 
@@ -182,6 +186,21 @@ def _accountant(
     )
 
 
+def _mechanism(
+    engine: Engine, numbers: dict[str, Any], clip: AdaptiveClip | None, bands: int, steps: int | None
+) -> dict[str, Any]:
+    """What DPOptimizer is given to release sums by."""
+    if bands == 1:
+        return {**numbers, "adaptive_clip": clip}
+    if clip is not None:
+        raise PrivacyError(
+            f"C that follows a quantile, and noise that is correlated over {bands} steps: no bound is known for rows "
+            "of several sizes",
+            remedy="give max_grad_norm a number, or leave bands out",
+        )
+    return {"mechanism": banded_mechanism(engine, **numbers, bands=bands, steps=steps)}
+
+
 def _private_model(model: nn.Module, max_grad_norm: float | None, options: dict[str, Any]) -> Any:
     if not isinstance(inner_module(model), PrivateModule):
         return dp_compile(model, max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm, **options)
@@ -200,11 +219,11 @@ def _private_model(model: nn.Module, max_grad_norm: float | None, options: dict[
 
 
 def _private_loader(
-    loader: Any, physical_batch_size: int | None, padding_example: Any, seed: int, secure: bool, engine: Engine
+    loader: Any, numbers: Mapping[str, int | None], padding_example: Any, seed: int, secure: bool, engine: Engine
 ) -> PoissonLoader:
     if not isinstance(loader, PoissonLoader):
-        options: dict[str, Any] = {"physical_batch_size": physical_batch_size, "seed": seed, "secure": secure}
-        options["padding_example"] = padding_example
+        options: dict[str, Any] = {**numbers, "seed": seed, "secure": secure, "padding_example": padding_example}
+        options["bands"] = 1 if numbers["bands"] is None else numbers["bands"]
         if engine.distributed:
             if engine.data_ranks != world_size():
                 raise PrivacyError(
@@ -215,9 +234,10 @@ def _private_loader(
                 )
             options |= {"rank": rank(), "world_size": world_size()}
         return PoissonLoader.from_dataloader(loader, **options)
-    if physical_batch_size not in (None, loader.physical_batch_size):
-        raise PrivacyError(
-            f"physical_batch_size is {physical_batch_size}, and the PoissonLoader has {loader.physical_batch_size}",
-            remedy="leave it out, or make the PoissonLoader with it",
-        )
+    for name, value in numbers.items():
+        if value not in (None, getattr(loader, name)):
+            raise PrivacyError(
+                f"{name} is {value}, and the PoissonLoader has {getattr(loader, name)}",
+                remedy="leave it out, or make the PoissonLoader with it",
+            )
     return loader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from typing import Any
@@ -14,11 +15,15 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 from dpcompile import compile_step, dp_compile
 from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.calibration import calibrate_noise
+from dpcompile.accounting.events import rounds
+from dpcompile.data.cyclic import deal
 from dpcompile.data.loader import PoissonLoader
 from dpcompile.data.sampling import poisson_draw
 from dpcompile.errors import PrivacyError
 from dpcompile.module import engine_of
+from dpcompile.noise.mechanism import GaussianMechanism
 from dpcompile.noise.normal import gaussian
+from dpcompile.noise.strategy import optimal_coefficients
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.private import make_private
 
@@ -339,3 +344,93 @@ def test_add_remove_takes_a_loader_whose_rate_was_given() -> None:
         5,
         8,
     )
+
+
+# ---- noise that is correlated over steps
+
+
+def test_bands_by_hand() -> None:
+    """Draws from parts by turns, and the noise of the inverse of a dense matrix."""
+    sigma, c, bands, steps = 1.5, 0.3, 4, 7
+    model, optimizer, loader = private(sigma, max_grad_norm=c, bands=bands, steps=steps)
+    epoch(model, optimizer, loader)
+    epoch(model, optimizer, loader, steps - len(loader))
+    assert optimizer.logical_step == steps
+    wanted, inner, plain = parts()
+    xs, ys = plain.dataset.tensors  # type: ignore[attr-defined]
+    params, members = list(wanted.parameters()), deal(3, size=N, bands=bands)
+    coefficients = optimizer.mechanism.coefficients
+    y: list[list[torch.Tensor]] = []
+    for step in range(steps):
+        z = [gaussian(3, step=step, parameter=k, numel=p.numel()).view(p.shape) for k, p in enumerate(params)]
+        for j in range(1, min(bands - 1, step) + 1):
+            z = [a - coefficients[j] * b for a, b in zip(z, y[step - j], strict=True)]
+        y.append([a / coefficients[0] for a in z])
+        part = members[step % bands]
+        total = [torch.zeros_like(p) for p in params]
+        for place in poisson_draw(3, step=step, size=len(part), sample_rate=8 * bands / N):
+            i = int(part[place])
+            grads = torch.autograd.grad(nn.functional.cross_entropy(wanted(xs[i : i + 1]), ys[i : i + 1]), params)
+            norm = torch.sqrt(sum((g**2).sum() for g in grads))  # type: ignore[arg-type]
+            for t, g in zip(total, grads, strict=True):
+                t += g * torch.clamp(c / norm, max=1.0)
+        for p, t, noise in zip(params, total, y[step], strict=True):
+            p.grad = (t + sigma * c * noise) / 8
+        inner.step()
+    for p, q in zip(model.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert accountant_of(optimizer).history == [(sigma, 8 * bands / N, rounds(steps, bands))]
+
+
+def test_bands_of_one_are_what_was() -> None:
+    plain, one = private(), private(bands=1)
+    assert isinstance(one[1].mechanism, GaussianMechanism)
+    for run in (plain, one):
+        epoch(*run)
+    for p, q in zip(plain[0].parameters(), one[0].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_bands_for_a_target() -> None:
+    target = {"target_epsilon": 3.0, "target_delta": 1e-5, "epochs": 2}
+    model, optimizer, loader = private(None, bands=4, **target)
+    for _ in range(2):
+        epoch(model, optimizer, loader)
+    assert 2.9 < accountant_of(optimizer).epsilon(1e-5) <= 3.0
+    assert optimizer.mechanism.coefficients == optimal_coefficients(4, 10)
+    with pytest.raises(PrivacyError, match="step 11 of a run whose noise is calibrated for 10"):
+        epoch(model, optimizer, loader)
+    sigma = optimizer.noise_multiplier
+    wanted = {"target_epsilon": 3.0, "target_delta": 1e-5, "sample_rate": loader.sample_rate, "steps": 10}
+    assert sigma == calibrate_noise(**wanted, bands=4)
+
+
+def test_bands_of_the_loader() -> None:
+    model, inner, plain = parts()
+    loader = PoissonLoader.from_dataloader(plain, bands=4)
+    with pytest.raises(PrivacyError, match="(?s)bands is 2, and the PoissonLoader has 4.*leave it out"):
+        make_private(model, inner, loader, noise_multiplier=1.0, bands=2)
+    _, optimizer, found = make_private(model, inner, loader, noise_multiplier=1.0, backend="eager")
+    assert (optimizer.mechanism.bands, found) == (4, loader)
+
+
+def test_bands_that_are_refused() -> None:
+    with pytest.raises(PrivacyError, match="(?s)over 4 steps, for relation 'replace_one'.*or bands=1"):
+        private(bands=4, relation="replace_one")
+    with pytest.raises(PrivacyError, match="bands is 0"):
+        private(bands=0)
+
+
+def test_bands_in_one_graph() -> None:
+    """compile_step steps on the same rows."""
+    model, optimizer, loader = private(bands=3, steps=9)
+    epoch(model, optimizer, loader)
+    wanted = [p.detach().clone() for p in model.parameters()]
+    del model, optimizer, loader  # of the seed that is used again
+    gc.collect()
+    model, optimizer, loader = private(bands=3, steps=9)
+    step = compile_step(model, nn.functional.cross_entropy, optimizer)
+    for x, y in loader:
+        step(x, y)
+    for p, q in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-4, atol=1e-5)

@@ -116,7 +116,7 @@ class PrivacyAccountant:
 
     @property
     def steps(self) -> int:
-        """Logical steps counted so far."""
+        """Logical steps counted so far; with correlated noise :func:`dpcompile.accounting.events.rounds` of them."""
         return sum(n for _, _, n in self._history)
 
     @property

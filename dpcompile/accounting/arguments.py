@@ -10,6 +10,7 @@ from dpcompile.errors import PrivacyError
 __all__ = [
     "Method",
     "Relation",
+    "check_bands",
     "check_bound",
     "check_delta",
     "check_epsilon",
@@ -90,6 +91,18 @@ def check_steps(n: int) -> None:
     """A count that is saved exactly."""
     if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**63:
         raise PrivacyError(f"the number of steps is {n!r}", remedy="give an integer, 0 or more and below 2**63")
+
+
+def check_bands(bands: int, relation: str) -> None:
+    """A number of bands, and a relation for which their cost is proved (:func:`dpcompile.accounting.events.rounds`)."""
+    if isinstance(bands, bool) or not isinstance(bands, int) or bands < 1:
+        raise PrivacyError(f"bands is {bands!r}", remedy="give an integer, 1 or more (1: noise without correlation)")
+    if bands > 1 and relation == "replace_one":
+        raise PrivacyError(
+            f"noise that is correlated over {bands} steps, for relation 'replace_one': what it costs is proved for an "
+            "example that counts or does not",
+            remedy="take relation='zero_out' or 'add_remove', or bands=1",
+        )
 
 
 def check_bound(method: str, relation: str) -> None:

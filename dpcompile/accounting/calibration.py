@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dpcompile.accounting.arguments import (
     Method,
     Relation,
+    check_bands,
     check_bound,
     check_delta,
     check_mechanism,
@@ -18,6 +19,7 @@ from dpcompile.accounting.arguments import (
     number,
 )
 from dpcompile.accounting.composition import composed_epsilon
+from dpcompile.accounting.events import rounds
 from dpcompile.errors import PrivacyError
 
 __all__ = ["calibrate_noise"]
@@ -33,6 +35,7 @@ def calibrate_noise(
     steps: int,
     method: Method = "pld",
     relation: Relation = "zero_out",
+    bands: int = 1,
     schedule: Callable[[int], float] | None = None,
 ) -> float:
     """The smallest noise multiplier, to a relative 1e-4, whose epsilon after ``steps`` is at most the target.
@@ -40,28 +43,37 @@ def calibrate_noise(
     Args:
         target_epsilon: more than 0.
         target_delta: in (0, 1); well below 1 / size of the dataset.
-        sample_rate: in (0, 1].
+        sample_rate: in (0, 1]; with ``bands`` that of the loader, of the part whose turn it is.
         steps: logical steps of the whole training, at least 1.
         method: of the accountant that will be used.
         relation: of that accountant.
+        bands: of a mechanism with correlated noise (:class:`dpcompile.noise.banded.BandedMechanism`) and of its loader.
         schedule: what the result is multiplied by in step t, counted from 0 (:mod:`dpcompile.schedules`); None: 1.
 
     Raises:
-        PrivacyError: an argument out of its range, a factor that is not above 0, or a target that no noise multiplier
-            up to 2**20 reaches.
+        PrivacyError: an argument out of its range, a factor that is not above 0, a target that no noise multiplier
+            up to 2**20 reaches, or ``bands`` with a schedule or "replace_one".
 
     **Guarantee.** ``PrivacyAccountant(noise_multiplier=result, ...)`` with the same method and relation says at most
-    ``target_epsilon`` at ``target_delta`` after ``steps``, each of the noise that the schedule gives it.
+    ``target_epsilon`` at ``target_delta`` after ``steps``, each of the noise that the schedule gives it, or after
+    ``rounds(steps, bands)`` of them (:func:`dpcompile.accounting.events.rounds`).
     """
     check_target(target_epsilon)
     check_delta(target_delta)
     check_mechanism(1.0, sample_rate)
     check_steps(steps)
     check_bound(method, relation)
+    check_bands(bands, relation)
     if steps == 0:
         raise PrivacyError(
             "steps is 0: nothing to calibrate", remedy="give the number of logical steps of the training"
         )
+    if bands > 1 and schedule is not None:
+        raise PrivacyError(
+            f"a schedule, and noise that is correlated over {bands} steps: no bound is known for rows of several sizes",
+            remedy="leave out the one or the other",
+        )
+    steps = rounds(steps, bands)
     factors = {1.0: steps} if schedule is None else Counter(map(_factor(schedule), range(steps)))
     search = functools.partial(_smallest, target_epsilon, target_delta, sample_rate, factors)
     if method == "pld" and len(factors) > 1:  # Rényi's bound takes longer for each sigma

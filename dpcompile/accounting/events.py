@@ -12,7 +12,29 @@ from dpcompile.errors import PrivacyError
 if TYPE_CHECKING:  # it takes as long to import as the rest of the package
     from dp_accounting import DpEvent
 
-__all__ = ["sampled_gaussian", "sampled_gaussian_of"]
+__all__ = ["rounds", "sampled_gaussian", "sampled_gaussian_of"]
+
+
+def rounds(steps: int, bands: int) -> int:
+    """As how many steps of DP-SGD the first ``steps`` count: ``ceil(steps / bands)``.
+
+    Args:
+        steps: logical steps, draws that were skipped among them.
+        bands: b of the mechanism and of the loader; 1: every step counts.
+
+    **Guarantee.** Let C be lower-triangular with b bands and columns of norm at most 1, examples be dealt out to b
+    parts without regard to what they are, and step t be a Poisson sample of rate q of part t mod b. Then what
+    :class:`dpcompile.noise.banded.BandedMechanism` released up to step t - 1 has the privacy loss of ``rounds(t, b)``
+    Gaussian mechanisms of the same noise multiplier on Poisson samples of rate q, composed, for "zero_out" and
+    "add_remove" (Choquette-Choo et al. 2023, theorem 4 and algorithm 2).
+
+    For: what is released tells, and is told by, the rows of C G + sigma z, with G the sums of all steps. An example of
+    part j may be in steps j, j + b, ... alone. Its gradient g of step j + ib, computed from what was released before,
+    enters rows j + ib up to j + (i + 1) b - 1, as c[0] g, c[1] g, ..., together of norm |g| at most, and no other of
+    its gradients enters these. So each such group of rows, begun or complete, is a Gaussian mechanism on a Poisson
+    sample, given those before; a part has at most ``rounds(t, b)`` groups.
+    """
+    return -(-steps // bands)
 
 
 def sampled_gaussian(noise_multiplier: float, sample_rate: float) -> DpEvent:

@@ -14,7 +14,7 @@ from dpcompile.errors import PrivacyError
 if TYPE_CHECKING:  # it takes as long to import as the rest of the package
     from dp_accounting import DpEvent
 
-__all__ = ["Accountant", "check_accountant", "count_step", "counted"]
+__all__ = ["Accountant", "check_accountant", "count_steps", "counted"]
 
 
 class Accountant(Protocol):
@@ -121,17 +121,18 @@ def counted(accountant: Accountant | None) -> Counter[Any]:
     return found
 
 
-def count_step(accountant: Accountant, event: DpEvent) -> Counter[Any]:
-    """Tell an accountant of one step; what it counts then.
+def count_steps(accountant: Accountant, event: DpEvent, n: int = 1) -> Counter[Any]:
+    """Tell an accountant of ``n`` steps, 0 or more; what it counts then.
 
     Raises:
-        PrivacyError: it counts no step more.
+        PrivacyError: it counts another number of steps more.
     """
     before = accountant.steps
-    accountant.step(event=event)
-    if accountant.steps != before + 1:
+    if n:
+        accountant.step(n, event=event)
+    if accountant.steps != before + n:
         raise PrivacyError(
-            f"the accountant, a {type(accountant).__name__}, counted {before} steps, was told of one more and counts "
+            f"the accountant, a {type(accountant).__name__}, counted {before} steps, was told of {n} more and counts "
             f"{accountant.steps}: epsilon would not be that of the run",
             remedy="let its step() count every call; the sums of this step were not released",
         )

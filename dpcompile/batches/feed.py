@@ -17,13 +17,14 @@ class Feed:
     """A loader that is attached to a model and its optimizer.
 
     Args:
-        loader: has ``seed``, ``secure``, ``sample_rate``, ``from_size``.
+        loader: has ``seed``, ``secure``, ``sample_rate``, ``from_size``, ``bands``.
         optimizer: that steps on its draws.
 
     Attributes:
         sample_rate: of the loader.
         from_size: whether the rate comes from the size of the dataset.
         dataset_size: how many examples the loader draws from; None if it does not say.
+        bands: how many parts it draws from by turns.
         draws: its batches on their way.
     """
 
@@ -32,6 +33,7 @@ class Feed:
         self.sample_rate: float = loader.sample_rate
         self.from_size: bool = loader.from_size
         self.dataset_size: int | None = getattr(loader, "dataset_size", None)
+        self.bands: int = loader.bands
         self.draws = Draws()
 
     @property
@@ -43,6 +45,17 @@ class Feed:
     def draw(self) -> int | None:
         """The number, in the loader's stream, of the draw that the last backward was of; None before the first."""
         return self.draws.last
+
+    @property
+    def stream(self) -> str | None:
+        """What tells the loader's draws from those of others, without the secret; None where it is gone."""
+        loader = self._loader()
+        return None if loader is None else _stream(loader)
+
+    def is_of(self, loader: Any) -> bool:
+        """Whether this loader feeds the model, or one that is gone did and has its draws, or none was used yet."""
+        own = self._loader()
+        return own is loader or own is None or self.draw is None
 
     def check_optimizer(self, optimizer: Any) -> None:
         """Raise PrivacyError if another optimizer than the attached one steps while the loader is there."""
@@ -80,4 +93,5 @@ class Feed:
 
 
 def _stream(loader: Any) -> str:
-    return digest(loader.seed) + (" secure" if loader.secure else "")
+    parts = f", {len(loader.dataset)} examples in {loader.bands} parts" if loader.bands > 1 else ""
+    return digest(loader.seed) + (" secure" if loader.secure else "") + parts

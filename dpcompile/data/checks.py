@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.optim.checks import refuse_other_rate
+from dpcompile.optim.correlated import refuse_other_parts
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.optim.state_checks import LOADER, refuse_malformed
 
@@ -110,6 +111,7 @@ def refuse_other_optimizer(engine: Engine, optimizer: Any, loader: Any) -> None:
             remedy="give both the same expected_batch_size",
         )
     refuse_other_rate(optimizer.accountant, loader)
+    refuse_other_parts(optimizer.mechanism, loader.bands)
 
 
 def check_rank(rank: int, world_size: int) -> None:
@@ -156,7 +158,8 @@ def refuse_uneven_parts(ranks: Sequence[int], world_size: int) -> None:
 def refuse_state(saved: Any, current: Any) -> None:
     """A state to resume from means the same draws, and goes on where none has been used."""
     refuse_malformed(saved, LOADER, "PoissonLoader")
-    for name in ("dataset_size", "expected_batch_size", "secure"):
+    saved = {"bands": 1, **saved}  # of loaders before there were parts
+    for name in ("dataset_size", "expected_batch_size", "secure", "bands"):
         if saved[name] != current[name]:
             raise PrivacyError(
                 f"{name} was {saved[name]} in the saved run and is {current[name]} here: the draws would differ",

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
+from dpcompile.accounting.arguments import check_bands
 from dpcompile.batches.draws import Draws
 from dpcompile.batches.matching import DrawnBatch
 from dpcompile.data import checks
+from dpcompile.data.cyclic import CyclicBatches
 from dpcompile.data.padding import Collated, PaddedCollate, RequestedExamples, rows_of
 from dpcompile.data.rate import SamplingRate
 from dpcompile.data.sampling import PoissonBatches, default_physical_batch_size
@@ -65,6 +68,9 @@ class PoissonLoader:
             (:class:`dpcompile.PrivacyAccountant`); they should fit together about.
         physical_batch_size: examples per forward, padding included; a larger draw takes several. None: the expected
             size plus two standard deviations, up to a multiple of 8, at most ``len(dataset)``.
+        bands: of a mechanism whose noise is correlated over so many steps: examples are dealt out to as many parts, by
+            the seed, and step t draws from part t mod ``bands`` alone, at the rate ``bands * expected_batch_size /
+            len(dataset)`` (:mod:`dpcompile.data.cyclic`). A given ``sample_rate`` is that rate. 1: no parts.
         steps: logical steps in one pass; None: so many that an example is drawn once on average, rounded up.
         seed: of the draws, a secret like the noise's; it may be the same one. None draws one.
         secure: draw with ChaCha20.
@@ -83,14 +89,16 @@ class PoissonLoader:
 
     Attributes:
         step: the next logical step to be drawn. It only grows: no draw is handed out twice.
-        sample_rate: the chance of each example.
+        sample_rate: the chance of each example, with ``bands`` in the steps of its part.
+        bands: how many parts it draws from by turns.
         from_size: whether rate or expected batch size come from the size of the dataset.
 
     Raises:
-        PrivacyError: sizes that are not positive, a rate that is none, an expected batch larger than the dataset, an
-            empty or an iterable dataset.
+        PrivacyError: sizes that are not positive, a rate that is none, an expected batch larger than the dataset (or
+            its part), an empty or an iterable dataset.
 
-    **Guarantee.** The logical batches are independent Poisson samples of rate ``sample_rate``, each handed out once;
+    **Guarantee.** The logical batches are independent Poisson samples of rate ``sample_rate``, each handed out once,
+    with ``bands`` of one part each, so that no example is in two of ``bands`` steps in a row;
     what fills them up has mask False. Attached, the model knows the mask of each by its tensors, uses each once, and
     the optimizer steps once for each draw (:class:`dpcompile.batches.draws.Draws`).
 
@@ -109,6 +117,8 @@ class PoissonLoader:
     ``load_state_dict`` of an earlier step            refused: draws would be used twice
     two iterations at once                            the older one is refused
     a second loader of the same seed on one model     refused where its draws were used already
+    ``bands`` that are not the mechanism's            refused
+    ``bands``, and the dataset reordered on the way   not seen: examples move to other parts
     ================================================  ====================================================
     """
 
@@ -118,6 +128,7 @@ class PoissonLoader:
         *,
         expected_batch_size: float | None = None,
         sample_rate: float | None = None,
+        bands: int = 1,
         physical_batch_size: int | None = None,
         steps: int | None = None,
         seed: int | None = None,
@@ -136,9 +147,10 @@ class PoissonLoader:
     ) -> None:
         checks.check_rank(rank, world_size)
         size = checks.checked_size(dataset)
-        rate = SamplingRate.given(size, expected_batch_size, sample_rate, steps)
+        check_bands(bands, "zero_out")
+        rate = SamplingRate.given(size, expected_batch_size, sample_rate, steps, bands)
         if physical_batch_size is None:
-            physical_batch_size = default_physical_batch_size(rate.sample_rate * size / world_size, size)
+            physical_batch_size = default_physical_batch_size(rate.sample_rate * size / bands / world_size, size)
         checks.check_count("physical_batch_size", physical_batch_size)
         checks.check_count("steps", rate.steps)
         drawn = fresh_seed(secure=secure)
@@ -151,7 +163,7 @@ class PoissonLoader:
         self.dataset = dataset
         self.expected_batch_size, self.physical_batch_size = rate.expected_batch_size, physical_batch_size
         self.sample_rate, self.from_size = rate.sample_rate, rate.from_size
-        self.secure = secure
+        self.secure, self.bands = secure, bands
         self.step = 0
         self._length = rate.steps
         self._position = 0  # logical steps of the current pass that have been handed out
@@ -159,7 +171,7 @@ class PoissonLoader:
         self._attached: tuple[Engine, DPOptimizer, Draws] | None = None
         self._iteration = object()
         self._finished = True  # whether the last pass was taken whole
-        self._sampler = PoissonBatches(
+        self._sampler = (PoissonBatches if bands == 1 else partial(CyclicBatches, bands=bands))(
             seed=self.seed,
             size=size,
             sample_rate=self.sample_rate,
@@ -285,6 +297,7 @@ class PoissonLoader:
             "dataset_size": self.dataset_size,
             "expected_batch_size": self.expected_batch_size,
             "sample_rate": self.sample_rate,
+            "bands": self.bands,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -110,15 +110,18 @@ class PoissonBatches:
         """Set the logical steps of the next ``iter()``, and whether each is one request."""
         self._steps, self._whole = steps, whole
 
+    def draw(self, seed: int, step: int) -> list[int]:
+        """Indices of one logical step, ascending."""
+        return poisson_draw(seed, step=step, size=self.size, sample_rate=self.sample_rate, secure=self.secure)
+
     def __iter__(self) -> Iterator[Request]:
         # bound now: a generator would read them at its first item
         return self._requests(self.seed, self._steps, self._whole)
 
     def _requests(self, seed: int, steps: range, whole: bool) -> Iterator[Request]:
         for step in steps:
-            drawn = poisson_draw(seed, step=step, size=self.size, sample_rate=self.sample_rate, secure=self.secure)
             yield from cut(
-                drawn,
+                self.draw(seed, step),
                 physical_batch_size=self.physical_batch_size,
                 step=step,
                 rank=self.rank,

@@ -15,7 +15,7 @@ from torch import Tensor
 from dpcompile._torch.tensors import is_fake
 from dpcompile.kernels.build import kernel
 
-__all__ = ["adam_", "mean_", "takes"]
+__all__ = ["adam_", "mean_", "rows_", "takes"]
 
 
 def takes(tensors: Iterable[Tensor]) -> bool:
@@ -94,6 +94,33 @@ def adam_(
     torch.autograd.graph.increment_version(everything)
 
 
+def rows_(
+    rings: Sequence[Tensor],
+    *,
+    tags: Sequence[int],
+    starts: Sequence[int],
+    factors: Sequence[float],
+    seed: int,
+    first: int,
+    made: int,
+    more: int,
+) -> None:
+    """The next rows of correlated noise, each in the place of the oldest (:class:`dpcompile.noise.rows.Rows`).
+
+    Args:
+        rings: ``[K, numel]``, those that :func:`takes` said yes to; row r of a block stands at r % K.
+        tags: see :func:`mean_`, as for ``starts`` and ``seed``.
+        starts: see there.
+        factors: K + 1, of the number that is drawn and of the K rows before, which are taken off.
+        seed: see there.
+        first: the step of the block's row 0.
+        made: rows that the block has.
+        more: to make.
+    """
+    _call("dp_rows", *_rows(rings, tags, starts, factors, seed, first, made, more))
+    torch.autograd.graph.increment_version(rings)
+
+
 # Elements 0 to 8 of parameter 5 at step 7 under this seed, by torch operations (`dpcompile.noise.normal.gaussian`).
 _SEED, _STEP, _TAG = 0x0123456789ABCDEF, 7, 5
 _KNOWN = (
@@ -104,11 +131,16 @@ _KNOWN = (
 
 @kernel("gaussian", else_told="the same noise is drawn by torch operations")
 def _library(library: ctypes.CDLL) -> bool:
-    """Whether noise of twice the size, added to ones and halved, is what it should be."""
+    """Whether noise of twice the size, added to ones and halved, is what it should be, and a row with those before."""
     values = torch.ones(len(_KNOWN), dtype=torch.float64)
     arguments = [*_spans([values], [values], [_TAG]), *_numbers(values, 2.0, 2.0, _SEED, _STEP)]
-    library.dp_mean(*arguments, ctypes.c_int(torch.get_num_threads()))
-    return torch.allclose(values, torch.tensor(_KNOWN, dtype=torch.float64) + 0.5, rtol=0, atol=1e-13)
+    threads, known = ctypes.c_int(torch.get_num_threads()), torch.tensor(_KNOWN, dtype=torch.float64)
+    library.dp_mean(*arguments, threads)
+    ring = torch.tensor([[3.0], [5.0]], dtype=torch.float64).expand(2, len(_KNOWN)).contiguous()
+    arguments = _rows([ring], [_TAG], [0], (2.0, 0.5, 0.25), _SEED, _STEP - 1, 1, 1)
+    library.dp_rows(*arguments, threads)
+    row = 2 * known - 0.5 * 3 - 0.25 * 5
+    return all(torch.allclose(a, b, rtol=0, atol=1e-13) for a, b in ((values, known + 0.5), (ring[1], row)))
 
 
 def _call(name: str, *arguments: object) -> None:
@@ -124,6 +156,17 @@ def _spans(
     memory = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
     sizes = (ctypes.c_int64 * n)(*(t.numel() for t in totals))
     return [ctypes.c_int64(n), memory, begin, sizes, (ctypes.c_int64 * n)(*tags)]
+
+
+def _rows(
+    rings: Sequence[Tensor], tags: Sequence[int], starts: Sequence[int], factors: Sequence[float], seed: int, *at: int
+) -> list[object]:
+    """What :func:`rows_` is given, as the kernel takes it."""
+    count, memory, begin, _, words = _spans(rings, rings, tags, starts)
+    sizes = (ctypes.c_int64 * len(rings))(*(ring.shape[1] for ring in rings))
+    wide, _, _, key, _ = _numbers(rings[0], 0.0, 1.0, seed, 0)
+    place = [ctypes.c_int64(x) for x in (*at, len(factors) - 1)]
+    return [count, memory, begin, sizes, words, wide, key, *place, (ctypes.c_double * len(factors))(*factors)]
 
 
 def _numbers(like: Tensor, std: float, divisor: float, seed: int, step: int) -> tuple[object, ...]:

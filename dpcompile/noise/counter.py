@@ -36,6 +36,7 @@ class Stream(enum.Enum):
     SAMPLING = 1
     WORKERS = 2
     VOTES = 3
+    PARTS = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,14 @@
 """Mechanisms: how the clipped sums of one logical step are released, and what that costs.
 
-:class:`Mechanism` is what `DPOptimizer` needs of one. The Gaussian mechanism is the first. Source: Dwork and Roth 2014,
-appendix A; Abadi et al. 2016, algorithm 1.
+:class:`Mechanism` is what `DPOptimizer` needs of one. Here is the Gaussian mechanism, in `banded` one whose noise is
+correlated. Source: Dwork and Roth 2014, appendix A; Abadi et al. 2016, algorithm 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from dpcompile.noise.normal import add_gaussian_
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
-__all__ = ["GaussianMechanism", "Mechanism", "Release", "privatize_"]
+__all__ = ["GaussianMechanism", "Mechanism", "Release", "pieces_of", "privatize_"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class Mechanism(Protocol):
         expected_batch_size: the constant that divides the sums.
         seed: of the noise, a secret.
         secure: whether the noise is cryptographic.
+        bands: b: noise of steps that lie b or more apart is added to no common example (:mod:`dpcompile.noise.banded`);
+            1: noise is independent from step to step.
     """
 
     noise_multiplier: float
@@ -57,10 +59,16 @@ class Mechanism(Protocol):
     seed: int
     secure: bool
 
+    @property
+    def bands(self) -> int:
+        """See the class."""
+        ...
+
     def release(self, release: Release) -> None:
         """Put private mean gradients in the place of the totals.
 
-        **Guarantee.** The steps released so far cost what :meth:`event` says, composed.
+        **Guarantee.** The steps released so far cost what :meth:`event` says, composed: once for each step, or with
+        ``bands`` once for each ``bands`` steps that were begun (:func:`dpcompile.accounting.events.rounds`).
         """
         ...
 
@@ -89,6 +97,7 @@ class GaussianMechanism:
     expected_batch_size: float
     seed: int
     secure: bool = False
+    bands: ClassVar[int] = 1
 
     @property
     def std(self) -> float:
@@ -174,7 +183,7 @@ def privatize_(
         pieces = [
             (piece, parameters[i], start)
             for i in members
-            for piece, start in _pieces(totals[i], None if runs is None else runs[i])
+            for piece, start in pieces_of(totals[i], None if runs is None else runs[i])
         ]
         add_gaussian_(
             [piece for piece, _, _ in pieces],
@@ -188,7 +197,7 @@ def privatize_(
         )
 
 
-def _pieces(total: Tensor, runs: Sequence[tuple[int, int]] | None) -> list[tuple[Tensor, int]]:
+def pieces_of(total: Tensor, runs: Sequence[tuple[int, int]] | None) -> list[tuple[Tensor, int]]:
     """Views of a total, one for each run, and the index of their first element."""
     if runs is None:
         return [(total, 0)]

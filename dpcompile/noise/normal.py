@@ -191,7 +191,7 @@ def uniform(
     if not isinstance(stream, Stream) or stream in _NORMAL:
         raise PrivacyError(
             f"uniform numbers cannot come from stream {stream!r}",
-            remedy="take Stream.SAMPLING or Stream.WORKERS; the others are kept for noise",
+            remedy="take another stream, such as Stream.SAMPLING; those of normal numbers are kept for noise",
         )
     parts = list(_pieces(seed, step, [Span(0, numel, start)], torch.device(device), secure, stream, _unit))
     return torch.cat([v for _, _, v in parts]) if parts else torch.empty(0, dtype=torch.float64, device=device)

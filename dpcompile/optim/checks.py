@@ -19,6 +19,7 @@ from dpcompile.accounting.protocol import Accountant, check_accountant, counted
 from dpcompile.errors import PrivacyError, PrivacyWarning
 from dpcompile.module import Engine
 from dpcompile.noise.mechanism import Mechanism
+from dpcompile.optim.correlated import refuse_other_matrix
 from dpcompile.optim.state_checks import OPTIMIZER, refuse_malformed
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
     "refuse_replaced",
     "refuse_state",
     "refuse_stray",
-    "warn_of_used_noise",
+    "refuse_used_noise",
 ]
 
 
@@ -247,6 +248,7 @@ def refuse_state(
                 remedy=f"make the DPOptimizer with {name}={own[name]}"
                 + ("; with a NoiseSchedule, load the schedule's state first" if name == "noise_multiplier" else ""),
             )
+    refuse_other_matrix(own, current)
     if current["accountant"] is not None and current["logical_step"] and own["seed"] != current["seed"]:
         raise PrivacyError(
             f"this optimizer has taken {current['logical_step']} steps, and the state is of another run: the "
@@ -273,17 +275,26 @@ _DRAWN: dict[tuple[str, bool], tuple[weakref.ref[Any], int]] = {}  # stream of n
 _WARNED: set[tuple[str, bool]] = set()
 
 
-def warn_of_used_noise(owner: Any, stream: str, *, secure: bool, step: int) -> None:
-    """Warn once per stream if another optimizer of this process drew the same noise.
+def refuse_used_noise(owner: Any, stream: str, *, secure: bool, step: int, correlated: bool = False) -> None:
+    """Warn once per stream if another optimizer of this process drew the same noise; refuse it if it is correlated.
 
     Args:
         owner: the optimizer that is about to draw.
         stream: a digest of its seed.
         secure: of which generator.
         step: the logical step that is drawn for.
+        correlated: the noise is correlated over steps.
+
+    Raises:
+        PrivacyError: it is, and the other optimizer is still there.
     """
     key = stream, secure
     known = _DRAWN.get(key)
+    if correlated and known is not None and known[0]() not in (None, owner) and step <= known[1]:
+        raise PrivacyError(
+            f"two DPOptimizers of one seed, and noise that is correlated over steps: row {step} would be drawn again",
+            remedy="leave the seed out, or give each run its own; to repeat an experiment, delete the other optimizer",
+        )
     if known is not None and known[0]() is not owner and step <= known[1] and key not in _WARNED:
         _WARNED.add(key)
         warnings.warn(

@@ -6,11 +6,31 @@ from dpcompile.distributed.ranks import digest, from_first, refuse_disagreement
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.noise.adaptive import AdaptiveClip, AdaptiveGaussianMechanism
+from dpcompile.noise.banded import BandedMechanism
 from dpcompile.noise.counter import check_seed, fresh_seed
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
+from dpcompile.noise.strategy import default_restart, optimal_coefficients
 from dpcompile.optim.checks import refuse_bad_numbers
 
-__all__ = ["gaussian_mechanism", "refuse_other_ranks"]
+__all__ = ["banded_mechanism", "gaussian_mechanism", "refuse_other_ranks"]
+
+
+def banded_mechanism(
+    engine: Engine,
+    noise_multiplier: float,
+    expected_batch_size: float,
+    seed: int,
+    secure: bool,
+    bands: int,
+    steps: int | None,
+) -> BandedMechanism:
+    """One with the best matrix for so many steps (None: for many), which is the same on all ranks."""
+    coefficients = optimal_coefficients(bands, default_restart(bands) if steps is None else steps)
+    if engine.distributed:  # machines may round differently
+        coefficients = from_first(coefficients)
+    check_seed(seed, secure=secure)
+    C = engine.max_grad_norm
+    return BandedMechanism(noise_multiplier, C, expected_batch_size, seed, secure, coefficients=coefficients)
 
 
 def gaussian_mechanism(

@@ -30,6 +30,8 @@ def update_(
 ) -> bool:
     """The whole step of ``optimizer`` on the private means of a release, if this file knows how to do it.
 
+    Gaussian noise is drawn in the same pass; what other mechanisms release is put there before.
+
     Args:
         optimizer: the inner one, with one pre-hook of its own (the guard of `DPOptimizer`).
         weights: all its parameters that get an update.
@@ -47,13 +49,11 @@ def update_(
     =============================================================  ============
     a subclass, another ``step``, hooks on the inner optimizer     not done here
     amsgrad, maximize, capturable, differentiable                  not done here
-    another mechanism, or cryptographic noise                      not done here
+    another mechanism, or cryptographic noise                      released first, then one pass
     weights narrower than float32, not contiguous, on a GPU        not done here
     a learning-rate scheduler on the inner optimizer               done here
     =============================================================  ============
     """
-    if not isinstance(mechanism, GaussianMechanism) or mechanism.secure:
-        return False
     groups, totals = optimizer.param_groups, release.totals
     if type(optimizer) not in (Adam, AdamW) or not is_stepped_as_made(
         optimizer, hooks=1, everywhere=[refuse_bystander]
@@ -65,6 +65,11 @@ def update_(
     held = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq") if name in state]
     if not native.takes([*weights, *totals, *held]):
         return False
+    std, divisor = 0.0, 1.0
+    if isinstance(mechanism, GaussianMechanism) and not mechanism.secure:
+        std, divisor = mechanism.std, mechanism.expected_batch_size
+    else:
+        mechanism.release(release)
     for w, total in zip(weights, totals, strict=True):
         w.grad = total
     index = {id(w): parameter for w, parameter in zip(weights, release.parameters, strict=True)}
@@ -80,8 +85,8 @@ def update_(
             native.adam_(
                 *chosen,
                 tags=[counter_tag(Stream.GRADIENT, index[id(params[i])]) for i in members],
-                std=mechanism.std,
-                divisor=mechanism.expected_batch_size,
+                std=std,
+                divisor=divisor,
                 seed=mechanism.seed,
                 step=release.step,
                 rates=_rates(type(optimizer) is AdamW or group.get("decoupled_weight_decay", False), group, count),

@@ -10,18 +10,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from dpcompile.accounting.events import rounds
 from dpcompile.accounting.planned_steps import OnExceed, PlannedSteps
-from dpcompile.accounting.protocol import Accountant, count_step, counted
+from dpcompile.accounting.protocol import Accountant, count_steps, counted
 from dpcompile.batches.feed import Feed
 from dpcompile.distributed.ranks import digest
 from dpcompile.errors import PrivacyError
 from dpcompile.module import engine_of
 from dpcompile.noise.adaptive import AdaptiveClip
 from dpcompile.noise.mechanism import Mechanism
-from dpcompile.optim import carried_state, checks
+from dpcompile.optim import carried_state, checks, correlated
 from dpcompile.optim.chained import as_one, parts_of
 from dpcompile.optim.common import gaussian_mechanism, refuse_other_ranks
 from dpcompile.optim.update import update_
@@ -130,6 +131,7 @@ class DPOptimizer(WrappingOptimizer):
         self._agreed = False  # whether all ranks are known to mean the same
         self._held = False  # sums of earlier physical batches of an unfinished logical step stand in p.grad
         self._used_draws: dict[str, Any] | None = None  # before the state that was loaded
+        self._last_draws: dict[str, Any] | None = None  # by steps since, of correlated noise
         checks.refuse_foreign(engine, inner)
         checks.refuse_missing(engine, inner, engine.trainable())
         checks.refuse_complex(engine, engine.trainable())
@@ -231,6 +233,7 @@ class DPOptimizer(WrappingOptimizer):
         checks.refuse_complex(self.engine, names)
         checks.refuse_other_accountant(self.noise_multiplier, self.accountant)
         checks.refuse_forgetful(self.accountant, self._counted)
+        correlated.check_step(self.mechanism, feed, self.accountant, self._last_draws or self._used_draws)
         if feed is not None:
             feed.check_optimizer(self)
             feed.check_resumed(self._used_draws)
@@ -243,20 +246,30 @@ class DPOptimizer(WrappingOptimizer):
 
     def fed_by(self, loader: Any) -> None:
         """Step on the draws of a loader; no other optimizer of the model does from now on."""
+        correlated.refuse_other_loader(self.mechanism, self.engine.feed, self.logical_step, loader)
         self.engine.feed = Feed(loader, self)
 
     def use_noise(self) -> int:
         """Use up one draw of noise and account for it; returns the logical step to draw it for.
 
-        Counted before it is drawn: if the update fails half-way, this noise must not be drawn again.
+        Counted before it is drawn: if the update fails half-way, this noise must not be drawn again. With correlated
+        noise, so are the rows of draws that were left out (:func:`dpcompile.optim.correlated.next_row`).
         """
-        used = self.logical_step
+        bands, before, feed = self.mechanism.bands, self.logical_step, self.engine.feed
+        used = correlated.next_row(self.mechanism, feed, before)
         if self.noise_multiplier > 0:
-            checks.warn_of_used_noise(self, digest(self.seed), secure=self.secure, step=used)
-        self._logical_step += 1
+            stream = digest(self.seed)
+            checks.refuse_used_noise(self, stream, secure=self.secure, step=used, correlated=bands > 1)
+        self._logical_step = used + 1
         self.engine.steps = (self.engine.steps or 0) + 1
+        if feed is not None and bands > 1:
+            self._last_draws = feed.state() or self._last_draws
         if self.accountant is not None:
-            self._counted = count_step(self.accountant, self.mechanism.event(self.accountant.sample_rate))
+            event, more = (
+                self.mechanism.event(self.accountant.sample_rate),
+                rounds(used + 1, bands) - rounds(before, bands),
+            )
+            self._counted = count_steps(self.accountant, event, more)
         return used
 
     def finish(self) -> None:
@@ -295,14 +308,6 @@ class DPOptimizer(WrappingOptimizer):
         waits = self._accumulating if feed is None else feed.draws.waits
         return self._held or (waits and self.engine.ledger.deliveries > 0)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the inner optimizer; its parameters must be the model's."""
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        checks.refuse_foreign_parameters(self.engine, (p[1] if isinstance(p, tuple) else p for p in params))
-        self.optimizer.add_param_group({**param_group, "params": params})
-        carried_state.mark_groups(self.optimizer.param_groups)
-
     def state_dict(self) -> dict[str, Any]:
         """The inner state dict plus the key ``"dpcompile"``, also in every group, for torch's functions on states.
 
@@ -327,7 +332,7 @@ class DPOptimizer(WrappingOptimizer):
             self._counted = counted(self.accountant)
         self.mechanism.load_state_dict(own)
         self._logical_step = own["logical_step"]
-        self._used_draws = own.get("draws")
+        self._used_draws, self._last_draws = own.get("draws"), None
         self._agreed = False
         self.discard()
         if self.mechanism.max_grad_norm != self.max_grad_norm:
@@ -335,10 +340,10 @@ class DPOptimizer(WrappingOptimizer):
 
     def private_state(self) -> dict[str, Any]:
         """What :meth:`state_dict` adds to the inner optimizer's: plain numbers, the seed among them."""
-        feed = self.engine.feed
+        feed, used = self.engine.feed, self._last_draws or self._used_draws
         return {
             **self.mechanism.state_dict(),
             "logical_step": self.logical_step,
             "accountant": None if self.accountant is None else self.accountant.state_dict(),
-            "draws": self._used_draws if feed is None else feed.state() or self._used_draws,
+            "draws": used if feed is None else feed.state() or used,
         }

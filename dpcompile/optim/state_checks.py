@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dpcompile.accounting.events import rounds
 from dpcompile.accounting.saved import saved_runs
 from dpcompile.errors import PrivacyError
 
@@ -85,11 +86,13 @@ def refuse_malformed(state: Any, kinds: Mapping[str, _Kind], whose: str) -> None
     if not _positive(state.get("max_grad_norm", 1.0)):
         value = state["max_grad_norm"]
         raise PrivacyError(f"'max_grad_norm' of the {whose}'s state is {value!r}, not a bound", remedy=remedy)
+    if not _whole(state.get("bands", 1), 2**63) or state.get("bands", 1) < 1:
+        raise PrivacyError(f"'bands' of the {whose}'s state is {state['bands']!r}, no integer above 0", remedy=remedy)
     if not state["secure"] and state["seed"] >= 2**64:
         raise PrivacyError(f"the {whose}'s state holds a seed for the other generator", remedy=remedy)
     if state.get("accountant") is not None:
         counted = sum(run[2] for run in state["accountant"]["history"])
-        if counted < state["logical_step"]:
+        if counted < rounds(state["logical_step"], state.get("bands", 1)):
             raise PrivacyError(
                 f"the {whose}'s state stands at logical step {state['logical_step']}, and its accountant counted "
                 f"{counted}: epsilon would leave steps out",

@@ -22,8 +22,10 @@ from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
+from dpcompile.optim.carried_state import mark_groups
 from dpcompile.optim.chained import parts_of
-from dpcompile.optim.checks import refuse_bad_numbers
+from dpcompile.optim.checks import refuse_bad_numbers, refuse_foreign_parameters
+from dpcompile.optim.correlated import refuse_move
 from dpcompile.reporting.facts import report_of
 from dpcompile.reporting.report import Report
 from dpcompile.runtime.optimizer_hooks import HookedOptimizer
@@ -84,6 +86,7 @@ class WrappingOptimizer(HookedOptimizer):
         refuse_bad_numbers(value, self.expected_batch_size)
         if isinstance(self.mechanism, GaussianMechanism):
             replace(self.mechanism, noise_multiplier=value)  # raises where the kind of mechanism cannot have it
+        refuse_move(self.mechanism, self.logical_step, "noise_multiplier", self.noise_multiplier, value)
         self._planned.refuse_less_noise(self.noise_multiplier, value)
         if self._accountant is not None:
             self._accountant.move_noise_multiplier(value)
@@ -105,6 +108,7 @@ class WrappingOptimizer(HookedOptimizer):
         Raises:
             PrivacyError: within a logical step, or a C that cannot be (:class:`dpcompile.runtime.bound.ClipBound`).
         """
+        refuse_move(self.mechanism, self.logical_step, "max_grad_norm", self.engine.max_grad_norm, value)
         self.engine.move_max_grad_norm(value)
         self.mechanism.max_grad_norm = self.engine.max_grad_norm
         self._note_numbers()
@@ -207,6 +211,14 @@ class WrappingOptimizer(HookedOptimizer):
             self.step_on_nothing()
         finally:
             self.discard()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer; its parameters must be the model's."""
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        refuse_foreign_parameters(self.engine, (p[1] if isinstance(p, tuple) else p for p in params))
+        self.optimizer.add_param_group({**param_group, "params": params})
+        mark_groups(self.optimizer.param_groups)
 
     def load_inner(self, state: dict[str, Any]) -> None:
         """Load the inner optimizer's part of a state.

@@ -18,6 +18,7 @@ import torch
 
 from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.arguments import check_delta
+from dpcompile.accounting.protocol import Accountant
 from dpcompile.distributed.ranks import world_size
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
@@ -52,7 +53,7 @@ _NOT_COVERED = (
 def report_of(
     engine: Engine,
     mechanism: Mechanism,
-    accountant: PrivacyAccountant | None,
+    accountant: Accountant | None,
     *,
     delta: float,
     steps: int,
@@ -92,7 +93,7 @@ def report_of(
     name = type(engine.module).__name__
     summary = (
         f"The weights of this {name} are ({epsilon:.4g}, {delta:g})-differentially private for one example, after "
-        f"{accountant.steps} steps."
+        f"{steps} steps."
         if math.isfinite(epsilon)
         else f"The weights of this {name} are not differentially private: steps were taken without noise."
     )
@@ -106,13 +107,20 @@ def report_of(
     )
 
 
-def _privacy(
-    accountant: PrivacyAccountant, mechanism: Mechanism, delta: float, epsilon: float
-) -> Iterator[tuple[str, str]]:
+def _privacy(accountant: Accountant, mechanism: Mechanism, delta: float, epsilon: float) -> Iterator[tuple[str, str]]:
     yield "ε", f"{epsilon:.4f} at δ = {delta:g}, an upper bound"
     yield "neighbouring datasets", _RELATIONS[accountant.relation]
-    yield "accounting", f"{accountant.method.upper()}, by dp-accounting"
+    method = getattr(accountant, "method", None)
+    yield "accounting", f"by {type(accountant).__name__}" if method is None else f"{method.upper()}, by dp-accounting"
     yield from _steps(accountant)
+    for event, count in getattr(accountant, "releases", ()):
+        yield f"released beside: {event!r}", f"{count} times"
+    if isinstance(accountant, PrivacyAccountant):
+        yield "attacks", f"true less false positives, at most {accountant.attack_advantage():.4f}"
+        mu, regret = accountant.gaussian_bound()
+        yield "Gaussian DP", f"μ = {mu:.4f}, regret {regret:.4f}"
+    if mechanism.bands > 1:
+        yield "noise", f"correlated over {mechanism.bands} steps, of which each counts once, begun or whole"
     kinds = {GaussianMechanism: "Gaussian", AdaptiveGaussianMechanism: "Gaussian, with the count of examples within C"}
     yield "mechanism", kinds.get(type(mechanism), type(mechanism).__name__)
     if isinstance(mechanism, AdaptiveGaussianMechanism):
@@ -120,7 +128,7 @@ def _privacy(
     yield "generator of the noise", "ChaCha20, cryptographic" if mechanism.secure else "Philox, not cryptographic"
 
 
-def _steps(accountant: PrivacyAccountant) -> Iterator[tuple[str, str]]:
+def _steps(accountant: Accountant) -> Iterator[tuple[str, str]]:
     kinds: Counter[str] = Counter()
     for sigma, rate, n in accountant.history:
         kinds[f"noise multiplier {sigma:g}, sample rate {rate:g}"] += n
@@ -132,13 +140,14 @@ def _steps(accountant: PrivacyAccountant) -> Iterator[tuple[str, str]]:
     yield numbers, f"{accountant.steps} steps of {len(kinds)} kinds"
 
 
-def _data(engine: Engine, accountant: PrivacyAccountant) -> Iterator[tuple[str, str]]:
+def _data(engine: Engine, accountant: Accountant) -> Iterator[tuple[str, str]]:
     yield "unit", "one example: one item of the dataset"
     feed = engine.feed
     if feed is None:
         yield "sampling", "by the loop; epsilon takes it to be Poisson sampling"
         return
-    yield "sampling", f"Poisson, each example with probability {feed.sample_rate:g} in every step"
+    turns = "every step" if feed.bands == 1 else f"the steps of its part, one of {feed.bands} by turns"
+    yield "sampling", f"Poisson, each example with probability {feed.sample_rate:g} in {turns}"
     size = feed.dataset_size
     if size is not None and accountant.relation != "add_remove":
         yield "examples", str(size)
@@ -175,7 +184,7 @@ def _certificate(engine: Engine) -> str:
     return "" if engine.transformed is None else str(engine.transformed.certificate)
 
 
-def _own_gaps(engine: Engine, accountant: PrivacyAccountant, delta: float) -> Iterator[str]:
+def _own_gaps(engine: Engine, accountant: Accountant, delta: float) -> Iterator[str]:
     if engine.feed is None:
         yield "How batches were drawn: no PoissonLoader is attached, and epsilon takes them to be Poisson samples."
     size = None if engine.feed is None else engine.feed.dataset_size

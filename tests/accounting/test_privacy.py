@@ -12,13 +12,14 @@ import dp_accounting
 import pytest
 from dp_accounting import DpEvent, GaussianDpEvent, LaplaceDpEvent, PoissonSampledDpEvent, pld, rdp
 
-from benchmarks.mechanisms import relations
+from benchmarks.mechanisms import bands, relations
 from dpcompile.accounting import accountant as accountants
 from dpcompile.accounting import composition
 from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.calibration import calibrate_noise
-from dpcompile.accounting.events import sampled_gaussian
+from dpcompile.accounting.events import rounds, sampled_gaussian
 from dpcompile.errors import PrivacyError
+from dpcompile.noise.banded import BandedMechanism
 from dpcompile.noise.mechanism import GaussianMechanism
 
 
@@ -343,3 +344,51 @@ def test_the_page_has_the_figures_of_the_command() -> None:
     page = (pathlib.Path(__file__).parents[2] / "docs/sharp_edges.md").read_text()
     for relation, epsilon in relations().items():
         assert re.search(rf'\| `"{relation}"` \|.*\| {epsilon:.3f} \|', page)
+
+
+# ---- noise that is correlated over steps
+
+
+@pytest.mark.parametrize(("bands", "q", "count", "epsilon"), [(1, 0.01, 1000, 1.82824), (8, 0.08, 125, 6.22838)])
+def test_known_values_of_correlated_noise(bands, q, count, epsilon):
+    """The same expected batch, 1,000 steps, sigma 1."""
+    assert rounds(1000, bands) == count
+    assert accountant(1.0, q, steps=count).epsilon(1e-5) == pytest.approx(epsilon, abs=1e-5)
+
+
+def test_rounds_are_counted_when_they_begin():
+    assert [rounds(t, 3) for t in range(8)] == [0, 1, 1, 1, 2, 2, 2, 3]
+    assert [rounds(t, 1) for t in range(4)] == [0, 1, 2, 3]
+
+
+def test_a_mechanism_of_bands_is_counted_as_its_gaussian():
+    own = BandedMechanism(1.0, 1.0, 8.0, 0, coefficients=(1.0, 0.5))
+    counted = PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.08)
+    counted.step(rounds(9, 2), event=own.event(0.08))
+    assert counted.history == [(1.0, 0.08, 5)]
+
+
+def test_calibrated_for_bands():
+    common = {"target_epsilon": 2.0, "target_delta": 1e-5, "sample_rate": 0.08}
+    sigma = calibrate_noise(**common, steps=999, bands=8)
+    assert sigma == calibrate_noise(**common, steps=125)
+    assert accountant(sigma, 0.08, steps=rounds(999, 8)).epsilon(1e-5) <= 2.0
+
+
+def test_what_is_not_proved_of_bands_is_refused():
+    common: Any = {"target_epsilon": 2.0, "target_delta": 1e-5, "sample_rate": 0.08, "steps": 10}
+    with pytest.raises(PrivacyError, match="(?s)over 8 steps, for relation 'replace_one'.*take relation='zero_out'"):
+        calibrate_noise(**common, bands=8, relation="replace_one")
+    with pytest.raises(PrivacyError, match="(?s)a schedule, and noise that is correlated over 8 steps.*leave out the"):
+        calibrate_noise(**common, bands=8, schedule=lambda t: 1.0)
+    for bad in (0, 1.5, True):
+        with pytest.raises(PrivacyError, match=f"(?s)bands is {bad}.*give an integer, 1 or more"):
+            calibrate_noise(**common, bands=bad)
+
+
+def test_the_table_of_bands():
+    """More bands need more noise for a target; what adds up is less where epsilon is large."""
+    found = bands(0.01, 1000, 8.0)
+    assert found[1][0] == pytest.approx(1.82824, abs=1e-5) and found[8][0] == pytest.approx(6.22838, abs=1e-5)
+    sigmas, errors = ([row[i] for row in found.values()] for i in (1, 2))
+    assert sigmas == sorted(sigmas) and errors == sorted(errors, reverse=True)

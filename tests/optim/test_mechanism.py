@@ -36,6 +36,7 @@ class Differences:
     seed: int = 3
     secure: bool = False
     before: int | None = None
+    bands: int = 1  # nothing is counted
 
     def noise(self, step: int | None, parameter: int, like: Tensor) -> Tensor:
         if step is None:

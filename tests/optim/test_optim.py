@@ -505,6 +505,7 @@ class Loader:
 
     def __init__(self, seed: int = 3, sample_rate: float = 0.1) -> None:
         self.seed, self.sample_rate, self.from_size, self.secure = seed, sample_rate, True, False
+        self.bands = 1
 
 
 @pytest.mark.parametrize("where", ["model", "inner", "by hand"])

@@ -273,10 +273,42 @@ void span(const Job& job, bool noisy, const Apply& apply, int64_t at, uint64_t s
   }
 }
 
-// Cuts all spans into tasks of equal size. make(i) is what to apply to span i.
-template <class Scalar, class Make>
-void spans(const Job& job, bool noisy, int64_t count, const int64_t* starts, const int64_t* numels, const int64_t* tags,
-           int threads, const Make& make) {
+// Rows of correlated noise, K of the latest of each element kept: row r of a block, in place of row r - K, is
+// y[r] = factors[0] * z[r] - factors[1] * y[r - 1] - ... - factors[K] * y[r - K], and z[r] the numbers of step first + r.
+template <class Scalar>
+struct Rows {
+  Job job;
+  uint32_t first;
+  int64_t made, more, kept;
+  const double* factors;
+  void run(Scalar* ring, int64_t numel, int64_t at, uint64_t start, int64_t n, uint32_t tag) const {
+    constexpr int64_t ROOM = 2 * LANES * GROUPS, CARRY = int64_t(1) << 33;
+    alignas(64) Scalar z[ROOM] = {}, y[ROOM];
+    while (n > 0) {
+      const int skip = start & 1;
+      const int64_t take = std::min({n, ROOM - skip, CARRY - int64_t(start & (CARRY - 1))});
+      for (int64_t row = made; row < made + more; ++row) {
+        const Job now{job.key0, job.key1, first + uint32_t(row)};
+        draw<Scalar>(now, start >> 1, tag, int((take + skip + 2 * LANES - 1) / (2 * LANES)), z);
+        const Scalar own = Scalar(factors[0]);
+#pragma omp simd
+        for (int64_t i = 0; i < take; ++i) y[i] = z[i + skip] * own;
+        for (int64_t j = 1; j <= kept; ++j) {
+          const Scalar* __restrict before = ring + ((row + kept - j) % kept) * numel + at;
+          const Scalar factor = Scalar(-factors[j]);
+#pragma omp simd
+          for (int64_t i = 0; i < take; ++i) y[i] = std::fma(before[i], factor, y[i]);
+        }
+        std::memcpy(ring + (row % kept) * numel + at, y, take * sizeof(Scalar));
+      }
+      at += take, start += take, n -= take;
+    }
+  }
+};
+
+// Cuts all spans into tasks of equal size: each(i, at, n) does elements [at, at + n) of span i.
+template <class Each>
+void tasks(int64_t count, const int64_t* numels, int threads, const Each& each) {
   std::vector<int64_t> ends(count);
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) ends[i] = total += numels[i];
@@ -287,10 +319,27 @@ void spans(const Job& job, bool noisy, int64_t count, const int64_t* starts, con
     const int64_t end = std::min(now + CHUNK, total);
     for (int64_t i = std::upper_bound(ends.begin(), ends.end(), now) - ends.begin(); now < end; ++i) {
       const int64_t at = now - (ends[i] - numels[i]), n = std::min(end, ends[i]) - now;
-      span<Scalar>(job, noisy, make(i), at, uint64_t(starts[i]) + uint64_t(at), n, uint32_t(tags[i]));
+      each(i, at, n);
       now += n;
     }
   }
+}
+
+// make(i) is what to apply to span i.
+template <class Scalar, class Make>
+void spans(const Job& job, bool noisy, int64_t count, const int64_t* starts, const int64_t* numels, const int64_t* tags,
+           int threads, const Make& make) {
+  tasks(count, numels, threads, [&](int64_t i, int64_t at, int64_t n) {
+    span<Scalar>(job, noisy, make(i), at, uint64_t(starts[i]) + uint64_t(at), n, uint32_t(tags[i]));
+  });
+}
+
+template <class Scalar>
+void rows_of(const Rows<Scalar>& rows, int64_t count, void* const* rings, const int64_t* starts, const int64_t* numels,
+             const int64_t* tags, int threads) {
+  tasks(count, numels, threads, [&](int64_t i, int64_t at, int64_t n) {
+    rows.run((Scalar*)rings[i], numels[i], at, uint64_t(starts[i]) + uint64_t(at), n, uint32_t(tags[i]));
+  });
 }
 
 template <class Scalar>
@@ -330,6 +379,17 @@ void dp_adam(int64_t count, void* const* pointers, const int64_t* starts, const 
   const Job job{uint32_t(seed), uint32_t(seed >> 32), uint32_t(step)};
   const Rates r{rates[0], rates[1], rates[2], rates[3], rates[4], rates[5], rates[6]};
   (wide ? adam_of<double> : adam_of<float>)(job, count, pointers, starts, numels, tags, std, divisor, r, threads);
+}
+
+// Rows [made, made + more) of a block of correlated noise that began at step `first`; `kept` rows of each span.
+void dp_rows(int64_t count, void* const* rings, const int64_t* starts, const int64_t* numels, const int64_t* tags,
+             int wide, uint64_t seed, int64_t first, int64_t made, int64_t more, int64_t kept, const double* factors,
+             int threads) {
+  const Job job{uint32_t(seed), uint32_t(seed >> 32), 0};
+  if (wide)
+    rows_of(Rows<double>{job, uint32_t(first), made, more, kept, factors}, count, rings, starts, numels, tags, threads);
+  else
+    rows_of(Rows<float>{job, uint32_t(first), made, more, kept, factors}, count, rings, starts, numels, tags, threads);
 }
 
 // The two numbers of one block, any counter: for tests against known answers. Returns how many.

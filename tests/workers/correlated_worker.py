@@ -1,0 +1,90 @@
+"""What every rank of tests/distributed/test_correlated.py runs, with a directory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from launching import run_checks
+from sharded_worker import C, T, V, dp_compile, gpt, made, shard, step
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
+
+from dpcompile import PoissonLoader, make_private
+from dpcompile.checkpoint import load_checkpoint, save_checkpoint
+
+BANDS, STEPS, SAVED = 3, 11, 4
+
+
+def parts(model: Any, ranks: bool) -> Any:
+    """Model, optimizer and loader of the run; all of it on this rank, or its part."""
+    torch.manual_seed(5)
+    data = TensorDataset(torch.randint(0, V, (40, T)))
+    inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+    where = {"rank": dist.get_rank(), "world_size": dist.get_world_size()} if ranks else {}
+    loader = PoissonLoader(data, expected_batch_size=4, bands=BANDS, steps=STEPS, seed=3, **where)
+    return make_private(model, inner, loader, noise_multiplier=0.5, seed=7)
+
+
+def train(model: Any, optimizer: Any, loader: Any, stop: int = STEPS) -> dict[str, Tensor]:
+    for n, (x,) in enumerate(loader, 1):
+        step(model, x)
+        optimizer.step()
+        optimizer.zero_grad()
+        if n == stop:
+            break
+    named = [(name.removeprefix("module."), p.detach()) for name, p in model.named_parameters()]
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p.clone() for name, p in named}
+
+
+def compiled(model: Any) -> Any:
+    return dp_compile(model, max_grad_norm=C, backend="eager")
+
+
+def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def correlated(directory: Path) -> None:
+    """Shards and replicas come to the weights of one process; so does what is resumed from shards, on any ranks."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    wanted = train(*parts(compiled(made(gpt)), ranks=False)) if world == 1 else None
+    path = directory / "saved"
+    if wanted is None:
+        wanted = torch.load(directory / "wanted.pt")
+    else:
+        torch.save(wanted, directory / "wanted.pt")
+    same(train(*parts(compiled(shard(made(gpt), mesh)), ranks=True)), wanted)
+    same(train(*parts(DistributedDataParallel(compiled(made(gpt))), ranks=True)), wanted)
+    if not (path / ".metadata").exists():
+        model, optimizer, loader = parts(compiled(shard(made(gpt), mesh)), ranks=True)
+        train(model, optimizer, loader, stop=SAVED)
+        optimizer.discard()
+        save_checkpoint(path, model, optimizer, loader)
+    dist.barrier()
+    for plain in (shard(made(gpt), mesh), None):
+        private = DistributedDataParallel(compiled(made(gpt))) if plain is None else compiled(plain)
+        model, optimizer, loader = parts(private, ranks=True)
+        load_checkpoint(path, model, optimizer, loader)
+        assert (optimizer.logical_step, optimizer.accountant.steps) == (SAVED, 2)
+        same(train(model, optimizer, loader), wanted)
+        assert (optimizer.logical_step, optimizer.accountant.steps) == (STEPS, 4)
+
+
+def main() -> None:
+    """Run the check."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    run_checks({"correlated noise": lambda: correlated(Path(sys.argv[1]))})
+
+
+if __name__ == "__main__":
+    main()
