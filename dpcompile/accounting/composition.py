@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, cast
 from dpcompile.accounting.arguments import Method, Relation
 from dpcompile.accounting.events import sampled_gaussian
 
-__all__ = ["History", "composed_epsilon", "merged", "rounded_down"]
+__all__ = ["History", "composed_deltas", "composed_epsilon", "merged", "rounded_down"]
 
 History: TypeAlias = "Sequence[tuple[float, float, int]]"  # runs of equal steps: sigma, q, how many
 _INTERVAL = 1e-4  # of the PLD's grid, in units of epsilon; dp-accounting's own default
@@ -60,17 +60,45 @@ def _quiet() -> Iterator[None]:
         absl.logging.set_verbosity(level)
 
 
+def composed_deltas(history: History, epsilons: Sequence[float], *, coarser: int = 1) -> list[float]:
+    """Delta at each epsilon of all steps together, for "zero_out" and "add_remove".
+
+    Args:
+        history: of the steps.
+        epsilons: 0 or more.
+        coarser: how many times wider the grid may be: quicker, and larger deltas.
+
+    **Guarantee.** As of :func:`composed_epsilon`: upper bounds.
+    """
+    history = merged((min(sigma, _MOST_NOISE), q, n) for sigma, q, n in history if n)
+    if not history:
+        return [0.0] * len(epsilons)
+    if any(sigma < _LEAST_NOISE for sigma, _, _ in history):
+        return [1.0] * len(epsilons)
+    with _quiet():
+        interval = _interval(history, 1e-5, replaced=False)
+        if interval is None:
+            accountant = _renyi_accountant(history, replaced=False)
+            return [min(1.0, float(accountant.get_delta(e))) for e in epsilons]
+        total = cast(Any, _composed(history, interval * coarser, replaced=False))
+        return [float(delta) for delta in total.get_delta_for_epsilon(list(epsilons))]
+
+
 def _epsilon(history: History, delta: float, method: Method, replaced: bool) -> float:
     interval = _interval(history, delta, replaced) if method == "pld" else None
     if interval is None:
         return _renyi_bound(history, delta, replaced)
+    bound = float(_composed(history, interval, replaced).get_epsilon_for_delta(delta))
+    exact = interval == _INTERVAL and bound < math.inf
+    return bound if exact else min(bound, _renyi_bound(history, delta, replaced))
+
+
+def _composed(history: History, interval: float, replaced: bool) -> Any:
+    """The privacy loss distribution of all steps, on a grid of this width or, for many kinds of steps, a wider one."""
     fewer = rounded_down(history, _DISTINCT)
     width = interval * 2 ** max(0, math.ceil(math.log2(len(fewer) / _FINE)))
     first, *rest = (_one_step(sigma, q, width, replaced).self_compose(n) for sigma, q, n in fewer)
-    total = functools.reduce(lambda a, b: a.compose(b), rest, first)
-    bound = float(cast(Any, total).get_epsilon_for_delta(delta))
-    exact = interval == _INTERVAL and bound < math.inf
-    return bound if exact else min(bound, _renyi_bound(history, delta, replaced))
+    return functools.reduce(lambda a, b: a.compose(b), rest, first)
 
 
 def merged(history: Iterable[tuple[float, float, int]]) -> History:
@@ -110,12 +138,16 @@ def _renyi_bound(history: History, delta: float, replaced: bool) -> float:
     """
     if any(sigma < _LEAST_NOISE for sigma, _, _ in history):
         return math.inf
+    return float(_renyi_accountant(history, replaced).get_epsilon(delta))
+
+
+def _renyi_accountant(history: History, replaced: bool) -> Any:
     from dp_accounting import rdp
 
     accountant = rdp.RdpAccountant()
     for sigma, q, n in rounded_down(history, _DISTINCT_RENYI):
         accountant.compose(sampled_gaussian(sigma / 2, 1.0) if replaced else sampled_gaussian(sigma, q), n)
-    return float(accountant.get_epsilon(delta))
+    return accountant
 
 
 def _interval(history: History, delta: float, replaced: bool) -> float | None:

@@ -20,5 +20,6 @@ optim
 data extending schedules
 api step checkpoint
 private
+auditing
 __init__
 """
