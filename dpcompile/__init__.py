@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dpcompile.accounting.accountant import PrivacyAccountant
     from dpcompile.accounting.calibration import calibrate_noise
     from dpcompile.api import dp_compile
+    from dpcompile.auditing.audit import audit
     from dpcompile.data.loader import PoissonLoader
     from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, PrivacyWarning, UnsupportedGraphError
     from dpcompile.extending import register_axis_rule, register_site
@@ -29,6 +30,7 @@ __all__ = [
     "PrivacyError",
     "PrivacyWarning",
     "UnsupportedGraphError",
+    "audit",
     "calibrate_noise",
     "compile_step",
     "dp_compile",
@@ -45,6 +47,7 @@ _PLACES = {
     "accounting.accountant": ("PrivacyAccountant",),
     "accounting.calibration": ("calibrate_noise",),
     "api": ("dp_compile",),
+    "auditing.audit": ("audit",),
     "data.loader": ("PoissonLoader",),
     "errors": ("DPCompileError", "ExampleMixingError", "PrivacyError", "PrivacyWarning", "UnsupportedGraphError"),
     "extending": ("register_axis_rule", "register_site"),

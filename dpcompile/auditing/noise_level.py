@@ -26,7 +26,7 @@ def most_noise(history: History, rates: ErrorRates) -> float:
     """The factor on the noise of all steps from which on the run would leave fewer chances to tell canaries apart.
 
     Source: Nasr et al., "Tight Auditing of Differentially Private Machine Learning" (USENIX Security 2023,
-    arXiv:2302.07956), section 5: the claim under test is the whole trade-off of the mechanism, not one (epsilon,
+    arXiv:2302.07956): the claim under test is the whole trade-off of the mechanism, not one (epsilon,
     delta). Here that of dp-accounting's privacy loss distributions, so that Poisson samples and any number of steps are
     covered.
 

@@ -111,7 +111,7 @@ class ErrorRates:
     def epsilon(self, delta: float) -> float:
         """The smallest epsilon at ``delta`` of any mechanism with these errors.
 
-        Source: Kairouz, Oh, Viswanath 2015 (arXiv:1311.0776), theorem 2.1.
+        Source: Kairouz, Oh, Viswanath 2015 (arXiv:1311.0776), section 2.
         """
         return max(0.0, self._one_way(delta, self.false_positive, self.false_negative),
                    self._one_way(delta, self.false_negative, self.false_positive))  # fmt: skip
