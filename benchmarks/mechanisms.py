@@ -1,7 +1,7 @@
 """What the steps of private training cost: ``python -m benchmarks.mechanisms`` prints tables.
 
-``--digits`` also trains the digits example for some numbers of bands, to the same epsilon, and ``--step`` times the
-optimizer's step on 20 million parameters.
+``--audit`` prints what an audit finds of it, by how many canaries there are, and ``--step`` times the optimizer's step
+on 20 million parameters.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import argparse
 import math
 import statistics
 import time
-from typing import get_args
+from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from dp_accounting.dp_event import RepeatAndSelectDpEvent
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from dpcompile import PrivacyAccountant, calibrate_noise
+from dpcompile import PoissonLoader, PrivacyAccountant, audit, calibrate_noise, make_private
 from dpcompile.accounting.arguments import Relation
 from dpcompile.accounting.events import rounds
+from dpcompile.auditing.report import AuditReport
 from dpcompile.noise.banded import BandedMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism, Release
 from dpcompile.noise.strategy import optimal_coefficients, prefix_error
@@ -28,8 +31,9 @@ NOISE_MULTIPLIER, SAMPLE_RATE, STEPS, DELTA = 1.0, 0.01, 1000, 1e-5
 BANDS = (1, 2, 4, 8, 16)
 
 RUNS = 10  # of a tuning run, on average
+CANARIES = (100, 400, 1600, 6400)
 
-__all__ = ["attacks", "bands", "relations", "step", "tuned"]
+__all__ = ["attacks", "audits", "bands", "relations", "step", "tuned"]
 
 
 def relations() -> dict[str, float]:
@@ -99,11 +103,37 @@ def step(mechanism: Mechanism, numel: int, steps: int) -> float:
     return statistics.mean(seconds[1:])
 
 
+def audits(counts: tuple[int, ...] = CANARIES, noise_multiplier: float = 2.0, steps: int = 8) -> dict[int, AuditReport]:
+    """Reports by number of canaries, of steps with every row in each."""
+
+    def losses(model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    found = {}
+    for count in counts:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 10))
+        loader = PoissonLoader(
+            TensorDataset(torch.randn(32, 20), torch.randint(0, 10, (32,))),
+            expected_batch_size=32, sample_rate=1.0, physical_batch_size=512, steps=steps, seed=0,
+        )  # fmt: skip
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        given = make_private(model, inner, loader, noise_multiplier=noise_multiplier, seed=1, backend="eager")
+        found[count] = audit(*given, losses, canaries=count, seed=count, delta=DELTA)
+    return found
+
+
 def main() -> None:
     """Print what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--step", action="store_true", help="time the optimizer's step (a minute)")
+    parser.add_argument("--audit", action="store_true", help="audit some runs (a minute)")
     asked = parser.parse_args()
+    if asked.audit:
+        print("| canaries | of any mechanism | if independent | proved | noise at most |\n|---|---|---|---|---|")
+        for count, r in audits().items():
+            print(f"| {count:,} | {r.any_mechanism:.2f} | {r.independent:.2f} | {r.proved:.2f} | {r.noise:.2f} |")
+        return
     print(f"sigma {NOISE_MULTIPLIER}, q {SAMPLE_RATE}, {STEPS} steps, delta {DELTA}")
     for name, epsilon in relations().items():
         print(f"{name:12} {epsilon:.3f}")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dpcompile.accounting.plan import plan_privacy
     from dpcompile.accounting.solving import solve
     from dpcompile.api import dp_compile
+    from dpcompile.auditing.audit import audit
     from dpcompile.data.loader import PoissonLoader
     from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, PrivacyWarning, UnsupportedGraphError
     from dpcompile.extending import register_axis_rule, register_site
@@ -33,6 +34,7 @@ __all__ = [
     "PrivacyError",
     "PrivacyWarning",
     "UnsupportedGraphError",
+    "audit",
     "calibrate_noise",
     "compile_step",
     "dp_compile",
@@ -53,6 +55,7 @@ _PLACES = {
     "accounting.plan": ("plan_privacy",),
     "accounting.solving": ("solve",),
     "api": ("dp_compile",),
+    "auditing.audit": ("audit",),
     "data.loader": ("PoissonLoader",),
     "errors": ("DPCompileError", "ExampleMixingError", "PrivacyError", "PrivacyWarning", "UnsupportedGraphError"),
     "extending": ("register_axis_rule", "register_site"),

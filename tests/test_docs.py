@@ -37,6 +37,7 @@ PAGES = (
     "README.md",
     "docs/how_it_works.md",
     "docs/sharp_edges.md",
+    "docs/auditing.md",
     "docs/extending.md",
     "docs/plan.md",
     "docs/design.md",

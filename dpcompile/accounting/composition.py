@@ -74,6 +74,7 @@ class Composed:
         relation: which datasets are neighbours. "zero_out" and "add_remove" have the same privacy loss: in both, one
             example's term is there or is not.
         releases: others, none of which is Gaussian noise on a Poisson sample, nor composed of others.
+        coarser: how many times wider the grid of losses is to be: quicker, and larger bounds.
 
     Attributes:
         free: nothing was released.
@@ -83,7 +84,9 @@ class Composed:
     sensitivity on Poisson samples of rate q, and for the releases.
     """
 
-    def __init__(self, history: History, method: Method, relation: Relation, releases: Releases = ()) -> None:
+    def __init__(
+        self, history: History, method: Method, relation: Relation, releases: Releases = (), *, coarser: int = 1
+    ) -> None:
         from dp_accounting import NonPrivateDpEvent
 
         self._history = merged((min(sigma, _MOST_NOISE), q, n) for sigma, q, n in history if n)
@@ -96,8 +99,8 @@ class Composed:
         if method == "pld" and not self.free and not self.infinite:
             with _quiet():
                 interval = _interval(self._history, self._releases, relation == "replace_one", self._usual_epsilon)
-        self._fine = interval == _INTERVAL
-        self._losses = None if interval is None else self._composed_losses(interval)
+        self._fine = interval == _INTERVAL and coarser == 1
+        self._losses = None if interval is None else self._composed_losses(interval * coarser)
 
     def epsilon(self, delta: float) -> float:
         """Epsilon at ``delta``, in (0, 1)."""

@@ -160,7 +160,7 @@ class PoissonLoader:
         self.rank, self.world_size = rank, world_size
         self._agreed = world_size == 1
         check_seed(self.seed, secure=secure)
-        self.dataset = dataset
+        self.dataset, self.collate_fn, self.padding_example = dataset, collate_fn or default_collate, padding_example
         self.expected_batch_size, self.physical_batch_size = rate.expected_batch_size, physical_batch_size
         self.sample_rate, self.from_size = rate.sample_rate, rate.from_size
         self.secure, self.bands = secure, bands
@@ -184,7 +184,7 @@ class PoissonLoader:
         self._loader: DataLoader[Any] = DataLoader(
             RequestedExamples(dataset, padding_example),  # type: ignore[arg-type]
             batch_sampler=self._sampler,  # type: ignore[arg-type]
-            collate_fn=PaddedCollate(collate_fn or default_collate, padding_example),  # type: ignore[arg-type]
+            collate_fn=PaddedCollate(self.collate_fn, padding_example),  # type: ignore[arg-type]
             num_workers=num_workers,
             pin_memory=pin_memory,
             timeout=timeout,

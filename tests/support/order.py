@@ -21,5 +21,6 @@ optim
 data extending schedules
 api step checkpoint
 private
+auditing
 __init__
 """

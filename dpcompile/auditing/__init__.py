@@ -1,0 +1,1 @@
+"""Audits: a lower bound on epsilon from what a training run gives away, beside the proved upper bound."""
