@@ -16,7 +16,7 @@ from dpcompile.api import dp_compile
 from dpcompile.auditing.canaries import AuditedData, Collation
 from dpcompile.data.loader import PoissonLoader
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
-from dpcompile.module import Engine, engine_of
+from dpcompile.module import Engine, PrivateModule, engine_of
 from dpcompile.noise.mechanism import GaussianMechanism
 from dpcompile.optim.chained import parts_of
 from dpcompile.optim.optimizer import DPOptimizer
@@ -69,7 +69,14 @@ def compiled_like(outer: Any, module: nn.Module, *, more_arguments: bool) -> Any
     options = replace(engine.options, max_grad_norm=engine.max_grad_norm)
     if more_arguments and isinstance(options.in_dims, (list, tuple)):
         options = replace(options, in_dims=(0, *options.in_dims))
-    private = dp_compile(module, **{f.name: getattr(options, f.name) for f in fields(options)})
+    private: Any
+    if isinstance(module, PrivateModule):  # without its calls: of a decorated class, which brings its options
+        kind = type(module).__mro__[1]
+        private = kind.__new__(kind)
+        object.__setattr__(private, "__dict__", module.__dict__)
+        engine_of(private).move_max_grad_norm(options.max_grad_norm)
+    else:
+        private = dp_compile(module, **{f.name: getattr(options, f.name) for f in fields(options)})
     return DistributedDataParallel(private) if isinstance(outer, DistributedDataParallel) else private
 
 

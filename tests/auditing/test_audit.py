@@ -168,6 +168,34 @@ def test_models_and_losses_of_other_forms() -> None:
             assert not audit(*given, loss, kind=kind, canaries=canaries, seed=1).contradicted  # type: ignore[arg-type]
 
 
+@dp_compile(backend="eager", max_grad_norm=0.5)
+class Decorated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("kind", ["dirac", "spread", "data"])
+@pytest.mark.parametrize("decorated", [False, True], ids=["blocks", "decorated"])
+def test_decorated_classes_and_regions(decorated: bool, kind: Any) -> None:
+    torch.manual_seed(0)
+    blocks = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D))
+    model: Any = Decorated() if decorated else dp_compile(blocks, backend="eager", regions="blocks")
+    dataset = TensorDataset(torch.randn(20, D), torch.randint(0, D, (20,)))
+    loader = PoissonLoader(dataset, expected_batch_size=8, sample_rate=1.0, steps=4, seed=0)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    given = make_private(model, inner, loader, noise_multiplier=1.0, seed=1)
+    report = audit(*given, losses, kind=kind, canaries=20 if kind == "data" else 300, seed=2)
+    assert not report.contradicted and report.steps == 4
+    if decorated and kind == "dirac":
+        given[1].max_grad_norm = 0.25  # taken over: the attack and the noise go by the C of now
+        moved = audit(*given, losses, kind=kind, canaries=300, seed=2)
+        assert (moved.right, moved.noise) == (report.right, pytest.approx(report.noise, rel=1e-3))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_losses_that_are_sums(reduction: str) -> None:
     report = audited(loss_reduction=reduction)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from audited import BROKEN, audited
 
 from dpcompile.noise.mechanism import GaussianMechanism
@@ -81,5 +83,6 @@ def test_several_physical_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_through_inductor(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if name is not None:
         BROKEN[name](monkeypatch)
-    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-    assert audited("spread", canaries=480, backend="inductor").contradicted is (name is not None)
+    inductor, autograd = torch._inductor.config, torch._functorch.config  # keys do not know of what is patched here
+    with inductor.patch(fx_graph_cache=False), autograd.patch(enable_autograd_cache=False):
+        assert audited("spread", canaries=480, backend="inductor").contradicted is (name is not None)
