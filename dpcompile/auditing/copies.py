@@ -123,7 +123,7 @@ def accountant_like(optimizer: DPOptimizer) -> PrivacyAccountant | None:
     return PrivacyAccountant(
         noise_multiplier=given.noise_multiplier,
         sample_rate=given.sample_rate,
-        method=given.method,
+        method=getattr(given, "method", "pld"),
         relation=given.relation,
     )
 
@@ -134,6 +134,7 @@ def loader_like(loader: PoissonLoader, data: AuditedData, steps: int, padding: A
         data,
         expected_batch_size=loader.expected_batch_size,
         sample_rate=loader.sample_rate,
+        bands=loader.bands,
         physical_batch_size=loader.physical_batch_size,
         steps=steps,
         seed=seed,
