@@ -73,6 +73,7 @@ def adam_(
     seed: int,
     step: int,
     rates: Sequence[float],
+    drawn: Sequence[Tensor] | None = None,
 ) -> None:
     """:func:`mean_` of the totals, and Adam's update with the result, in the same pass.
 
@@ -87,10 +88,12 @@ def adam_(
         seed: see there.
         step: see there.
         rates: factor on the weight, L2 penalty, beta1, beta2, step size, root of the second bias correction, epsilon.
+        drawn: noise, of the totals' kind and sizes, in the place of what seed and step give.
     """
     everything = [*totals, *weights, *means, *squares]
     arguments = [*_spans(totals, everything, tags), *_numbers(totals[0], std, divisor, seed, step)]
-    _call("dp_adam", *arguments, (ctypes.c_double * len(rates))(*rates))
+    noise = None if drawn is None else (ctypes.c_void_p * len(drawn))(*(t.data_ptr() for t in drawn))
+    _call("dp_adam", *arguments, (ctypes.c_double * len(rates))(*rates), noise)
     torch.autograd.graph.increment_version(everything)
 
 

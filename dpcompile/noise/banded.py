@@ -18,6 +18,7 @@ from dpcompile.noise.strategy import check_coefficients, default_restart
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
+    from torch import Tensor
 
 __all__ = ["BandedMechanism"]
 
@@ -89,6 +90,11 @@ class BandedMechanism:
         """b: over how many steps noise is correlated."""
         return len(self.coefficients)
 
+    @property
+    def std(self) -> float:
+        """What y is multiplied by."""
+        return self.noise_multiplier * self.max_grad_norm
+
     def check_numbers(self) -> None:
         """Raise PrivacyError if sigma, C, the matrix or the seed is another than in the rows before."""
         now = self._numbers()
@@ -104,7 +110,7 @@ class BandedMechanism:
         """See :class:`dpcompile.noise.mechanism.Mechanism`."""
         self.check_numbers()
         self._began = self._began or self._numbers()
-        std = self.noise_multiplier * self.max_grad_norm
+        std = self.std
         if self.bands == 1 or not std > 0:
             privatize_(
                 release.totals,
@@ -117,6 +123,15 @@ class BandedMechanism:
                 secure=self.secure,
             )
             return
+        for piece, row in self.noise(release):
+            piece.add_(row.view(piece.shape), alpha=std)
+        for total in release.totals:
+            total.div_(self.expected_batch_size)
+
+    def noise(self, release: Release) -> list[tuple[Tensor, Tensor]]:
+        """Views of the totals, and for each y of its elements, to be read before the next call; ``bands`` above 1."""
+        self.check_numbers()
+        self._began = self._began or self._numbers()
         if self._rows is None:
             self._rows = Rows(self.coefficients, self.restart, self.seed, self.secure)
         pieces, places = [], []
@@ -124,10 +139,7 @@ class BandedMechanism:
             for piece, start in pieces_of(total, None if release.runs is None else release.runs[i]):
                 pieces.append(piece)
                 places.append(Place(parameter, start, piece.numel(), piece.dtype, piece.device))
-        for piece, row in zip(pieces, self._rows.at(release.step, places), strict=True):
-            piece.add_(row.view(piece.shape), alpha=std)
-        for total in release.totals:
-            total.div_(self.expected_batch_size)
+        return list(zip(pieces, self._rows.at(release.step, places), strict=True))
 
     def event(self, sample_rate: float) -> DpEvent:
         """What ``bands`` consecutive releases cost, or fewer, on samples of this rate of the part whose turn it is."""

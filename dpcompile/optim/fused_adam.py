@@ -13,6 +13,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from dpcompile._torch.optim import adam_state, add_one_, is_stepped_as_made, mark_stepped
 from dpcompile.kernels import gaussian as native
+from dpcompile.noise.banded import BandedMechanism
 from dpcompile.noise.counter import Stream, counter_tag
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism, Release
 from dpcompile.runtime.bystanders import refuse_bystander
@@ -30,7 +31,8 @@ def update_(
 ) -> bool:
     """The whole step of ``optimizer`` on the private means of a release, if this file knows how to do it.
 
-    Gaussian noise is drawn in the same pass; what other mechanisms release is put there before.
+    Independent noise is drawn in the same pass, and correlated noise added in it; what other mechanisms release is put
+    there before.
 
     Args:
         optimizer: the inner one, with one pre-hook of its own (the guard of `DPOptimizer`).
@@ -65,9 +67,12 @@ def update_(
     held = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq") if name in state]
     if not native.takes([*weights, *totals, *held]):
         return False
-    std, divisor = 0.0, 1.0
+    std, divisor, drawn = 0.0, 1.0, None
     if isinstance(mechanism, GaussianMechanism) and not mechanism.secure:
         std, divisor = mechanism.std, mechanism.expected_batch_size
+    elif isinstance(mechanism, BandedMechanism) and mechanism.bands > 1 and mechanism.std > 0:
+        std, divisor = mechanism.std, mechanism.expected_batch_size
+        drawn = {id(total): row for total, row in mechanism.noise(release)}
     else:
         mechanism.release(release)
     for w, total in zip(weights, totals, strict=True):
@@ -89,6 +94,7 @@ def update_(
                 divisor=divisor,
                 seed=mechanism.seed,
                 step=release.step,
+                drawn=None if drawn is None else [drawn[id(total)] for total in chosen[0]],
                 rates=_rates(type(optimizer) is AdamW or group.get("decoupled_weight_decay", False), group, count),
             )
     mark_stepped(optimizer)

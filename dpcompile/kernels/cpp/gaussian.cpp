@@ -273,6 +273,30 @@ void span(const Job& job, bool noisy, const Apply& apply, int64_t at, uint64_t s
   }
 }
 
+template <class Scalar>
+inline void scaled(Scalar* __restrict to, const Scalar* __restrict from, Scalar factor, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i] * factor;
+}
+
+template <class Scalar>
+inline void subtract(Scalar* __restrict to, const Scalar* __restrict from, Scalar factor, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = std::fma(from[i], factor, to[i]);
+}
+
+// The same of four rows, the latest first: `to` is read and written once.
+template <class Scalar>
+inline void subtract4(Scalar* __restrict to, const Scalar* ring, int64_t numel, int64_t latest, int64_t kept,
+                      const double* factors, int64_t n) {
+  const auto row = [=](int64_t back) { return ring + ((latest + kept - back) % kept) * numel; };
+  const Scalar *__restrict a = row(0), *__restrict b = row(1), *__restrict c = row(2), *__restrict d = row(3);
+  const Scalar f = Scalar(-factors[0]), g = Scalar(-factors[1]), h = Scalar(-factors[2]), k = Scalar(-factors[3]);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    to[i] = std::fma(d[i], k, std::fma(c[i], h, std::fma(b[i], g, std::fma(a[i], f, to[i]))));
+}
+
 // Rows of correlated noise, K of the latest of each element kept: row r of a block, in place of row r - K, is
 // y[r] = factors[0] * z[r] - factors[1] * y[r - 1] - ... - factors[K] * y[r - K], and z[r] the numbers of step first + r.
 template <class Scalar>
@@ -290,15 +314,11 @@ struct Rows {
       for (int64_t row = made; row < made + more; ++row) {
         const Job now{job.key0, job.key1, first + uint32_t(row)};
         draw<Scalar>(now, start >> 1, tag, int((take + skip + 2 * LANES - 1) / (2 * LANES)), z);
-        const Scalar own = Scalar(factors[0]);
-#pragma omp simd
-        for (int64_t i = 0; i < take; ++i) y[i] = z[i + skip] * own;
-        for (int64_t j = 1; j <= kept; ++j) {
-          const Scalar* __restrict before = ring + ((row + kept - j) % kept) * numel + at;
-          const Scalar factor = Scalar(-factors[j]);
-#pragma omp simd
-          for (int64_t i = 0; i < take; ++i) y[i] = std::fma(before[i], factor, y[i]);
-        }
+        scaled(y, z + skip, Scalar(factors[0]), take);
+        int64_t j = 1;
+        for (; j + 3 <= kept; j += 4)
+          subtract4(y, ring + at, numel, (row + kept - j) % kept, kept, factors + j, take);
+        for (; j <= kept; ++j) subtract(y, ring + ((row + kept - j) % kept) * numel + at, Scalar(-factors[j]), take);
         std::memcpy(ring + (row % kept) * numel + at, y, take * sizeof(Scalar));
       }
       at += take, start += take, n -= take;
@@ -352,14 +372,19 @@ void mean_of(const Job& job, int64_t count, void* const* x, const int64_t* start
 
 template <class Scalar>
 void adam_of(const Job& job, int64_t count, void* const* pointers, const int64_t* starts, const int64_t* numels,
-             const int64_t* tags, double std, double divisor, const Rates& rates, int threads) {
+             const int64_t* tags, double std, double divisor, const Rates& rates, void* const* drawn, int threads) {
   const auto of = [](double x) { return Scalar(x); };
-  spans<Scalar>(job, std != 0, count, starts, numels, tags, threads, [=](int64_t i) {
+  const auto make = [=](int64_t i) {
     return Adam<Scalar>{(Scalar*)pointers[i], (Scalar*)pointers[count + i], (Scalar*)pointers[2 * count + i],
                         (Scalar*)pointers[3 * count + i], of(std), of(divisor), of(rates.decay), of(rates.l2),
                         of(1 - rates.beta1), of(rates.beta2), of(1 - rates.beta2), of(rates.step_size),
                         of(1 / rates.root_correction), of(rates.eps)};
-  });
+  };
+  if (drawn)
+    tasks(count, numels, threads,
+          [=](int64_t i, int64_t at, int64_t n) { make(i).run(at, (const Scalar*)drawn[i] + at, n); });
+  else
+    spans<Scalar>(job, std != 0, count, starts, numels, tags, threads, make);
 }
 
 }  // namespace
@@ -373,12 +398,14 @@ void dp_mean(int64_t count, void* const* x, const int64_t* starts, const int64_t
   (wide ? mean_of<double> : mean_of<float>)(job, count, x, starts, numels, tags, std, divisor, threads);
 }
 
-// The same, then Adam. pointers: totals, weights, means, means of squares, `count` of each; rates: as in Rates.
+// The same, then Adam. pointers: totals, weights, means, means of squares, `count` of each; rates: as in Rates; drawn:
+// noise that was drawn before, or null.
 void dp_adam(int64_t count, void* const* pointers, const int64_t* starts, const int64_t* numels, const int64_t* tags,
-             int wide, double std, double divisor, uint64_t seed, int64_t step, const double* rates, int threads) {
+             int wide, double std, double divisor, uint64_t seed, int64_t step, const double* rates,
+             void* const* drawn, int threads) {
   const Job job{uint32_t(seed), uint32_t(seed >> 32), uint32_t(step)};
   const Rates r{rates[0], rates[1], rates[2], rates[3], rates[4], rates[5], rates[6]};
-  (wide ? adam_of<double> : adam_of<float>)(job, count, pointers, starts, numels, tags, std, divisor, r, threads);
+  (wide ? adam_of<double> : adam_of<float>)(job, count, pointers, starts, numels, tags, std, divisor, r, drawn, threads);
 }
 
 // Rows [made, made + more) of a block of correlated noise that began at step `first`; `kept` rows of each span.
