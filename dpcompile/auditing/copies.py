@@ -71,7 +71,7 @@ def compiled_like(outer: Any, module: nn.Module, *, more_arguments: bool) -> Any
         options = replace(options, in_dims=(0, *options.in_dims))
     private: Any
     if isinstance(module, PrivateModule):  # without its calls: of a decorated class, which brings its options
-        kind = type(module).__mro__[1]
+        kind: Any = type(module).__mro__[1]
         private = kind.__new__(kind)
         object.__setattr__(private, "__dict__", module.__dict__)
         engine_of(private).move_max_grad_norm(options.max_grad_norm)
