@@ -90,7 +90,8 @@ class Composed:
         from dp_accounting import NonPrivateDpEvent
 
         self._history = merged((min(sigma, _MOST_NOISE), q, n) for sigma, q, n in history if n)
-        self._releases, self._relation = tuple(releases), relation
+        self._releases = tuple(releases)
+        self._relation: Relation = relation
         self.free = not self._history and not self._releases
         self.infinite = any(sigma < _LEAST_NOISE for sigma, _, _ in self._history) or any(
             isinstance(event, NonPrivateDpEvent) for event, _ in self._releases
@@ -100,7 +101,7 @@ class Composed:
             with _quiet():
                 interval = _interval(self._history, self._releases, relation == "replace_one", self._usual_epsilon)
         self._fine = interval == _INTERVAL and coarser == 1
-        self._losses = None if interval is None else self._composed_losses(interval * coarser)
+        self._losses: Any = None if interval is None else self._composed_losses(interval * coarser)
 
     def epsilon(self, delta: float) -> float:
         """Epsilon at ``delta``, in (0, 1)."""
@@ -240,13 +241,13 @@ def _one_release(event: DpEvent, interval: float, relation: Relation) -> Any:
     from dp_accounting import dp_event
     from dp_accounting.pld import privacy_loss_distribution as pld
 
-    width = {"value_discretization_interval": interval}
+    width: dict[str, Any] = {"value_discretization_interval": interval}
     match event:
         case dp_event.LaplaceDpEvent():
             return pld.from_laplace_mechanism(event.noise_multiplier, **width)
-        case dp_event.PoissonSampledDpEvent():
+        case dp_event.PoissonSampledDpEvent(event=dp_event.LaplaceDpEvent() as laplace):
             return pld.from_laplace_mechanism(
-                event.event.noise_multiplier, sampling_prob=event.sampling_probability, **width
+                laplace.noise_multiplier, sampling_prob=event.sampling_probability, **width
             )
         case dp_event.DiscreteLaplaceDpEvent():
             return pld.from_discrete_laplace_mechanism(event.noise_parameter, event.sensitivity, **width)

@@ -50,7 +50,7 @@ def _curve(pmf: Any) -> Callable[[float], float]:
     probabilities = np.asarray(pmf._probs, dtype=np.float64)[start:]
     if not probabilities.size:
         return lambda epsilon: tail
-    weighted = signal.lfilter([1.0], [1.0, -math.exp(-interval)], probabilities[::-1])
+    weighted: Any = signal.lfilter([1.0], [1.0, -math.exp(-interval)], probabilities[::-1])
     deltas = np.append(np.cumsum(weighted * -math.expm1(-interval))[::-1][1:], 0.0)  # at each loss, without the tail
     lowest, total, below = (first + start) * interval, float(probabilities.sum()), float(weighted[-1])
 

@@ -127,7 +127,7 @@ def whole_event(history: Iterable[tuple[float, float, int]], releases: Iterable[
     """Runs of steps and other releases as one event."""
     from dp_accounting import ComposedDpEvent, SelfComposedDpEvent
 
-    parts = [SelfComposedDpEvent(sampled_gaussian(sigma, q), n) for sigma, q, n in history if n]
+    parts: list[DpEvent] = [SelfComposedDpEvent(sampled_gaussian(sigma, q), n) for sigma, q, n in history if n]
     return ComposedDpEvent(parts + [SelfComposedDpEvent(event, count) for event, count in releases])
 
 

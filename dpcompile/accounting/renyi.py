@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from dpcompile.accounting.arguments import Relation
 from dpcompile.accounting.events import sampled_gaussian
@@ -37,8 +38,8 @@ class Renyi:
         for event, n in releases if self._bounded else ():
             others.compose(event, n)
         cushion = sum(n for _, q, n in history if q < 1) * (0 if relation == "replace_one" else _ROUNDING)
-        self._orders = steps.orders
-        self._divergences = np.maximum(steps.rdp, 0) * (1 + _RELATIVE) + cushion + np.maximum(others.rdp, 0)
+        self._orders: Any = steps.orders
+        self._divergences: Any = np.maximum(steps.rdp, 0) * (1 + _RELATIVE) + cushion + np.maximum(others.rdp, 0)
 
     def epsilon(self, delta: float) -> float:
         """Epsilon at ``delta``."""

@@ -40,7 +40,7 @@ def accountant(
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
     """Balle and Wang 2018, theorem 8."""
-    return norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon + norm.logcdf(-mu / 2 - epsilon / mu))
+    return float(norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon + norm.logcdf(-mu / 2 - epsilon / mu)))
 
 
 # ---- delta

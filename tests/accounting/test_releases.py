@@ -60,7 +60,7 @@ def accountant(method: Any = "pld", relation: Any = "zero_out", steps: int = 0) 
 
 
 @pytest.mark.parametrize(("event", "method", "relation"), KNOWN)
-def test_a_release_costs_what_dp_accounting_says(event: DpEvent, method: str, relation: str) -> None:
+def test_a_release_costs_what_dp_accounting_says(event: DpEvent, method: str, relation: Any) -> None:
     """Also together with steps; twice is more than once, and JSON brings it back."""
     kind = {"pld": pld.PLDAccountant, "rdp": rdp.RdpAccountant}[method]
     reference = kind(neighboring_relation=neighbours(relation)).compose(event).compose(event)

@@ -30,10 +30,11 @@ def test_what_is_found_meets_the_target(sigma: float, q: float, n: int, target: 
     options: dict[str, Any] = {"method": "rdp"}
     known = {"target_delta": DELTA, "target_epsilon": target, **options}
     assert epsilon(solve(**known, sample_rate=q, steps=n), q, n, **options) <= target
-    for found, feed, worse in (
+    tries: list[tuple[dict[str, Any], Any, Any]] = [
         ({"noise_multiplier": sigma, "sample_rate": q}, lambda n: (sigma, q, n), lambda n: n + max(1, n * 2e-4)),
         ({"noise_multiplier": sigma, "steps": n}, lambda q: (sigma, q, n), lambda q: q * 1.0002),
-    ):
+    ]
+    for found, feed, worse in tries:
         try:
             best = solve(**known, **found)
         except PrivacyError as error:
