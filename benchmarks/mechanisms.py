@@ -7,8 +7,11 @@ optimizer's step on 20 million parameters.
 from __future__ import annotations
 
 import argparse
+import runpy
 import statistics
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
@@ -61,25 +64,28 @@ def bands(sample_rate: float, steps: int, target_epsilon: float) -> dict[int, tu
 
 def digits(count: int, target_epsilon: float, epochs: int = 20, seeds: int = 3) -> list[float]:
     """Test accuracies of the digits example, one for each seed, with so many bands."""
-    from examples.train_digits import BATCH_SIZE, LEARNING_RATE, Network, accuracy
-    from examples.train_digits import digits as data
-
+    example = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "examples" / "train_digits.py")))
     found = []
     for seed in range(seeds):
         torch.manual_seed(seed)
-        train, images, labels = data()
-        network = Network()
-        options: dict[str, Any] = {"target_epsilon": target_epsilon, "target_delta": 1e-4, "epochs": epochs}
-        inner = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
+        train, images, labels = example.digits()
+        network = example.Network()
+        options: dict[str, Any] = {
+            "target_epsilon": target_epsilon,
+            "target_delta": 1e-4,
+            "epochs": epochs,
+            "backend": "eager",
+        }
+        inner = torch.optim.SGD(network.parameters(), lr=example.LEARNING_RATE)
         model, optimizer, loader = make_private(
-            network, inner, DataLoader(train, batch_size=BATCH_SIZE), bands=count, seed=seed, **options
+            network, inner, DataLoader(train, batch_size=example.BATCH_SIZE), bands=count, seed=seed, **options
         )
         for _ in range(epochs):
             for x, y, _ in loader:
                 nn.functional.cross_entropy(model(x), y, reduction="none").mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        found.append(accuracy(model, images, labels))
+        found.append(example.accuracy(model, images, labels))
     return found
 
 

@@ -164,6 +164,10 @@ class WrappingOptimizer(HookedOptimizer):
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
 
+    def discard(self) -> None:
+        """Give up the logical step under way."""
+        raise NotImplementedError
+
     def fill_state(self) -> None:
         """Let the inner optimizer make its state, to load a checkpoint into; no parameter changes.
 
