@@ -100,7 +100,8 @@ def make_private(
     if isinstance(optimizer, DPOptimizer):
         raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
     clip = max_grad_norm if isinstance(max_grad_norm, AdaptiveClip) else None
-    private_model = _private_model(model, clip.initial if clip else max_grad_norm, dp_compile_options)
+    bound = max_grad_norm.initial if isinstance(max_grad_norm, AdaptiveClip) else max_grad_norm
+    private_model = _private_model(model, bound, dp_compile_options)
     engine = engine_of(private_model)
     drawn: int = fresh_seed(secure=secure)
     if engine.distributed:  # on every rank, whether it is given a seed or not

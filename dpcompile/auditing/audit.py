@@ -129,7 +129,9 @@ def _report(
             noise = most_noise(accountant.history, rates)
             if noise < math.inf:
                 history = scaled(accountant.history, noise)
-                independent = max(independent, composed_epsilon(history, delta, accountant.method, "zero_out"))
+                independent = max(
+                    independent, composed_epsilon(history, delta, getattr(accountant, "method", "pld"), "zero_out")
+                )
     return AuditReport(
         kind=kind,
         steps=optimizer.logical_step,

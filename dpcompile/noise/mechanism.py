@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -97,7 +97,11 @@ class GaussianMechanism:
     expected_batch_size: float
     seed: int
     secure: bool = False
-    bands: ClassVar[int] = 1
+
+    @property
+    def bands(self) -> int:
+        """Noise is independent from step to step."""
+        return 1
 
     @property
     def std(self) -> float:

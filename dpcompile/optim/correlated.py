@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.arguments import check_bands
+from dpcompile.accounting.protocol import Accountant
 from dpcompile.batches.feed import Feed
 from dpcompile.errors import PrivacyError
 from dpcompile.noise.banded import BandedMechanism, check_matrix
@@ -21,7 +21,7 @@ __all__ = ["check_step", "next_row", "refuse_move", "refuse_other_loader", "refu
 
 
 def check_step(
-    mechanism: Mechanism, feed: Feed | None, accountant: PrivacyAccountant | None, used: Mapping[str, Any] | None
+    mechanism: Mechanism, feed: Feed | None, accountant: Accountant | None, used: Mapping[str, Any] | None
 ) -> None:
     """Before a step: the loader is one of as many parts, and the same as before; the numbers are those of before.
 

@@ -54,7 +54,6 @@ class WrappingOptimizer(HookedOptimizer):
     _planned: PlannedSteps
     engine: Engine
     logical_step: int
-    discard: Callable[[], None]
 
     def __init__(self, inner: Optimizer, engine: Engine) -> None:
         self._inner, self.engine, self._stepping = inner, engine, False
@@ -198,6 +197,10 @@ class WrappingOptimizer(HookedOptimizer):
         finally:
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
+
+    def discard(self) -> None:
+        """Give up the logical step under way."""
+        raise NotImplementedError
 
     def fill_state(self) -> None:
         """Let the inner optimizer make its state, to load a checkpoint into; no parameter changes.

@@ -369,7 +369,7 @@ def test_a_mechanism_of_bands_is_counted_as_its_gaussian():
 
 
 def test_calibrated_for_bands():
-    common = {"target_epsilon": 2.0, "target_delta": 1e-5, "sample_rate": 0.08}
+    common: Any = {"target_epsilon": 2.0, "target_delta": 1e-5, "sample_rate": 0.08}
     sigma = calibrate_noise(**common, steps=999, bands=8)
     assert sigma == calibrate_noise(**common, steps=125)
     assert accountant(sigma, 0.08, steps=rounds(999, 8)).epsilon(1e-5) <= 2.0
@@ -383,7 +383,7 @@ def test_what_is_not_proved_of_bands_is_refused():
         calibrate_noise(**common, bands=8, schedule=lambda t: 1.0)
     for bad in (0, 1.5, True):
         with pytest.raises(PrivacyError, match=f"(?s)bands is {bad}.*give an integer, 1 or more"):
-            calibrate_noise(**common, bands=bad)
+            calibrate_noise(**{**common, "bands": bad})
 
 
 def test_the_table_of_bands():

@@ -228,7 +228,8 @@ def test_numbers_that_move() -> None:
     with refused("max_grad_norm was to go from 1.0 to 2.0"):
         run.optimizer.max_grad_norm = 2.0
     assert run.accountant.noise_multiplier == SIGMA == run.optimizer.noise_multiplier
-    run.optimizer.mechanism.coefficients = (0.8, 0.6, 0.0)
+    own: Any = run.optimizer.mechanism
+    own.coefficients = (0.8, 0.6, 0.0)
     with refused("the matrix of the banded mechanism changed in a run"):
         run.train(stop=1)
     assert run.optimizer.logical_step == 2

@@ -27,7 +27,7 @@ def parts(model: Any, ranks: bool) -> Any:
     torch.manual_seed(5)
     data = TensorDataset(torch.randint(0, V, (40, T)))
     inner = torch.optim.AdamW(model.parameters(), lr=0.01)
-    where = {"rank": dist.get_rank(), "world_size": dist.get_world_size()} if ranks else {}
+    where: dict[str, Any] = {"rank": dist.get_rank(), "world_size": dist.get_world_size()} if ranks else {}
     loader = PoissonLoader(data, expected_batch_size=4, bands=BANDS, steps=STEPS, seed=3, **where)
     return make_private(model, inner, loader, noise_multiplier=0.5, seed=7)
 
