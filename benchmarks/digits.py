@@ -26,7 +26,14 @@ from benchmarks.markdown import markdown
 from dpcompile import AdaptiveClip, make_private
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
-from train_digits import AVERAGING, BATCH_SIZE, DELTA, Network, accuracy, digits  # noqa: E402
+from train_digits import (  # type: ignore[import-not-found]  # noqa: E402
+    AVERAGING,
+    BATCH_SIZE,
+    DELTA,
+    Network,
+    accuracy,
+    digits,
+)
 
 __all__ = ["main"]
 

@@ -43,7 +43,7 @@ def private(noise_multiplier: float | None = 1.0, **options):
 
 
 def accountant_of(optimizer: DPOptimizer) -> PrivacyAccountant:
-    assert optimizer.accountant is not None
+    assert isinstance(optimizer.accountant, PrivacyAccountant)
     return optimizer.accountant
 
 
@@ -106,8 +106,8 @@ def test_everything_fits_together():
     model, optimizer, loader = private(1.5, accountant="rdp", secure=True, max_grad_norm=0.5)
     assert engine_of(model).max_grad_norm == 0.5 and optimizer.engine is engine_of(model)
     assert optimizer.expected_batch_size == loader.expected_batch_size == 8
-    accountant = optimizer.accountant
-    assert accountant is not None and accountant.method == "rdp" and accountant.sample_rate == loader.sample_rate
+    accountant = accountant_of(optimizer)
+    assert accountant.method == "rdp" and accountant.sample_rate == loader.sample_rate
     assert (optimizer.secure, loader.secure, optimizer.seed, loader.seed) == (True, True, 3, 3)
     assert accountant.epsilon(1e-5) == 0.0
     epoch(model, optimizer, loader)

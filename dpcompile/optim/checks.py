@@ -54,8 +54,18 @@ def refuse_bad_numbers(noise_multiplier: float, expected_batch_size: float) -> N
         )
 
 
+_MECHANISM = (*(n for n in vars(Mechanism) if not n.startswith("_")), *Mechanism.__annotations__)
+
+
 def refuse_other_mechanism(mechanism: Mechanism, engine: Engine) -> None:
-    """Its numbers make sense, and its C is the one that the model clips to."""
+    """It has what a mechanism must have, its numbers make sense, and its C is the one that the model clips to."""
+    missing = [name for name in _MECHANISM if not hasattr(mechanism, name)]
+    if missing:
+        raise PrivacyError(
+            f"the mechanism, a {type(mechanism).__name__}, lacks {', '.join(missing)}",
+            remedy="give it what dpcompile.noise.mechanism.Mechanism names (bands: 1, if its noise is independent from "
+            "step to step)",
+        )
     refuse_bad_numbers(mechanism.noise_multiplier, mechanism.expected_batch_size)
     if mechanism.max_grad_norm != engine.max_grad_norm:
         raise PrivacyError(

@@ -35,6 +35,7 @@ class Other:
     max_grad_norm: float = 1.0
     seed: int = 3
     secure: bool = False
+    bands: int = 1
 
     def release(self, release: Release) -> None:
         GaussianMechanism(self.noise_multiplier, self.max_grad_norm, self.expected_batch_size, self.seed).release(

@@ -131,3 +131,11 @@ def test_steps_that_the_accountant_cannot_count() -> None:
     with pytest.raises(PrivacyError, match="cannot be counted: it is no Gaussian mechanism on a Poisson sample"):
         stepped(optimizer, model, 1)
     assert all((p == 0).all() for p in model.parameters())
+
+
+def test_what_lacks_something_is_no_mechanism() -> None:
+    class Half(Differences):
+        bands = property()  # type: ignore[assignment]
+
+    with pytest.raises(PrivacyError, match=r"(?s)the mechanism, a Half, lacks bands.*noise.mechanism.Mechanism names"):
+        made(mechanism=Half())

@@ -144,7 +144,7 @@ def test_files(tmp_path: pathlib.Path) -> None:
 
 
 def test_before_anything_is_compiled_or_attached() -> None:
-    model = dp_compile(net(), backend="eager")
+    model: Any = dp_compile(net(), backend="eager")
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     accountant = PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.1)
     optimizer = DPOptimizer(inner, model, noise_multiplier=1.0, expected_batch_size=8, seed=3, accountant=accountant)
