@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dpcompile.accounting.arguments import Relation
+from dpcompile.accounting.events import rounds
 from dpcompile.accounting.protocol import Accountant, check_accountant, counted
 from dpcompile.errors import PrivacyError, PrivacyWarning
 from dpcompile.module import Engine
@@ -273,7 +274,7 @@ def refuse_state(
     if accountant is not None and own["accountant"] is not None:
         trial = copy.deepcopy(accountant)
         trial.load_state_dict(own["accountant"])
-        if trial.steps < own["logical_step"]:
+        if trial.steps < rounds(own["logical_step"], own.get("bands", 1)):
             raise PrivacyError(
                 f"the accountant, a {type(accountant).__name__}, counts {trial.steps} steps after loading the state of "
                 f"{own['logical_step']}: epsilon would leave steps out",

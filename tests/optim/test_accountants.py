@@ -140,7 +140,7 @@ def test_a_name_is_an_accountant_for_make_private_alone() -> None:
 def test_steps_that_an_accountant_does_not_count_are_refused() -> None:
     model, optimizer, loader = private(broken(step=lambda self, n=1, *, event=None: None))
     before = model.weight.detach().clone()
-    with pytest.raises(PrivacyError, match=r"(?s)counted 0 steps, was told of one more and counts 0.*let its step"):
+    with pytest.raises(PrivacyError, match=r"(?s)counted 0 steps, was told of 1 more and counts 0.*let its step"):
         stepped(optimizer, model, loader)
     assert torch.equal(model.weight, before)
 
