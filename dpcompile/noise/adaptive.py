@@ -143,4 +143,5 @@ class AdaptiveGaussianMechanism(GaussianMechanism):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :class:`dpcompile.noise.mechanism.Mechanism`; of a state without a C the sums go on with this one."""
         GaussianMechanism.load_state_dict(self, state)
-        self.max_grad_norm = float(state.get("max_grad_norm", self.max_grad_norm))
+        saved = state.get("max_grad_norm")
+        self.max_grad_norm = self.max_grad_norm if saved is None else float(saved)

@@ -83,8 +83,8 @@ def refuse_malformed(state: Any, kinds: Mapping[str, _Kind], whose: str) -> None
         if not holds(state[name]):
             value = "something else" if name == "seed" else repr(state[name])  # a seed is a secret
             raise PrivacyError(f"{name!r} of the {whose}'s state is {value}, not {kind}", remedy=remedy)
-    if not _positive(state.get("max_grad_norm", 1.0)):
-        value = state["max_grad_norm"]
+    value = state.get("max_grad_norm")
+    if value is not None and not _positive(value):
         raise PrivacyError(f"'max_grad_norm' of the {whose}'s state is {value!r}, not a bound", remedy=remedy)
     if not _whole(state.get("bands", 1), 2**63) or state.get("bands", 1) < 1:
         raise PrivacyError(f"'bands' of the {whose}'s state is {state['bands']!r}, no integer above 0", remedy=remedy)

@@ -1,4 +1,4 @@
-"""What every rank of tests/distributed/test_correlated.py runs, with a directory."""
+"""What every rank of tests/distributed/test_correlated_ranks.py runs, with a directory."""
 
 from __future__ import annotations
 
