@@ -87,6 +87,7 @@ def test_no_steps_cost_nothing_and_no_noise_costs_everything(method):
     assert silent.epsilon(1e-5) == math.inf
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["pld", "rdp"])
 @pytest.mark.parametrize(("epsilon", "q", "steps"), [(3.0, 0.04, 500), (1.0, 1.0, 10), (8.0, 0.1, 100)])
 def test_calibrated_noise_meets_the_target_and_no_less_would(method, epsilon, q, steps):
@@ -95,6 +96,7 @@ def test_calibrated_noise_meets_the_target_and_no_less_would(method, epsilon, q,
     assert accountant(sigma * 0.999, q, method, steps).epsilon(1e-5) > epsilon
 
 
+@pytest.mark.full
 def test_pld_needs_less_noise_than_rdp():
     common = {"target_epsilon": 1.0, "target_delta": 1e-5, "sample_rate": 1.0, "steps": 10}
     assert calibrate_noise(**common) < calibrate_noise(**common, method="rdp")

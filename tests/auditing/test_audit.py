@@ -25,6 +25,8 @@ from dpcompile.auditing.report import AuditReport
 from dpcompile.errors import PrivacyError
 from dpcompile.noise.mechanism import GaussianMechanism, Release
 
+pytestmark = pytest.mark.full  # runs that are trained, each of seconds
+
 
 @dataclass
 class Other:

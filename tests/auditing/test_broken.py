@@ -10,6 +10,8 @@ from audited import BROKEN, audited
 
 from dpcompile.noise.mechanism import GaussianMechanism
 
+pytestmark = pytest.mark.full  # runs that are trained, each of seconds
+
 # Their canaries have a parameter to themselves: what is wrong with another one they do not see.
 UNSEEN_BY_DIRAC = {"left_out_of_the_norm", "one_unclipped"}
 

@@ -238,6 +238,7 @@ def test_ghost_norms_of_long_texts_need_little() -> None:
     assert long.traffic == 8 * short.traffic
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("model", ["once", "twice"])
 def test_inductor(model: str) -> None:
     net, ids, loss = MODELS[model](), torch.randint(0, WORDS, (4, 12)), PseudoLoss(4)

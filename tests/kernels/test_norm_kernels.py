@@ -210,6 +210,7 @@ def test_what_is_fusible() -> None:
     assert not fusible("keep", [None])
 
 
+@pytest.mark.full
 def test_the_package_does_not_need_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"

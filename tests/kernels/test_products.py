@@ -142,6 +142,7 @@ class Net(nn.Module):
         return self.b(mixed)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("norm", ["auto", "per_example", "ghost", "book_keeping", "direct", "bk_mix_opt"])
 @pytest.mark.usefixtures("quick")
 def test_models(norm: str) -> None:

@@ -143,6 +143,7 @@ def test_side_effects_happen_once_a_call(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.count("between") == len(SEEN) == model.calls == 3
 
 
+@pytest.mark.full
 def test_inductor_compiles_every_piece() -> None:
     model = Model(in_a_submodule)
     right(model, private(model, backend="inductor"), rows())
@@ -155,6 +156,7 @@ def test_a_model_without_breaks_is_one_region() -> None:
     assert engine_of(compiled).compilations == 1  # type: ignore[attr-defined]
 
 
+@pytest.mark.full
 def test_a_tied_head_behind_a_break() -> None:
     model = BrokenGPT()
     compiled = private(model)

@@ -145,6 +145,7 @@ def test_equal_blocks_under_checkpoints_are_compiled_once() -> None:
     assert engine_of(private).compilations == 3  # type: ignore[attr-defined]
 
 
+@pytest.mark.full
 def test_inductor_runs_both_passes() -> None:
     model = wrapped()
     right(model, dp_compile(model, max_grad_norm=0.5, regions="blocks", norm="two_pass"), ids())
@@ -303,6 +304,7 @@ def deep(wrap: bool) -> GPT:
     return model
 
 
+@pytest.mark.full
 def test_what_is_held() -> None:
     """Deferred, a checkpoint does not help the backward; two passes hold inputs of blocks alone."""
     deferred, twice = peak(deep(True)), peak(deep(True), norm="ghost_clipping")
@@ -323,6 +325,7 @@ def test_a_forward_without_a_backward_is_freed(model: nn.Module) -> None:
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_budget_chooses_and_the_plan_says_so() -> None:
     x = torch.randint(0, V, (32, T))
     model = deep(True)

@@ -176,6 +176,7 @@ def test_training_mode_is_followed() -> None:
     right(model, private, rows())
 
 
+@pytest.mark.full
 def test_batches_of_other_sizes() -> None:
     model = GPT(2)
     private = dp_compile(model, max_grad_norm=0.5, backend="eager", regions="blocks")

@@ -68,6 +68,7 @@ def test_the_update_is_that_of_the_unscaled_loss(options: dict[str, Any]) -> Non
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.full
 def test_inductor_reads_the_scale_in_the_backward() -> None:
     plain, norms = updated(None)
     module = net()
