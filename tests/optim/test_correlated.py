@@ -20,6 +20,7 @@ from dpcompile.noise.banded import BandedMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Release
 from dpcompile.noise.strategy import optimal_coefficients
 from dpcompile.optim import optimizer as optim
+from dpcompile.optim import update
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.schedules import ClipSchedule, NoiseSchedule
 
@@ -135,23 +136,31 @@ def test_resumed_it_goes_on_bit_by_bit() -> None:
     assert other.accountant.history == [(SIGMA, RATE, 3)]
 
 
-def test_a_fused_adam_steps_on_what_is_released() -> None:
-    weights = []
+def test_a_fused_adam_steps_on_what_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients and moments too: Adam's weights do not show a divisor."""
+    fused: list[bool] = []
+    original = update.fused_adam.update_
+    monkeypatch.setattr(update.fused_adam, "update_", lambda *a: fused.append(original(*a)) or fused[-1])
+    runs = []
     for kind in (torch.optim.AdamW, type("Other", (torch.optim.AdamW,), {})):
         model, own = PrivateModel(1.0, a=torch.zeros(50), b=torch.zeros(3, 4)), mechanism()
         loader = loader_of()
         optimizer = DPOptimizer(kind(model.parameters(), lr=0.1), model, mechanism=own)
         loader.attach(model, optimizer)
+        found: list[Tensor | None] = []
         for step in range(5):
             model.engine.feed.draws.last = step
             model.engine.deliver(a=torch.ones(50))
             optimizer.step()
+            found += [None if p.grad is None else p.grad.clone() for p in model.parameters()]
             optimizer.zero_grad()
-        weights.append([p.detach().clone() for p in model.parameters()])
+        found += [optimizer.state[p][n].clone() for p in model.parameters() for n in ("exp_avg", "exp_avg_sq")]
+        runs.append(found + [p.detach().clone() for p in model.parameters()])
         del optimizer, model
         gc.collect()
-    for a, b in zip(*weights, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert fused == [True] * 5 + [False] * 5
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 # ---- refusals
