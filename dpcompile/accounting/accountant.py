@@ -41,8 +41,8 @@ class PrivacyAccountant:
     Args:
         noise_multiplier: sigma: standard deviation of the noise over the sensitivity C. 0: epsilon is infinite.
         sample_rate: q in (0, 1]: the chance of each example, independently, to be in a step.
-        method: "pld" (tight; with so little noise that losses of hundreds are possible, RDP's bound) or "rdp" (looser,
-            and instant).
+        method: "pld" (tight; with so little noise that one step may lose hundreds, RDP's bound) or "rdp" (looser, and
+            instant).
         relation: which datasets are neighbours. "zero_out": one example counts or does not, in a dataset whose size is
             public; that is what a sample rate of ``expected_batch_size / len(dataset)`` allows. "add_remove": one
             example is there or is not; epsilon is the same, but sample rate, expected batch size and number of steps
@@ -64,7 +64,8 @@ class PrivacyAccountant:
     a restored history with another sigma or q  composed with the steps that follow
     delta 0 or 1                                refused
     "pld" with little noise, sigma below 0.2    a coarser grid, which rounds up; RDP's bound where it is smaller
-    "pld" with losses above 500                 RDP's bound: a grid of them would take gigabytes
+    "pld" with losses above 500 in one step     RDP's bound: a grid of them would take gigabytes
+    "pld" with epsilon above 500                a coarser grid, to about a thousandth
     sigma below 1e-100                          infinity
     where epsilon is infinite, delta            1.0, at any epsilon
     delta at infinite epsilon, sigma above 0    0.0

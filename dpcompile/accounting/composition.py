@@ -200,9 +200,9 @@ def _interval(history: History, releases: Releases, replaced: bool, usual: Calla
     points = max(one / _ONE_STEP, max(tails, divergences) / _COMPOSED) / _INTERVAL
     if points > 1 and divergences > tails:  # often far too large
         epsilon = usual()
-        if epsilon > _LARGEST_LOSS and not replaced:
-            return None
         points = max(one / _ONE_STEP, max(tails, min(epsilon, divergences)) / _COMPOSED) / _INTERVAL
+        if epsilon > _LARGEST_LOSS:  # of so many a share is enough, and a search for noise takes many of them
+            points = max(points, epsilon / 30)
     interval = _INTERVAL * 2 ** math.ceil(math.log2(max(points, 1)))
     return interval if points <= 1 or interval < one / 10 else None
 

@@ -143,6 +143,22 @@ def test_delta_is_read_off_as_dp_accounting_reads_it() -> None:
     assert losses.delta_reader(other._losses, said) is said
 
 
+@pytest.mark.parametrize(("sigma", "steps"), [(1.0, 5000), (0.5, 10**4), (0.3, 100)])
+def test_large_epsilons_are_tight_and_upper_bounds(sigma: float, steps: int) -> None:
+    """Losses there are beyond what exponentials hold; so many Gaussians are one, of sigma over the root of steps."""
+    counted, mu = accountant(sigma, 1.0, steps), math.sqrt(steps) / sigma
+    for delta in (1e-9, 1e-5, 0.5, 0.999):
+        epsilon = counted.epsilon(delta)
+        assert epsilon > 400 and gaussian_delta(mu, epsilon) <= delta < gaussian_delta(mu, epsilon * 0.98)
+        assert counted.delta(epsilon) <= delta * (1 + 1e-6)
+
+
+def test_sampling_pays_where_there_is_little_noise() -> None:
+    """Rényi's bound has too few orders there: it says 301307."""
+    epsilons = [accountant(0.1, 0.1, 10**4, "pld", relation).epsilon(1e-5) for relation in ("zero_out", "replace_one")]
+    assert 53_000 < epsilons[0] < 54_000 < epsilons[1] < 63_500
+
+
 # ---- attacks
 
 
