@@ -316,6 +316,7 @@ def test_seeds_do_not_come_from_torchs_generator():
     assert seeds[0] != seeds[1]
 
 
+@pytest.mark.full
 def test_the_relation_is_that_of_calibration_and_accountant() -> None:
     found = {}
     for relation in ("zero_out", "replace_one"):

@@ -28,6 +28,7 @@ def masked_softmax(x: Tensor) -> Tensor:
     return torch.softmax(x + mask, dim=-1)
 
 
+@pytest.mark.full
 def test_a_value_written_in_place_is_no_threads_own() -> None:
     """A plain compilation ends in a KeyError here."""
     x = torch.randn(8, 8)

@@ -261,6 +261,7 @@ def test_epsilon_of_each_relation(relation: Any, method: Any, epsilon: float) ->
     assert counted.relation == relation and f"relation={relation!r}" in repr(counted)
 
 
+@pytest.mark.full
 def test_a_replaced_example_is_as_one_taken_out_and_one_put_in() -> None:
     """(2 epsilon, (1 + e^epsilon) delta): two steps from neighbour to neighbour; and never below one of them."""
     for sigma, q, n in [
@@ -388,6 +389,7 @@ def test_what_is_not_proved_of_bands_is_refused():
             calibrate_noise(**{**common, "bands": bad})
 
 
+@pytest.mark.full
 def test_the_table_of_bands():
     """More bands need more noise for a target; what adds up is less where epsilon is large."""
     found = bands(0.01, 1000, 8.0)

@@ -23,6 +23,7 @@ def epsilon(sigma: float, q: float, n: int, **options: Any) -> float:
     return counted.epsilon(DELTA)
 
 
+@pytest.mark.full
 @settings(max_examples=12, deadline=None)
 @given(st.floats(0.6, 5), st.floats(1e-3, 1), st.integers(1, 5000), st.floats(0.05, 30))
 def test_what_is_found_meets_the_target(sigma: float, q: float, n: int, target: float) -> None:
@@ -48,6 +49,7 @@ def test_what_is_found_meets_the_target(sigma: float, q: float, n: int, target: 
             assert epsilon(*feed(min(worse(best), 1.0)), **options) > target or worse(best) > 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("relation", ["zero_out", "replace_one"])
 def test_by_the_tight_bound(relation: Any) -> None:
     options: dict[str, Any] = {"relation": relation}

@@ -53,6 +53,7 @@ def test_inductor_on_the_whole_zoo(name: str, norm: str) -> None:
     check(name, norm=norm, dynamic=False)
 
 
+@pytest.mark.full
 def test_dynamic_batch() -> None:
     """One compilation serves all batch sizes."""
     private = check("MLP", dynamic=True)
@@ -67,6 +68,7 @@ def test_dynamic_batch() -> None:
     assert engine_of(private).transformed is compiled
 
 
+@pytest.mark.full
 def test_float64() -> None:
     check("SDPA", dtype=torch.float64, tolerance=1e-9, norm="ghost")
 
@@ -119,6 +121,7 @@ class Filters(nn.Module):
         return self.last(torch.tanh(self.up(h))).mean((2, 3))
 
 
+@pytest.mark.full
 def test_parts_share_filters_with_their_channels_last() -> None:
     """In every step anew: what the parts take is what the optimizer left. Gradients lie as their parameters do."""
     torch.manual_seed(0)

@@ -77,6 +77,7 @@ def test_the_noise_drawn_is_that_of_the_step() -> None:
     torch.testing.assert_close(model.a, plain.a)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["pld", "rdp"])
 def test_a_calibrated_schedule_meets_its_target(method: Any) -> None:
     factor, steps = schedules.exponential(0.9), 20
@@ -184,6 +185,7 @@ def test_steps_are_rounded_to_less_noise_and_none_is_lost() -> None:
     assert merged([(1.0, 0.1, 2), (2.0, 0.1, 1), (1.0, 0.1, 3)]) == [(1.0, 0.1, 5), (2.0, 0.1, 1)]
 
 
+@pytest.mark.full
 def test_epsilon_of_a_schedule_is_a_bound_and_close(monkeypatch: pytest.MonkeyPatch) -> None:
     from dpcompile.accounting import composition
 

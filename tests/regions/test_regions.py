@@ -132,11 +132,13 @@ def test_a_clipping_function_is_right_for_every_size_of_the_batch(function: Any,
     assert len(calls) == expected
 
 
+@pytest.mark.full
 def test_inductor_compiles_both_parts_of_the_backward() -> None:
     model = GPT(2)
     right(model, dp_compile(model, max_grad_norm=0.5, regions="blocks"), ids())
 
 
+@pytest.mark.full
 def test_inductor_saves_images_channels_last() -> None:
     model = ViT()
     right(model, dp_compile(model, max_grad_norm=0.5, regions="blocks"), torch.randn(B, 3, 16, 16))

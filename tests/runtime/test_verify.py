@@ -228,6 +228,7 @@ def test_a_whole_graph(compiler: Any) -> None:
         verified(1.01)(*values)
 
 
+@pytest.mark.full
 def test_states_of_generators_among_what_is_saved() -> None:
     """Of a draw that is made again in the backward the forward saves the generator's state, behind its outputs."""
 
