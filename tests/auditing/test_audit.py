@@ -181,6 +181,7 @@ class Decorated(nn.Module):
         return self.body(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dirac", "spread", "data"])
 @pytest.mark.parametrize("decorated", [False, True], ids=["blocks", "decorated"])
 def test_decorated_classes_and_regions(decorated: bool, kind: Any) -> None:

@@ -37,6 +37,7 @@ def test_canaries_in_every_parameter(name: str, monkeypatch: pytest.MonkeyPatch)
     assert report.contradicted and report.noise is not None and report.noise < 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clipping", ["automatic", "per_layer", "per_block"])
 @pytest.mark.parametrize("name", ["half_the_noise", "twice_the_bound", "repeated_noise"])
 def test_under_other_clipping(name: str, clipping: str, monkeypatch: pytest.MonkeyPatch) -> None:
