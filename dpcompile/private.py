@@ -100,8 +100,7 @@ def make_private(
     if isinstance(optimizer, DPOptimizer):
         raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
     clip = max_grad_norm if isinstance(max_grad_norm, AdaptiveClip) else None
-    bound = max_grad_norm.initial if isinstance(max_grad_norm, AdaptiveClip) else max_grad_norm
-    private_model = _private_model(model, bound, dp_compile_options)
+    private_model = _private_model(model, max_grad_norm, dp_compile_options)
     engine = engine_of(private_model)
     drawn: int = fresh_seed(secure=secure)
     if engine.distributed:  # on every rank, whether it is given a seed or not
@@ -202,11 +201,13 @@ def _mechanism(
     return {"mechanism": banded_mechanism(engine, **numbers, bands=bands, steps=steps)}
 
 
-def _private_model(model: nn.Module, max_grad_norm: float | None, options: dict[str, Any]) -> Any:
+def _private_model(model: nn.Module, max_grad_norm: float | AdaptiveClip | None, options: dict[str, Any]) -> Any:
+    moves = isinstance(max_grad_norm, AdaptiveClip)
     if not isinstance(inner_module(model), PrivateModule):
-        return dp_compile(model, max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm, **options)
+        bound = max_grad_norm.initial if isinstance(max_grad_norm, AdaptiveClip) else max_grad_norm
+        return dp_compile(model, max_grad_norm=1.0 if bound is None else bound, **options)
     has = engine_of(model).max_grad_norm
-    if max_grad_norm is not None and max_grad_norm != has:
+    if max_grad_norm is not None and not moves and max_grad_norm != has:
         raise PrivacyError(
             f"the model is compiled already with max_grad_norm={has}, not {max_grad_norm}",
             remedy="pass the ordinary model, or leave max_grad_norm out",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from dpcompile.errors import PrivacyError
+from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
 from dpcompile.optim.optimizer import DPOptimizer
 
 __all__ = ["ClipSchedule", "Factor", "NoiseSchedule", "Schedule", "cosine", "exponential", "steps"]
@@ -95,3 +96,11 @@ class ClipSchedule(Schedule):
 
     number = "max_grad_norm"
     setter = DPOptimizer.move_max_grad_norm
+
+    def __init__(self, optimizer: DPOptimizer, factor: Factor) -> None:
+        if isinstance(getattr(optimizer, "mechanism", None), AdaptiveGaussianMechanism):
+            raise PrivacyError(
+                "a schedule of a C that follows a quantile: each would undo what the other one did",
+                remedy="leave out the schedule or AdaptiveClip",
+            )
+        super().__init__(optimizer, factor)

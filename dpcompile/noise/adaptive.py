@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dpcompile.accounting.arguments import number
 from dpcompile.errors import PrivacyError
 from dpcompile.noise.counter import Stream
 from dpcompile.noise.mechanism import GaussianMechanism
@@ -50,11 +51,11 @@ class AdaptiveClip:
     count_noise: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.quantile < 1:
+        if not 0 < number(self.quantile) < 1:
             raise PrivacyError(f"quantile is {self.quantile!r}, not in (0, 1)", remedy="0.5 is a common choice")
         for name in ("learning_rate", "initial", "count_noise"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if (value is not None or name == "learning_rate") and not 0 < number(value) < math.inf:
                 raise PrivacyError(f"{name} of AdaptiveClip is {value!r}", remedy="give a finite number above 0")
 
 

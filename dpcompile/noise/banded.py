@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpcompile.accounting.events import sampled_gaussian
 from dpcompile.errors import PrivacyError
-from dpcompile.noise.mechanism import Release, pieces_of, privatize_
+from dpcompile.noise.mechanism import GaussianMechanism, Release, pieces_of
 from dpcompile.noise.rows import Place, Rows
 from dpcompile.noise.strategy import check_coefficients, default_restart
 
@@ -108,30 +108,18 @@ class BandedMechanism:
 
     def release(self, release: Release) -> None:
         """See :class:`dpcompile.noise.mechanism.Mechanism`."""
-        self.check_numbers()
-        self._began = self._began or self._numbers()
-        std = self.std
-        if self.bands == 1 or not std > 0:
-            privatize_(
-                release.totals,
-                parameters=release.parameters,
-                runs=release.runs,
-                std=std,
-                expected_batch_size=self.expected_batch_size,
-                seed=self.seed,
-                step=release.step,
-                secure=self.secure,
-            )
+        if self.bands == 1 or not self.std > 0:
+            self._begin()
+            self._independent.release(release)
             return
         for piece, row in self.noise(release):
-            piece.add_(row.view(piece.shape), alpha=std)
+            piece.add_(row.view(piece.shape), alpha=self.std)
         for total in release.totals:
             total.div_(self.expected_batch_size)
 
     def noise(self, release: Release) -> list[tuple[Tensor, Tensor]]:
         """Views of the totals, and for each y of its elements, to be read before the next call; ``bands`` above 1."""
-        self.check_numbers()
-        self._began = self._began or self._numbers()
+        self._begin()
         if self._rows is None:
             self._rows = Rows(self.coefficients, self.restart, self.seed, self.secure)
         pieces, places = [], []
@@ -148,10 +136,7 @@ class BandedMechanism:
     def state_dict(self) -> dict[str, Any]:
         """See :class:`dpcompile.noise.mechanism.Mechanism`; no noise is in it."""
         return {
-            "seed": self.seed,
-            "noise_multiplier": self.noise_multiplier,
-            "expected_batch_size": self.expected_batch_size,
-            "secure": self.secure,
+            **self._independent.state_dict(),
             "bands": self.bands,
             "max_grad_norm": self.max_grad_norm,
             "coefficients": list(self.coefficients),
@@ -164,6 +149,17 @@ class BandedMechanism:
         self.seed = state["seed"]
         self._rows = None
         self._began = self._numbers() if state.get("logical_step", 1) else None
+
+    @property
+    def _independent(self) -> GaussianMechanism:
+        """The mechanism of the same numbers whose noise is not correlated."""
+        return GaussianMechanism(
+            self.noise_multiplier, self.max_grad_norm, self.expected_batch_size, self.seed, self.secure
+        )
+
+    def _begin(self) -> None:
+        self.check_numbers()
+        self._began = self._began or self._numbers()
 
     def _numbers(self) -> dict[str, Any]:
         return {

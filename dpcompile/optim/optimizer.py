@@ -265,11 +265,8 @@ class DPOptimizer(WrappingOptimizer):
         if feed is not None and bands > 1:
             self._last_draws = feed.state() or self._last_draws
         if self.accountant is not None:
-            event, more = (
-                self.mechanism.event(self.accountant.sample_rate),
-                rounds(used + 1, bands) - rounds(before, bands),
-            )
-            self._counted = count_steps(self.accountant, event, more)
+            event = self.mechanism.event(self.accountant.sample_rate)
+            self._counted = count_steps(self.accountant, event, rounds(used + 1, bands) - rounds(before, bands))
         return used
 
     def finish(self) -> None:

@@ -112,7 +112,7 @@ def _privacy(accountant: Accountant, mechanism: Mechanism, delta: float, epsilon
     yield "neighbouring datasets", _RELATIONS[accountant.relation]
     method = getattr(accountant, "method", None)
     yield "accounting", f"by {type(accountant).__name__}" if method is None else f"{method.upper()}, by dp-accounting"
-    yield from _steps(accountant)
+    yield from _steps(accountant, "steps" if mechanism.bands == 1 else f"times, each for up to {mechanism.bands} steps")
     for event, count in getattr(accountant, "releases", ()):
         yield f"released beside: {event!r}", f"{count} times"
     if isinstance(accountant, PrivacyAccountant):
@@ -128,16 +128,16 @@ def _privacy(accountant: Accountant, mechanism: Mechanism, delta: float, epsilon
     yield "generator of the noise", "ChaCha20, cryptographic" if mechanism.secure else "Philox, not cryptographic"
 
 
-def _steps(accountant: Accountant) -> Iterator[tuple[str, str]]:
+def _steps(accountant: Accountant, unit: str) -> Iterator[tuple[str, str]]:
     kinds: Counter[str] = Counter()
     for sigma, rate, n in accountant.history:
         kinds[f"noise multiplier {sigma:g}, sample rate {rate:g}"] += n
     if len(kinds) <= _MOST_KINDS:
-        yield from ((kind, f"{n} steps") for kind, n in kinds.items())
+        yield from ((kind, f"{n} {unit}") for kind, n in kinds.items())
         return
     sigmas, rates = ([run[i] for run in accountant.history] for i in (0, 1))
     numbers = f"noise multipliers from {min(sigmas):g} to {max(sigmas):g}, sample rates to {max(rates):g}"
-    yield numbers, f"{accountant.steps} steps of {len(kinds)} kinds"
+    yield numbers, f"{accountant.steps} {unit}, of {len(kinds)} kinds"
 
 
 def _data(engine: Engine, accountant: Accountant) -> Iterator[tuple[str, str]]:

@@ -116,7 +116,8 @@ class Report:
         axes.grid(alpha=0.3)
         written = io.StringIO()
         figure.savefig(written, format="svg")
-        return written.getvalue().partition("<svg")[1] + written.getvalue().partition("<svg")[2]
+        text = written.getvalue()
+        return text[text.index("<svg") :]
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> list[str]:

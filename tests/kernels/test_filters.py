@@ -103,6 +103,20 @@ def test_any_convolution(case: dict[str, Any]) -> None:
     assert certain(filter_norms(*arguments), wanted)
 
 
+@settings(max_examples=100, deadline=None)
+@given(case=cases())
+def test_sizes_by_the_kernel_are_those_of_torch(case: dict[str, Any]) -> None:
+    """Too small a size would let too small a norm pass."""
+    made = problem(case)
+    if made is None:
+        return
+    (g, x, shape, stride, padding, dilation, transposed, _, groups), _ = made
+    small, large = (x, g) if transposed else (g, x)
+    geometry = Geometry(shape, stride, padding, dilation, groups)
+    _, sizes = filters.gradients_(large, small, geometry, None)
+    torch.testing.assert_close(sizes, filter_op._sizes(small, large, geometry), rtol=1e-12, atol=0)
+
+
 def certain(squared: Tensor, gradients: Tensor) -> bool:
     """Squared norms are right, or too large by a thousandth of the norm."""
     wanted = gradients.flatten(1).square().sum(1)

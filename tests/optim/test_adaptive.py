@@ -23,6 +23,7 @@ from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
 from dpcompile.noise.counter import Stream
 from dpcompile.noise.normal import gaussian
 from dpcompile.runtime.bound import votes_within
+from dpcompile.schedules import ClipSchedule
 
 B, SIGMA, SEED = 9, 0.8, 11
 CLIP = AdaptiveClip(quantile=0.4, learning_rate=0.5, initial=0.3, count_noise=2.0)
@@ -276,12 +277,14 @@ def test_c_stays_within_reach() -> None:
     [
         ({"quantile": 0.0}, r"(?s)quantile is 0.0, not in \(0, 1\).*common choice"),
         ({"quantile": 1.0}, "quantile is 1.0"),
+        ({"quantile": "half"}, "quantile is 'half'"),
+        ({"learning_rate": None}, "learning_rate of AdaptiveClip is None"),
         ({"learning_rate": 0.0}, "learning_rate of AdaptiveClip is 0.0"),
         ({"initial": -1.0}, r"(?s)initial of AdaptiveClip is -1.0.*finite number above 0"),
         ({"count_noise": math.inf}, "count_noise of AdaptiveClip is inf"),
     ],
 )
-def test_numbers_without_sense_are_refused(options: dict[str, float], message: str) -> None:
+def test_numbers_without_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PrivacyError, match=message):
         AdaptiveClip(**options)
 
@@ -305,3 +308,38 @@ def test_a_mechanism_and_a_quantile_are_one_too_many() -> None:
     mechanism = AdaptiveGaussianMechanism(1.0, 0.3, B, 0)
     with pytest.raises(PrivacyError, match=r"(?s)a mechanism was given, and .*adaptive_clip too.*the mechanism alone"):
         DPOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), model, mechanism=mechanism, adaptive_clip=CLIP)
+
+
+def test_a_schedule_beside_it_is_refused() -> None:
+    _, optimizer = wrapped(net())
+    with pytest.raises(PrivacyError, match=r"(?s)a schedule of a C that follows a quantile.*leave out"):
+        ClipSchedule(optimizer, lambda t: 1.0)
+
+
+def test_a_model_that_is_compiled_already_begins_at_the_first_c() -> None:
+    model = dp_compile(net(), max_grad_norm=2.0, backend="eager")
+    loader = DataLoader(TensorDataset(*labelled(20)), batch_size=5)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    _, optimizer, _ = make_private(model, inner, loader, noise_multiplier=1.0, max_grad_norm=CLIP)
+    assert optimizer.max_grad_norm == CLIP.initial
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**10])
+def test_a_gradient_scaler_changes_no_vote(scale: float) -> None:
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=scale)):
+        module = net()
+        model, optimizer = wrapped(module)
+        for step in range(3):
+            x, y = batch(step)
+            loss = F.cross_entropy(model(x), y)
+            if scaler is None:
+                loss.backward()
+                optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+        found.append(optimizer.max_grad_norm)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

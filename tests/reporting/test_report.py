@@ -99,7 +99,7 @@ def test_kinds_of_steps_are_counted_together() -> None:
     for i in range(20):
         optimizer.accountant.step(event=sampled_gaussian(1 + i / 100, 0.1))
     privacy = optimizer.report(DELTA).sections["Privacy"]
-    assert privacy["noise multipliers from 1 to 2, sample rates to 0.1"] == "24 steps of 21 kinds"
+    assert privacy["noise multipliers from 1 to 2, sample rates to 0.1"] == "24 steps, of 21 kinds"
 
 
 def test_a_delta_that_allows_to_publish_an_example() -> None:

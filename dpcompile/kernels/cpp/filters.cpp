@@ -180,7 +180,7 @@ void add_squares(
     for (int64_t h = 0; h < space[1]; ++h) {
       const float* line = from + d * t[3] + h * t[4];
       double* to = sums + d * plane + h * row;
-      if (t[2] == 1 && channels > 4) {
+      if (t[2] == 1 && channels > 4) {  // fewer are added up along the line, place beside place
         for (int64_t w = 0; w < width; ++w) to[w] += squared_norm(line + w * t[5], channels);
         continue;
       }
