@@ -1,7 +1,7 @@
 """What the steps of private training cost: ``python -m benchmarks.mechanisms`` prints tables.
 
-``--audit`` prints what an audit finds of it, by how many canaries there are, and ``--step`` times the optimizer's step
-on 20 million parameters.
+``--audit`` prints what an audit finds of it, by how many canaries there are. ``--step N`` times the optimizer's step on N
+million parameters: the mean over as many steps as make each row of correlated noise once for each use.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dp_accounting.dp_event import RepeatAndSelectDpEvent
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.machine import describe_machine
 from dpcompile import PoissonLoader, PrivacyAccountant, audit, calibrate_noise, make_private
 from dpcompile.accounting.arguments import Relation
 from dpcompile.accounting.events import rounds
@@ -126,13 +127,21 @@ def audits(counts: tuple[int, ...] = CANARIES, noise_multiplier: float = 2.0, st
 def main() -> None:
     """Print what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--step", action="store_true", help="time the optimizer's step (a minute)")
+    parser.add_argument("--step", type=int, metavar="N", help="time the optimizer's step on N million parameters")
     parser.add_argument("--audit", action="store_true", help="audit some runs (a minute)")
     asked = parser.parse_args()
     if asked.audit:
         print("| canaries | of any mechanism | if independent | proved | noise at most |\n|---|---|---|---|---|")
         for count, r in audits().items():
             print(f"| {count:,} | {r.any_mechanism:.2f} | {r.independent:.2f} | {r.proved:.2f} | {r.noise:.2f} |")
+        return
+    if asked.step:
+        plain = GaussianMechanism(1.0, 1.0, 8.0, 0)
+        banded = BandedMechanism(1.0, 1.0, 8.0, 0, coefficients=optimal_coefficients(16, STEPS))
+        one, other = (step(mechanism, asked.step * 1_000_000, 30) for mechanism in (plain, banded))
+        machine = describe_machine(torch.get_num_threads())
+        print(f"{machine['cpu']}, {machine['threads']} threads; AdamW on {asked.step} million parameters, s a step: ")
+        print(f"independent {one:.3f}, 16 bands {other:.3f}, ratio {other / one:.2f}")
         return
     print(f"sigma {NOISE_MULTIPLIER}, q {SAMPLE_RATE}, {STEPS} steps, delta {DELTA}")
     for name, epsilon in relations().items():
@@ -146,11 +155,6 @@ def main() -> None:
             print("bands  epsilon of sigma 1  sigma  error of prefix sums, RMS")
             for b, (epsilon, sigma, error) in bands(rate, steps, target).items():
                 print(f"{b:5}  {epsilon:18.3f}  {sigma:5.2f}  {error:.2f}")
-    if asked.step:
-        numel, plain = 20_000_000, GaussianMechanism(1.0, 1.0, 8.0, 0)
-        banded = BandedMechanism(1.0, 1.0, 8.0, 0, coefficients=optimal_coefficients(16, STEPS))
-        for name, mechanism in (("independent", plain), ("16 bands", banded)):
-            print(f"AdamW on {numel:,} parameters, {name}: {step(mechanism, numel, 30):.3f} s a step")
 
 
 if __name__ == "__main__":
