@@ -1,6 +1,6 @@
 """What the steps of private training cost: ``python -m benchmarks.mechanisms`` prints tables.
 
-``--audit`` prints what an audit finds of it, by how many canaries there are. ``--step N`` times the optimizer's step on N
+``--audit`` prints what an audit finds of it, by how many canaries there are. ``--step N`` times the optimizer on N
 million parameters: the mean over as many steps as make each row of correlated noise once for each use.
 """
 
