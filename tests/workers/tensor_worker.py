@@ -268,7 +268,7 @@ def other_rates(mesh: DeviceMesh) -> None:
     own, rates._rates = rates._rates, lambda kind, setting: here  # type: ignore[assignment]
     rates._ADOPTED.clear()
     try:
-        training(mesh, False)
+        training(mesh, 2)
         assert rates.rates_for(torch.device("cpu")) != slower
     finally:
         rates._rates = own
