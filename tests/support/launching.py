@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 TESTS = Path(__file__).parent.parent
-_HANGS = 300  # seconds after which a check is taken to hang
+_HANGS = float(os.environ.get("DPCOMPILE_TEST_HANGS", "300"))  # seconds after which a check is taken to hang
 
 
 def launch(
-    world: int, script: str, *arguments: str, options: Sequence[str] = (), timeout: float = 900
+    world: int, script: str, *arguments: str, options: Sequence[str] = (), timeout: float = 3 * _HANGS
 ) -> subprocess.CompletedProcess[str]:
     """Run a script of `workers` on ``world`` ranks of this machine."""
     command = [
