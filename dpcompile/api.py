@@ -43,6 +43,7 @@ def dp_compile(  # type: ignore[misc]
     check: bool = False,
     regions: str | None = None,
     verify: bool = True,
+    examples_per_user: int = 1,
 ) -> Any:
     """Compile a model so that its backward clips every example's gradient.
 
@@ -80,6 +81,9 @@ def dp_compile(  # type: ignore[misc]
         verify: under Inductor, compare what each graph was compiled to with the graph itself, run uncompiled, on its
             first batch, and raise in the backward where they differ by more than rounding can explain
             (:mod:`dpcompile.runtime.verify`). It costs one uncompiled step per graph.
+        examples_per_user: k: each k rows of a batch, one after the other, are one user's, and users take the place of
+            examples: ``g_i`` is the gradient of the sum of user i's losses, users never mix, rows of one may. Sizes are
+            fixed then (``dynamic=False``). :class:`dpcompile.PoissonLoader` with ``groups`` gives such batches.
 
     Returns:
         A module of the model's own class and signature with, in addition, ``grad_norms``, ``plan``, ``graph``,
@@ -96,9 +100,11 @@ def dp_compile(  # type: ignore[misc]
     if regions is not None:
         _one_of("regions", regions, ("blocks", "breaks"))
     _validate_budget(memory_budget)
+    dynamic = _validate_users(examples_per_user, dynamic)
     options = Options(
-        max_grad_norm, clipping, norm, in_dims, loss_reduction, backend, dynamic, memory_budget, check, regions, verify
-    )
+        max_grad_norm, clipping, norm, in_dims, loss_reduction, backend, dynamic, memory_budget, check, regions, verify,
+        examples_per_user,
+    )  # fmt: skip
     if model is None:
         return lambda decorated: _private(decorated, options)
     return _private(model, options)
@@ -124,6 +130,20 @@ def _private(model: Any, options: Options) -> Any:
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise DPCompileError(f"unknown {option} {value!r}", remedy=f"use one of {', '.join(map(repr, allowed))}")
+
+
+def _validate_users(examples_per_user: int, dynamic: bool | None) -> bool | None:
+    if isinstance(examples_per_user, bool) or not isinstance(examples_per_user, int) or examples_per_user < 1:
+        raise DPCompileError(
+            f"examples_per_user must be an integer, 1 or more, got {examples_per_user!r}",
+            remedy="say how many rows of a batch, one after the other, are one user's; 1: every row is an example",
+        )
+    if examples_per_user > 1 and dynamic:
+        raise DPCompileError(
+            "dynamic=True with examples_per_user: users are told apart by sizes that are known when the graph is made",
+            remedy="leave dynamic out; batches of other sizes are compiled anew",
+        )
+    return False if examples_per_user > 1 else dynamic
 
 
 def _validate_budget(budget: float | int | None) -> None:

@@ -25,6 +25,7 @@ class Options:
     check: bool
     regions: str | None = None
     verify: bool = True
+    examples_per_user: int = 1
 
 
 DEFERRED, AT_ONCE, TWO_PASS = "deferred", "at once", "two passes"

@@ -74,6 +74,11 @@ class Work:
         """Whether the loss is a mean over the batch."""
         return self.options.loss_reduction == "mean"
 
+    @property
+    def mean_of(self) -> int | None:
+        """How many times this graph's examples the losses are that the mean is taken of; None of a sum."""
+        return (self.parts or 1) * self.options.examples_per_user if self.mean else None
+
 
 def normalise(work: Work) -> None:
     """Write every sum over examples as one operation that says so."""
@@ -142,7 +147,7 @@ def choose_rules(work: Work) -> None:
 def insert_clipping(work: Work) -> None:
     """Put norms, weights and clipped sums in the place of the gradients."""
     options = work.options
-    clip = ClipOptions(options.clipping, float(options.max_grad_norm), (work.parts or 1) if work.mean else None)
+    clip = ClipOptions(options.clipping, float(options.max_grad_norm), work.mean_of)
     rewrite(work.joint, work.plan, clip, work.proof, work.roles.lowering)
 
 

@@ -29,8 +29,8 @@ def clip_group(
         mask: see :func:`clip_weights`, as for the rest.
         clipping: "
         bound: "
-        mean_of: where the loss is a mean over the batch, how many times ``mask``'s examples that batch holds: a
-            gradient in the graph is ``1 / (mean_of * B)`` of the example's own. None where it is a sum.
+        mean_of: where the loss is a mean over the batch, how many times ``mask``'s examples the losses are that it is
+            the mean of: a gradient in the graph is ``1 / (mean_of * B)`` of the example's own. None where it is a sum.
     """
     total = sum(squared[1:], start=squared[0]) if squared else torch.zeros_like(mask)
     return total, clip_weights(total, mask, clipping=clipping, bound=bound, scale=_scale(mask, mean_of))

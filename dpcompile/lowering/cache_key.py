@@ -24,7 +24,8 @@ def cache_key(options: Options, roles: Roles, parts: int = 1) -> str:
     clipping = options.clipping if isinstance(options.clipping, str) else uuid.uuid4().hex
     described = [
         _source_digest(), repr(float(options.max_grad_norm)), clipping, options.norm, options.loss_reduction,
-        repr(options.memory_budget), repr(parts), repr(sorted(roles.parameters.items())),
+        repr(options.memory_budget), repr(parts), repr(options.examples_per_user),
+        repr(sorted(roles.parameters.items())),
         repr(sorted(roles.examples.items())),
         repr(roles.lowering), repr(sorted(roles.shared)),
         repr(sorted((p, str(x)) for p, x in roles.layouts.items())), repr(sorted(roles.alike.items())),

@@ -261,7 +261,7 @@ class RegionBackward:
         return group_bound(self.options.max_grad_norm, len(present))
 
     def _mean_of(self) -> int | None:
-        return 1 if self.options.loss_reduction == "mean" else None
+        return self.options.examples_per_user if self.options.loss_reduction == "mean" else None
 
     def _over_ranks(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
         """Squared norms of each group's parameters, of all ranks' parts where they lie on several."""

@@ -161,7 +161,8 @@ class RegionEngine(Engine):
         batch = next(((t.shape[d], t.device) for _, t, d in dims if d is not None), None)
         if batch is None:
             raise no_example_axis()
-        options = replace(self.options, clipping=self._clipping.of(*batch))
+        rows, device = batch
+        options = replace(self.options, clipping=self._clipping.of(rows // self.options.examples_per_user, device))
         sums = ShardedSums(held_by_units(root, self._parameters), self._parameters) if self.sharded else LocalSums()
         awaited = self.await_backward(forward, *batch, sums)
         ranks, mask = None, awaited.mask

@@ -14,7 +14,7 @@ from dpcompile._torch import pytree
 from dpcompile._torch.aot import add_inputs
 from dpcompile._torch.tensors import base_of
 from dpcompile.errors import UnsupportedGraphError
-from dpcompile.graph.labels import Examples, Label, Shared
+from dpcompile.graph.labels import Label, Shared
 from dpcompile.regions.checkpoints import checkpoint_of
 from dpcompile.regions.compiled import CompiledRegions
 from dpcompile.regions.graph_breaks import Following, GraphBreakWatch, check_hooks_between, compiled_alone
@@ -74,7 +74,7 @@ class RegionForward(RegionRunner):
     def run(self, root: Unit, dims: Sequence[tuple[str, Tensor, int | None]]) -> Any:
         """The model on the arguments of the call, whose example dimensions these are."""
         kept, forward = self.engine.kept, self.forward
-        given: list[Label | None] = [Shared() if dim is None else Examples(dim % t.ndim) for _, t, dim in dims]
+        given: list[Label | None] = [self.engine.lies(t, dim) or Shared() for _, t, dim in dims]
         kept.note_arguments((t for _, t, dim in dims if dim is not None), trained=self.proving)
         kept.numbers.begin()
         result, labels = self._run_unit(root, *forward.call, given)
@@ -86,7 +86,7 @@ class RegionForward(RegionRunner):
             kept.check_buffers(self.engine.module)
             tensors = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
             assert len(tensors) == len(labels), "the model returns other tensors than its graph"
-            forward.note(tensors, labels)
+            self.engine.returns(forward, tensors, labels)
             if forward.first_step is not None:
                 forward.first_step.watch(result)
         return result

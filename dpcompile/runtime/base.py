@@ -23,6 +23,7 @@ from dpcompile.capture.surroundings import refuse_tracers
 from dpcompile.capture.tensor_kinds import check_model
 from dpcompile.distributed.ranks import refuse_other_place, world_size
 from dpcompile.errors import DPCompileError, PrivacyError
+from dpcompile.graph.labels import Examples, Label
 from dpcompile.kernels.workspace import kept_gradients
 from dpcompile.options import Options
 from dpcompile.pipeline import Transformed
@@ -32,9 +33,11 @@ from dpcompile.runtime.example_memory import ExampleMemory
 from dpcompile.runtime.first_step import FirstStep
 from dpcompile.runtime.forward import AwaitedBackward, Forward
 from dpcompile.runtime.ledger import GradientLedger
+from dpcompile.runtime.masks import Masks
 from dpcompile.runtime.replicas import Replicas
 from dpcompile.runtime.sums import Delivered, LocalSums, Sums, to_ledger
 from dpcompile.runtime.turns import Ran, in_turns
+from dpcompile.runtime.users import check_rows, leave_out, rows_left_out, users_among
 
 __all__ = ["Engine", "with_own_code"]
 
@@ -84,8 +87,7 @@ class Engine(ABC):
         self._unchecked = options.check
         self._bound = ClipBound(options.clipping, options.max_grad_norm)
         self._norms: list[tuple[Tensor, Tensor]] = []  # with their masks, of the last backward
-        self._mask: Tensor | None = None  # which rows of the next batch are examples
-        self._masked = False  # that is said of every batch
+        self.masks = Masks()
         weakref.finalize(self, kept_gradients.release)
 
     # --- what is known of the model ----------------------------------------------------------------------------------
@@ -180,45 +182,14 @@ class Engine(ABC):
     @property
     def claims(self) -> bool:
         """Whether forwards with gradients are on batches of an attached loader."""
-        return self.draws is not None and not self._masked
+        return self.draws is not None and not self.masks.said
 
     def set_mask(self, mask: Tensor | None) -> None:
         """Say which rows of the next batch are examples (True) and which are padding (False): bool ``[B]``.
 
         From then on every forward with gradients needs a mask of its own; None ends that.
         """
-        if mask is not None and (mask.ndim != 1 or mask.dtype != torch.bool):
-            raise PrivacyError(
-                f"the padding mask must be a bool tensor of shape [B], got {mask.dtype} {list(mask.shape)}",
-                remedy="True marks an example, False a padding row",
-            )
-        self._mask, self._masked = mask, mask is not None
-
-    def take_mask(self, forward: Forward, batch: int, device: torch.device) -> Tensor:
-        """The mask of a forward's batch, as float32 weights; one that was set is used once."""
-        mask = forward.given.mask
-        if mask is None and not forward.tracing:
-            mask, self._mask = self._mask, None
-        if mask is None:
-            return torch.ones(batch, device=device)
-        if len(mask) != batch:
-            raise PrivacyError(
-                f"the padding mask has {len(mask)} entries for a batch of {batch}",
-                remedy="call the model on the batch that the loader gave, whole",
-            )
-        return mask.to(device=device, dtype=torch.float32)
-
-    def _refused_backward(self, forward: Forward) -> PrivacyError | None:
-        """Why a forward may have no backward; None if it may. Its mask is not taken yet."""
-        if forward.given.refused is not None or forward.given.mask is not None:
-            return forward.given.refused
-        if forward.tracing or not self._masked or self._mask is not None:
-            return None
-        return PrivacyError(
-            "a second backward on one batch of the loader: its examples would count twice",
-            remedy="call the model once per batch with gradients (others under torch.no_grad()); to train without the "
-            "loader, finish its loop first",
-        )
+        self.masks.set(mask)
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -268,7 +239,13 @@ class Engine(ABC):
         """
         inspect.signature(self.module.forward).bind(*call[0], **call[1])
         check_model(self.module, sharded=self.distributed)
-        return example_dims(self.module.forward, *call, self.options.in_dims)
+        dims = example_dims(self.module.forward, *call, self.options.in_dims)
+        check_rows(dims, self.options.examples_per_user)
+        return dims
+
+    def lies(self, tensor: Tensor, dim: int | None) -> Examples | None:
+        """How the examples, or users, lie in an argument of the call."""
+        return None if dim is None else Examples(dim % tensor.ndim, inner=self.options.examples_per_user)
 
     def note_given(self, forward: Forward, tensors: Sequence[Any]) -> None:
         """Arguments of a call without gradients hold examples, but for those that ``in_dims`` says are shared."""
@@ -291,14 +268,17 @@ class Engine(ABC):
     # --- backward ----------------------------------------------------------------------------------------------------
 
     def await_backward(
-        self, forward: Forward, size: int, device: torch.device, sums: Sums | None = None
+        self, forward: Forward, rows: int, device: torch.device, sums: Sums | None = None
     ) -> AwaitedBackward:
-        """A forward with gradients runs on ``size`` examples; its mask is taken once for all parts of its batch."""
-        batch = forward.batch
+        """A forward with gradients runs on so many rows; their mask is taken once for all parts of its batch."""
+        batch, of_user = forward.batch, self.options.examples_per_user
+        size = rows // of_user
         if batch.mask is None:
-            batch.refused = self._refused_backward(forward)
-            batch.bound = self.max_grad_norm
-            batch.mask = self._bound.into(self.take_mask(forward, size * batch.parts, device))
+            batch.refused, batch.bound = self.masks.refused(forward), self.max_grad_norm
+            given = self.masks.take(forward, rows * batch.parts)
+            batch.rows = rows_left_out(given, of_user)
+            mask = torch.ones(size * batch.parts) if given is None else users_among(given, of_user)
+            batch.mask = self._bound.into(mask.to(device=device, dtype=torch.float32))
         # A draw's turns are told apart by the draw.
         running = current_backward() if forward.given.reduces is None else -1
         return AwaitedBackward(
@@ -310,6 +290,12 @@ class Engine(ABC):
             first_step=forward.first_step,
             sums=LocalSums() if sums is None else sums,
         )
+
+    def returns(self, forward: Forward, outputs: Sequence[Any], labels: Sequence[Label]) -> None:
+        """A forward returns these outputs, which lie like this."""
+        if self.options.examples_per_user > 1:
+            leave_out(outputs, labels, forward.part.left_out, self.options.examples_per_user)
+        forward.note(outputs, labels)
 
     def deliver(self, awaited: AwaitedBackward, found: Delivered) -> None:
         """The backward of a forward is over.

@@ -140,7 +140,7 @@ class GraphEngine(Engine):
         if transformed is not None:
             self.transformed = transformed
             self.kept.note(outputs, transformed.output_labels)
-            forward.note(outputs, transformed.output_labels)
+            self.returns(forward, outputs, transformed.output_labels)
 
     def _compiled_call(self, parts: int) -> Callable[..., Any]:
         """The compiled call for what is trainable now (Dynamo of torch 2.11 has no guard on that) and the parts."""
@@ -182,7 +182,8 @@ class GraphEngine(Engine):
         if self.options.memory_budget is None and self.options.backend == "inductor":
             keep_freed_memory()
         forward = self.running.now
-        leaves = {id(t): (name, dim) for name, t, dim in self.example_dims(forward.call)}
+        dims, of_users = self.example_dims(forward.call), self.options.examples_per_user > 1
+        leaves = {id(t): (name, self.lies(t, dim) if of_users else dim) for name, t, dim in dims}
         roles = assign_roles(gm, inputs, names, leaves)
         graph = _RunningGraph(self, roles, reads_of(self.module), roles.outside)
         extended, extra = extend(gm, roles)

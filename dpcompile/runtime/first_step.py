@@ -88,9 +88,11 @@ class FirstStep:
         rest.update(self._module.named_buffers())
         positions = sorted(self._cotangents)
         labels = [self._labels[id(self._outputs[k])] for k in positions]
+        of_user = self._options.examples_per_user
+        inside = of_user if self._options.loss_reduction == "mean" else 1
         fronts = []
         for k, label in zip(positions, labels, strict=True):
-            cotangent = self._cotangents[k]
+            cotangent = self._cotangents[k] * inside
             if isinstance(label, Examples):
                 scale = batch * self._parts if self._options.loss_reduction == "mean" else 1
                 fronts.append(in_front(cotangent * scale, label, batch))
@@ -102,8 +104,7 @@ class FirstStep:
         def one(slices: list[Tensor], cotangents: list[Tensor]) -> dict[str, Tensor]:
             values = list(leaves)
             for i, part in zip(mapped, slices, strict=True):
-                dim = self._dims[id(leaves[i])]
-                values[i] = part.unsqueeze(dim)  # type: ignore[arg-type]
+                values[i] = part
             args, kwargs = pytree.tree_unflatten(values, structure)
 
             def outputs(trainable: dict[str, Tensor]) -> list[Tensor]:
@@ -114,8 +115,9 @@ class FirstStep:
             found, pull, *_ = torch.func.vjp(outputs, parameters)
             return pull([c.reshape(o.shape) for c, o in zip(cotangents, found, strict=True)])[0]
 
-        slices = [leaves[i].detach() for i in mapped]
-        in_dims = ([self._dims[id(leaves[i])] for i in mapped], [0] * len(fronts))
+        along = [self._dims[id(leaves[i])] % leaves[i].ndim for i in mapped]  # type: ignore[operator]
+        slices = [leaves[i].detach().unflatten(dim, (batch, of_user)) for i, dim in zip(mapped, along, strict=True)]
+        in_dims = (along, [0] * len(fronts))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # operations that vmap runs one example at a time

@@ -28,6 +28,7 @@ class WholeBatch:
     Attributes:
         parts: how many there are.
         mask: ``[B]`` weights of the whole batch, once a part asked for them.
+        rows: bool, of all rows, if some are left out of the losses of users whose other rows count; else None.
         bound: C that it is clipped to, known with the mask.
         refused: why the call may have no backward, known with the mask; or None.
         norms: ``[B]`` of the whole batch, as far as parts had their backward; None before the first.
@@ -37,6 +38,7 @@ class WholeBatch:
 
     parts: int = 1
     mask: Tensor | None = None
+    rows: Tensor | None = None
     bound: float = math.inf
     refused: PrivacyError | None = None
     norms: Tensor | None = None
@@ -64,6 +66,12 @@ class PartOfBatch:
 
     whole: WholeBatch = field(default_factory=WholeBatch)
     index: int = 0
+
+    @property
+    def left_out(self) -> Tensor | None:
+        """:attr:`WholeBatch.rows` of this part."""
+        rows = self.whole.rows
+        return None if rows is None else rows.chunk(self.whole.parts)[self.index]
 
     def rows(self, size: int) -> slice:
         """Of a part of this many rows, in the batch."""
