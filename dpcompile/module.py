@@ -189,8 +189,9 @@ def set_mask(model: Any, mask: Tensor | None) -> None:
 
     Args:
         model: a private model, or one inside DistributedDataParallel.
-        mask: bool ``[B]``, True for an example and False for padding, which gets weight 0. From then on every forward
-            with gradients needs a mask of its own, used once; None ends that.
+        mask: bool ``[B]``, True for an example and False for padding, which gets weight 0 (a row of a user who has
+            others is left out of the user's loss). From then on every forward with gradients needs a mask of its own,
+            used once; None ends that.
 
     Raises:
         PrivacyError: a mask of another kind, or a model whose batches a loader hands out with their masks.

@@ -102,10 +102,10 @@ def check_returned(work: Work) -> None:
 
 def label(work: Work) -> None:
     """Prove that examples do not mix: a label for every value. Cotangents of no example are erased."""
-    work.proof = prove(work.joint)
+    work.proof = prove(work.joint, work.options.examples_per_user)
     work.unowned = erase_cotangents(work.joint, work.proof)
     if work.unowned:
-        work.proof = prove(work.joint)
+        work.proof = prove(work.joint, work.options.examples_per_user)
 
 
 def check_growth(work: Work) -> None:

@@ -44,6 +44,8 @@ def make_private(
     accountant: Method | Accountant = "pld",
     relation: Relation = "zero_out",
     bands: int | None = None,
+    groups: Any = None,
+    examples_per_user: int | None = None,
     physical_batch_size: int | None = None,
     padding_example: Any = None,
     on_exceed: OnExceed = "raise",
@@ -77,6 +79,9 @@ def make_private(
             (:class:`dpcompile.PoissonLoader`). None: a PoissonLoader's own, else 1: independent noise. What is best
             depends on the run: more bands need a larger sigma for a target, of which less adds up in the weights
             (``python -m benchmarks.mechanisms``).
+        groups: whose each example is, so that epsilon is for all that a user has: see
+            :class:`dpcompile.PoissonLoader`. The loader's batch size then counts users.
+        examples_per_user: with ``groups``, how many rows of a batch are each user's.
         physical_batch_size: see :class:`dpcompile.PoissonLoader`.
         padding_example: see there.
         on_exceed: with a target, what a step beyond the planned ones does: "raise", "warn" (once) or "ignore".
@@ -100,14 +105,17 @@ def make_private(
     if isinstance(optimizer, DPOptimizer):
         raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
     clip = max_grad_norm if isinstance(max_grad_norm, AdaptiveClip) else None
+    of_user = examples_per_user if examples_per_user is not None else getattr(loader, "examples_per_user", 1)
+    if of_user != 1 and not isinstance(inner_module(model), PrivateModule):
+        dp_compile_options["examples_per_user"] = of_user
     private_model = _private_model(model, max_grad_norm, dp_compile_options)
     engine = engine_of(private_model)
     drawn: int = fresh_seed(secure=secure)
     if engine.distributed:  # on every rank, whether it is given a seed or not
         drawn = from_first(drawn)
     seed = drawn if seed is None else seed
-    options = {"physical_batch_size": physical_batch_size, "bands": bands}
-    private_loader = _private_loader(loader, options, padding_example, seed, secure, engine)
+    options = {"physical_batch_size": physical_batch_size, "bands": bands, "examples_per_user": examples_per_user}
+    private_loader = _private_loader(loader, options, groups, padding_example, seed, secure, engine)
     bands = private_loader.bands
     refuse_rate_from_size(relation, private_loader)
     check_bands(bands, relation)
@@ -221,11 +229,17 @@ def _private_model(model: nn.Module, max_grad_norm: float | AdaptiveClip | None,
 
 
 def _private_loader(
-    loader: Any, numbers: Mapping[str, int | None], padding_example: Any, seed: int, secure: bool, engine: Engine
+    loader: Any,
+    numbers: Mapping[str, int | None],
+    groups: Any,
+    padding_example: Any,
+    seed: int,
+    secure: bool,
+    engine: Engine,
 ) -> PoissonLoader:
     if not isinstance(loader, PoissonLoader):
         options: dict[str, Any] = {**numbers, "seed": seed, "secure": secure, "padding_example": padding_example}
-        options["bands"] = 1 if numbers["bands"] is None else numbers["bands"]
+        options |= {"bands": 1 if numbers["bands"] is None else numbers["bands"], "groups": groups}
         if engine.distributed:
             if engine.data_ranks != world_size():
                 raise PrivacyError(
@@ -236,6 +250,11 @@ def _private_loader(
                 )
             options |= {"rank": rank(), "world_size": world_size()}
         return PoissonLoader.from_dataloader(loader, **options)
+    if groups is not None:
+        raise PrivacyError(
+            "groups, and a PoissonLoader that is made already",
+            remedy="leave groups out, or make the PoissonLoader with them",
+        )
     for name, value in numbers.items():
         if value not in (None, getattr(loader, name)):
             raise PrivacyError(

@@ -85,6 +85,7 @@ class Draws:
     a draw that was not stepped on                         the next backward is refused
     a batch given up (``continue``, ``discard()``)         right; its draw is lost
     part of a draw, then another                           refused, or dropped where a new pass begins
+    of users: a tensor changed, reordered, computed anew   refused: whose a row is goes by its place
     =====================================================  =======================================================
 
     Attributes:
@@ -140,6 +141,8 @@ class Draws:
             return Claim(None, refused=_used_already())
         batch, order = (self._waiting[0], None) if found is None else (found.batch, found.order)
         _check_rows(batch, tensors)
+        if batch.of_users and (found is None or not found.untouched):
+            return Claim(None, refused=_moved_users())
         mask = batch.mask if order is None else batch.mask[order]
         refuse_moved_rows(mask, tensors if found is None else found.rest)
         if found is None:
@@ -231,6 +234,15 @@ def _used_already() -> PrivacyError:
         "a second backward on one batch of the loader: its examples would count twice",
         remedy="call the model once per batch with gradients (other calls under torch.no_grad()), and iterate over the "
         "loader anew for every epoch",
+    )
+
+
+def _moved_users() -> PrivacyError:
+    return PrivacyError(
+        "the loader draws users, and tensors of this call were changed, reordered or computed in the loop: whose a row "
+        "is goes by its place, and it cannot be told that rows are still there",
+        remedy="call the model on the batch's own tensors, or copies on another device; compute new ones (normalise, "
+        "augment, cast) in the dataset, in collate_fn or in the model",
     )
 
 

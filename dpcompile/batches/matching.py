@@ -30,6 +30,7 @@ class DrawnBatch:
         part: which of the step's batches it is.
         parts: how many these are.
         of_pass: the pass over the loader that it is from.
+        of_users: whose each row is goes by its place.
         keys: of the rows of each tensor, as they were handed out: ``[B]``.
     """
 
@@ -40,6 +41,7 @@ class DrawnBatch:
     part: int = 0
     parts: int = 1
     of_pass: object = None
+    of_users: bool = False
     keys: list[list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,11 +63,13 @@ class Match:
         order: which row of the batch each arriving row is, int64 ``[B]``; None: as drawn.
         rest: tensors of the call that are not recognised, or were changed in place, where the recognised ones do not
             tell padding from examples.
+        untouched: all tensors are as they were drawn.
     """
 
     batch: DrawnBatch
     order: Tensor | None
     rest: list[Located]
+    untouched: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ def recognised(batches: Sequence[DrawnBatch], tensors: Sequence[Located]) -> Mat
     recognised_ones = [(located, pair) for (located, _), pair in zip(known, pairs, strict=True) if pair is not None]
     order = _order(batch, [pair for _, pair in recognised_ones], ambiguous=not rest)
     tells = order is not None or any(_tells(batch, *located) for located, _ in recognised_ones)
-    return Match(batch, order, [] if tells else rest)
+    return Match(batch, order, [] if tells else rest, untouched=order is None and not rest)
 
 
 def refuse_moved_rows(mask: Tensor, tensors: Sequence[Located]) -> None:

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from dpcompile.data.users import Users
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.optim.checks import refuse_other_rate
@@ -27,10 +28,12 @@ __all__ = [
     "checked_size",
     "refuse_lone_replicas",
     "refuse_other_optimizer",
+    "refuse_other_users",
     "refuse_same_examples",
     "refuse_state",
     "refuse_uneven_parts",
     "taken_over",
+    "users_of",
 ]
 
 _TAKEN_OVER = (
@@ -91,6 +94,32 @@ def taken_over(loader: DataLoader[Any]) -> dict[str, Any]:
         raise _other_sampler(sampler, "sampler")
     options = {name: getattr(loader, name) for name in _TAKEN_OVER}
     return {"dataset": loader.dataset, "expected_batch_size": batch_sampler.batch_size, **options}
+
+
+def users_of(dataset: Any, groups: Any, examples_per_user: int | None) -> Users | None:
+    """Whose examples are whose; None without groups."""
+    if groups is None and examples_per_user is None:
+        return None
+    if groups is None or examples_per_user is None:
+        given, missing = ("examples_per_user", "groups") if groups is None else ("groups", "examples_per_user")
+        raise PrivacyError(
+            f"{given} without {missing}",
+            remedy="give groups, whose each example of the dataset is, and examples_per_user, how many rows a user has "
+            "in a batch; or neither, where every example is drawn by itself",
+        )
+    return Users(groups, checked_size(dataset), examples_per_user)
+
+
+def refuse_other_users(engine: Engine, examples_per_user: int) -> None:
+    """The model clips what the loader draws: users of as many rows, or single examples."""
+    clips = engine.options.examples_per_user
+    if clips != examples_per_user:
+        raise PrivacyError(
+            f"the loader gives {examples_per_user} row(s) of each that it draws, and the model clips the gradient of "
+            f"{clips} row(s) at a time: noise and epsilon would be for something else",
+            remedy="give dp_compile and PoissonLoader the same examples_per_user (1 without groups), or groups and "
+            "examples_per_user to make_private",
+        )
 
 
 def refuse_other_optimizer(engine: Engine, optimizer: Any, loader: Any) -> None:
@@ -158,8 +187,13 @@ def refuse_uneven_parts(ranks: Sequence[int], world_size: int) -> None:
 def refuse_state(saved: Any, current: Any) -> None:
     """A state to resume from means the same draws, and goes on where none has been used."""
     refuse_malformed(saved, LOADER, "PoissonLoader")
-    saved = {"bands": 1, **saved}  # of loaders before there were parts
-    for name in ("dataset_size", "expected_batch_size", "secure", "bands"):
+    saved = {"bands": 1, "examples_per_user": 1, "groups": 0, **saved}  # of loaders before there were such
+    if saved["groups"] != current["groups"]:
+        raise PrivacyError(
+            "groups say of other examples that they are one user's than in the saved run: the draws would differ",
+            remedy="make the PoissonLoader with the same dataset and groups",
+        )
+    for name in ("dataset_size", "expected_batch_size", "secure", "bands", "examples_per_user"):
         if saved[name] != current[name]:
             raise PrivacyError(
                 f"{name} was {saved[name]} in the saved run and is {current[name]} here: the draws would differ",

@@ -23,12 +23,14 @@ from dpcompile.data.cyclic import CyclicBatches
 from dpcompile.data.padding import Collated, PaddedCollate, RequestedExamples, rows_of
 from dpcompile.data.rate import SamplingRate
 from dpcompile.data.sampling import PoissonBatches, default_physical_batch_size
+from dpcompile.data.users import UserBatches
 from dpcompile.distributed.ranks import digest, from_first, gathered, refuse_disagreement
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine, engine_of
 from dpcompile.noise.counter import Stream, check_seed, fresh_seed
 from dpcompile.noise.normal import uniform
 from dpcompile.optim.optimizer import DPOptimizer
+from dpcompile.runtime.masks import of_users
 
 __all__ = ["PhysicalBatch", "PoissonLoader"]
 
@@ -71,6 +73,11 @@ class PoissonLoader:
         bands: of a mechanism whose noise is correlated over so many steps: examples are dealt out to as many parts, by
             the seed, and step t draws from part t mod ``bands`` alone, at the rate ``bands * expected_batch_size /
             len(dataset)`` (:mod:`dpcompile.data.cyclic`). A given ``sample_rate`` is that rate. 1: no parts.
+        groups: whose each example is, in the order of the dataset: numbers or names. Users are drawn then in the place
+            of examples, each with ``sample_rate``; every size here counts users (``len(dataset)`` above is how many
+            there are), and epsilon is for all that a user has. None: every example is drawn by itself.
+        examples_per_user: with ``groups``: rows that a user has in a batch, one after the other, as
+            ``dp_compile(examples_per_user=)`` takes them (:class:`dpcompile.data.users.Users`).
         steps: logical steps in one pass; None: so many that an example is drawn once on average, rounded up.
         seed: of the draws, a secret like the noise's; it may be the same one. None draws one.
         secure: draw with ChaCha20.
@@ -92,13 +99,15 @@ class PoissonLoader:
         sample_rate: the chance of each example, with ``bands`` in the steps of its part.
         bands: how many parts it draws from by turns.
         from_size: whether rate or expected batch size come from the size of the dataset.
+        users: whose examples are whose; None without ``groups``.
 
     Raises:
         PrivacyError: sizes that are not positive, a rate that is none, an expected batch larger than the dataset (or
             its part), an empty or an iterable dataset.
 
     **Guarantee.** The logical batches are independent Poisson samples of rate ``sample_rate``, each handed out once,
-    with ``bands`` of one part each, so that no example is in two of ``bands`` steps in a row;
+    with ``bands`` of one part each, so that no example is in two of ``bands`` steps in a row, and with ``groups`` of
+    users, whose rows are theirs alone;
     what fills them up has mask False. Attached, the model knows the mask of each by its tensors, uses each once, and
     the optimizer steps once for each draw (:class:`dpcompile.batches.draws.Draws`).
 
@@ -118,6 +127,8 @@ class PoissonLoader:
     two iterations at once                            the older one is refused
     a second loader of the same seed on one model     refused where its draws were used already
     ``bands`` that are not the mechanism's            refused
+    ``groups``, and a model of single examples        refused
+    ``groups``, and rows computed or moved in a loop  refused: they could be another user's
     ``bands``, and the dataset reordered on the way   not seen: examples move to other parts
     ================================================  ====================================================
     """
@@ -129,6 +140,8 @@ class PoissonLoader:
         expected_batch_size: float | None = None,
         sample_rate: float | None = None,
         bands: int = 1,
+        groups: Any = None,
+        examples_per_user: int | None = None,
         physical_batch_size: int | None = None,
         steps: int | None = None,
         seed: int | None = None,
@@ -146,7 +159,8 @@ class PoissonLoader:
         world_size: int = 1,
     ) -> None:
         checks.check_rank(rank, world_size)
-        size = checks.checked_size(dataset)
+        self.users = checks.users_of(dataset, groups, examples_per_user)
+        size = checks.checked_size(dataset) if self.users is None else self.users.count
         check_bands(bands, "zero_out")
         rate = SamplingRate.given(size, expected_batch_size, sample_rate, steps, bands)
         if physical_batch_size is None:
@@ -183,7 +197,7 @@ class PoissonLoader:
         self._worker_seeds = torch.Generator()
         self._loader: DataLoader[Any] = DataLoader(
             RequestedExamples(dataset, padding_example),  # type: ignore[arg-type]
-            batch_sampler=self._sampler,  # type: ignore[arg-type]
+            batch_sampler=self._sampler if self.users is None else UserBatches(self._sampler, self.users),  # type: ignore[arg-type]
             collate_fn=PaddedCollate(self.collate_fn, padding_example),  # type: ignore[arg-type]
             num_workers=num_workers,
             pin_memory=pin_memory,
@@ -234,6 +248,7 @@ class PoissonLoader:
         """
         engine = engine_of(model)
         checks.refuse_other_optimizer(engine, optimizer, self)
+        checks.refuse_other_users(engine, self.examples_per_user)
         if engine.distributed:
             checks.refuse_same_examples(self.world_size, engine.data_ranks)
         elif self.world_size > 1:
@@ -247,8 +262,13 @@ class PoissonLoader:
 
     @property
     def dataset_size(self) -> int:
-        """How many examples are drawn from."""
+        """How many examples, or users, are drawn from."""
         return self._sampler.size
+
+    @property
+    def examples_per_user(self) -> int:
+        """Rows that a user has in a batch; 1 without ``groups``."""
+        return 1 if self.users is None else self.users.examples_per_user
 
     def __len__(self) -> int:
         """Logical steps of one pass, and batches that iterating over it gives."""
@@ -273,7 +293,10 @@ class PoissonLoader:
         ``optimizer.accumulating = not batch.ends_step`` lets the optimizer wait.
         """
         self._agree()
-        return (PhysicalBatch(data, mask, r.ends_step) for data, mask, _, r in self._run(self._begin(), whole=False))
+        return (
+            PhysicalBatch(data, of_users(mask, self.examples_per_user), r.ends_step)
+            for data, mask, _, r in self._run(self._begin(), whole=False)
+        )
 
     def _agree(self) -> None:
         """Before the first pass, and the first after a checkpoint, compare with the other ranks."""
@@ -298,6 +321,8 @@ class PoissonLoader:
             "expected_batch_size": self.expected_batch_size,
             "sample_rate": self.sample_rate,
             "bands": self.bands,
+            "examples_per_user": self.examples_per_user,
+            "groups": 0 if self.users is None else self.users.digest,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -361,8 +386,9 @@ class PoissonLoader:
         count = 0
         for data, mask, dims, request in self._run(iteration, whole=whole):
             rows = [(t, d) for t, d in zip(rows_of(data), dims, strict=True) if d >= 0]
-            turns = -(-len(mask) // self.physical_batch_size)
-            draws.hand_out(DrawnBatch(rows, mask, turns, request.step, request.part, request.parts, iteration))
+            turns = -(-len(mask) // (self.physical_batch_size * self.examples_per_user))
+            place = (request.step, request.part, request.parts, iteration)
+            draws.hand_out(DrawnBatch(rows, mask, turns, *place, of_users=self.users is not None))
             count += request.starts_step
             _USED.note(module, self)
             yield data

@@ -11,20 +11,22 @@ from dpcompile.errors import DPCompileError, ExampleMixingError, UnsupportedGrap
 from dpcompile.graph.joint import JointGraph
 from dpcompile.graph.labels import Examples, Label, Shared, Summed
 from dpcompile.graph.locate import module_of, where
-from dpcompile.graph.sizes import is_one, shape_of
+from dpcompile.graph.sizes import is_one, same, shape_of
 from dpcompile.proof.rules.registry import Labels
 
 __all__ = ["forbidden_output", "forbidden_write", "kept_number"]
 
 
-def forbidden_output(position: int, node: fx.Node, label: Label) -> DPCompileError | None:
+def forbidden_output(position: int, node: fx.Node, label: Label, rows: int = 1) -> DPCompileError | None:
     """Why a loss per example could not find the examples in a differentiable output; None if it can.
+
+    With ``rows`` of the call to each of them it finds rows.
 
     **Guarantee.** The cotangent of a per-example output can be as much per example, and that of a sum over examples is
     one number: a vector of sums has as only use what is not linear in it, and then every example's gradient depends on
     all of them.
     """
-    if isinstance(label, Examples) and label.dim and not (is_one(label.outer) and is_one(label.inner)):
+    if isinstance(label, Examples) and label.dim and not (is_one(label.outer) and same(label.inner, rows)):
         return ExampleMixingError(
             f"output {position} of the model has the {label}, interleaved with other positions: a loss would take "
             "parts of several examples for one",

@@ -47,8 +47,12 @@ class Proof:
         return isinstance(self.of(node), (Summed, Whole))
 
 
-def prove(joint: JointGraph) -> Proof:
+def prove(joint: JointGraph, examples_per_user: int = 1) -> Proof:
     """Label every value, and refuse what the guarantee cannot stand on.
+
+    Args:
+        joint: the graph.
+        examples_per_user: rows of the call that are one user's; an example is a user then.
 
     **Guarantee.** If this returns, then for every trainable parameter the gradient in the graph is a sum over the
     examples of terms that depend on one example each (and on shared values), every differentiable output of the model
@@ -87,7 +91,7 @@ def prove(joint: JointGraph) -> Proof:
         if error is not None:
             raise error
     for position, node in joint.differentiable_outputs():
-        _check_output(position, node, proof.of(node))
+        _check_output(position, node, proof.of(node), examples_per_user)
     for node in joint.outputs:
         if node is not None and (error := kept_number(node, proof.labels)) is not None:
             raise error
@@ -234,11 +238,11 @@ def _scalar_label(call: Call) -> Label:
     return call.mixes("it reads a number out of the examples' values, and that number then applies to all of them")
 
 
-def _check_output(position: int, node: fx.Node, label: Label) -> None:
+def _check_output(position: int, node: fx.Node, label: Label, rows: int) -> None:
     """A loss per example must be able to find the examples in what the model returns."""
     if isinstance(label, Mixed):
         raise refusal(label, f"output {position} of the model")
-    error = forbidden_output(position, node, label)
+    error = forbidden_output(position, node, label, rows)
     if error is not None:
         raise error
 

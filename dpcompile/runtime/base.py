@@ -87,7 +87,7 @@ class Engine(ABC):
         self._unchecked = options.check
         self._bound = ClipBound(options.clipping, options.max_grad_norm)
         self._norms: list[tuple[Tensor, Tensor]] = []  # with their masks, of the last backward
-        self.masks = Masks()
+        self.masks = Masks(options.examples_per_user)
         weakref.finalize(self, kept_gradients.release)
 
     # --- what is known of the model ----------------------------------------------------------------------------------

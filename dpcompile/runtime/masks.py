@@ -8,17 +8,27 @@ from torch import Tensor
 from dpcompile.errors import PrivacyError
 from dpcompile.runtime.forward import Forward
 
-__all__ = ["Masks"]
+__all__ = ["Masks", "of_users"]
+
+
+def of_users(mask: Tensor, examples_per_user: int) -> Tensor:
+    """A mask of rows that says how many are each user's, for :meth:`Masks.set` to compare."""
+    mask.examples_per_user = examples_per_user  # type: ignore[attr-defined]
+    return mask
 
 
 class Masks:
     """The mask that was set for the next batch. Once one was set, every forward with gradients needs its own.
 
+    Args:
+        examples_per_user: of the model.
+
     Attributes:
         said: a mask is said of every batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, examples_per_user: int) -> None:
+        self._examples_per_user = examples_per_user
         self._mask: Tensor | None = None
         self.said = False
 
@@ -28,6 +38,13 @@ class Masks:
             raise PrivacyError(
                 f"the padding mask must be a bool tensor of shape [B], got {mask.dtype} {list(mask.shape)}",
                 remedy="True marks an example, False a padding row",
+            )
+        own = getattr(mask, "examples_per_user", self._examples_per_user)
+        if own != self._examples_per_user:
+            raise PrivacyError(
+                f"the mask is of a loader that gives {own} row(s) of each that it draws, and the model clips the gradient "
+                f"of {self._examples_per_user} row(s) at a time: noise and epsilon would be for something else",
+                remedy="give dp_compile and PoissonLoader the same examples_per_user (1 without groups)",
             )
         self._mask, self.said = mask, mask is not None
 

@@ -52,9 +52,7 @@ def rows_left_out(rows: Tensor | None, examples_per_user: int) -> Tensor | None:
     return None if bool((given.all(1) == given.any(1)).all()) else rows
 
 
-def leave_out(
-    outputs: Sequence[Any], labels: Sequence[Label], rows: Tensor | None, examples_per_user: int
-) -> None:
+def leave_out(outputs: Sequence[Any], labels: Sequence[Label], rows: Tensor | None, examples_per_user: int) -> None:
     """Let nothing come back to a user's gradient from rows that are none.
 
     Args:
