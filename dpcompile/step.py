@@ -34,6 +34,7 @@ from dpcompile.runtime.kept_numbers import reads_of
 from dpcompile.runtime.parts import split_call
 from dpcompile.runtime.sums import Delivered, lying_like
 from dpcompile.runtime.translate import translated
+from dpcompile.runtime.users import check_rows
 
 __all__ = ["CompiledStep", "compile_step"]
 
@@ -162,9 +163,8 @@ class CompiledStep:
         found = (
             self._drawn(inputs, targets) if engine.claims else [self._delivered(inputs, targets, Given(reduces=False))]
         )
-        losses, mask = (torch.cat([getattr(f, name) for f in found]) for name in ("losses", "mask"))
+        losses, counts = (torch.cat([getattr(f, name) for f in found]) for name in ("losses", "counts"))
         optimizer.step()
-        counts = mask > 0
         return (losses * counts).sum() / counts.sum().clamp_min(1)
 
     @property
@@ -238,13 +238,15 @@ class CompiledStep:
         inspect.signature(forward).bind(*args, **kwargs)  # the plain TypeError of a plain call
         check_model(self._engine.module)
         of_inputs = example_dims(forward, args, kwargs, self._engine.options.in_dims)
-        return of_inputs + example_dims(lambda targets: None, (targets,), {}, {"targets": dims})
+        found = of_inputs + example_dims(lambda targets: None, (targets,), {}, {"targets": dims})
+        check_rows(found, self._engine.options.examples_per_user)
+        return found
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What Dynamo runs in the place of the graph: it returns the graph's outputs, and leaves the rest here."""
         engine, step = self._engine, self._running.now
         detach_all_but(gm, 0)  # the losses: what else the model keeps has no part in them
-        leaves = {id(t): (name, dim) for name, t, dim in self._example_dims(step.inputs, step.targets)}
+        leaves = engine.leaves(self._example_dims(step.inputs, step.targets))
         roles = assign_roles(gm, inputs, {id(p): n for n, p in engine.parameters().items()}, leaves)
         reads = reads_of(engine.module)
         program = gradient_graph(gm, inputs, roles, replace(engine.options, loss_reduction="sum"))
@@ -261,7 +263,7 @@ class CompiledStep:
             step.awaited = engine.await_backward(step.forward, like.shape[dim], like.device)
             if step.forward.batch.refused is not None:
                 raise step.forward.batch.refused
-            outputs, step.found = program(values, step.awaited.mask)
+            outputs, step.found = program(values, step.awaited.mask, step.forward.batch.rows)
             engine.kept.note(outputs, program.transformed.output_labels)
             return outputs
 

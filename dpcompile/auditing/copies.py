@@ -42,6 +42,11 @@ def refuse_uncopied(engine: Engine, optimizer: DPOptimizer, *, more_arguments: b
             "the model is sharded, and an audit trains a copy of it",
             remedy="audit a model of a few blocks with the same options, on one rank or under DistributedDataParallel",
         )
+    if engine.options.examples_per_user > 1:
+        raise UnsupportedGraphError(
+            "the model clips users, and the canaries of an audit are examples",
+            remedy="audit a model of examples with the same options, but for groups and examples_per_user",
+        )
     if not isinstance(optimizer.mechanism, GaussianMechanism) and optimizer.logical_step:
         raise PrivacyError(
             f"the mechanism, a {type(optimizer.mechanism).__name__}, has released {optimizer.logical_step} steps, and "

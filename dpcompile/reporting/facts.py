@@ -44,7 +44,6 @@ _NOT_COVERED = (
     "subtracted. Weights alone may be published.",
     "Pre-trained weights and public data that the run began with, and preprocessing with numbers computed from the "
     "data.",
-    "More than one example of one person: the unit is the example.",
     "Arithmetic: the noise is floating-point, and its low bits can tell what it was added to (Mironov 2012); running "
     "times are not hidden.",
 )
@@ -82,7 +81,7 @@ def report_of(
         )
     epsilon = accountant.epsilon(delta)
     sections = {
-        "Privacy": dict(_privacy(accountant, mechanism, delta, epsilon)),
+        "Privacy": dict(_privacy(accountant, mechanism, delta, epsilon, _unit(engine))),
         "Data": dict(_data(engine, accountant)),
         "Model": dict(_model(engine, optimizer, steps)),
         "Versions": dict(_versions()),
@@ -92,8 +91,8 @@ def report_of(
     deltas = sorted({*_DELTAS, delta}, reverse=True)
     name = type(engine.module).__name__
     summary = (
-        f"The weights of this {name} are ({epsilon:.4g}, {delta:g})-differentially private for one example, after "
-        f"{steps} steps."
+        f"The weights of this {name} are ({epsilon:.4g}, {delta:g})-differentially private for one "
+        f"{_unit(engine)}, after {steps} steps."
         if math.isfinite(epsilon)
         else f"The weights of this {name} are not differentially private: steps were taken without noise."
     )
@@ -107,9 +106,15 @@ def report_of(
     )
 
 
-def _privacy(accountant: Accountant, mechanism: Mechanism, delta: float, epsilon: float) -> Iterator[tuple[str, str]]:
+def _unit(engine: Engine) -> str:
+    return "example" if engine.options.examples_per_user == 1 else "user"
+
+
+def _privacy(
+    accountant: Accountant, mechanism: Mechanism, delta: float, epsilon: float, unit: str
+) -> Iterator[tuple[str, str]]:
     yield "ε", f"{epsilon:.4f} at δ = {delta:g}, an upper bound"
-    yield "neighbouring datasets", _RELATIONS[accountant.relation]
+    yield "neighbouring datasets", _RELATIONS[accountant.relation].replace("example", unit)
     method = getattr(accountant, "method", None)
     yield "accounting", f"by {type(accountant).__name__}" if method is None else f"{method.upper()}, by dp-accounting"
     yield from _steps(accountant, "steps" if mechanism.bands == 1 else f"times, each for up to {mechanism.bands} steps")
@@ -141,16 +146,20 @@ def _steps(accountant: Accountant, unit: str) -> Iterator[tuple[str, str]]:
 
 
 def _data(engine: Engine, accountant: Accountant) -> Iterator[tuple[str, str]]:
-    yield "unit", "one example: one item of the dataset"
+    unit, rows = _unit(engine), engine.options.examples_per_user
+    if unit == "user":
+        yield "unit", f"one user: all items of the dataset that groups gives it, up to {rows} of them in a step"
+    else:
+        yield "unit", "one example: one item of the dataset"
     feed = engine.feed
     if feed is None:
         yield "sampling", "by the loop; epsilon takes it to be Poisson sampling"
         return
     turns = "every step" if feed.bands == 1 else f"the steps of its part, one of {feed.bands} by turns"
-    yield "sampling", f"Poisson, each example with probability {feed.sample_rate:g} in {turns}"
+    yield "sampling", f"Poisson, each {unit} with probability {feed.sample_rate:g} in {turns}"
     size = feed.dataset_size
     if size is not None and accountant.relation != "add_remove":
-        yield "examples", str(size)
+        yield f"{unit}s", str(size)
 
 
 def _model(engine: Engine, optimizer: str, steps: int) -> Iterator[tuple[str, str]]:
@@ -185,8 +194,12 @@ def _certificate(engine: Engine) -> str:
 
 
 def _own_gaps(engine: Engine, accountant: Accountant, delta: float) -> Iterator[str]:
+    if _unit(engine) == "example":
+        yield "More than one example of one person: the unit is the example."
+    else:
+        yield "People who are several users, or whose data others hold: the unit is the user, as groups has it."
     if engine.feed is None:
         yield "How batches were drawn: no PoissonLoader is attached, and epsilon takes them to be Poisson samples."
     size = None if engine.feed is None else engine.feed.dataset_size
     if size is not None and accountant.relation != "add_remove" and delta >= 1 / size:
-        yield f"δ = {delta:g} is not below 1 / {size}: publishing an example whole, at random, would satisfy it too."
+        yield f"δ = {delta:g} is not below 1 / {size}: publishing one {_unit(engine)}, at random, would satisfy it too."

@@ -247,6 +247,11 @@ class Engine(ABC):
         """How the examples, or users, lie in an argument of the call."""
         return None if dim is None else Examples(dim % tensor.ndim, inner=self.options.examples_per_user)
 
+    def leaves(self, dims: Sequence[tuple[str, Tensor, int | None]]) -> dict[int, tuple[str, int | Examples | None]]:
+        """By identity, the tensors of a call: name, and the dimension of the examples, or how users lie."""
+        plain = self.options.examples_per_user == 1
+        return {id(t): (name, dim if plain else self.lies(t, dim)) for name, t, dim in dims}
+
     def note_given(self, forward: Forward, tensors: Sequence[Any]) -> None:
         """Arguments of a call without gradients hold examples, but for those that ``in_dims`` says are shared."""
         try:

@@ -182,9 +182,7 @@ class GraphEngine(Engine):
         if self.options.memory_budget is None and self.options.backend == "inductor":
             keep_freed_memory()
         forward = self.running.now
-        dims, of_users = self.example_dims(forward.call), self.options.examples_per_user > 1
-        leaves = {id(t): (name, self.lies(t, dim) if of_users else dim) for name, t, dim in dims}
-        roles = assign_roles(gm, inputs, names, leaves)
+        roles = assign_roles(gm, inputs, names, self.leaves(self.example_dims(forward.call)))
         graph = _RunningGraph(self, roles, reads_of(self.module), roles.outside)
         extended, extra = extend(gm, roles)
         parts = forward.batch.parts if forward.batch.parts > 1 else None

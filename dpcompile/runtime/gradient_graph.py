@@ -27,13 +27,15 @@ class Gradients:
 
     Attributes:
         losses: ``[B]``, one for every row.
-        mask: float32 ``[B]``, 1 for an example and 0 for padding.
+        counts: bool ``[B]``, False for rows that are padding.
+        mask: float32 ``[B]``, 1 for an example and 0 for padding; of users ``[U]``.
         norms: ``[B]``, before clipping.
         sums: parameter name -> its clipped sum, float32 or wider.
         transformed: plan, certificate and graph.
     """
 
     losses: Tensor
+    counts: Tensor
     mask: Tensor
     norms: Tensor
     sums: dict[str, Tensor]
@@ -51,6 +53,7 @@ class GradientGraph:
         returned: where the captured graph's outputs stand among its outputs.
         slots: parameter name -> the position of its clipped sum; missing if that is zero.
         transformed: plan, certificate and graph.
+        examples_per_user: rows for each entry of the mask.
     """
 
     run: Callable[..., Sequence[Any]]
@@ -59,17 +62,28 @@ class GradientGraph:
     returned: list[int]
     slots: dict[str, int]
     transformed: Transformed
+    examples_per_user: int = 1
 
     @torch.no_grad()
-    def __call__(self, values: Sequence[Any], mask: Tensor) -> tuple[list[Any], Gradients]:
-        """The captured graph's outputs, and the gradients."""
+    def __call__(self, values: Sequence[Any], mask: Tensor, rows: Tensor | None = None) -> tuple[list[Any], Gradients]:
+        """The captured graph's outputs, and the gradients.
+
+        Args:
+            values: the captured graph's inputs.
+            mask: float32 ``[B]``, or of users ``[U]``.
+            rows: bool, of all rows, if some are left out of the losses of users; else None.
+        """
         every = dict(enumerate(values)) | {self.mask: mask}
-        ones = torch.ones_like(mask)  # the cotangent of every example's own loss
-        outputs = self.run(*(ones if s is None else every.get(s) for s in self.sources))
+        counts = (mask > 0).repeat_interleave(self.examples_per_user)
+        losses = torch.ones_like(counts, dtype=mask.dtype)  # the cotangent of every row's own loss
+        if rows is not None:
+            counts &= rows.to(counts.device)
+            losses = counts.to(mask.dtype)
+        outputs = self.run(*(losses if s is None else every.get(s) for s in self.sources))
         returned = [outputs[i] for i in self.returned]
         sums = {name: _wide(outputs[slot]) for name, slot in self.slots.items()}
         norms = outputs[self.transformed.norm_slot]
-        return returned, Gradients(returned[0], mask, norms, _apart(sums), self.transformed)
+        return returned, Gradients(returned[0], counts, mask, norms, _apart(sums), self.transformed)
 
 
 def gradient_graph(gm: fx.GraphModule, inputs: Sequence[Any], roles: Roles, options: Options) -> GradientGraph:
@@ -102,6 +116,7 @@ def gradient_graph(gm: fx.GraphModule, inputs: Sequence[Any], roles: Roles, opti
         returned=[places[i] for i in range(len(places))],
         slots={n: s for n, s in transformed.sum_slots.items() if n in transformed.plan.rules()},
         transformed=transformed,
+        examples_per_user=options.examples_per_user,
     )
 
 

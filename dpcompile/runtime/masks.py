@@ -42,8 +42,8 @@ class Masks:
         own = getattr(mask, "examples_per_user", self._examples_per_user)
         if own != self._examples_per_user:
             raise PrivacyError(
-                f"the mask is of a loader that gives {own} row(s) of each that it draws, and the model clips the gradient "
-                f"of {self._examples_per_user} row(s) at a time: noise and epsilon would be for something else",
+                f"the mask is of a loader that gives {own} row(s) of each that it draws, and the model clips the "
+                f"gradient of {self._examples_per_user} row(s) at a time: noise would be for something else",
                 remedy="give dp_compile and PoissonLoader the same examples_per_user (1 without groups)",
             )
         self._mask, self.said = mask, mask is not None

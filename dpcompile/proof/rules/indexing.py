@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from dpcompile.graph.labels import Examples, Label, Mixed, Shared, Summed
-from dpcompile.graph.sizes import is_one, same
+from dpcompile.graph.sizes import product, same
 from dpcompile.proof.rules.growth import Linear, Sum
 from dpcompile.proof.rules.pointwise import common_axis
 from dpcompile.proof.rules.registry import Call, Labels, axis_rule
@@ -135,15 +135,16 @@ class Geometry:
         kept = [d for d in range(len(self.indices)) if d not in self.indexed and self.dim_of_base(d) == axis.dim]
         return self.call.by_row(self.base, axis.at(kept[0])) if kept else None
 
-    def own_position(self, dim: int) -> Examples | None:
-        """If ``dim`` is indexed by every example's own position (an ``arange`` over the batch): its new axis."""
+    def own_position(self, dim: int, axis: Examples) -> Examples | None:
+        """If ``dim`` is indexed by its own positions (an ``arange`` over all of it), as ``axis`` lies: the new axis."""
         index = self.indices[dim]
         label, shape = self.call.label(index), self.call.shape(index)
         if not isinstance(label, Shared) or label.counts is None:
             return None
-        if not same(shape[label.counts], self.call.batch) or not same(self.call.shape(self.base)[dim], self.call.batch):
+        whole = product([axis.outer, self.call.batch, axis.inner])
+        if not same(shape[label.counts], whole) or not same(self.call.shape(self.base)[dim], whole):
             return None
-        return Examples(self.dim_of_index(label.counts + self.index_ndim - len(shape)))
+        return axis.at(self.dim_of_index(label.counts + self.index_ndim - len(shape)))
 
 
 def _look_up(call: Call) -> Label:
@@ -217,8 +218,8 @@ def masked_index(call: Call) -> Label:
 
 def _own(call: Call, geometry: Geometry, label: Examples, by: Label) -> Label:
     """The example axis is indexed: right only where every example picks itself."""
-    own = geometry.own_position(label.dim)
-    if own is None or not (is_one(label.outer) and is_one(label.inner)):
+    own = geometry.own_position(label.dim, label)
+    if own is None:
         return call.mixes("it picks examples by an index, so one example's values reach another")
     if isinstance(by, Examples) and (by.dim != own.dim or not by.same_layout(own)):
         return call.mixes("it picks examples by an index, so one example's values reach another")

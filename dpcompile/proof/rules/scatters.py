@@ -43,9 +43,9 @@ def index_put(call: Call) -> Label:
         return _write_to_examples(call, geometry, label, by, value)
     assert isinstance(by, Examples)
     for dim in geometry.indexed:
-        own = geometry.own_position(dim)
+        own = geometry.own_position(dim, by)
         if own is not None and own.dim == by.dim:
-            return _written(call, geometry, own, dim) or Examples(dim)
+            return _written(call, geometry, own, dim) or by.at(dim)
     if call["accumulate"]:
         return _written(call, geometry, by) or Summed()
     return call.mixes("examples overwrite each other's values in a shared table")
@@ -82,22 +82,21 @@ def _write_to_examples(call: Call, geometry: Geometry, label: Label, by: Label, 
         assert isinstance(carrier, Examples)
         for dim in range(len(call.shape(call["self"]))):
             indexed = dim in geometry.indexed
-            target = geometry.own_position(dim) if indexed else carrier.at(geometry.dim_of_base(dim))
+            target = geometry.own_position(dim, carrier) if indexed else carrier.at(geometry.dim_of_base(dim))
             if target is not None and target.dim == carrier.dim and target.same_layout(carrier):
                 differing = _written(call, geometry, carrier, dim if indexed else None)
                 return differing or call.by_row(call["self"], carrier.at(dim)) or carrier.at(dim)
         if call["accumulate"] and isinstance(label, Shared) and label.zero:
             return _written(call, geometry, carrier) or Summed()
         return call.mixes("examples write into a value that all of them share")
-    target = (
-        geometry.own_position(axis.dim) if axis.dim in geometry.indexed else axis.at(geometry.dim_of_base(axis.dim))
-    )
+    indexed = axis.dim in geometry.indexed
+    target = geometry.own_position(axis.dim, axis) if indexed else axis.at(geometry.dim_of_base(axis.dim))
     if target is None:
         return call.mixes("it writes to examples picked by an index")
     for other in (by, value):
         if isinstance(other, Examples) and (other.dim != target.dim or not other.same_layout(target)):
             return call.mixes("one example writes into another's values")
-    return _written(call, geometry, target, axis.dim if axis.dim in geometry.indexed else None) or axis
+    return _written(call, geometry, target, axis.dim if indexed else None) or axis
 
 
 @axis_rule("aten.scatter", growth=Sum(("self", "src", "value")))
