@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ _tasks = itertools.count(-(10**9), -1)  # no numbers of backwards of autograd, w
 
 class FakeEngine:
     sharded = distributed = False
+    options = SimpleNamespace(examples_per_user=1)
 
     def __init__(self, model: nn.Module, max_grad_norm: float = 1.0) -> None:
         self.model = self.module = model
