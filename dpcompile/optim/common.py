@@ -68,6 +68,7 @@ def refuse_other_ranks(engine: Engine, mechanism: Mechanism, logical_step: int) 
             "max_grad_norm": engine.max_grad_norm,
             "clipping": options.clipping if isinstance(options.clipping, str) else "a function",
             "loss_reduction": options.loss_reduction,
+            "examples_per_user": options.examples_per_user,
             "trainable parameters": engine.trainable(),
         }
     )

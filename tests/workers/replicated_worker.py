@@ -226,14 +226,15 @@ def made_like(model: Any) -> nn.Module:
     return twin
 
 
-def loading() -> None:
-    """Draws of 2 examples on average over up to 4 ranks, in micro-batches of 2."""
+def loading(groups: Any = None, **of_user: int) -> None:
+    """Draws of 2 examples, or users, on average over up to 4 ranks, in micro-batches of 2."""
     data = TensorDataset(torch.randint(0, V, (40, T)))
 
     def run(model: Any, **ranks: Any) -> list[Tensor]:
         inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         optimizer = DPOptimizer(inner, model, noise_multiplier=0.5, expected_batch_size=2, seed=7)
-        loader = PoissonLoader(data, expected_batch_size=2, physical_batch_size=2, steps=6, seed=3, **ranks)
+        options: dict[str, Any] = {"expected_batch_size": 2, "physical_batch_size": 2, "steps": 6, "seed": 3}
+        loader = PoissonLoader(data, groups=groups, **options, **of_user, **ranks)
         for (x,) in loader.attach(model, optimizer):
             step(model, x)
             optimizer.step()
@@ -241,8 +242,8 @@ def loading() -> None:
         assert optimizer.logical_step == 6
         return [p.detach() for p in model.parameters()]
 
-    single = run(dp_compile(made(gpt), max_grad_norm=C, backend="eager"))
-    found = run(replicated(gpt), rank=dist.get_rank(), world_size=dist.get_world_size())
+    single = run(dp_compile(made(gpt), max_grad_norm=C, backend="eager", **of_user))
+    found = run(replicated(gpt, **of_user), rank=dist.get_rank(), world_size=dist.get_world_size())
     for p, q in zip(single, found, strict=True):
         torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-5)
 
@@ -423,6 +424,7 @@ def main() -> None:
         "C by a quantile": quantile,
         "micro-batches": micro_batches,
         "loading": loading,
+        "loading of users": lambda: loading([i % 17 for i in range(40)], examples_per_user=2),
         "unused parameters": unused_parameters,
         "make_private": made_private,
         "a rank that skips": apart,

@@ -75,10 +75,11 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float =
 
 
 def alone(
-    model: nn.Module, x: Tensor, mask: Tensor | None = None, clipping: str = "flat"
+    model: nn.Module, x: Tensor, mask: Tensor | None = None, clipping: str = "flat", examples_per_user: int = 1
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Clipped sums and norms of one process on the whole batch."""
-    private = dp_compile(model, max_grad_norm=C, backend="eager", clipping=clipping)
+    options: dict[str, Any] = {"clipping": clipping, "examples_per_user": examples_per_user}
+    private = dp_compile(model, max_grad_norm=C, backend="eager", **options)
     if mask is not None:
         engine_of(private).set_mask(mask)
     step(private, x)
@@ -108,7 +109,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 def gradients(name: str, mesh: DeviceMesh, private: Mapping[str, Any] = {}, **options: Any) -> None:
     make, example = MODELS[name]
     x = example()
-    wanted, norms = alone(made(make), x, clipping=private.get("clipping", "flat"))
+    wanted, norms = alone(
+        made(make), x, clipping=private.get("clipping", "flat"), examples_per_user=private.get("examples_per_user", 1)
+    )
     model = dp_compile(shard(made(make), mesh, **options), max_grad_norm=C, backend="eager", **private)
     for _ in range(2):
         model.zero_grad()
@@ -124,6 +127,16 @@ def padding_and_lost_examples(mesh: DeviceMesh) -> None:
     mask = torch.arange(BATCH) % 3 != 1
     wanted, _ = alone(made(gpt), x, mask)
     model = dp_compile(shard(made(gpt), mesh), max_grad_norm=C, backend="eager")
+    engine_of(model).set_mask(part(mask))
+    step(model, part(x))
+    same(full(model), wanted)
+
+
+def padding_of_users(mesh: DeviceMesh) -> None:
+    x = torch.randint(0, V, (BATCH, T))
+    mask = torch.arange(BATCH) % 4 < 3  # of the second user of each two one row
+    wanted, _ = alone(made(gpt), x, mask, examples_per_user=2)
+    model = dp_compile(shard(made(gpt), mesh), max_grad_norm=C, backend="eager", examples_per_user=2)
     engine_of(model).set_mask(part(mask))
     step(model, part(x))
     same(full(model), wanted)
@@ -453,6 +466,8 @@ def main() -> None:
         "clipped by layers": lambda: gradients("checkpointed GPT", mesh, {"clipping": "per_layer"}),
         "parameters kept after forward": lambda: gradients("GPT", mesh, reshard_after_forward=False),
         "padding": lambda: padding_and_lost_examples(mesh),
+        "users": lambda: gradients("GPT", mesh, {"examples_per_user": 2}),
+        "users, by blocks": lambda: gradients("GPT", mesh, {"examples_per_user": 2, "clipping": "per_block"}),
         "micro-batches": lambda: micro_batches(mesh),
         "training with noise": lambda: training(mesh, Path(sys.argv[1])),
         "loading": lambda: loading(mesh, Path(sys.argv[1])),
@@ -462,6 +477,8 @@ def main() -> None:
         "refusals": lambda: refused(mesh),
         "graph breaks": lambda: graph_breaks(mesh),
     }
+    if world < BATCH // 2:
+        checks["padding of users"] = lambda: padding_of_users(mesh)
     if world > 1:
         checks |= {
             f"communication of {n}": lambda n=n: communication(n, mesh)

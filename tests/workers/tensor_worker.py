@@ -177,7 +177,8 @@ def gradients(name: str, mesh: DeviceMesh, backend: str = "eager", **options: An
         same(gradients_of(model), gradients_of(single))
         norms, wanted = engine_of(model).row_norms, part(engine_of(private).row_norms, mesh)
         torch.testing.assert_close(norms, wanted, rtol=1e-5, atol=1e-6)
-        assert len(model.grad_norms) == (int(part(mask, mesh).sum()) if masked else len(norms))
+        counted = part(mask, mesh).view(-1, options.get("examples_per_user", 1)).any(1)
+        assert len(model.grad_norms) == (int(counted.sum()) if masked else len(norms))
     for p in model.parameters():
         assert not isinstance(p, DTensor) or (isinstance(p.grad, DTensor) and p.grad.placements == p.placements)
 
@@ -516,6 +517,7 @@ def main() -> None:
         "a block twice", mesh, clipping="per_layer", **regions.get("a block twice", {})
     )
     checks["clipping by layer"] = lambda: gradients("GPT", mesh, clipping="per_layer")
+    checks["users"] = lambda: gradients("GPT", mesh, examples_per_user=2)
     checks["inductor"] = lambda: gradients("MLP", mesh, backend="inductor")
     checks["frozen parameters"] = lambda: frozen(mesh)
     checks["one example"] = lambda: one_example(mesh)
