@@ -25,6 +25,7 @@ from dpcompile.errors import PrivacyError
 __all__ = ["calibrate_noise"]
 
 _TOLERANCE = 1e-4  # of a calibrated noise multiplier, relative
+_COARSER = 8  # the grid on which the noise of truncated samples is sought first
 
 
 def calibrate_noise(
@@ -85,7 +86,12 @@ def calibrate_noise(
         return search(rate, "pld", relation, 1.0, 2.0)
     # PLD is slow for little noise, so it starts from RDP's answer, which is fast and a few per cent above.
     sigma = search(sample_rate, "rdp", "zero_out", 1.0, 2.0)
-    return sigma if method == "rdp" else search(rate, "pld", relation, sigma, 1.1)
+    if method == "rdp":
+        return sigma
+    if truncation is None:
+        return search(rate, "pld", relation, sigma, 1.1)
+    sigma = search(rate, "pld", relation, sigma, 1.1, _COARSER)  # a step takes seconds on the fine grid
+    return search(rate, "pld", relation, sigma, 1.001)
 
 
 def _smallest(
@@ -97,12 +103,14 @@ def _smallest(
     relation: Relation,
     start: float,
     factor: float,
+    coarser: int = 1,
 ) -> float:
     steps = sum(factors.values())
 
     @functools.cache
     def spent(sigma: float) -> float:
-        return composed_epsilon([(sigma * f, q, n) for f, n in factors.items()], delta, method, relation)
+        runs = [(sigma * f, q, n) for f, n in factors.items()]
+        return composed_epsilon(runs, delta, method, relation, coarser=coarser)
 
     low = high = start
     while spent(high) > epsilon:

@@ -39,9 +39,11 @@ _USUAL_DELTA = 1e-5  # at which it is estimated how far losses reach
 _CERTAIN = 1e-12  # what Fourier transforms and truncated tails leave of a smaller delta is not much
 
 
-def composed_epsilon(history: History, delta: float, method: Method, relation: Relation) -> float:
+def composed_epsilon(
+    history: History, delta: float, method: Method, relation: Relation, *, coarser: int = 1
+) -> float:
     """Epsilon at ``delta`` of all steps together: :class:`Composed`."""
-    return Composed(history, method, relation).epsilon(delta)
+    return Composed(history, method, relation, coarser=coarser).epsilon(delta)
 
 
 @functools.lru_cache(maxsize=1)
@@ -136,7 +138,7 @@ class Composed:
         if not any(isinstance(q, TruncatedRate) for _, q, _ in self._history):
             return self._renyi.epsilon(_USUAL_DELTA)
         whole = [(sigma, plain_rate(q), n) for sigma, q, n in self._history]  # an estimate; the bound is far too large
-        return Renyi(whole, self._releases, self._relation).epsilon(_USUAL_DELTA)
+        return Renyi(whole, (), "zero_out").epsilon(_USUAL_DELTA)
 
     def _composed_losses(self, interval: float) -> Any:
         fewer = rounded_down(self._history, _DISTINCT)

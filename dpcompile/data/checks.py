@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from dpcompile.accounting.truncation import no_bound_of_parts
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.optim.checks import refuse_other_rate
@@ -22,6 +23,7 @@ from dpcompile.optim.state_checks import LOADER, refuse_malformed
 
 __all__ = [
     "DrawsUsed",
+    "check_cap",
     "check_count",
     "check_rank",
     "checked_size",
@@ -63,6 +65,20 @@ def check_count(name: str, value: Any) -> None:
     """An integer, 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise PrivacyError(f"{name} is {value!r}", remedy="give an integer, 1 or more")
+
+
+def check_cap(max_batch_size: Any, bands: int) -> None:
+    """A count or None; not with parts."""
+    if max_batch_size is None:
+        return
+    if max_batch_size == "auto":
+        raise PrivacyError(
+            "max_batch_size is 'auto', and a loader does not know what a cap would cost",
+            remedy="give make_private a DataLoader and max_batch_size='auto', or give the loader a number",
+        )
+    check_count("max_batch_size", max_batch_size)
+    if bands > 1:
+        raise no_bound_of_parts(max_batch_size, bands)
 
 
 def taken_over(loader: DataLoader[Any]) -> dict[str, Any]:
@@ -158,8 +174,8 @@ def refuse_uneven_parts(ranks: Sequence[int], world_size: int) -> None:
 def refuse_state(saved: Any, current: Any) -> None:
     """A state to resume from means the same draws, and goes on where none has been used."""
     refuse_malformed(saved, LOADER, "PoissonLoader")
-    saved = {"bands": 1, **saved}  # of loaders before there were parts
-    for name in ("dataset_size", "expected_batch_size", "secure", "bands"):
+    saved = {"bands": 1, "max_batch_size": None, **saved}  # of loaders before there were parts, and caps
+    for name in ("dataset_size", "expected_batch_size", "secure", "bands", "max_batch_size"):
         if saved[name] != current[name]:
             raise PrivacyError(
                 f"{name} was {saved[name]} in the saved run and is {current[name]} here: the draws would differ",

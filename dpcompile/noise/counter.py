@@ -37,6 +37,7 @@ class Stream(enum.Enum):
     WORKERS = 2
     VOTES = 3
     PARTS = 4
+    TRUNCATION = 5
 
 
 @dataclass(frozen=True, slots=True)
