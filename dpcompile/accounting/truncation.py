@@ -90,7 +90,7 @@ def check_truncated(truncation: Any, method: str, relation: str) -> None:
         )
 
 
-def no_bound_of_parts(max_batch_size: int, bands: int) -> PrivacyError:
+def no_bound_of_parts(max_batch_size: int | str, bands: int) -> PrivacyError:
     """A cap, and noise that is correlated over steps."""
     return PrivacyError(
         f"max_batch_size {max_batch_size}, and draws from {bands} parts by turns for noise that is correlated over "

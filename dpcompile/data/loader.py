@@ -71,7 +71,7 @@ class PoissonLoader:
             (:class:`dpcompile.PrivacyAccountant`); they should fit together about.
         physical_batch_size: examples per forward, padding included; a larger draw takes several. None: the expected
             size plus two standard deviations, up to a multiple of 8, at most ``len(dataset)``; with ``max_batch_size``
-            that cap in equal parts, as few as are no larger.
+            that cap in equal parts, as few as are at most one and a half times as large.
         max_batch_size: the cap: of a larger draw, of all ranks together, so many examples are kept, a uniform subset.
             Steps then take ``ceil(max_batch_size / (world_size * physical_batch_size))`` physical batches each, however
             many examples were drawn, also none: what they run on has one size. Steps cost more
