@@ -58,8 +58,8 @@ def calibrate_noise(
             up to 2**20 reaches, or ``bands`` with a schedule, ``truncation`` or "replace_one".
 
     **Guarantee.** ``PrivacyAccountant(noise_multiplier=result, ...)`` with the same method, relation and truncation
-    says at most ``target_epsilon`` at ``target_delta`` after ``steps``, each of the noise that the schedule gives it, or after
-    ``rounds(steps, bands)`` of them (:func:`dpcompile.accounting.events.rounds`).
+    says at most ``target_epsilon`` at ``target_delta`` after ``steps``, each of the noise that the schedule gives it,
+    or after ``rounds(steps, bands)`` of them (:func:`dpcompile.accounting.events.rounds`).
     """
     check_target(target_epsilon)
     check_delta(target_delta)

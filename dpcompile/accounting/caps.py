@@ -53,9 +53,9 @@ def smallest_cap(
     check_delta(target_delta)
     check_truncated((dataset_size, multiple), "pld", relation)
     if not noise_multiplier or not steps:
+        why = "without noise epsilon is infinite" if steps else "no step is taken"
         raise PrivacyError(
-            "the cap is to be chosen by what it costs, and "
-            + ("without noise epsilon is infinite" if steps else "no step is taken"),
+            f"the cap is to be chosen by what it costs, and {why}",
             remedy="give max_batch_size a number",
         )
 

@@ -39,9 +39,7 @@ _USUAL_DELTA = 1e-5  # at which it is estimated how far losses reach
 _CERTAIN = 1e-12  # what Fourier transforms and truncated tails leave of a smaller delta is not much
 
 
-def composed_epsilon(
-    history: History, delta: float, method: Method, relation: Relation, *, coarser: int = 1
-) -> float:
+def composed_epsilon(history: History, delta: float, method: Method, relation: Relation, *, coarser: int = 1) -> float:
     """Epsilon at ``delta`` of all steps together: :class:`Composed`."""
     return Composed(history, method, relation, coarser=coarser).epsilon(delta)
 
@@ -187,7 +185,7 @@ def _cases(sigma: float, q: Rate, replaced: bool) -> list[tuple[float, float, fl
 
 
 def _largest_loss(sigma: float, q: Rate, replaced: bool) -> float:
-    return max(_loss(*case) for _, *case in _cases(sigma, q, replaced))
+    return max(_loss(noise, rate, both) for _, noise, rate, both in _cases(sigma, q, replaced))
 
 
 def _divergence(sigma: float, q: Rate, replaced: bool) -> float:

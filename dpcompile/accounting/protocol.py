@@ -25,8 +25,8 @@ class Accountant(Protocol):
     ``copy.deepcopy`` makes an independent copy of it (a state is loaded into one before it is loaded in earnest).
     What it says that the steps cost is its own: dpcompile sees to it that it is told of every step, with the noise and
     the sample rate that the step had, and that none is forgotten. An accountant that counts other releases too may have
-    ``releases``, pairs of an event and a count, which may not be forgotten either. One that counts truncated samples has
-    ``truncation``, the size of the dataset and the cap; without, or None, it counts whole Poisson samples.
+    ``releases``, pairs of an event and a count, which may not be forgotten either. One that counts truncated samples
+    has ``truncation``, the size of the dataset and the cap; without, or None, it counts whole Poisson samples.
     """
 
     @property

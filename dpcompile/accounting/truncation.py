@@ -8,7 +8,16 @@ from typing import Any, NamedTuple, TypeAlias
 from dpcompile.accounting.arguments import check_bound, check_mechanism
 from dpcompile.errors import PrivacyError
 
-__all__ = ["Rate", "Truncation", "TruncatedRate", "check_truncated", "no_bound_of_parts", "plain_rate", "saved_rate", "sampled_at"]
+__all__ = [
+    "Rate",
+    "Truncation",
+    "TruncatedRate",
+    "check_truncated",
+    "no_bound_of_parts",
+    "plain_rate",
+    "saved_rate",
+    "sampled_at",
+]
 
 
 class TruncatedRate(NamedTuple):
@@ -78,8 +87,8 @@ def check_truncated(truncation: Any, method: str, relation: str) -> None:
         )
     if method != "pld":
         raise PrivacyError(
-            f"a cap of {truncation[1]} examples in a step, and method {method!r}: no Rényi bound is known for truncated "
-            "Poisson samples",
+            f"a cap of {truncation[1]} examples in a step, and method {method!r}: no Rényi bound is known for "
+            "truncated Poisson samples",
             remedy="take method='pld' (accountant='pld' in make_private), or leave the cap out",
         )
     if relation == "add_remove":

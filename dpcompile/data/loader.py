@@ -74,8 +74,8 @@ class PoissonLoader:
             that cap in equal parts, as few as are at most one and a half times as large.
         max_batch_size: the cap: of a larger draw, of all ranks together, so many examples are kept, a uniform subset.
             Steps then take ``ceil(max_batch_size / (world_size * physical_batch_size))`` physical batches each, however
-            many examples were drawn, also none: what they run on has one size. Steps cost more
-            (:func:`dpcompile.accounting.events.truncated`), the more the lower the cap, and the accountant must be told:
+            many examples were drawn, also none: what they run on has one size. Steps cost more, the more the lower the
+            cap (:func:`dpcompile.accounting.events.truncated`), and the accountant must be told, with
             ``truncation=loader.truncation``. Not with ``bands``. None: every draw whole.
         bands: of a mechanism whose noise is correlated over so many steps: examples are dealt out to as many parts, by
             the seed, and step t draws from part t mod ``bands`` alone, at the rate ``bands * expected_batch_size /
@@ -109,8 +109,9 @@ class PoissonLoader:
 
     **Guarantee.** The logical batches are independent Poisson samples of rate ``sample_rate``, each handed out once,
     with ``bands`` of one part each, so that no example is in two of ``bands`` steps in a row, with ``max_batch_size``
-    truncated to a uniform subset (:func:`dpcompile.data.sampling.kept`); what fills them up has mask False. Attached, the model knows the mask of each by its tensors, uses each once, and
-    the optimizer steps once for each draw (:class:`dpcompile.batches.draws.Draws`).
+    truncated to a uniform subset (:func:`dpcompile.data.sampling.kept`); what fills them up has mask False. Attached,
+    the model knows the mask of each by its tensors, uses each once, and the optimizer steps once for each draw
+    (:class:`dpcompile.batches.draws.Draws`).
 
     ================================================  ====================================================
     edge case                                         outcome

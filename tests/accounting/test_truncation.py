@@ -110,7 +110,9 @@ def test_odds() -> None:
     rate = TruncatedRate(0.3, 8, 2)
     odds = [stats.binom.pmf(k, 7, 0.3) for k in range(8)]
     assert rate.odds[0] == pytest.approx(sum(odds[2:]))
-    assert rate.odds[1] == pytest.approx(sum(p * 0.3 * 2 / (k + 1) for k, p in enumerate(odds) if k >= 2) / sum(odds[2:]))
+    assert rate.odds[1] == pytest.approx(
+        sum(p * 0.3 * 2 / (k + 1) for k, p in enumerate(odds) if k >= 2) / sum(odds[2:])
+    )
 
 
 @pytest.mark.parametrize("cap", [100, 99, 10**6])
@@ -215,8 +217,13 @@ def test_methods_and_relations_without_a_bound_are_refused(options: dict[str, An
             noise_multiplier=1.0, target_delta=DELTA, sample_rate=0.1, steps=9, truncation=(100, 12), **options
         ),
         lambda: plan_privacy(
-            dataset_size=100, expected_batch_sizes=[9], target_delta=DELTA, steps=[9], noise_multiplier=1.0,
-            max_batch_size="auto", **options,
+            dataset_size=100,
+            expected_batch_sizes=[9],
+            target_delta=DELTA,
+            steps=[9],
+            noise_multiplier=1.0,
+            max_batch_size="auto",
+            **options,
         ),  # fmt: skip
         lambda: whole.step(event=event),
         lambda: whole.load_state_dict({**state, "relation": whole.relation}),
@@ -295,7 +302,8 @@ def test_the_cheapest_cap() -> None:
 
 def test_a_plan_with_caps() -> None:
     known: dict[str, Any] = {
-        "dataset_size": 100, "expected_batch_sizes": [10], "target_delta": DELTA, "steps": [20], "noise_multiplier": 4.0,
+        "dataset_size": 100, "expected_batch_sizes": [10], "target_delta": DELTA, "steps": [20],
+        "noise_multiplier": 4.0,
     }  # fmt: skip
     (row,) = plan_privacy(**known, max_batch_size=12).rows
     assert (row.max_batch_size, row.examples, row.epsilon) == (12, 240, accountant(12, 20).epsilon(DELTA))

@@ -121,7 +121,9 @@ def test_draws_are_those_without_a_cap_cut_down() -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize(("cap", "physical", "world"), [(10, 4, 1), (10, 16, 1), (10, 1, 1), (11, 2, 3), (12, 3, 2), (90, 7, 1)])
+@pytest.mark.parametrize(
+    ("cap", "physical", "world"), [(10, 4, 1), (10, 16, 1), (10, 1, 1), (11, 2, 3), (12, 3, 2), (90, 7, 1)]
+)
 def test_every_step_has_as_many_physical_batches(cap: int, physical: int, world: int, whole: bool) -> None:
     """Of draws that are empty as of those that are full, on all ranks, which deal each draw out."""
     count = math.ceil(cap / (world * physical))

@@ -201,7 +201,8 @@ def capped() -> None:
             step(private, x)
             optimizer.step()
             optimizer.zero_grad()
-        assert optimizer.logical_step == 5 and optimizer.accountant.history == [(0.5, (0.2, 40, 9), 5)]
+        assert optimizer.logical_step == 5 and optimizer.accountant is not None
+        assert optimizer.accountant.history == [(0.5, (0.2, 40, 9), 5)]
         return loader, set(sizes), len(sizes)
 
     single = made(gpt)
