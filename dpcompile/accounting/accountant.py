@@ -213,7 +213,7 @@ class PrivacyAccountant:
     def epsilon(self, delta: float) -> float:
         """Epsilon at ``delta`` of all counted steps. Remembered per number of steps and delta.
 
-        With PLD a new number of steps takes about a tenth of a second, with little noise or a sigma for every
+        With PLD a new number of steps takes about a tenth of a second, with little noise, a cap or a sigma for every
         step some seconds. More than 32 kinds of steps are rounded to less noise.
 
         Raises:
@@ -287,7 +287,9 @@ class PrivacyAccountant:
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` takes: history and releases as plain numbers and text, and the relation."""
         return {
-            "history": [list(run) for run in self._history],
+            "history": [
+                [sigma, list(rate) if isinstance(rate, TruncatedRate) else rate, n] for sigma, rate, n in self._history
+            ],
             "releases": [[json.loads(text), count] for text, count in self._releases],
             "relation": self._relation,
         }

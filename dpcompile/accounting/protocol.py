@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, get_args
 from dpcompile.accounting.arguments import Relation, check_mechanism
 from dpcompile.accounting.events import truncated
 from dpcompile.accounting.saved import saved_runs
-from dpcompile.accounting.truncation import Rate, check_truncated
+from dpcompile.accounting.truncation import Rate, check_truncated, saved_rate
 from dpcompile.errors import PrivacyError
 
 if TYPE_CHECKING:  # it takes as long to import as the rest of the package
@@ -119,7 +119,7 @@ def counted(accountant: Accountant | None) -> Counter[Any]:
     found: Counter[Any] = Counter()
     if accountant is not None:
         for sigma, rate, n in accountant.history:
-            found[sigma, rate] += n
+            found[sigma, saved_rate(rate) if isinstance(rate, list) else rate] += n
         for event, n in getattr(accountant, "releases", ()):
             found[repr(event)] += n
     return found

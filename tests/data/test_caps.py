@@ -230,7 +230,7 @@ def test_another_accountant_in_the_place_of_one() -> None:
     run.optimizer.accountant = PrivacyAccountant(noise_multiplier=2.0, sample_rate=0.2, truncation=(40, 10))
 
 
-def test_an_accountant_of_ones_own_without_caps_is_refused() -> None:
+def test_a_cap_of_ones_own_accountant_that_is_none_is_refused() -> None:
     loader = loader_of()
     run = Run(loader)
 
@@ -239,6 +239,48 @@ def test_an_accountant_of_ones_own_without_caps_is_refused() -> None:
 
     with pytest.raises(PrivacyError, match="truncation is"):
         run.optimizer.accountant = Own(noise_multiplier=2.0, sample_rate=0.2)
+
+
+class Plain:
+    """An accountant of the user's own, that counts caps: in lists, as JSON gives them back."""
+
+    relation, truncation = "zero_out", (40, 10)
+    noise_multiplier, sample_rate = 2.0, 0.2
+
+    def __init__(self) -> None:
+        self.history: list[Any] = []
+
+    @property
+    def steps(self) -> int:
+        return sum(n for _, _, n in self.history)
+
+    def step(self, n: int = 1, *, event: Any = None) -> None:
+        rate = [event.sampling_probability, event.dataset_size, event.truncated_batch_size]
+        self.history.append([event.noise_multiplier, rate, n])
+
+    def move_noise_multiplier(self, value: float) -> None:
+        raise NotImplementedError
+
+    def epsilon(self, delta: float) -> float:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.history = list(state_dict["history"])
+
+
+def test_an_accountant_of_ones_own_that_knows_of_caps() -> None:
+    loader = loader_of(steps=3)
+    run = Run(loader)
+    run.optimizer.accountant = own = Plain()  # type: ignore[assignment]
+    loader.attach(run.model, run.optimizer)
+    run.train(loader)
+    assert own.history == [[2.0, [0.2, 40, 10], 1]] * 3
+    counted = PrivacyAccountant(noise_multiplier=2.0, sample_rate=0.2, truncation=(40, 10))
+    counted.load_state_dict(own.state_dict())
+    assert counted.history == [(2.0, (0.2, 40, 10), 1)] * 3
 
 
 # ---- states and refusals
