@@ -86,11 +86,10 @@ def truncated(event: DpEvent, truncation: Truncation | None) -> DpEvent:
         PrivacyError: the event is no Gaussian mechanism on a Poisson sample.
 
     **Guarantee.** Let a step draw each of N examples with probability q, keep of more than B a uniform subset of B, and
-    add Gaussian noise of sigma C to the sum of what they add, each of norm C at most. Then the privacy loss of dp-
-    accounting's event of N, q, B and sigma bounds that of the step, for one example x that is
+    add Gaussian noise of sigma C to the sum of what they add, each of norm C at most. Then dp-accounting's privacy loss
+    distribution for N, q, B and sigma bounds that of the step, for one example x that is, in the one of the datasets,
 
-    - "zero_out": never drawn in the one of the datasets, so that another one takes its place; or drawn, kept or not as
-      before, and its gradient zero;
+    - "zero_out": never drawn, so that another one takes its place; or drawn and kept as before, its gradient zero;
     - "replace_one": another example.
 
     Whether at least B of the other N - 1 are drawn, event T, does not depend on x. Without T nothing is left out: x is
