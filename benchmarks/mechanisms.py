@@ -30,11 +30,12 @@ from dpcompile.optim import fused_adam
 
 NOISE_MULTIPLIER, SAMPLE_RATE, STEPS, DELTA = 1.0, 0.01, 1000, 1e-5
 BANDS = (1, 2, 4, 8, 16)
+DATASET_SIZE, CAPS = 1000, (1000, 32, 16, 10)  # 1000: no draw is truncated
 
 RUNS = 10  # of a tuning run, on average
 CANARIES = (100, 400, 1600, 6400)
 
-__all__ = ["attacks", "audits", "bands", "relations", "step", "tuned"]
+__all__ = ["attacks", "audits", "bands", "caps", "relations", "step", "tuned"]
 
 
 def relations() -> dict[str, float]:
@@ -88,6 +89,18 @@ def bands(sample_rate: float, steps: int, target_epsilon: float) -> dict[int, tu
         )
         error = sigma * prefix_error(optimal_coefficients(b, steps), steps)
         found[b] = accountant.epsilon(DELTA), sigma, error
+    return found
+
+
+def caps() -> dict[int, float]:
+    """Epsilon by the cap on draws."""
+    found = {}
+    for cap in CAPS:
+        run = PrivacyAccountant(
+            noise_multiplier=NOISE_MULTIPLIER, sample_rate=SAMPLE_RATE, truncation=(DATASET_SIZE, cap)
+        )
+        run.step(STEPS)
+        found[cap] = run.epsilon(DELTA)
     return found
 
 
@@ -149,6 +162,8 @@ def main() -> None:
     print(f"{'best of ' + str(RUNS):12} {tuned():.5f} (rdp)")
     for name, value in attacks().items():
         print(f"{name:27} {value:.5f}")
+    for cap, epsilon in caps().items():
+        print(f"{DATASET_SIZE} examples, {cap} at most in a step  {epsilon:.5f}")
     for rate, steps in ((SAMPLE_RATE, STEPS), (0.05, 2000)):
         for target in (1.0, 8.0):
             print(f"\nexpected batch {rate} of the data, {steps} steps, target epsilon {target}, delta {DELTA}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,8 +14,10 @@ from torch.utils.data import DataLoader
 from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.arguments import Method, Relation, check_bands
 from dpcompile.accounting.calibration import calibrate_noise
+from dpcompile.accounting.caps import smallest_cap
 from dpcompile.accounting.planned_steps import OnExceed
 from dpcompile.accounting.protocol import Accountant, check_accountant
+from dpcompile.accounting.truncation import check_truncated, no_bound_of_parts
 from dpcompile.api import dp_compile
 from dpcompile.data.loader import PoissonLoader
 from dpcompile.distributed.ranks import from_first, rank, world_size
@@ -47,6 +50,7 @@ def make_private(
     groups: Any = None,
     examples_per_user: int | None = None,
     physical_batch_size: int | None = None,
+    max_batch_size: int | Literal["auto"] | None = None,
     padding_example: Any = None,
     on_exceed: OnExceed = "raise",
     seed: int | None = None,
@@ -83,6 +87,10 @@ def make_private(
             :class:`dpcompile.PoissonLoader`. The loader's batch size then counts users.
         examples_per_user: with ``groups``, how many rows of a batch are each user's.
         physical_batch_size: see :class:`dpcompile.PoissonLoader`.
+        max_batch_size: a cap on draws, so that every step has as many physical batches, see there; what it costs is
+            counted, and calibrated. "auto": the smallest multiple of ``physical_batch_size`` times the ranks (of 8
+            times the ranks, if that is not given) with which epsilon is at most 0.1 % above that of whole draws, at
+            ``target_delta`` (else a tenth of 1 / size of the dataset) after the planned steps (else one pass).
         padding_example: see there.
         on_exceed: with a target, what a step beyond the planned ones does: "raise", "warn" (once) or "ignore".
         seed: one secret for noise and draws, which take different streams of it (a PoissonLoader keeps its own for the
@@ -115,17 +123,23 @@ def make_private(
         drawn = from_first(drawn)
     seed = drawn if seed is None else seed
     options = {"physical_batch_size": physical_batch_size, "bands": bands, "examples_per_user": examples_per_user}
-    private_loader = _private_loader(loader, options, groups, padding_example, seed, secure, engine)
-    bands = private_loader.bands
+    make_loader = partial(_private_loader, loader, groups, padding_example, seed, secure, engine)
+    private_loader = make_loader({**options, "max_batch_size": None if max_batch_size == "auto" else max_batch_size})
     refuse_rate_from_size(relation, private_loader)
-    check_bands(bands, relation)
-    counted: dict[str, Any] = {"sample_rate": private_loader.sample_rate, "method": accountant, "relation": relation}
+    method: Any = accountant if isinstance(accountant, str) else getattr(accountant, "method", "pld")
+    counted: dict[str, Any] = {"sample_rate": private_loader.sample_rate, "method": method, "relation": relation}
     length = steps if steps is not None else (epochs or 0) * len(private_loader) or None
+    target = {"target_epsilon": target_epsilon, "target_delta": target_delta, "steps": length}
+    if max_batch_size == "auto":
+        cap = _cap(private_loader, accountant, noise_multiplier, physical_batch_size, counted, target)
+        private_loader = make_loader({**options, "max_batch_size": cap})
+    bands = private_loader.bands
+    check_bands(bands, relation)
+    check_truncated(private_loader.truncation, method, relation)
     planned = None
     if noise_multiplier is None:
-        assert target_epsilon is not None and target_delta is not None and length is not None
-        planned, target = length, {"target_epsilon": target_epsilon, "target_delta": target_delta}
-        noise_multiplier = calibrate_noise(**target, **counted, steps=planned, bands=bands)
+        planned = length
+        noise_multiplier = calibrate_noise(**target, **counted, bands=bands, truncation=private_loader.truncation)
     numbers: dict[str, Any] = {"noise_multiplier": noise_multiplier, "seed": seed, "secure": secure}
     numbers["expected_batch_size"] = private_loader.expected_batch_size
     counts = _accountant(accountant, noise_multiplier, private_loader, relation)
@@ -190,8 +204,41 @@ def _accountant(
         refuse_other_rate(accountant, loader)
         return accountant
     return PrivacyAccountant(
-        noise_multiplier=noise_multiplier, sample_rate=loader.sample_rate, method=accountant, relation=relation
+        noise_multiplier=noise_multiplier, sample_rate=loader.sample_rate, method=accountant, relation=relation,
+        truncation=loader.truncation,
+    )  # fmt: skip
+
+
+def _cap(
+    loader: PoissonLoader,
+    accountant: Method | Accountant,
+    noise_multiplier: float | None,
+    physical_batch_size: int | None,
+    counted: Mapping[str, Any],
+    target: Mapping[str, Any],
+) -> int:
+    """The cap of "auto", for a loader that has none yet; the same on all ranks."""
+    if not isinstance(accountant, str):
+        raise PrivacyError(
+            "max_batch_size is 'auto', and the accountant is made already: it counts draws of one cap, or whole ones",
+            remedy="give max_batch_size the number that accountant.truncation has, or accountant='pld'",
+        )
+    if loader.bands > 1:
+        raise no_bound_of_parts("'auto'", loader.bands)
+    check_truncated((loader.dataset_size, 1), counted["method"], counted["relation"])
+    if noise_multiplier is None:
+        noise_multiplier = calibrate_noise(**target, **counted)
+    steps, delta = target["steps"], target["target_delta"]
+    cap = smallest_cap(
+        noise_multiplier=noise_multiplier,
+        sample_rate=loader.sample_rate,
+        dataset_size=loader.dataset_size,
+        steps=len(loader) if steps is None else steps,
+        target_delta=0.1 / loader.dataset_size if delta is None else delta,
+        relation=counted["relation"],
+        multiple=loader.world_size * (physical_batch_size or 8),
     )
+    return cap if loader.world_size == 1 else from_first(cap)  # machines may round differently
 
 
 def _mechanism(
@@ -230,12 +277,12 @@ def _private_model(model: nn.Module, max_grad_norm: float | AdaptiveClip | None,
 
 def _private_loader(
     loader: Any,
-    numbers: Mapping[str, int | None],
     groups: Any,
     padding_example: Any,
     seed: int,
     secure: bool,
     engine: Engine,
+    numbers: Mapping[str, Any],
 ) -> PoissonLoader:
     if not isinstance(loader, PoissonLoader):
         options: dict[str, Any] = {**numbers, "seed": seed, "secure": secure, "padding_example": padding_example}

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from dpcompile.accounting.arguments import (
     Method,
     Relation,
-    check_bound,
     check_delta,
     check_epsilon,
     check_mechanism,
@@ -27,6 +26,14 @@ from dpcompile.accounting.known import refuse_unbounded
 from dpcompile.accounting.releases import event_of, text_of, whole_event
 from dpcompile.accounting.saved import saved_releases, saved_runs
 from dpcompile.accounting.tradeoff import GaussianBound, gaussian_bound, true_positive_rate
+from dpcompile.accounting.truncation import (
+    Rate,
+    TruncatedRate,
+    Truncation,
+    check_truncated,
+    plain_rate,
+    sampled_at,
+)
 from dpcompile.errors import PrivacyError
 
 if TYPE_CHECKING:  # it takes as long to import as the rest of the package
@@ -48,13 +55,16 @@ class PrivacyAccountant:
             example is there or is not; epsilon is the same, but sample rate, expected batch size and number of steps
             must then have been fixed without looking at the dataset's size. "replace_one": one example is another one;
             epsilon is larger. See Ponomareva et al. 2023, "How to DP-fy ML", section 2.1.
+        truncation: ``(dataset_size, max_batch_size)`` of a loader that keeps at most so many examples of a draw,
+            ``loader.truncation``; None: of one that keeps all of them.
 
     Raises:
-        PrivacyError: an argument out of its range, or "rdp" with "replace_one", for which no bound is known.
+        PrivacyError: an argument out of its range, or "rdp" with "replace_one" or ``truncation``, or "add_remove" with
+            ``truncation``, for which no bound is known.
 
     **Guarantee.** ``epsilon(delta)`` and ``delta(epsilon)`` are upper bounds for the composition of all counted steps,
-    under Poisson sampling at ``sample_rate``, and of all composed releases, for the relation. They are none for
-    shuffled batches. What was counted stays counted.
+    under Poisson sampling at ``sample_rate``, truncated (:func:`dpcompile.accounting.events.truncated`) or not, and of
+    all composed releases, for the relation. They are none for shuffled batches. What was counted stays counted.
 
     ==========================================  ===================================================
     edge case                                   outcome
@@ -62,6 +72,8 @@ class PrivacyAccountant:
     no step yet                                 0.0
     sigma 0 and at least one step               infinity
     a restored history with another sigma or q  composed with the steps that follow
+    ... with another cap, or none               composed too: each step is counted with its own
+    ... with a cap, where none can be bounded   refused
     delta 0 or 1                                refused
     "pld" with little noise, sigma below 0.2    a coarser grid, which rounds up; RDP's bound where it is smaller
     "pld" with losses above 500 in one step     RDP's bound: a grid of them would take gigabytes
@@ -85,13 +97,14 @@ class PrivacyAccountant:
         sample_rate: float,
         method: Method = "pld",
         relation: Relation = "zero_out",
+        truncation: Truncation | None = None,
     ) -> None:
         check_mechanism(noise_multiplier, sample_rate)
-        check_bound(method, relation)
-        self._mechanism = (float(noise_multiplier), float(sample_rate))
+        check_truncated(truncation, method, relation)
+        self._mechanism: tuple[float, Rate] = (float(noise_multiplier), sampled_at(sample_rate, truncation))
         self._method: Method = method
         self._relation = relation
-        self._history: list[tuple[float, float, int]] = []
+        self._history: list[tuple[float, Rate, int]] = []
         self._releases = ()
         self._epsilons: dict[tuple[Any, ...], float] = {}
 
@@ -103,7 +116,13 @@ class PrivacyAccountant:
     @property
     def sample_rate(self) -> float:
         """Sample rate of the steps to come."""
-        return self._mechanism[1]
+        return plain_rate(self._mechanism[1])
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """Size of the dataset and cap of the steps to come; None: they are whole Poisson samples."""
+        rate = self._mechanism[1]
+        return (rate.dataset_size, rate.max_batch_size) if isinstance(rate, TruncatedRate) else None
 
     @property
     def method(self) -> Method:
@@ -121,8 +140,11 @@ class PrivacyAccountant:
         return sum(n for _, _, n in self._history)
 
     @property
-    def history(self) -> list[tuple[float, float, int]]:
-        """Runs of equal steps: ``(noise_multiplier, sample_rate, number of steps)``; a copy."""
+    def history(self) -> list[tuple[float, Rate, int]]:
+        """Runs of equal steps: ``(noise_multiplier, sample_rate, number of steps)``; a copy.
+
+        With a cap a :class:`dpcompile.accounting.truncation.TruncatedRate` is in the place of the sample rate.
+        """
         return list(self._history)
 
     @property
@@ -171,7 +193,8 @@ class PrivacyAccountant:
         mechanism = self._mechanism
         if event is not None:
             mechanism = sampled_gaussian_of(event)
-            check_mechanism(*mechanism)
+            check_mechanism(mechanism[0], plain_rate(mechanism[1]))
+            self._check_rate(mechanism[1])
         if not n:
             return
         if self._history and self._history[-1][:2] == mechanism:
@@ -185,12 +208,12 @@ class PrivacyAccountant:
             PrivacyError: it is none.
         """
         check_mechanism(value, self.sample_rate)
-        self._mechanism = (float(value), self.sample_rate)
+        self._mechanism = (float(value), self._mechanism[1])
 
     def epsilon(self, delta: float) -> float:
         """Epsilon at ``delta`` of all counted steps. Remembered per number of steps and delta.
 
-        With PLD a new number of steps takes about a tenth of a second, with little noise or a sigma for every
+        With PLD a new number of steps takes about a tenth of a second, with little noise, a cap or a sigma for every
         step some seconds. More than 32 kinds of steps are rounded to less noise.
 
         Raises:
@@ -264,7 +287,9 @@ class PrivacyAccountant:
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` takes: history and releases as plain numbers and text, and the relation."""
         return {
-            "history": [list(run) for run in self._history],
+            "history": [
+                [sigma, list(rate) if isinstance(rate, TruncatedRate) else rate, n] for sigma, rate, n in self._history
+            ],
             "releases": [[json.loads(text), count] for text, count in self._releases],
             "relation": self._relation,
         }
@@ -276,8 +301,8 @@ class PrivacyAccountant:
 
         Raises:
             PrivacyError: no history, or an entry that is no possible run of steps or release; steps of another relation
-                for "add_remove", whose sample rates may have told the dataset's size; a release for which no bound is
-                known here, or none that was composed here already. Nothing is changed then.
+                for "add_remove", whose sample rates may have told the dataset's size; steps with a cap, or a release,
+                for which no bound is known here, or no release that was composed here already. Nothing is changed then.
         """
         history, releases = saved_runs(state_dict), saved_releases(state_dict)
         counted = state_dict.get("relation", "zero_out")
@@ -287,6 +312,8 @@ class PrivacyAccountant:
                 "the dataset, which 'add_remove' protects",
                 remedy="make the accountant with the relation of the saved run",
             )
+        for _, rate, _ in history:
+            self._check_rate(rate)
         for text in releases:
             refuse_unbounded(event_of(json.loads(text)), self._method, self._relation)
         for text, count in self._releases:
@@ -298,10 +325,15 @@ class PrivacyAccountant:
                 )
         self._history, self._releases = history, tuple(releases.items())
 
+    def _check_rate(self, rate: Rate) -> None:
+        if isinstance(rate, TruncatedRate):
+            check_truncated((rate.dataset_size, rate.max_batch_size), self._method, self._relation)
+
     def __repr__(self) -> str:
-        sigma, q = self._mechanism
+        sigma, q = self.noise_multiplier, self.sample_rate
+        cap = "" if self.truncation is None else f"truncation={self.truncation}, "
         return (
             f"PrivacyAccountant(noise_multiplier={sigma}, sample_rate={q}, method={self._method!r}, "
-            f"relation={self._relation!r}, steps={self.steps}"
+            f"relation={self._relation!r}, {cap}steps={self.steps}"
             + (f", releases={sum(count for _, count in self._releases)})" if self._releases else ")")
         )

@@ -11,7 +11,6 @@ from dpcompile.accounting.arguments import (
     Method,
     Relation,
     check_bands,
-    check_bound,
     check_delta,
     check_mechanism,
     check_steps,
@@ -20,11 +19,13 @@ from dpcompile.accounting.arguments import (
 )
 from dpcompile.accounting.composition import composed_epsilon
 from dpcompile.accounting.events import rounds
+from dpcompile.accounting.truncation import Rate, Truncation, check_truncated, no_bound_of_parts, sampled_at
 from dpcompile.errors import PrivacyError
 
 __all__ = ["calibrate_noise"]
 
 _TOLERANCE = 1e-4  # of a calibrated noise multiplier, relative
+_COARSER = 8  # the grid on which the noise of truncated samples is sought first
 
 
 def calibrate_noise(
@@ -37,6 +38,7 @@ def calibrate_noise(
     relation: Relation = "zero_out",
     bands: int = 1,
     schedule: Callable[[int], float] | None = None,
+    truncation: Truncation | None = None,
 ) -> float:
     """The smallest noise multiplier, to a relative 1e-4, whose epsilon after ``steps`` is at most the target.
 
@@ -49,21 +51,24 @@ def calibrate_noise(
         relation: of that accountant.
         bands: of a mechanism with correlated noise (:class:`dpcompile.noise.banded.BandedMechanism`) and of its loader.
         schedule: what the result is multiplied by in step t, counted from 0 (:mod:`dpcompile.schedules`); None: 1.
+        truncation: ``(dataset_size, max_batch_size)`` of a loader with a cap, ``loader.truncation``.
 
     Raises:
         PrivacyError: an argument out of its range, a factor that is not above 0, a target that no noise multiplier
-            up to 2**20 reaches, or ``bands`` with a schedule or "replace_one".
+            up to 2**20 reaches, or ``bands`` with a schedule, ``truncation`` or "replace_one".
 
-    **Guarantee.** ``PrivacyAccountant(noise_multiplier=result, ...)`` with the same method and relation says at most
-    ``target_epsilon`` at ``target_delta`` after ``steps``, each of the noise that the schedule gives it, or after
-    ``rounds(steps, bands)`` of them (:func:`dpcompile.accounting.events.rounds`).
+    **Guarantee.** ``PrivacyAccountant(noise_multiplier=result, ...)`` with the same method, relation and truncation
+    says at most ``target_epsilon`` at ``target_delta`` after ``steps``, each of the noise that the schedule gives it,
+    or after ``rounds(steps, bands)`` of them (:func:`dpcompile.accounting.events.rounds`).
     """
     check_target(target_epsilon)
     check_delta(target_delta)
     check_mechanism(1.0, sample_rate)
     check_steps(steps)
-    check_bound(method, relation)
+    check_truncated(truncation, method, relation)
     check_bands(bands, relation)
+    if bands > 1 and truncation is not None:
+        raise no_bound_of_parts(truncation[1], bands)
     if steps == 0:
         raise PrivacyError(
             "steps is 0: nothing to calibrate", remedy="give the number of logical steps of the training"
@@ -75,29 +80,37 @@ def calibrate_noise(
         )
     steps = rounds(steps, bands)
     factors = {1.0: steps} if schedule is None else Counter(map(_factor(schedule), range(steps)))
-    search = functools.partial(_smallest, target_epsilon, target_delta, sample_rate, factors)
+    search = functools.partial(_smallest, target_epsilon, target_delta, factors)
+    rate = sampled_at(sample_rate, truncation)
     if method == "pld" and len(factors) > 1:  # Rényi's bound takes longer for each sigma
-        return search("pld", relation, 1.0, 2.0)
+        return search(rate, "pld", relation, 1.0, 2.0)
     # PLD is slow for little noise, so it starts from RDP's answer, which is fast and a few per cent above.
-    sigma = search("rdp", "zero_out", 1.0, 2.0)
-    return sigma if method == "rdp" else search("pld", relation, sigma, 1.1)
+    sigma = search(sample_rate, "rdp", "zero_out", 1.0, 2.0)
+    if method == "rdp":
+        return sigma
+    if truncation is None:
+        return search(rate, "pld", relation, sigma, 1.1)
+    sigma = search(rate, "pld", relation, sigma, 1.1, _COARSER)  # a step takes seconds on the fine grid
+    return search(rate, "pld", relation, sigma, 1.001)
 
 
 def _smallest(
     epsilon: float,
     delta: float,
-    q: float,
     factors: Mapping[float, int],
+    q: Rate,
     method: Method,
     relation: Relation,
     start: float,
     factor: float,
+    coarser: int = 1,
 ) -> float:
     steps = sum(factors.values())
 
     @functools.cache
     def spent(sigma: float) -> float:
-        return composed_epsilon([(sigma * f, q, n) for f, n in factors.items()], delta, method, relation)
+        runs = [(sigma * f, q, n) for f, n in factors.items()]
+        return composed_epsilon(runs, delta, method, relation, coarser=coarser)
 
     low = high = start
     while spent(high) > epsilon:

@@ -20,6 +20,7 @@ from dpcompile.accounting.losses import delta_reader
 from dpcompile.accounting.releases import event_of, largest_loss, leaves
 from dpcompile.accounting.renyi import Renyi
 from dpcompile.accounting.runs import History, Releases, merged, rounded_down
+from dpcompile.accounting.truncation import Rate, TruncatedRate, plain_rate
 
 if TYPE_CHECKING:  # it takes as long to import as the rest of the package
     from dp_accounting import DpEvent
@@ -38,27 +39,29 @@ _USUAL_DELTA = 1e-5  # at which it is estimated how far losses reach
 _CERTAIN = 1e-12  # what Fourier transforms and truncated tails leave of a smaller delta is not much
 
 
-def composed_epsilon(history: History, delta: float, method: Method, relation: Relation) -> float:
+def composed_epsilon(history: History, delta: float, method: Method, relation: Relation, *, coarser: int = 1) -> float:
     """Epsilon at ``delta`` of all steps together: :class:`Composed`."""
-    return Composed(history, method, relation).epsilon(delta)
+    return Composed(history, method, relation, coarser=coarser).epsilon(delta)
 
 
 @functools.lru_cache(maxsize=1)
 def composed(
-    history: tuple[tuple[float, float, int], ...],
+    history: tuple[tuple[float, Rate, int], ...],
     releases: tuple[tuple[str, int], ...],
     method: Method,
     relation: Relation,
 ) -> Composed:
     """Steps and releases, which are given as :func:`dpcompile.accounting.releases.text_of`; the last one is kept."""
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, TruncatedSubsampledGaussianDpEvent
 
     runs, others = list(history), []
     for text, count in releases:
         for event, n in leaves(event_of(json.loads(text)), count):
             if isinstance(event, GaussianDpEvent):
                 runs.append((event.noise_multiplier, 1.0, n))
-            elif isinstance(event, PoissonSampledDpEvent) and isinstance(event.event, GaussianDpEvent):
+            elif isinstance(event, TruncatedSubsampledGaussianDpEvent) or (
+                isinstance(event, PoissonSampledDpEvent) and isinstance(event.event, GaussianDpEvent)
+            ):
                 runs.append((*sampled_gaussian_of(event), n))
             else:
                 others.append((event, n))
@@ -81,7 +84,8 @@ class Composed:
         infinite: something was released without noise.
 
     **Guarantee.** :meth:`epsilon` and :meth:`delta` are upper bounds, for Gaussian noise of ``sigma`` times the
-    sensitivity on Poisson samples of rate q, and for the releases.
+    sensitivity on Poisson samples of rate q, or truncated ones (:func:`dpcompile.accounting.events.truncated`), and for
+    the releases.
     """
 
     def __init__(
@@ -89,7 +93,7 @@ class Composed:
     ) -> None:
         from dp_accounting import NonPrivateDpEvent
 
-        self._history = merged((min(sigma, _MOST_NOISE), q, n) for sigma, q, n in history if n)
+        self._history = merged((min(sigma, _MOST_NOISE), _effective(q), n) for sigma, q, n in history if n)
         self._releases = tuple(releases)
         self._relation: Relation = relation
         self.free = not self._history and not self._releases
@@ -129,14 +133,17 @@ class Composed:
         return Renyi(self._history, self._releases, self._relation)
 
     def _usual_epsilon(self) -> float:
-        return self._renyi.epsilon(_USUAL_DELTA)
+        if not any(isinstance(q, TruncatedRate) for _, q, _ in self._history):
+            return self._renyi.epsilon(_USUAL_DELTA)
+        whole = [(sigma, plain_rate(q), n) for sigma, q, n in self._history]  # an estimate; the bound is far too large
+        return Renyi(whole, (), "zero_out").epsilon(_USUAL_DELTA)
 
     def _composed_losses(self, interval: float) -> Any:
         fewer = rounded_down(self._history, _DISTINCT)
         width = interval * 2 ** max(0, math.ceil(math.log2(max(len(fewer) + len(self._releases), 1) / _FINE)))
         replaced = self._relation == "replace_one"
         parts = [
-            _repeated(_one_step(sigma, q, width, replaced), n, _loss(sigma, q, replaced) / width)
+            _repeated(_one_step(sigma, q, width, replaced), n, _largest_loss(sigma, q, replaced) / width)
             for sigma, q, n in fewer
         ]
         parts += [
@@ -164,6 +171,33 @@ def _quiet() -> Iterator[None]:
         absl.logging.set_verbosity(level)
 
 
+def _effective(q: Rate) -> Rate:
+    """The rate alone where an example is never in a truncated draw, so far as floating point can tell."""
+    return q.sample_rate if isinstance(q, TruncatedRate) and not q.odds[1] else q
+
+
+def _cases(sigma: float, q: Rate, replaced: bool) -> list[tuple[float, float, float, bool]]:
+    """What a step may be, as odds, noise, rate and whether one example is replaced: one case, or two of truncation."""
+    if not isinstance(q, TruncatedRate):
+        return [(1.0, sigma, q, replaced)]
+    odds, kept = q.odds
+    return [(1 - odds, sigma, q.sample_rate, replaced), (odds, sigma / 2, kept, True)]
+
+
+def _largest_loss(sigma: float, q: Rate, replaced: bool) -> float:
+    return max(_loss(noise, rate, both) for _, noise, rate, both in _cases(sigma, q, replaced))
+
+
+def _divergence(sigma: float, q: Rate, replaced: bool) -> float:
+    """About Rényi's, of order 2, of one step."""
+    return math.log1p(
+        sum(
+            odds * rate**2 * math.expm1(min((4 if both else 1) * noise**-2, _LARGEST_LOSS))
+            for odds, noise, rate, both in _cases(sigma, q, replaced)
+        )
+    )
+
+
 def _loss(sigma: float, q: float, replaced: bool) -> float:
     """About the largest loss of one step, at ten standard deviations of the noise; infinity if it is far too large."""
     if sigma < 1 / _LARGEST_LOSS or 0.5 / sigma**2 + 10 / sigma > _LARGEST_LOSS:
@@ -189,11 +223,10 @@ def _interval(history: History, releases: Releases, replaced: bool, usual: Calla
         reach = min(n * loss, divergence + 10 * loss * math.sqrt(n))
         one, tails, divergences = max(one, loss), tails + reach, divergences + divergence
     for sigma, q, n in history:
-        loss = _loss(sigma, q, replaced)
+        loss = _largest_loss(sigma, q, replaced)
         if loss > _LARGEST_LOSS:
             return None
-        distance = (4 if replaced else 1) * sigma**-2
-        divergence = n * math.log1p(q**2 * math.expm1(min(distance, _LARGEST_LOSS)))  # Rényi's, of order 2
+        divergence = n * _divergence(sigma, q, replaced)
         loss = max(loss, 3 * _INTERVAL)
         rounded = max(divergence, n * loss * _INTERVAL / 10)  # the grid moves small losses apart
         one, tails, divergences = max(one, loss), tails + rounded / loss, divergences + divergence
@@ -223,11 +256,20 @@ def _repeated(distribution: Any, n: int, points: float) -> Any:
 
 
 @functools.lru_cache(maxsize=2 * _DISTINCT)
-def _one_step(sigma: float, q: float, interval: float, replaced: bool) -> Any:
+def _one_step(sigma: float, q: Rate, interval: float, replaced: bool) -> Any:
     """The privacy loss distribution of one step: what takes time, and is the same for every number of steps."""
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld import privacy_loss_distribution
 
+    if isinstance(q, TruncatedRate):
+        return privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism(
+            q.dataset_size,
+            q.sample_rate,
+            q.max_batch_size,
+            sigma,
+            value_discretization_interval=interval,
+            neighboring_relation=neighbours("replace_one" if replaced else "zero_out"),
+        )
     return privacy_loss_distribution.from_gaussian_mechanism(
         sigma,
         sampling_prob=q,

@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dpcompile.accounting.truncation import (
+    Rate,
+    TruncatedRate,
+    Truncation,
+    check_truncated,
+    plain_rate,
+    sampled_at,
+)
 from dpcompile.errors import PrivacyError
 
 if TYPE_CHECKING:  # it takes as long to import as the rest of the package
     from dp_accounting import DpEvent
 
-__all__ = ["rounds", "sampled_gaussian", "sampled_gaussian_of"]
+__all__ = ["rounds", "sampled_gaussian", "sampled_gaussian_of", "truncated"]
 
 
 def rounds(steps: int, bands: int) -> int:
@@ -37,24 +45,72 @@ def rounds(steps: int, bands: int) -> int:
     return -(-steps // bands)
 
 
-def sampled_gaussian(noise_multiplier: float, sample_rate: float) -> DpEvent:
-    """The event of one such step."""
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+def sampled_gaussian(noise_multiplier: float, rate: Rate) -> DpEvent:
+    """The event of one such step; of a truncated sample that of :func:`truncated`."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, TruncatedSubsampledGaussianDpEvent
 
-    return PoissonSampledDpEvent(float(sample_rate), GaussianDpEvent(float(noise_multiplier)))
+    sigma = float(noise_multiplier)
+    if isinstance(rate, TruncatedRate):
+        return TruncatedSubsampledGaussianDpEvent(rate.dataset_size, rate.sample_rate, rate.max_batch_size, sigma)
+    return PoissonSampledDpEvent(float(rate), GaussianDpEvent(sigma))
 
 
-def sampled_gaussian_of(event: DpEvent) -> tuple[float, float]:
-    """Sigma and q of an event.
+def sampled_gaussian_of(event: DpEvent) -> tuple[float, Rate]:
+    """Sigma and rate of an event.
 
     Raises:
         PrivacyError: it is another one, of which the accountant knows no bound.
     """
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, TruncatedSubsampledGaussianDpEvent
 
     if isinstance(event, PoissonSampledDpEvent) and isinstance(event.event, GaussianDpEvent):
         return float(event.event.noise_multiplier), float(event.sampling_probability)
+    if isinstance(event, TruncatedSubsampledGaussianDpEvent):
+        truncation = event.dataset_size, event.truncated_batch_size
+        check_truncated(truncation, "pld", "zero_out")
+        return float(event.noise_multiplier), sampled_at(event.sampling_probability, truncation)
     raise PrivacyError(
         f"{event!r} cannot be counted: it is no Gaussian mechanism on a Poisson sample",
         remedy="count it with dp_accounting itself, and the steps of dpcompile's mechanism here",
     )
+
+
+def truncated(event: DpEvent, truncation: Truncation | None) -> DpEvent:
+    """A step of a mechanism, on draws of which at most a cap of examples is kept.
+
+    Args:
+        event: of the mechanism, on the whole Poisson sample.
+        truncation: ``(dataset_size, max_batch_size)``, N and B; None: the event itself.
+
+    Raises:
+        PrivacyError: the event is no Gaussian mechanism on a Poisson sample.
+
+    **Guarantee.** Let a step draw each of N examples with probability q, keep of more than B a uniform subset of B, and
+    add Gaussian noise of sigma C to the sum of what they add, each of norm C at most. Then dp-accounting's privacy loss
+    distribution for N, q, B and sigma bounds that of the step, for one example x that is, in the one of the datasets,
+
+    - "zero_out": never drawn, so that another one takes its place; or drawn and kept as before, its gradient zero;
+    - "replace_one": another example.
+
+    Whether at least B of the other N - 1 are drawn, event T, does not depend on x. Without T nothing is left out: x is
+    in the sum with probability q, as without a cap. With T a uniform subset S of B of the others is kept, and with
+    probability p = P(x is drawn and kept | T) x stands in the place of a random y of S; S does not depend on that, as
+    the others are alike. Given S and y the sums are S's, or with probability p that sum moved by u in the one dataset
+    and by v in the other, each of norm 2 C at most (x less y; nothing or zero less y; x' less y). Let P(u) be the
+    mixture. For a >= 1 the divergence of P(u) and P(v), as an expectation under the normal distribution around u, is
+    that of a convex function of a sum of two log-normal variables of mean 1, and such a sum is largest in convex order
+    if both are as wide as can be and grow together: if u = -v, of norm 2 C. That is "replace one" at rate p and noise
+    sigma / 2. For a < 1 the two change places. The two cases are mixed by the odds of T (joint convexity).
+
+    =============================================  ============================================================
+    edge case                                      outcome
+    =============================================  ============================================================
+    a cap of N or more                             what no cap costs
+    the gradient of x is no number                 as a gradient of zero: x keeps its place
+    "add_remove"                                   refused: N is protected, and epsilon would tell it
+    =============================================  ============================================================
+    """
+    if truncation is None:
+        return event
+    sigma, rate = sampled_gaussian_of(event)
+    return sampled_gaussian(sigma, sampled_at(plain_rate(rate), truncation))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, get_args
 
 from dpcompile.accounting.arguments import Method, Relation
+from dpcompile.accounting.releases import leaves
 from dpcompile.errors import PrivacyError
 
 if TYPE_CHECKING:  # it takes as long to import as the rest of the package
@@ -38,7 +39,11 @@ def refuse_unbounded(event: DpEvent, method: Method, relation: Relation) -> None
 def _bounded(event: DpEvent, method: Method, relation: Relation) -> bool:
     if (method, relation) == ("rdp", "replace_one"):
         return False
-    from dp_accounting import pld, rdp
+    from dp_accounting import TruncatedSubsampledGaussianDpEvent, pld, rdp
 
+    if relation == "add_remove" and any(
+        isinstance(part, TruncatedSubsampledGaussianDpEvent) for part, _ in leaves(event, 1)
+    ):
+        return False  # its size of the dataset is what this relation protects
     kinds = {"pld": pld.PLDAccountant, "rdp": rdp.RdpAccountant}
     return kinds[method](neighboring_relation=neighbours(relation)).supports(event)

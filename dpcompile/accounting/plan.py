@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 from dpcompile.accounting.arguments import Method, Relation, check_size, number
 from dpcompile.accounting.calibration import calibrate_noise
+from dpcompile.accounting.caps import smallest_cap
 from dpcompile.accounting.solving import solve
+from dpcompile.accounting.truncation import check_truncated
 from dpcompile.errors import PrivacyError
 
 __all__ = ["PlannedRun", "PrivacyPlan", "plan_privacy"]
@@ -33,7 +36,9 @@ class PlannedRun(NamedTuple):
     noise_per_example: float
     """Standard deviation of the noise in each element of the mean gradient: sigma * C / expected batch size."""
     examples: float
-    """Examples processed in all: the compute."""
+    """Examples processed in all: the compute. With a cap rows, padding among them: steps times the cap."""
+    max_batch_size: int | None = None
+    """The cap on draws; None: they are whole."""
 
 
 class PrivacyPlan(NamedTuple):
@@ -60,6 +65,9 @@ class PrivacyPlan(NamedTuple):
              _up(r.noise_multiplier), _up(r.epsilon), f"{r.noise_per_example:.3e}", f"{r.examples:.4g}"]
             for r in self.rows
         ]  # fmt: skip
+        if any(r.max_batch_size is not None for r in self.rows):
+            caps = ["" if r.max_batch_size is None else str(r.max_batch_size) for r in self.rows]
+            head, rows = [*head, "cap"], [[*row, cap] for row, cap in zip(rows, caps, strict=True)]
         return [head, *rows]
 
     def markdown(self) -> str:
@@ -70,7 +78,7 @@ class PrivacyPlan(NamedTuple):
 
     def json(self) -> str:
         """All of it as JSON; an infinite epsilon is null."""
-        finite = [{k: v if v < math.inf else None for k, v in row._asdict().items()} for row in self.rows]
+        finite = [{k: v if v is not None and v < math.inf else None for k, v in r._asdict().items()} for r in self.rows]
         return json.dumps({**self._asdict(), "rows": finite}, allow_nan=False)
 
     def __str__(self) -> str:
@@ -94,6 +102,7 @@ def plan_privacy(
     max_grad_norm: float = 1.0,
     method: Method = "pld",
     relation: Relation = "zero_out",
+    max_batch_size: int | Literal["auto"] | None = None,
 ) -> PrivacyPlan:
     """Every batch size with every length: epsilon, or the noise that a target needs; noise per example; compute.
 
@@ -111,6 +120,8 @@ def plan_privacy(
         max_grad_norm: C.
         method: "pld", a second or some for each row, or "rdp", instant and a few per cent more.
         relation: which datasets are neighbours.
+        max_batch_size: a cap on draws (:class:`dpcompile.PoissonLoader`). "auto": for every row the smallest multiple
+            of 8 that costs next to nothing (:func:`dpcompile.accounting.caps.smallest_cap`), in some seconds more.
 
     Raises:
         PrivacyError: an argument out of its range, not exactly one of each pair, or a target that no noise meets.
@@ -129,6 +140,8 @@ def plan_privacy(
         )
     if not 0 < number(max_grad_norm) < math.inf:
         raise PrivacyError(f"max_grad_norm is {max_grad_norm!r}", remedy="give a finite number above 0")
+    trial = 1 if max_batch_size == "auto" else max_batch_size
+    check_truncated(None if trial is None else (dataset_size, trial), method, relation)
     rows = []
     for batch in _numbers("expected_batch_sizes", expected_batch_sizes, dataset_size):
         rate = batch / dataset_size
@@ -136,14 +149,25 @@ def plan_privacy(
             n = length if epochs is None else math.ceil(length * math.ceil(dataset_size / batch))
             known: dict[str, Any] = {"target_delta": target_delta, "sample_rate": rate, "steps": n}
             known |= {"method": method, "relation": relation}
-            sigma = noise_multiplier
-            if sigma is None:
-                assert target_epsilon is not None
-                sigma = calibrate_noise(target_epsilon=target_epsilon, **known)
+            find = partial(_noise, noise_multiplier, target_epsilon)
+            cap = max_batch_size
+            if cap == "auto":
+                whole = {k: v for k, v in known.items() if k != "method"}
+                cap = smallest_cap(noise_multiplier=find(known), dataset_size=dataset_size, multiple=8, **whole)
+            if cap is not None:
+                known["truncation"] = (dataset_size, cap)
+            sigma = find(known)
             spent = solve(noise_multiplier=sigma, **known)
             noise = sigma * max_grad_norm / batch
-            rows.append(PlannedRun(batch, n, n * rate, rate, sigma, spent, noise, n * batch))
+            rows.append(PlannedRun(batch, n, n * rate, rate, sigma, spent, noise, n * (cap or batch), cap))
     return PrivacyPlan(rows, target_delta, dataset_size, max_grad_norm, method, relation)
+
+
+def _noise(given: float | None, target_epsilon: float | None, known: Mapping[str, Any]) -> float:
+    if given is not None:
+        return given
+    assert target_epsilon is not None
+    return calibrate_noise(target_epsilon=target_epsilon, **known)
 
 
 def _numbers(name: str, values: Any, most: float) -> Sequence[Any]:

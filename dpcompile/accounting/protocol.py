@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from dpcompile.accounting.arguments import Relation, check_mechanism
+from dpcompile.accounting.events import truncated
 from dpcompile.accounting.saved import saved_runs
+from dpcompile.accounting.truncation import Rate, check_truncated, saved_rate
 from dpcompile.errors import PrivacyError
 
 if TYPE_CHECKING:  # it takes as long to import as the rest of the package
@@ -23,7 +25,8 @@ class Accountant(Protocol):
     ``copy.deepcopy`` makes an independent copy of it (a state is loaded into one before it is loaded in earnest).
     What it says that the steps cost is its own: dpcompile sees to it that it is told of every step, with the noise and
     the sample rate that the step had, and that none is forgotten. An accountant that counts other releases too may have
-    ``releases``, pairs of an event and a count, which may not be forgotten either.
+    ``releases``, pairs of an event and a count, which may not be forgotten either. One that counts truncated samples
+    has ``truncation``, the size of the dataset and the cap; without, or None, it counts whole Poisson samples.
     """
 
     @property
@@ -47,8 +50,8 @@ class Accountant(Protocol):
         ...
 
     @property
-    def history(self) -> Sequence[tuple[float, float, int]]:
-        """Runs of equal steps: noise multiplier, sample rate, how many."""
+    def history(self) -> Sequence[tuple[float, Rate, int]]:
+        """Runs of equal steps: noise multiplier, sample rate (with the cap, if there is one), how many."""
         ...
 
     def step(self, n: int = 1, *, event: DpEvent | None = None) -> None:
@@ -96,6 +99,7 @@ def check_accountant(accountant: Any) -> None:
             f"the accountant's relation is {accountant.relation!r}",
             remedy=f"let it be one of {', '.join(map(repr, get_args(Relation)))}",
         )
+    check_truncated(getattr(accountant, "truncation", None), "pld", accountant.relation)
     state = accountant.state_dict()
     try:
         json.dumps(state)
@@ -115,7 +119,7 @@ def counted(accountant: Accountant | None) -> Counter[Any]:
     found: Counter[Any] = Counter()
     if accountant is not None:
         for sigma, rate, n in accountant.history:
-            found[sigma, rate] += n
+            found[sigma, saved_rate(rate) if isinstance(rate, list) else rate] += n
         for event, n in getattr(accountant, "releases", ()):
             found[repr(event)] += n
     return found
@@ -129,7 +133,7 @@ def count_steps(accountant: Accountant, event: DpEvent, n: int = 1) -> Counter[A
     """
     before = accountant.steps
     if n:
-        accountant.step(n, event=event)
+        accountant.step(n, event=truncated(event, getattr(accountant, "truncation", None)))
     if accountant.steps != before + n:
         raise PrivacyError(
             f"the accountant, a {type(accountant).__name__}, counted {before} steps, was told of {n} more and counts "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpcompile.accounting.arguments import number
 from dpcompile.accounting.events import sampled_gaussian
+from dpcompile.accounting.truncation import Rate
 from dpcompile.errors import PrivacyError
 
 if TYPE_CHECKING:  # it takes as long to import as the rest of the package
@@ -43,6 +44,12 @@ _FIELDS: Mapping[str, Mapping[str, Callable[[Any], bool] | None]] = {
     "LaplaceDpEvent": {"noise_multiplier": _noise},
     "DiscreteLaplaceDpEvent": {"noise_parameter": _positive, "sensitivity": _whole},
     "RandomizedResponseDpEvent": {"noise_parameter": lambda x: 0 <= number(x) <= 1, "num_buckets": _whole},
+    "TruncatedSubsampledGaussianDpEvent": {
+        "dataset_size": _whole,
+        "sampling_probability": _probability,
+        "truncated_batch_size": _whole,
+        "noise_multiplier": _noise,
+    },
     "ZCDpEvent": {"rho": _noise, "xi": _noise},
     "PoissonSampledDpEvent": {"sampling_probability": _probability, "event": None},
     "SelfComposedDpEvent": {"event": None, "count": _whole},
@@ -123,7 +130,7 @@ def event_of(saved: Any) -> DpEvent:
     return event
 
 
-def whole_event(history: Iterable[tuple[float, float, int]], releases: Iterable[tuple[DpEvent, int]]) -> DpEvent:
+def whole_event(history: Iterable[tuple[float, Rate, int]], releases: Iterable[tuple[DpEvent, int]]) -> DpEvent:
     """Runs of steps and other releases as one event."""
     from dp_accounting import ComposedDpEvent, SelfComposedDpEvent
 
@@ -159,6 +166,10 @@ def _tamed(event: DpEvent) -> DpEvent:
             if event.num_buckets == 1 or event.noise_parameter == 1:
                 return dp.NoOpDpEvent()
             return dp.NonPrivateDpEvent() if event.noise_parameter < _LEAST_NOISE else event
+        case dp.TruncatedSubsampledGaussianDpEvent():
+            sigma = float(event.noise_multiplier)
+            rest = event.dataset_size, event.sampling_probability, event.truncated_batch_size
+            return dp.NonPrivateDpEvent() if sigma < _LEAST_NOISE else type(event)(*rest, min(sigma, _MOST_NOISE))
         case dp.PoissonSampledDpEvent():
             inner = _tamed(event.event)
             return inner if _without_noise(inner) else dp.PoissonSampledDpEvent(event.sampling_probability, inner)

@@ -9,6 +9,7 @@ from dpcompile.accounting.arguments import Relation
 from dpcompile.accounting.events import sampled_gaussian
 from dpcompile.accounting.known import neighbours
 from dpcompile.accounting.runs import History, Releases, rounded_down
+from dpcompile.accounting.truncation import TruncatedRate, plain_rate
 
 __all__ = ["Renyi"]
 
@@ -22,8 +23,9 @@ class Renyi:
 
     Of replaced examples as though all of them were in every step, since none is known of samples: with the same
     examples drawn of both datasets, the sums differ by at most two sensitivities, and the divergence of mixtures is at
-    most that of their parts (joint quasi-convexity; van Erven and Harremoës 2014, theorem 13). Divergences are taken a
-    little larger than computed: rounding may have made them smaller, even negative, where they are next to nothing.
+    most that of their parts (joint quasi-convexity; van Erven and Harremoës 2014, theorem 13). So of truncated samples,
+    for every relation: one example more takes at most the place of another. Divergences are taken a little larger than
+    computed: rounding may have made them smaller, even negative, where they are next to nothing.
     """
 
     def __init__(self, history: History, releases: Releases, relation: Relation) -> None:
@@ -32,12 +34,13 @@ class Renyi:
 
         steps, others = (rdp.RdpAccountant(neighboring_relation=neighbours(relation)) for _ in range(2))
         for sigma, q, n in rounded_down(history, _DISTINCT):
-            event = GaussianDpEvent(sigma / 2) if relation == "replace_one" else sampled_gaussian(sigma, q)
+            whole = relation == "replace_one" or isinstance(q, TruncatedRate)
+            event = GaussianDpEvent(sigma / 2) if whole else sampled_gaussian(sigma, q)
             steps.compose(event, n)
         self._bounded = all(others.supports(event) for event, _ in releases)
         for event, n in releases if self._bounded else ():
             others.compose(event, n)
-        cushion = sum(n for _, q, n in history if q < 1) * (0 if relation == "replace_one" else _ROUNDING)
+        cushion = sum(n for _, q, n in history if plain_rate(q) < 1) * (0 if relation == "replace_one" else _ROUNDING)
         self._orders: Any = steps.orders
         self._divergences: Any = np.maximum(steps.rdp, 0) * (1 + _RELATIVE) + cushion + np.maximum(others.rdp, 0)
 

@@ -6,18 +6,20 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+from dpcompile.accounting.truncation import Rate
+
 if TYPE_CHECKING:  # it takes as long to import as the rest of the package
     from dp_accounting import DpEvent
 
 __all__ = ["History", "Releases", "merged", "rounded_down"]
 
-History: TypeAlias = "Sequence[tuple[float, float, int]]"  # runs of equal steps: sigma, q, how many
+History: TypeAlias = "Sequence[tuple[float, Rate, int]]"  # runs of equal steps: sigma, q, how many
 Releases: TypeAlias = "Sequence[tuple[DpEvent, int]]"  # what is no such step, and how often
 
 
-def merged(history: Iterable[tuple[float, float, int]]) -> History:
+def merged(history: Iterable[tuple[float, Rate, int]]) -> History:
     """Equal steps counted together: their order does not matter to what they cost."""
-    counts: dict[tuple[float, float], int] = {}
+    counts: dict[tuple[float, Rate], int] = {}
     for sigma, q, n in history:
         counts[sigma, q] = counts.get((sigma, q), 0) + n
     return [(sigma, q, n) for (sigma, q), n in counts.items()]
@@ -31,8 +33,8 @@ def rounded_down(history: History, most: int) -> History:
     """
     if len(history) <= most:
         return history
-    found = []
-    for rate in sorted({q for _, q, _ in history}):
+    found: list[tuple[float, Rate, int]] = []
+    for rate in dict.fromkeys(q for _, q, _ in history):
         runs = sorted((sigma, n) for sigma, q, n in history if q == rate)
         width = math.log(runs[-1][0] / runs[0][0]) / most or 1.0
         groups: dict[int, tuple[float, int]] = {}

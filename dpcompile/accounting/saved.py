@@ -7,6 +7,7 @@ from typing import Any
 
 from dpcompile.accounting.arguments import check_mechanism, check_steps
 from dpcompile.accounting.releases import event_of, text_of
+from dpcompile.accounting.truncation import Rate, saved_rate
 from dpcompile.errors import PrivacyError
 
 __all__ = ["saved_releases", "saved_runs"]
@@ -14,7 +15,7 @@ __all__ = ["saved_releases", "saved_runs"]
 _REMEDY = "load what PrivacyAccountant.state_dict() returned"
 
 
-def saved_runs(state: Any) -> list[tuple[float, float, int]]:
+def saved_runs(state: Any) -> list[tuple[float, Rate, int]]:
     """The runs of equal steps in an accountant's state: noise multiplier, sample rate, how many.
 
     Raises:
@@ -25,7 +26,7 @@ def saved_runs(state: Any) -> list[tuple[float, float, int]]:
         raise PrivacyError(
             "the accountant's state has no list 'history': which steps it counted is unknown", remedy=_REMEDY
         )
-    history = []
+    history: list[tuple[float, Rate, int]] = []
     for run in runs:
         if not isinstance(run, (list, tuple)) or len(run) != 3:
             raise PrivacyError(
@@ -33,9 +34,9 @@ def saved_runs(state: Any) -> list[tuple[float, float, int]]:
                 remedy=_REMEDY,
             )
         noise_multiplier, sample_rate, n = run
-        check_mechanism(noise_multiplier, sample_rate)
+        check_mechanism(noise_multiplier, 1.0)
         check_steps(n)
-        history.append((noise_multiplier, sample_rate, n))
+        history.append((noise_multiplier, saved_rate(sample_rate), n))
     return history
 
 

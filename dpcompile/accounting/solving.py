@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dpcompile.accounting.arguments import (
     Method,
     Relation,
-    check_bound,
     check_delta,
     check_mechanism,
     check_size,
@@ -19,6 +18,7 @@ from dpcompile.accounting.arguments import (
 )
 from dpcompile.accounting.calibration import calibrate_noise
 from dpcompile.accounting.composition import composed_epsilon
+from dpcompile.accounting.truncation import Truncation, check_truncated, sampled_at
 from dpcompile.errors import PrivacyError
 
 __all__ = ["solve"]
@@ -38,6 +38,7 @@ def solve(
     dataset_size: int | None = None,
     method: Method = "pld",
     relation: Relation = "zero_out",
+    truncation: Truncation | None = None,
 ) -> float:
     """The one that is left out of epsilon, noise multiplier, steps and sample rate, from the others.
 
@@ -51,9 +52,11 @@ def solve(
         dataset_size: number of examples.
         method: of the accountant that will be used.
         relation: of that accountant.
+        truncation: of that accountant: ``(dataset_size, max_batch_size)`` of a loader with a cap.
 
     Raises:
-        PrivacyError: not exactly one left out, an argument out of its range, or a target that nothing meets.
+        PrivacyError: not exactly one left out, an argument out of its range, a target that nothing meets, or a rate
+            that is sought for a cap: it is not known that epsilon grows with it.
 
     **Guarantee.** With what is returned, ``PrivacyAccountant`` with the same method and relation says at most
     ``target_epsilon`` at ``target_delta``. What is returned is the best to a relative 1e-4: the next better one that
@@ -69,7 +72,7 @@ def solve(
     ==============================================  ===================================================
     """
     check_delta(target_delta)
-    check_bound(method, relation)
+    check_truncated(truncation, method, relation)
     rate = _rate(sample_rate, expected_batch_size, dataset_size)
     given = {
         "target_epsilon": target_epsilon,
@@ -84,6 +87,8 @@ def solve(
             remedy="leave out exactly one of target_epsilon, noise_multiplier, steps and sample_rate (or "
             "expected_batch_size, with dataset_size): the one to be found",
         )
+    if truncation is not None:
+        _refuse_no_sense(truncation, dataset_size, missing[0])
     check_mechanism(1.0 if noise_multiplier is None else noise_multiplier, 1.0 if rate is None else rate)
     if steps is not None:
         check_steps(steps)
@@ -94,7 +99,8 @@ def solve(
 
     def spent(method: Method, relation: Relation, steps: int, rate: float) -> float:
         assert noise_multiplier is not None
-        return composed_epsilon([(noise_multiplier, rate, steps)], target_delta, method, relation)
+        q = sampled_at(rate, truncation if method == "pld" else None)  # by Rényi's bound a search begins
+        return composed_epsilon([(noise_multiplier, q, steps)], target_delta, method, relation)
 
     if target_epsilon is None:
         assert steps is not None and rate is not None
@@ -103,7 +109,7 @@ def solve(
         assert steps is not None and rate is not None
         return calibrate_noise(
             target_epsilon=target_epsilon, target_delta=target_delta, sample_rate=rate, steps=steps, method=method,
-            relation=relation,
+            relation=relation, truncation=truncation,
         )  # fmt: skip
     if steps is None:
         assert rate is not None
@@ -111,6 +117,19 @@ def solve(
     size = dataset_size or 1
     ends = (_LEAST_RATE * size, float(size))
     return _largest(lambda m, r, b: spent(m, r, steps, b / size), target_epsilon, method, relation, ends)
+
+
+def _refuse_no_sense(truncation: Truncation, dataset_size: int | None, missing: str) -> None:
+    if dataset_size not in (None, truncation[0]):
+        raise PrivacyError(
+            f"truncation is of {truncation[0]} examples, and dataset_size is {dataset_size}",
+            remedy="give truncation=(dataset_size, max_batch_size) with the same size",
+        )
+    if missing == "sample_rate":
+        raise PrivacyError(
+            "a sample rate is sought, for draws with a cap: it is not known that epsilon grows with it",
+            remedy="give the rate and leave out another one; plan_privacy tells epsilon of several",
+        )
 
 
 def _rate(sample_rate: float | None, expected_batch_size: float | None, dataset_size: int | None) -> float | None:

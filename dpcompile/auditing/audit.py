@@ -88,7 +88,7 @@ def audit(
     steps = len(loader) if steps is None else steps
     _check(canaries, kind, steps, confidence)
     check_delta(delta)
-    copies.refuse_uncopied(engine, optimizer, more_arguments=kind != "data")
+    copies.refuse_uncopied(engine, optimizer, loader, more_arguments=kind != "data")
     drawn = from_first(fresh_seed()) if engine.distributed else fresh_seed()
     given = Given(model, optimizer, loader, loss, canaries, kind, steps, drawn if seed is None else seed)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -24,19 +24,26 @@ from dpcompile.optim.optimizer import DPOptimizer
 __all__ = ["accountant_like", "compiled_like", "copied_model", "loader_like", "optimizer_like", "refuse_uncopied"]
 
 
-def refuse_uncopied(engine: Engine, optimizer: DPOptimizer, *, more_arguments: bool) -> None:
+def refuse_uncopied(engine: Engine, optimizer: DPOptimizer, loader: PoissonLoader, *, more_arguments: bool) -> None:
     """Refuse what has no copy that would be the same run.
 
     Args:
         engine: of the model.
         optimizer: of the model.
+        loader: of the run.
         more_arguments: whether the copy is called with one argument more.
 
     Raises:
         UnsupportedGraphError: a sharded model.
-        PrivacyError: a mechanism that goes on from its earlier steps, or example dimensions that cannot be told for one
-            argument more.
+        PrivacyError: a mechanism that goes on from its earlier steps, a cap on draws, or example dimensions that cannot
+            be told for one argument more.
     """
+    if loader.truncation is not None:
+        raise PrivacyError(
+            f"max_batch_size is {loader.max_batch_size}, and in an audit canaries would put each other out of a draw: "
+            "they would not be in it independently, as bounds from many of them in one run take them to be",
+            remedy="audit the same run with a loader and an accountant without a cap",
+        )
     if engine.sharded:
         raise UnsupportedGraphError(
             "the model is sharded, and an audit trains a copy of it",

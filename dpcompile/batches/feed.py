@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from dpcompile.accounting.truncation import Truncation
 from dpcompile.batches.draws import Draws
 from dpcompile.distributed.ranks import digest
 from dpcompile.errors import PrivacyError
@@ -17,7 +18,7 @@ class Feed:
     """A loader that is attached to a model and its optimizer.
 
     Args:
-        loader: has ``seed``, ``secure``, ``sample_rate``, ``from_size``, ``bands``.
+        loader: has ``seed``, ``secure``, ``sample_rate``, ``from_size``, ``bands``; ``truncation`` if it has a cap.
         optimizer: that steps on its draws.
 
     Attributes:
@@ -25,6 +26,7 @@ class Feed:
         from_size: whether the rate comes from the size of the dataset.
         dataset_size: how many examples the loader draws from; None if it does not say.
         bands: how many parts it draws from by turns.
+        truncation: size of the dataset and cap of the draws; None: they are whole.
         draws: its batches on their way.
     """
 
@@ -34,6 +36,7 @@ class Feed:
         self.from_size: bool = loader.from_size
         self.dataset_size: int | None = getattr(loader, "dataset_size", None)
         self.bands: int = loader.bands
+        self.truncation: Truncation | None = getattr(loader, "truncation", None)
         self.draws = Draws()
 
     @property

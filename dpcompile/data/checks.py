@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from dpcompile.accounting.truncation import no_bound_of_parts
 from dpcompile.data.users import Users
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
@@ -23,6 +24,7 @@ from dpcompile.optim.state_checks import LOADER, refuse_malformed
 
 __all__ = [
     "DrawsUsed",
+    "check_cap",
     "check_count",
     "check_rank",
     "checked_size",
@@ -66,6 +68,20 @@ def check_count(name: str, value: Any) -> None:
     """An integer, 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise PrivacyError(f"{name} is {value!r}", remedy="give an integer, 1 or more")
+
+
+def check_cap(max_batch_size: Any, bands: int) -> None:
+    """A count or None; not with parts."""
+    if max_batch_size is None:
+        return
+    if max_batch_size == "auto":
+        raise PrivacyError(
+            "max_batch_size is 'auto', and a loader does not know what a cap would cost",
+            remedy="give make_private a DataLoader and max_batch_size='auto', or give the loader a number",
+        )
+    check_count("max_batch_size", max_batch_size)
+    if bands > 1:
+        raise no_bound_of_parts(max_batch_size, bands)
 
 
 def taken_over(loader: DataLoader[Any]) -> dict[str, Any]:
@@ -187,13 +203,14 @@ def refuse_uneven_parts(ranks: Sequence[int], world_size: int) -> None:
 def refuse_state(saved: Any, current: Any) -> None:
     """A state to resume from means the same draws, and goes on where none has been used."""
     refuse_malformed(saved, LOADER, "PoissonLoader")
-    saved = {"bands": 1, "examples_per_user": 1, "groups": 0, **saved}  # of loaders before there were such
+    # Of loaders before there were parts, users and caps:
+    saved = {"bands": 1, "examples_per_user": 1, "groups": 0, "max_batch_size": None, **saved}
     if saved["groups"] != current["groups"]:
         raise PrivacyError(
             "groups say of other examples that they are one user's than in the saved run: the draws would differ",
             remedy="make the PoissonLoader with the same dataset and groups",
         )
-    for name in ("dataset_size", "expected_batch_size", "secure", "bands", "examples_per_user"):
+    for name in ("dataset_size", "expected_batch_size", "secure", "bands", "examples_per_user", "max_batch_size"):
         if saved[name] != current[name]:
             raise PrivacyError(
                 f"{name} was {saved[name]} in the saved run and is {current[name]} here: the draws would differ",

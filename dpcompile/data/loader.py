@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from dpcompile.accounting.arguments import check_bands
+from dpcompile.accounting.truncation import Truncation
 from dpcompile.batches.draws import Draws
 from dpcompile.batches.matching import DrawnBatch
 from dpcompile.data import checks
@@ -62,6 +63,8 @@ class PoissonLoader:
     :meth:`parts` gives the physical batches one by one, for a loop that should not hold a draw's outputs at once, and
     :meth:`batches` gives them with masks for loops of one's own, without attaching.
 
+    With ``max_batch_size`` a larger draw is truncated, at random, and every step has as many physical batches.
+
     Args:
         dataset: map-style, with a length.
         expected_batch_size: mean size of a logical batch, and the constant that divides its sum.
@@ -69,7 +72,13 @@ class PoissonLoader:
             here depends on the size of the dataset, as ``relation="add_remove"`` asks for
             (:class:`dpcompile.PrivacyAccountant`); they should fit together about.
         physical_batch_size: examples per forward, padding included; a larger draw takes several. None: the expected
-            size plus two standard deviations, up to a multiple of 8, at most ``len(dataset)``.
+            size plus two standard deviations, up to a multiple of 8, at most ``len(dataset)``; with ``max_batch_size``
+            that cap in equal parts, as few as are at most one and a half times as large.
+        max_batch_size: the cap: of a larger draw, of all ranks together, so many examples are kept, a uniform subset.
+            Steps then take ``ceil(max_batch_size / (world_size * physical_batch_size))`` physical batches each, however
+            many examples were drawn, also none: what they run on has one size. Steps cost more, the more the lower the
+            cap (:func:`dpcompile.accounting.events.truncated`), and the accountant must be told, with
+            ``truncation=loader.truncation``. Not with ``bands``. None: every draw whole.
         bands: of a mechanism whose noise is correlated over so many steps: examples are dealt out to as many parts, by
             the seed, and step t draws from part t mod ``bands`` alone, at the rate ``bands * expected_batch_size /
             len(dataset)`` (:mod:`dpcompile.data.cyclic`). A given ``sample_rate`` is that rate. 1: no parts.
@@ -100,22 +109,26 @@ class PoissonLoader:
         bands: how many parts it draws from by turns.
         from_size: whether rate or expected batch size come from the size of the dataset.
         users: whose examples are whose; None without ``groups``.
+        truncation: size of the dataset and cap, for the accountant; None: draws are whole.
 
     Raises:
         PrivacyError: sizes that are not positive, a rate that is none, an expected batch larger than the dataset (or
             its part), an empty or an iterable dataset.
 
     **Guarantee.** The logical batches are independent Poisson samples of rate ``sample_rate``, each handed out once,
-    with ``bands`` of one part each, so that no example is in two of ``bands`` steps in a row, and with ``groups`` of
-    users, whose rows are theirs alone;
-    what fills them up has mask False. Attached, the model knows the mask of each by its tensors, uses each once, and
-    the optimizer steps once for each draw (:class:`dpcompile.batches.draws.Draws`).
+    with ``bands`` of one part each, so that no example is in two of ``bands`` steps in a row, with ``max_batch_size``
+    truncated to a uniform subset (:func:`dpcompile.data.sampling.kept`), with ``groups`` of users, whose rows are
+    theirs alone; what fills them up has mask False. Attached, the model knows the mask of each by its tensors, uses
+    each once, and the optimizer steps once for each draw (:class:`dpcompile.batches.draws.Draws`).
 
     ================================================  ====================================================
     edge case                                         outcome
     ================================================  ====================================================
     nothing drawn                                     one physical batch, all padding
     a draw larger than the physical batch             several forwards, one step
+    a draw smaller than ``max_batch_size``            padded up to it, also by physical batches without an example
+    ... and how long it takes to load, or how long    not hidden by ``max_batch_size``: give all examples one shape
+    its padded sequences are
     ``break`` inside a pass                           the next ``for`` goes on with new draws, a whole pass
     ``break`` between two parts of one draw           the draw is dropped whole, its sums discarded
     the optimizer is not stepped after a draw         the next backward is refused: two draws would add up
@@ -143,6 +156,7 @@ class PoissonLoader:
         groups: Any = None,
         examples_per_user: int | None = None,
         physical_batch_size: int | None = None,
+        max_batch_size: int | None = None,
         steps: int | None = None,
         seed: int | None = None,
         secure: bool = False,
@@ -163,8 +177,10 @@ class PoissonLoader:
         size = checks.checked_size(dataset) if self.users is None else self.users.count
         check_bands(bands, "zero_out")
         rate = SamplingRate.given(size, expected_batch_size, sample_rate, steps, bands)
+        checks.check_cap(max_batch_size, bands)
         if physical_batch_size is None:
-            physical_batch_size = default_physical_batch_size(rate.sample_rate * size / bands / world_size, size)
+            cap = None if max_batch_size is None else -(-max_batch_size // world_size)
+            physical_batch_size = default_physical_batch_size(rate.sample_rate * size / bands / world_size, size, cap)
         checks.check_count("physical_batch_size", physical_batch_size)
         checks.check_count("steps", rate.steps)
         drawn = fresh_seed(secure=secure)
@@ -177,7 +193,7 @@ class PoissonLoader:
         self.dataset, self.collate_fn, self.padding_example = dataset, collate_fn or default_collate, padding_example
         self.expected_batch_size, self.physical_batch_size = rate.expected_batch_size, physical_batch_size
         self.sample_rate, self.from_size = rate.sample_rate, rate.from_size
-        self.secure, self.bands = secure, bands
+        self.secure, self.bands, self.max_batch_size = secure, bands, max_batch_size
         self.step = 0
         self._length = rate.steps
         self._position = 0  # logical steps of the current pass that have been handed out
@@ -193,6 +209,7 @@ class PoissonLoader:
             secure=secure,
             rank=rank,
             world_size=world_size,
+            max_batch_size=max_batch_size,
         )
         self._worker_seeds = torch.Generator()
         self._loader: DataLoader[Any] = DataLoader(
@@ -270,6 +287,11 @@ class PoissonLoader:
         """Rows that a user has in a batch; 1 without ``groups``."""
         return 1 if self.users is None else self.users.examples_per_user
 
+    @property
+    def truncation(self) -> Truncation | None:
+        """What an accountant must know of the cap: see the class."""
+        return None if self.max_batch_size is None else (self.dataset_size, self.max_batch_size)
+
     def __len__(self) -> int:
         """Logical steps of one pass, and batches that iterating over it gives."""
         return self._length
@@ -323,13 +345,14 @@ class PoissonLoader:
             "bands": self.bands,
             "examples_per_user": self.examples_per_user,
             "groups": 0 if self.users is None else self.users.digest,
+            "max_batch_size": self.max_batch_size,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where the saved loader was; the first pass is the rest of the one it was in.
 
         Raises:
-            PrivacyError: another dataset size, batch size, rate or generator; or an earlier step of the same seed.
+            PrivacyError: another dataset size, batch size, rate, cap or generator; or an earlier step of the same seed.
         """
         checks.refuse_state(state_dict, self.state_dict())
         self.seed = self._sampler.seed = state_dict["seed"]
@@ -340,7 +363,9 @@ class PoissonLoader:
     def __repr__(self) -> str:
         return (
             f"PoissonLoader(dataset_size={self.dataset_size}, expected_batch_size={self.expected_batch_size}, "
-            f"physical_batch_size={self.physical_batch_size}, steps={len(self)}, step={self.step})"
+            f"physical_batch_size={self.physical_batch_size}, "
+            + ("" if self.max_batch_size is None else f"max_batch_size={self.max_batch_size}, ")
+            + f"steps={len(self)}, step={self.step})"
         )
 
     def _begin(self) -> object:

@@ -1,4 +1,7 @@
-"""Poisson draws, and how a draw is cut into physical batches. Source: Abadi et al. 2016, section 2.2."""
+"""Poisson draws, truncated or not, and how a draw is cut into physical batches.
+
+Sources: Abadi et al. 2016, section 2.2; for truncated draws arXiv:2508.15089, as dp-accounting has it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ import torch
 
 from dpcompile.data.padding import Request
 from dpcompile.noise.counter import Stream
-from dpcompile.noise.normal import uniform
+from dpcompile.noise.normal import uniform, uniform_at
 
-__all__ = ["PoissonBatches", "cut", "default_physical_batch_size", "poisson_draw"]
+__all__ = ["PoissonBatches", "cut", "default_physical_batch_size", "kept", "poisson_draw"]
 
 
 def poisson_draw(seed: int, *, step: int, size: int, sample_rate: float, secure: bool = False) -> list[int]:
@@ -55,19 +58,57 @@ def _at_a_time(expected: float) -> int:
     return math.ceil(expected + 6 * math.sqrt(expected)) + 16
 
 
+def kept(drawn: list[int], max_batch_size: int, *, seed: int, step: int, secure: bool = False) -> list[int]:
+    """Of the drawn indices as many as the cap allows, chosen at random, ascending.
+
+    Every index has a random number of its own in each step, and the smallest are kept.
+
+    Args:
+        drawn: at one logical step, ascending.
+        max_batch_size: the cap.
+        seed: as in :func:`poisson_draw`; the numbers are of another stream than the draws.
+        step: logical step.
+        secure: ChaCha20 instead of Philox.
+
+    **Guarantee.** The result is a function of the arguments. Over a uniform seed it is, up to the rounding of float64,
+    a uniform subset of what was drawn, independently of the draw and of other steps. One index less in the draw lets at
+    most one other in, and puts none out.
+
+    ==========================  ======================================
+    edge case                   outcome
+    ==========================  ======================================
+    no more drawn than the cap  all of them
+    equal numbers               the smaller index: odds of 2**-53
+    ==========================  ======================================
+    """
+    if len(drawn) <= max_batch_size:
+        return drawn
+    places = torch.tensor(drawn, dtype=torch.int64)
+    numbers = uniform_at(seed, step=step, stream=Stream.TRUNCATION, places=places, secure=secure)
+    return places[torch.argsort(numbers, stable=True)[:max_batch_size]].sort().values.tolist()
+
+
 def cut(
-    indices: list[int], *, physical_batch_size: int, step: int, rank: int = 0, world_size: int = 1, whole: bool = False
+    indices: list[int],
+    *,
+    physical_batch_size: int,
+    step: int,
+    rank: int = 0,
+    world_size: int = 1,
+    whole: bool = False,
+    room: int = 1,
 ) -> Iterator[Request]:
     """One logical batch as requests of ``physical_batch_size`` each; at least one, so that an empty draw is a step.
 
-    With ``whole`` it is one request, of as many physical batches.
+    With ``whole`` it is one request, of as many physical batches. There are as many as ``room`` examples take, at
+    least: with the cap of truncated draws, which are never larger, always the same number.
 
     **Guarantee.** Over all ranks every index is in exactly one request, and every rank has as many requests, of the
     same sizes.
     """
     own = indices[rank::world_size]
-    largest = len(indices[::world_size])
-    starts = range(0, max(largest, 1), physical_batch_size)
+    largest = -(-max(len(indices), room) // world_size)
+    starts = range(0, largest, physical_batch_size)
     if whole:
         yield Request(own, len(starts) * physical_batch_size, step)
         return
@@ -76,15 +117,19 @@ def cut(
         yield Request(taken, physical_batch_size, step, part, len(starts))
 
 
-def default_physical_batch_size(expected_batch_size: float, size: int) -> int:
+def default_physical_batch_size(expected_batch_size: float, size: int, cap: int | None = None) -> int:
     """Expected draw plus two standard deviations, up to the next multiple of 8, at most the dataset.
+
+    With a cap on what a rank gets of a draw: the cap in equal parts, as few as are at most one and a half times as
+    large. A draw in several parts runs each forward twice, for a third more work; one batch takes more memory.
 
     About one draw in forty-four needs a second physical batch. More room would pad every step to spare those few, less
     would split too many: between one and a half and two and a half deviations the work per step is within 5 per cent
     of the least.
     """
     deviation = math.sqrt(expected_batch_size * (1 - expected_batch_size / size))
-    return min(math.ceil((expected_batch_size + 2 * deviation) / 8) * 8, size)
+    usual = min(math.ceil((expected_batch_size + 2 * deviation) / 8) * 8, size)
+    return usual if cap is None else math.ceil(cap / math.ceil(cap / (1.5 * usual)))
 
 
 class PoissonBatches:
@@ -100,8 +145,9 @@ class PoissonBatches:
         secure: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        max_batch_size: int | None = None,
     ) -> None:
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.max_batch_size = rank, world_size, max_batch_size
         self.seed, self.size, self.sample_rate, self.secure = seed, size, sample_rate, secure
         self.physical_batch_size = physical_batch_size
         self._steps, self._whole = range(0), False
@@ -112,7 +158,10 @@ class PoissonBatches:
 
     def draw(self, seed: int, step: int) -> list[int]:
         """Indices of one logical step, ascending."""
-        return poisson_draw(seed, step=step, size=self.size, sample_rate=self.sample_rate, secure=self.secure)
+        drawn = poisson_draw(seed, step=step, size=self.size, sample_rate=self.sample_rate, secure=self.secure)
+        if self.max_batch_size is None:
+            return drawn
+        return kept(drawn, self.max_batch_size, seed=seed, step=step, secure=self.secure)
 
     def __iter__(self) -> Iterator[Request]:
         # bound now: a generator would read them at its first item
@@ -127,4 +176,5 @@ class PoissonBatches:
                 rank=self.rank,
                 world_size=self.world_size,
                 whole=whole,
+                room=self.max_batch_size or 1,
             )

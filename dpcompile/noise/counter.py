@@ -37,7 +37,8 @@ class Stream(enum.Enum):
     WORKERS = 2
     VOTES = 3
     PARTS = 4
-    USERS = 7
+    TRUNCATION = 5
+    USERS = 6
 
 
 @dataclass(frozen=True, slots=True)

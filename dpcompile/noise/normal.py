@@ -19,7 +19,7 @@ from dpcompile.kernels import gaussian as native
 from dpcompile.noise import chacha, philox
 from dpcompile.noise.counter import MASK, STEPS, Span, Stream, check_range, check_seed, counter_tag
 
-__all__ = ["add_gaussian_", "gaussian", "gaussians", "uniform"]
+__all__ = ["add_gaussian_", "gaussian", "gaussians", "uniform", "uniform_at"]
 _SCRATCH_CPU, _SCRATCH = 2**17, 2**22  # values per pass; scratch is about 16 times half that many int64 lanes
 _NORMAL = (Stream.GRADIENT, Stream.VOTES)
 
@@ -188,13 +188,37 @@ def uniform(
     **Guarantee.** Two calls with the same seed and generator share a counter block only where stream, step and element
     agree, and no call shares one with :func:`gaussian`.
     """
+    _check_uniform(stream)
+    parts = list(_pieces(seed, step, [Span(0, numel, start)], torch.device(device), secure, stream, _unit))
+    return torch.cat([v for _, _, v in parts]) if parts else torch.empty(0, dtype=torch.float64, device=device)
+
+
+def uniform_at(seed: int, *, step: int, stream: Stream, places: Tensor, secure: bool = False) -> Tensor:
+    """The elements of :func:`uniform` at these places, int64 ``[n]``, in [0, 2**63): float64 ``[n]``."""
+    _check_uniform(stream)
+    check_seed(seed, secure=secure)
+    check_range("logical step", step, STEPS)
+    generate, key, per_block = _generator(seed, secure)
+    block = places // per_block
+    word = lambda value: torch.full((1,), value, dtype=torch.int64)  # noqa: E731
+    counter = [block & MASK, block >> 32, word(step), word(counter_tag(stream, 0))]
+    values = _unit(fractions(generate(counter, key))).view(-1, per_block)
+    return values.gather(1, (places % per_block)[:, None])[:, 0]
+
+
+def _check_uniform(stream: Stream) -> None:
     if not isinstance(stream, Stream) or stream in _NORMAL:
         raise PrivacyError(
             f"uniform numbers cannot come from stream {stream!r}",
             remedy="take another stream, such as Stream.SAMPLING; those of normal numbers are kept for noise",
         )
-    parts = list(_pieces(seed, step, [Span(0, numel, start)], torch.device(device), secure, stream, _unit))
-    return torch.cat([v for _, _, v in parts]) if parts else torch.empty(0, dtype=torch.float64, device=device)
+
+
+def _generator(seed: int, secure: bool) -> tuple[Callable[..., list[Tensor]], tuple[int, ...], int]:
+    """Block function, key, and how many values of 64 bits a block has."""
+    if secure:
+        return chacha.chacha20, chacha.derive_key(seed), chacha.WORDS // 2
+    return philox.philox4x32, (seed & MASK, seed >> 32), philox.WORDS // 2
 
 
 def _pieces(
@@ -210,9 +234,7 @@ def _pieces(
     check_seed(seed, secure=secure)
     check_range("logical step", step, STEPS)
     convert = convert or box_muller
-    key = chacha.derive_key(seed) if secure else (seed & MASK, seed >> 32)
-    generate, words = (chacha.chacha20, chacha.WORDS) if secure else (philox.philox4x32, philox.WORDS)
-    per_block = words // 2  # 64 bits a value
+    generate, key, per_block = _generator(seed, secure)
     work = torch.device("cpu") if device.type == "mps" else device  # no float64 there
     for batch in _batches(spans, _SCRATCH_CPU if work.type == "cpu" else _SCRATCH):
         blocks, tags = [], []

@@ -113,7 +113,21 @@ def refuse_other_rate(accountant: Accountant | None, feed: Any) -> None:
             f"the loader samples at rate {feed.sample_rate}, the accountant assumes {accountant.sample_rate}",
             remedy="make the PrivacyAccountant with sample_rate=loader.sample_rate",
         )
+    _refuse_other_truncation(getattr(accountant, "truncation", None), getattr(feed, "truncation", None))
     refuse_rate_from_size(accountant.relation, feed)
+
+
+def _refuse_other_truncation(counted: Any, drawn: Any) -> None:
+    """The accountant must count draws of the loader's cap, from as many examples, or whole ones."""
+    if counted != drawn:
+        raise PrivacyError(
+            f"the loader keeps {_kept(drawn)}, the accountant assumes {_kept(counted)}",
+            remedy="make the PrivacyAccountant with truncation=loader.truncation",
+        )
+
+
+def _kept(truncation: Any) -> str:
+    return "all of a draw" if truncation is None else f"at most {truncation[1]} of a draw from {truncation[0]} examples"
 
 
 def refuse_rate_from_size(relation: Relation, feed: Any) -> None:
@@ -162,6 +176,12 @@ def refuse_replaced(old: Accountant | None, new: Accountant | None, steps: int) 
             f"another accountant, for relation {new.relation!r}, in place of one for {old.relation!r}: its epsilon is "
             "another promise",
             remedy=f"make it with relation={old.relation!r}",
+        )
+    caps = [getattr(a, "truncation", None) for a in (new, old)]
+    if old is not None and caps[0] != caps[1]:
+        raise PrivacyError(
+            f"another accountant, that counts {_kept(caps[0])}, in place of one for {_kept(caps[1])}",
+            remedy=f"make it with truncation={caps[1]}",
         )
     if new.sample_rate != rates or new.steps < known:
         raise PrivacyError(

@@ -19,6 +19,7 @@ import torch
 from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.arguments import check_delta
 from dpcompile.accounting.protocol import Accountant
+from dpcompile.accounting.truncation import plain_rate
 from dpcompile.distributed.ranks import world_size
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
@@ -136,11 +137,11 @@ def _privacy(
 def _steps(accountant: Accountant, unit: str) -> Iterator[tuple[str, str]]:
     kinds: Counter[str] = Counter()
     for sigma, rate, n in accountant.history:
-        kinds[f"noise multiplier {sigma:g}, sample rate {rate:g}"] += n
+        kinds[f"noise multiplier {sigma:g}, sample rate {rate:g}"] += n  # of truncated steps with size and cap
     if len(kinds) <= _MOST_KINDS:
         yield from ((kind, f"{n} {unit}") for kind, n in kinds.items())
         return
-    sigmas, rates = ([run[i] for run in accountant.history] for i in (0, 1))
+    sigmas, rates = [run[0] for run in accountant.history], [plain_rate(run[1]) for run in accountant.history]
     numbers = f"noise multipliers from {min(sigmas):g} to {max(sigmas):g}, sample rates to {max(rates):g}"
     yield numbers, f"{accountant.steps} {unit}, of {len(kinds)} kinds"
 
@@ -157,6 +158,8 @@ def _data(engine: Engine, accountant: Accountant) -> Iterator[tuple[str, str]]:
         return
     turns = "every step" if feed.bands == 1 else f"the steps of its part, one of {feed.bands} by turns"
     yield "sampling", f"Poisson, each {unit} with probability {feed.sample_rate:g} in {turns}"
+    if feed.truncation is not None:
+        yield "truncation", f"of a larger draw {feed.truncation[1]} {unit}s are kept, chosen at random"
     size = feed.dataset_size
     if size is not None and accountant.relation != "add_remove":
         yield f"{unit}s", str(size)

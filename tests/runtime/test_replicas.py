@@ -22,7 +22,8 @@ CHECKS = {
     "regions with a tied head",
     "gradients in buckets", "training with noise", "micro-batches", "loading", "unused parameters", "refusals",
     "C by a quantile",
-    "mesh of replicas", "parts", "make_private", "a rank that skips", "replicate", "offloaded", "checkpoints",
+    "mesh of replicas", "parts", "make_private", "a cap on draws", "a rank that skips", "replicate", "offloaded",
+    "checkpoints",
 }  # fmt: skip
 
 

@@ -187,6 +187,38 @@ def made_private() -> None:
         assert optimizer.logical_step == 10
 
 
+def capped() -> None:
+    """Truncated draws: one process and many keep the same examples, and every rank takes as many physical batches."""
+    dataset = TensorDataset(torch.randint(0, V, (40, T)))
+    mesh, given = init_device_mesh("cpu", (dist.get_world_size(),)), {"noise_multiplier": 0.5, "seed": 4}
+
+    def train(model: Any, whole: bool, **options: Any) -> Any:
+        inner, data = torch.optim.SGD(model.parameters(), lr=0.1), torch.utils.data.DataLoader(dataset, batch_size=8)
+        private, optimizer, loader = make_private(model, inner, data, **given, max_batch_size=9, **options)
+        sizes = []
+        for (x,) in loader if whole else loader.parts():
+            sizes.append(len(x))
+            step(private, x)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer.logical_step == 5 and optimizer.accountant is not None
+        assert optimizer.accountant.history == [(0.5, (0.2, 40, 9), 5)]
+        return loader, set(sizes), len(sizes)
+
+    single = made(gpt)
+    train(single, True, max_grad_norm=C, backend="eager")
+    for model in (replicated(gpt), shard(made(gpt), mesh)):
+        options = {} if isinstance(model, DistributedDataParallel) else {"max_grad_norm": C, "backend": "eager"}
+        whole = isinstance(model, DistributedDataParallel)
+        loader, sizes, count = train(model, whole, physical_batch_size=2, **options)
+        parts = -(-9 // (2 * dist.get_world_size()))
+        assert (sizes, count) == (({2 * parts}, 5) if whole else ({2}, 5 * parts)) and loader.truncation == (40, 9)
+        agree(model)
+        for (name, p), q in zip(single.named_parameters(), model.parameters(), strict=True):
+            here = q.full_tensor() if isinstance(q, DTensor) else q
+            torch.testing.assert_close(here, p, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def apart() -> None:
     """A rank that skips a batch, or moves C or sigma alone: all ranks are told, and none hangs."""
     data = torch.utils.data.DataLoader(TensorDataset(torch.randn(40, D)), batch_size=4)
@@ -427,6 +459,7 @@ def main() -> None:
         "loading of users": lambda: loading([i % 17 for i in range(40)], examples_per_user=2),
         "unused parameters": unused_parameters,
         "make_private": made_private,
+        "a cap on draws": capped,
         "a rank that skips": apart,
         "parts": parts,
         "refusals": refused,
