@@ -23,6 +23,7 @@ from dpcompile.distributed.ranks import world_size
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
+from dpcompile.noise.exact import ExactMechanism, excess
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 from dpcompile.reporting.report import Report
 
@@ -45,8 +46,14 @@ _NOT_COVERED = (
     "Pre-trained weights and public data that the run began with, and preprocessing with numbers computed from the "
     "data.",
     "More than one example of one person: the unit is the example.",
+)
+_FLOATS = (
     "Arithmetic: the noise is floating-point, and its low bits can tell what it was added to (Mironov 2012); running "
-    "times are not hidden.",
+    "times are not hidden."
+)
+_INTEGERS = (
+    "Arithmetic before the grid: clipped sums are floating-point until they are rounded to it, and may differ by more "
+    "than C between neighbours by as much as such sums are off (Casacuberta et al. 2022); running times are not hidden."
 )
 
 
@@ -82,7 +89,10 @@ def report_of(
         )
     epsilon = accountant.epsilon(delta)
     sections = {
-        "Privacy": dict(_privacy(accountant, mechanism, delta, epsilon)),
+        "Privacy": {
+            **dict(_privacy(accountant, mechanism, delta, epsilon)),
+            **dict(_exactness(engine, mechanism, steps)),
+        },
         "Data": dict(_data(engine, accountant)),
         "Model": dict(_model(engine, optimizer, steps)),
         "Versions": dict(_versions()),
@@ -103,7 +113,11 @@ def report_of(
         sections=sections,
         curve=[(d, accountant.epsilon(d)) for d in deltas],
         certificate=_certificate(engine),
-        not_covered=[*_NOT_COVERED, *_own_gaps(engine, accountant, delta)],
+        not_covered=[
+            *_NOT_COVERED,
+            _INTEGERS if isinstance(mechanism, ExactMechanism) else _FLOATS,
+            *_own_gaps(engine, accountant, delta),
+        ],
     )
 
 
@@ -121,11 +135,28 @@ def _privacy(accountant: Accountant, mechanism: Mechanism, delta: float, epsilon
         yield "Gaussian DP", f"μ = {mu:.4f}, regret {regret:.4f}"
     if mechanism.bands > 1:
         yield "noise", f"correlated over {mechanism.bands} steps, of which each counts once, begun or whole"
-    kinds = {GaussianMechanism: "Gaussian", AdaptiveGaussianMechanism: "Gaussian, with the count of examples within C"}
+    kinds = {
+        GaussianMechanism: "Gaussian",
+        AdaptiveGaussianMechanism: "Gaussian, with the count of examples within C",
+        ExactMechanism: "discrete Gaussian on integers, sums over ranks among them",
+    }
     yield "mechanism", kinds.get(type(mechanism), type(mechanism).__name__)
     if isinstance(mechanism, AdaptiveGaussianMechanism):
         yield "C", f"follows the {mechanism.clip.quantile:g} quantile of the gradients' norms"
     yield "generator of the noise", "ChaCha20, cryptographic" if mechanism.secure else "Philox, not cryptographic"
+
+
+def _exactness(engine: Engine, mechanism: Mechanism, steps: int) -> Iterator[tuple[str, str]]:
+    if not isinstance(mechanism, ExactMechanism):
+        return
+    numel = sum(p.numel() for p in engine.parameters().values() if p.requires_grad)
+    s = mechanism.units(numel)
+    yield (
+        "grid of the sums",
+        f"2^{math.log2(mechanism.grid):g}, C in {mechanism.bits} bits; a step has noise of {s} units",
+    )
+    if s:
+        yield "discrete for Gaussian noise", f"adds at most {excess(s, numel, steps):.1e} to ε, and that part of δ to δ"
 
 
 def _steps(accountant: Accountant, unit: str) -> Iterator[tuple[str, str]]:
