@@ -36,16 +36,19 @@ def is_below(known: int, more: Iterator[int], exponent: Fraction, scale: Fractio
 
 
 def exp_bounds(exponent: Fraction, bits: int) -> tuple[Fraction, Fraction]:
-    """Numbers not above and not below ``exp(-exponent)``, with ``bits`` bits and some more in common.
+    """Numbers not above and not below ``exp(-exponent)``, no further apart than ``2**-bits`` by far.
 
     ``decimal`` rounds quotients as it is told, and gives of exp the nearest number with so many digits (the General
     Decimal Arithmetic Specification): so one further is beyond the true one.
     """
+    if exponent > 2 * bits:  # numbers with so many zeros are long
+        return Fraction(0), Fraction(1, 2 ** (2 * bits))
     digits = bits * 302 // 1000 + 20
     found = []
     for rounding in (ROUND_CEILING, ROUND_FLOOR):  # of y, so that exp(-y) comes out too small, and too large
         own = Context(prec=digits, rounding=rounding, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
-        power = own.exp(-own.divide(Decimal(exponent.numerator), Decimal(exponent.denominator)))
+        quotient = own.divide(Decimal(exponent.numerator), Decimal(exponent.denominator))
+        power = own.exp(quotient.copy_negate())  # a minus sign would round, to the digits of the caller's context
         found.append(own.next_minus(power) if rounding == ROUND_CEILING else own.next_plus(power))
     lower, upper = (Fraction(value) for value in found)
     return max(lower, Fraction(0)), upper

@@ -23,10 +23,10 @@ from dpcompile.noise.counter import Span, refuse_twice
 from dpcompile.noise.discrete import LARGEST, discrete_pieces
 from dpcompile.noise.mechanism import GaussianMechanism, Release, pieces_of
 
-__all__ = ["ExactMechanism", "excess"]
+__all__ = ["EXCESS", "STEPS", "ExactMechanism", "excess"]
 
-_EXCESS = 1e-5  # of epsilon, after
-_STEPS = 2**24  # steps, or as many as there are
+EXCESS = 1e-5  # of epsilon, after
+STEPS = 2**24  # steps, at most
 _TAIL = 2000  # exp(-2000) is the probability that is left out
 
 
@@ -42,9 +42,9 @@ class ExactMechanism(GaussianMechanism):
     **Guarantee.** Let the clipped sums of neighbouring datasets, as the ranks have them, differ by C at most in L2 norm
     when those of all ranks are added up as real numbers. Then, where the steps of :meth:`event`, composed, are
     (epsilon, delta)-differentially private, what was released is so for epsilon + eta and ``exp(eta) delta``, with eta
-    of :func:`excess`: below 1e-5 at any step, and of a million elements and ten thousand steps 1e-14. It is a function
-    of integers: of the sums on the grid and of noise whose law holds exactly (:mod:`dpcompile.noise.discrete`). So
-    there are no low bits that tell what the noise was added to.
+    of :func:`excess`: below 1e-5 whatever sigma, C and the number of elements were at each step, and of a million
+    elements and ten thousand steps 1e-14. It is a function of integers: of the sums on the grid and of noise whose law
+    holds exactly (:mod:`dpcompile.noise.discrete`). So there are no low bits that tell what the noise was added to.
 
     *The sensitivity.* The sum of one rank is rounded by half a unit per element. Of at most :data:`ROUNDINGS` ranks, in
     both datasets and d elements, that is ``ROUNDINGS * sqrt(d)`` units in L2 norm, beside C. The standard deviation is
@@ -76,6 +76,7 @@ class ExactMechanism(GaussianMechanism):
     another expected batch size                     the same grid; what is divided has its noise already
     a state of another grid                         refused by `DPOptimizer`
     devices, ranks                                  the same noise, bit by bit
+    steps from number 2**24 on                      refused: eta is not bounded for more
     ==============================================  ==========================================================
     """
 
@@ -96,12 +97,8 @@ class ExactMechanism(GaussianMechanism):
         """The unit: a power of two."""
         return grids.spacing(self.max_grad_norm, self.bits)
 
-    def units(self, numel: int, steps: int = 0) -> int:
-        """The standard deviation of the noise in units of the grid, for sums of ``numel`` elements in all.
-
-        Args:
-            numel: d.
-            steps: how many there will have been with this one.
+    def units(self, numel: int) -> int:
+        """The standard deviation of the noise in units of the grid, for sums of so many elements in all.
 
         Raises:
             PrivacyError: sigma is too small or too large for the grid.
@@ -110,7 +107,7 @@ class ExactMechanism(GaussianMechanism):
             return 0
         sensitivity = Fraction(self.max_grad_norm) / Fraction(self.grid) + grids.ROUNDINGS * (math.isqrt(numel) + 1)
         s = math.ceil(Fraction(self.noise_multiplier) * sensitivity)
-        if s > LARGEST or excess(s, numel, max(steps, _STEPS)) > _EXCESS:
+        if s > LARGEST or excess(s, numel, STEPS) > EXCESS:
             large = s > LARGEST
             raise PrivacyError(
                 f"noise of multiplier {self.noise_multiplier} on {numel} elements and a grid of {self.bits} bits: "
@@ -122,9 +119,14 @@ class ExactMechanism(GaussianMechanism):
 
     def release(self, release: Release) -> None:
         """See :class:`dpcompile.noise.mechanism.Mechanism`."""
+        if release.step >= STEPS:
+            raise PrivacyError(
+                f"logical step {release.step} with exact noise, whose cost is bounded for {STEPS} steps",
+                remedy="train on without exact=True, in a run of its own, and compose both",
+            )
         grids.check_grid(self.max_grad_norm, self.bits)
         self._refuse_unfit(release)
-        s = self.units(sum(total.numel() for total in release.totals), release.step + 1)
+        s = self.units(sum(total.numel() for total in release.totals))
         pieces, spans = [], []
         for i, (total, parameter) in enumerate(zip(release.totals, release.parameters, strict=True)):
             for piece, start in pieces_of(total, None if release.runs is None else release.runs[i]):
@@ -178,7 +180,7 @@ def excess(s: int, numel: int, steps: int) -> float:
     Args:
         s: standard deviation of the noise, in units.
         numel: elements of a step.
-        steps: as the first of which it is.
+        steps: of the run.
 
     **Guarantee.** If a run with rounded Gaussian noise is (epsilon, delta)-differentially private, epsilon below 1000,
     the same run with this noise is so for ``epsilon + eta`` and ``exp(eta) delta + exp(epsilon - 1990)``, with ``eta =
@@ -196,7 +198,7 @@ def excess(s: int, numel: int, steps: int) -> float:
     of the noises add up to ``8 s**4 b`` at most but with probability ``exp(-x)``. A rounded X has the square ``2 X**2 +
     1/2`` at most, and the squares of N of them, in units of s, add up to more than ``2 N + 3 x`` with probability
     ``exp(-x)`` at most (Laurent and Massart 2000, "Adaptive estimation of a quadratic functional by model selection",
-    lemma 1, with ``2 sqrt(N x) <= N + x``). So ``b = (4 N + 6 x + N / 2 s**2) / 8 s**2`` will do, and ``N / 8 s**2 + b``
-    is below ``(N + x) / s**2``. Take x = 2000, and ``P(S) <= exp(N / 8 s**2) (exp(epsilon) Q'(S) + delta)``.
+    lemma 1, with ``2 sqrt(N x) <= N + x``). So ``b = (4 N + 6 x + N / 2 s**2) / 8 s**2`` will do, and with ``N / 8
+    s**2`` it is below ``(N + x) / s**2``. Take x = 2000, and ``P(S) <= exp(N / 8 s**2) (exp(epsilon) Q'(S) + delta)``.
     """
     return (numel * steps + _TAIL) / s**2 if s >= 1024 else math.inf

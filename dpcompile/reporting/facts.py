@@ -23,7 +23,7 @@ from dpcompile.distributed.ranks import world_size
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
-from dpcompile.noise.exact import ExactMechanism, excess
+from dpcompile.noise.exact import EXCESS, ExactMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 from dpcompile.reporting.report import Report
 
@@ -91,7 +91,7 @@ def report_of(
     sections = {
         "Privacy": {
             **dict(_privacy(accountant, mechanism, delta, epsilon)),
-            **dict(_exactness(engine, mechanism, steps)),
+            **dict(_exactness(engine, mechanism)),
         },
         "Data": dict(_data(engine, accountant)),
         "Model": dict(_model(engine, optimizer, steps)),
@@ -146,17 +146,13 @@ def _privacy(accountant: Accountant, mechanism: Mechanism, delta: float, epsilon
     yield "generator of the noise", "ChaCha20, cryptographic" if mechanism.secure else "Philox, not cryptographic"
 
 
-def _exactness(engine: Engine, mechanism: Mechanism, steps: int) -> Iterator[tuple[str, str]]:
+def _exactness(engine: Engine, mechanism: Mechanism) -> Iterator[tuple[str, str]]:
     if not isinstance(mechanism, ExactMechanism):
         return
-    numel = sum(p.numel() for p in engine.parameters().values() if p.requires_grad)
-    s = mechanism.units(numel)
-    yield (
-        "grid of the sums",
-        f"2^{math.log2(mechanism.grid):g}, C in {mechanism.bits} bits; a step has noise of {s} units",
-    )
+    s = mechanism.units(sum(p.numel() for p in engine.parameters().values() if p.requires_grad))
+    yield "grid of the sums", f"2^{math.log2(mechanism.grid):g}, C in {mechanism.bits} bits; noise of {s} units a step"
     if s:
-        yield "discrete for Gaussian noise", f"adds at most {excess(s, numel, steps):.1e} to ε, and that part of δ to δ"
+        yield "discrete for Gaussian noise", f"adds less than {EXCESS:g} to ε, and that part of δ to δ"
 
 
 def _steps(accountant: Accountant, unit: str) -> Iterator[tuple[str, str]]:
