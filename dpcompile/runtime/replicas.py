@@ -149,6 +149,11 @@ class Replicas:
 
     @torch.no_grad()
     def _add_up(self) -> None:
+        if self.rounding is not None and self._ledger.goes_on():
+            raise PrivacyError(
+                "sums over replicas a second time within a logical step, with exact noise: each time they are rounded",
+                remedy="run all backwards of a step but the last one under no_sync(), forward and backward",
+            )
         held, parameters = self._ledger.take_held(), self._trainable()
         device = next(iter(parameters.values())).device
         refuse_other_place(self._place(), device, self._ddp.process_group)
@@ -158,11 +163,6 @@ class Replicas:
     def _over_ranks(self, sums: Sequence[Tensor]) -> list[Tensor]:
         if self.rounding is None:
             return add_up(sums, self._ddp.process_group)
-        if self._ledger.goes_on():
-            raise PrivacyError(
-                "sums over replicas a second time within a logical step, with exact noise: each time they are rounded",
-                remedy="run all backwards of a step but the last one under no_sync(), forward and backward",
-            )
         return add_up_exactly(sums, self._ddp.process_group, self.rounding.grid)
 
 
