@@ -68,7 +68,7 @@ def a_step() -> None:
         for i, (name, p) in enumerate(model.module.named_parameters()):
             units = sum(to_grid(sums[name], grid).long() for sums in of_ranks)
             total = engine_of(model).ledger.total(name)
-            assert total.dtype == torch.float64 and torch.equal(total, units * grid), name
+            assert total.dtype == torch.float64 and torch.equal(total, units.double() * grid), name
             (noise,) = discrete_gaussian(SEED, step=number, spans=[Span(i, p.numel())], s=s)
             before[name] -= 0.1 * ((units + noise.view_as(units)).double() * grid / BATCH).float()
         optimizer.step()
@@ -87,7 +87,7 @@ def order() -> None:
     for shift in range(world):
         mine = values[(rank + shift) % world]
         first, second = add_up_exactly([mine[:1], mine[1:].double()], dist.group.WORLD, grid)
-        assert torch.equal(torch.cat([first, second]), wanted * grid) and first.dtype == torch.float64
+        assert torch.equal(torch.cat([first, second]), wanted.double() * grid) and first.dtype == torch.float64
     whole = 2.0**52 * grid / world
     (found,) = add_up_exactly([torch.full((2,), whole, dtype=torch.float64)], dist.group.WORLD, grid)
     assert found.tolist() == [whole * world] * 2
