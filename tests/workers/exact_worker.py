@@ -88,7 +88,7 @@ def order() -> None:
         mine = values[(rank + shift) % world]
         first, second = add_up_exactly([mine[:1], mine[1:].double()], dist.group.WORLD, grid)
         assert torch.equal(torch.cat([first, second]), wanted.double() * grid) and first.dtype == torch.float64
-    whole = 2.0**52 * grid / world
+    whole = float(2**52 // world) * grid
     (found,) = add_up_exactly([torch.full((2,), whole, dtype=torch.float64)], dist.group.WORLD, grid)
     assert found.tolist() == [whole * world] * 2
 
