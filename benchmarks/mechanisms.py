@@ -1,8 +1,8 @@
 """What the steps of private training cost: ``python -m benchmarks.mechanisms`` prints tables.
 
 ``--audit`` prints what an audit finds of it, by how many canaries there are. ``--step N`` times the optimizer on N
-million parameters: the mean over as many steps as make each row of correlated noise once for each use. ``--exact N`` does
-that for exact noise, and for ChaCha20 without a grid.
+million parameters: the mean over as many steps as make each row of correlated noise once for each use. ``--exact N``
+does that for exact noise, and for ChaCha20 without a grid.
 """
 
 from __future__ import annotations

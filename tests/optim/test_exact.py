@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dp_accounting import GaussianDpEvent
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +37,7 @@ from dpcompile.noise.discrete import discrete_gaussian
 from dpcompile.noise.exact import EXCESS, STEPS, ExactMechanism, excess
 from dpcompile.noise.grid import LARGEST, ROUNDINGS, default_bits, spacing, to_grid, within
 from dpcompile.noise.mechanism import GaussianMechanism, Release
+from dpcompile.runtime import reductions
 from dpcompile.schedules import ClipSchedule, NoiseSchedule, exponential
 
 SEED, B = 2**200 + 11, 9
@@ -52,8 +54,9 @@ def noise_of(own: ExactMechanism, parameter: int, numel: int, among: int, step: 
     return discrete_gaussian(own.seed, step=step, spans=[Span(parameter, numel)], s=s)[0].tolist()
 
 
-def by_fractions(own: ExactMechanism, total: Tensor, parameter: int, among: int, step: int = 0) -> Tensor:
+def by_fractions(own: ExactMechanism, total: Tensor | None, parameter: int, among: int, step: int = 0) -> Tensor:
     """What a release leaves, in rational arithmetic up to the last rounding."""
+    assert total is not None
     unit = Fraction(own.grid)
     noise = noise_of(own, parameter, total.numel(), among, step)
     units = [round(Fraction(x) / unit) + z for x, z in zip(total.flatten().tolist(), noise, strict=True)]
@@ -159,7 +162,7 @@ def test_renyi_of_a_shift_is_the_gaussians_or_less(s: float) -> None:
         for order in (1.5, 2.0, 4.0, 16.0):
             divergence = np.logaddexp.reduce(order * moved + (1 - order) * f) / (order - 1)
             assert divergence <= order * shift**2 / (2 * s**2) * (1 + 1e-9)
-    accountant = RdpAccountant([4.0]).compose(mechanism(s / 2).event(1.0).event)
+    accountant = RdpAccountant([4.0]).compose(GaussianDpEvent(s / 2))
     assert accountant._rdp[0] == pytest.approx(4 * 2**2 / (2 * s**2))
 
 
@@ -204,6 +207,12 @@ def test_sums_that_do_not_fit() -> None:
     mechanism(1.0, 1.0, bits=32).release(Release([torch.tensor([5000.0])], [0], 0))
     own.release(Release([torch.tensor([4096.0])], [0], 0))
     assert not within(torch.tensor([1.0, math.nan])) and within(torch.tensor([-4.0, 3.0]), 4)
+
+
+def test_more_ranks_than_there_are_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reductions.dist, "get_world_size", lambda group: 1025)
+    with pytest.raises(PrivacyError, match=r"(?s)exact sums over 1025 replicas.*1024 times.*fewer replicas, or leave"):
+        reductions.add_up_exactly([torch.zeros(3)], None, 1.0)
 
 
 def test_numbers_that_make_no_grid() -> None:
@@ -420,4 +429,5 @@ def test_an_audit_is_of_the_same_mechanism() -> None:
         module, torch.optim.SGD(module.parameters(), lr=0.1), loader, noise_multiplier=2.0, exact=True, backend="eager"
     )
     found = audit(*given, lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none"), canaries=60, seed=1)
-    assert found.any_mechanism <= found.proved and given[1].logical_step == 0
+    assert found.proved is not None and found.any_mechanism <= found.proved
+    assert given[1].logical_step == 0
