@@ -2,10 +2,11 @@
 
 Source: Canonne, Kamath, Steinke 2020, "The Discrete Gaussian for Differential Privacy" (NeurIPS), for the distribution
 and for coins of probability ``exp(-y)`` that no float decides; the proposal here is a histogram in place of a discrete
-Laplace distribution, so that nine of ten are taken.
+Laplace distribution, so that 83 to 91 of a hundred are taken.
 
 **Why the law is exact.** Let t be a power of two and ``x = U + t V``, U uniform on 0, ..., t - 1, V = v with
-probability ``w[v] / 2**13`` for integers ``w[v]`` (from the last cell on: half of that of the cell before), and a sign.
+probability ``w[v] / 2**13``, and a sign. The w are integers, but for those from a last one on, which are 1/2, 1/4, ...;
+if they add up to less than ``2**13``, nothing is proposed with the probability that is left.
 A proposal is taken with probability ``exp(-x**2 / (2 s**2)) / (m w[v])``, which the choice of w makes 1 at most, for a
 number m. So x is proposed and taken with probability ``exp(-x**2 / (2 s**2)) / (2**14 t m)``, a constant times the
 law; 0 would come twice, and its negative is not taken. Whether it is taken is told by a uniform number of 53 bits and a

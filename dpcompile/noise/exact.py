@@ -71,6 +71,7 @@ class ExactMechanism(GaussianMechanism):
     a sum that is not finite                        refused, before any of the step is released
     a sum of more than 2**52 units in an element    refused, likewise: 2**(51 - bits) examples in one place
     a total of zeros                                noise alone
+    parts of parameters                             right if all are in one release: it counts the elements
     sigma so small that eta is not below 1e-5       refused
     C moved after a step                            the grid moves with it
     another expected batch size                     the same grid; what is divided has its noise already

@@ -93,6 +93,7 @@ class DPOptimizer(WrappingOptimizer):
     a scheduler stepped in the loop                     right if stepped only when not ``accumulating``
     copied or pickled                                   refused: two objects would draw the same noise
     ranks with other seeds, sigma, C or steps           refused at the first step
+    ``exact`` and FSDP2, tensor parallelism             refused: their sums over ranks are floating-point
     ==================================================  =====================================================
     """
 

@@ -104,6 +104,17 @@ def test_a_decision_of_floats_is_that_of_exact_arithmetic(monkeypatch: pytest.Mo
         exactly = 0
 
 
+def test_exp_of_this_machine_is_within_the_interval() -> None:
+    """Where a decision is of floats, ``exp(-y)`` is of y up to 12 or so: off by far less than the slack."""
+    s, p = 1.3 * 2.0**40, discrete._proposal(1.3 * 2.0**40)
+    magnitudes = torch.randint(0, int(5 * s), (3000,), generator=torch.Generator().manual_seed(1))
+    floats = torch.exp((magnitudes.double() / s).square_().mul_(-0.5))
+    for magnitude, value in zip(magnitudes.tolist(), floats.tolist(), strict=True):
+        lower, upper = exp_bounds(p.exponent(magnitude), 53)
+        assert lower * (1 - Fraction(1, 2**45)) < Fraction(value) < upper * (1 + Fraction(1, 2**45))
+    assert discrete._SLACK >= 2.0**-40
+
+
 def test_exact_decisions_alone_give_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discrete, "_SLACK", 10.0)
     assert p_value(drawn(2.5, 4000, seed=8), 2.5) > 1e-3
