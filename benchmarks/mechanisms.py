@@ -1,7 +1,8 @@
 """What the steps of private training cost: ``python -m benchmarks.mechanisms`` prints tables.
 
 ``--audit`` prints what an audit finds of it, by how many canaries there are. ``--step N`` times the optimizer on N
-million parameters: the mean over as many steps as make each row of correlated noise once for each use.
+million parameters: the mean over as many steps as make each row of correlated noise once for each use. ``--exact N``
+does that for exact noise, and for ChaCha20 without a grid.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dpcompile.accounting.arguments import Relation
 from dpcompile.accounting.events import rounds
 from dpcompile.auditing.report import AuditReport
 from dpcompile.noise.banded import BandedMechanism
+from dpcompile.noise.exact import ExactMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism, Release
 from dpcompile.noise.strategy import optimal_coefficients, prefix_error
 from dpcompile.optim import fused_adam
@@ -141,12 +143,24 @@ def main() -> None:
     """Print what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--step", type=int, metavar="N", help="time the optimizer's step on N million parameters")
+    parser.add_argument("--exact", type=int, metavar="N", help="the same with exact noise")
     parser.add_argument("--audit", action="store_true", help="audit some runs (a minute)")
     asked = parser.parse_args()
     if asked.audit:
         print("| canaries | of any mechanism | if independent | proved | noise at most |\n|---|---|---|---|---|")
         for count, r in audits().items():
             print(f"| {count:,} | {r.any_mechanism:.2f} | {r.independent:.2f} | {r.proved:.2f} | {r.noise:.2f} |")
+        return
+    if asked.exact:
+        kinds = {
+            "Philox": GaussianMechanism(1.0, 1.0, 8.0, 0),
+            "ChaCha20": GaussianMechanism(1.0, 1.0, 8.0, 0, secure=True),
+            "exact": ExactMechanism(1.0, 1.0, 8.0, 0),
+        }
+        seconds = {name: step(mechanism, asked.exact * 1_000_000, 5) for name, mechanism in kinds.items()}
+        machine = describe_machine(torch.get_num_threads())
+        print(f"{machine['cpu']}, {machine['threads']} threads; AdamW on {asked.exact} million parameters: ")
+        print(", ".join(f"{k} {s:.3f} s, ratio {s / seconds['Philox']:.1f}" for k, s in seconds.items()))
         return
     if asked.step:
         plain = GaussianMechanism(1.0, 1.0, 8.0, 0)

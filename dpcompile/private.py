@@ -55,6 +55,7 @@ def make_private(
     on_exceed: OnExceed = "raise",
     seed: int | None = None,
     secure: bool = False,
+    exact: bool = False,
     **dp_compile_options: Any,
 ) -> tuple[Any, DPOptimizer, PoissonLoader]:
     """Make an ordinary training loop private.
@@ -96,6 +97,8 @@ def make_private(
         seed: one secret for noise and draws, which take different streams of it (a PoissonLoader keeps its own for the
             draws). None draws one.
         secure: ChaCha20, likewise.
+        exact: integers in the place of floating-point numbers, from the clipped sums on: their sums over ranks, and the
+            noise (:class:`dpcompile.noise.exact.ExactMechanism`), at the same epsilon. It implies ``secure``.
         **dp_compile_options: the rest of :func:`dpcompile.dp_compile`'s.
 
     Returns:
@@ -109,6 +112,7 @@ def make_private(
     it counts, to the sums that the model clips, and once per draw of the loader.
     """
     _check_target(noise_multiplier, target_epsilon, target_delta, epochs, steps)
+    secure = secure or exact
     relation = _relation(accountant, relation, target_epsilon)
     if isinstance(optimizer, DPOptimizer):
         raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
@@ -143,7 +147,7 @@ def make_private(
     numbers: dict[str, Any] = {"noise_multiplier": noise_multiplier, "seed": seed, "secure": secure}
     numbers["expected_batch_size"] = private_loader.expected_batch_size
     counts = _accountant(accountant, noise_multiplier, private_loader, relation)
-    mechanism = _mechanism(engine, numbers, clip, bands, length)
+    mechanism = _mechanism(engine, numbers, clip, bands, length, exact)
     private_optimizer = DPOptimizer(optimizer, private_model, accountant=counts, **mechanism)
     private_optimizer.plan(planned, on_exceed)
     return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)
@@ -242,11 +246,17 @@ def _cap(
 
 
 def _mechanism(
-    engine: Engine, numbers: dict[str, Any], clip: AdaptiveClip | None, bands: int, steps: int | None
+    engine: Engine, numbers: dict[str, Any], clip: AdaptiveClip | None, bands: int, steps: int | None, exact: bool
 ) -> dict[str, Any]:
     """What DPOptimizer is given to release sums by."""
     if bands == 1:
-        return {**numbers, "adaptive_clip": clip}
+        return {**numbers, "adaptive_clip": clip, "exact": exact}
+    if exact:
+        raise PrivacyError(
+            f"exact noise that is correlated over {bands} steps: rows of the latter are floating-point combinations of "
+            "earlier ones",
+            remedy="leave exact=True or bands out",
+        )
     if clip is not None:
         raise PrivacyError(
             f"C that follows a quantile, and noise that is correlated over {bands} steps: no bound is known for rows "

@@ -18,12 +18,14 @@ The seed is a secret: whoever has it can subtract the noise. So is everything th
 from __future__ import annotations
 
 import enum
+import itertools
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpcompile.errors import PrivacyError
 
-__all__ = ["MASK", "STEPS", "Span", "Stream", "check_range", "check_seed", "counter_tag", "fresh_seed"]
+__all__ = ["MASK", "STEPS", "Span", "Stream", "check_range", "check_seed", "counter_tag", "fresh_seed", "refuse_twice"]
 MASK = 0xFFFFFFFF
 _PARAMETER_BITS = 24
 STEPS, _PARAMETERS, _ELEMENTS = 2**32, 2**_PARAMETER_BITS, 2**63
@@ -39,6 +41,8 @@ class Stream(enum.Enum):
     PARTS = 4
     TRUNCATION = 5
     USERS = 6
+    DISCRETE = 7
+    DECISIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,4 +88,15 @@ def check_range(what: str, value: int, limit: int) -> None:
             f"{given} is not an integer in [0, 2**{limit.bit_length() - 1}): it would meet numbers already in use",
             remedy="give an integer in that range"
             + (", such as dpcompile.noise.fresh_seed() returns" if what == "seed" else ""),
+        )
+
+
+def refuse_twice(spans: Sequence[Span]) -> None:
+    """Raise PrivacyError if an element is in two spans."""
+    ordered = sorted((s.parameter, s.start, s.numel) for s in spans)
+    if any(p == other and first + n > after for (p, first, n), (other, after, _) in itertools.pairwise(ordered)):
+        indices = [s.parameter for s in spans]
+        raise PrivacyError(
+            f"a parameter index occurs twice among {indices}: two tensors would get the same noise",
+            remedy="give every tensor an index of its own, or elements of its own",
         )

@@ -7,7 +7,6 @@ the last bits. Which of the two draws is no part of the counter, so taking one o
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,11 +16,12 @@ from torch import Tensor
 from dpcompile.errors import PrivacyError
 from dpcompile.kernels import gaussian as native
 from dpcompile.noise import chacha, philox
-from dpcompile.noise.counter import MASK, STEPS, Span, Stream, check_range, check_seed, counter_tag
+from dpcompile.noise.counter import MASK, STEPS, Span, Stream, check_range, check_seed, counter_tag, refuse_twice
 
-__all__ = ["add_gaussian_", "gaussian", "gaussians", "uniform", "uniform_at"]
+__all__ = ["add_gaussian_", "batches_of", "gaussian", "gaussians", "uniform", "uniform_at"]
 _SCRATCH_CPU, _SCRATCH = 2**17, 2**22  # values per pass; scratch is about 16 times half that many int64 lanes
 _NORMAL = (Stream.GRADIENT, Stream.VOTES)
+_NOISE = (*_NORMAL, Stream.DISCRETE, Stream.DECISIONS)
 
 
 def gaussian(
@@ -130,12 +130,7 @@ def add_gaussian_(
     """
     starts = [0] * len(tensors) if starts is None else starts
     spans = [Span(p, t.numel(), start) for p, t, start in zip(parameters, tensors, starts, strict=True)]
-    ordered = sorted((s.parameter, s.start, s.numel) for s in spans)
-    if any(p == other and first + n > after for (p, first, n), (other, after, _) in itertools.pairwise(ordered)):
-        raise PrivacyError(
-            f"a parameter index occurs twice among {list(parameters)}: two tensors would get the same noise",
-            remedy="give every tensor an index of its own, or elements of its own",
-        )
+    refuse_twice(spans)
     if not tensors:
         return
     dtype, device = tensors[0].dtype, tensors[0].device
@@ -176,7 +171,7 @@ def uniform(
     Args:
         seed: as in :func:`gaussian`.
         step: logical step, in [0, 2**32).
-        stream: what for; ``Stream.GRADIENT`` and ``Stream.VOTES`` are kept for :func:`gaussian`.
+        stream: what for; those of :func:`gaussian` and of discrete noise are kept for these.
         numel: how many elements.
         start: index of the first one.
         device: where.
@@ -207,10 +202,10 @@ def uniform_at(seed: int, *, step: int, stream: Stream, places: Tensor, secure: 
 
 
 def _check_uniform(stream: Stream) -> None:
-    if not isinstance(stream, Stream) or stream in _NORMAL:
+    if not isinstance(stream, Stream) or stream in _NOISE:
         raise PrivacyError(
             f"uniform numbers cannot come from stream {stream!r}",
-            remedy="take another stream, such as Stream.SAMPLING; those of normal numbers are kept for noise",
+            remedy="take another stream, such as Stream.SAMPLING; those of noise are kept for it",
         )
 
 
@@ -236,7 +231,7 @@ def _pieces(
     convert = convert or box_muller
     generate, key, per_block = _generator(seed, secure)
     work = torch.device("cpu") if device.type == "mps" else device  # no float64 there
-    for batch in _batches(spans, _SCRATCH_CPU if work.type == "cpu" else _SCRATCH):
+    for batch in batches_of(spans, _SCRATCH_CPU if work.type == "cpu" else _SCRATCH):
         blocks, tags = [], []
         for i, first, last in batch:
             low, high = first // per_block, -(-last // per_block)
@@ -253,7 +248,7 @@ def _pieces(
             at += lanes.numel() * per_block
 
 
-def _batches(spans: Sequence[Span], limit: int) -> Iterator[list[tuple[int, int, int]]]:
+def batches_of(spans: Sequence[Span], limit: int) -> Iterator[list[tuple[int, int, int]]]:
     """Cut spans into ``(index, first element, last element + 1)`` and group them, ``limit`` elements a group."""
     batch, room = [], limit
     for i, span in enumerate(spans):

@@ -21,6 +21,7 @@ from dpcompile.errors import PrivacyError, PrivacyWarning
 from dpcompile.module import Engine
 from dpcompile.noise.mechanism import Mechanism
 from dpcompile.optim.correlated import refuse_other_matrix
+from dpcompile.optim.exactness import refuse_other_grid
 from dpcompile.optim.state_checks import OPTIMIZER, refuse_malformed
 
 __all__ = [
@@ -280,6 +281,7 @@ def refuse_state(
                 + ("; with a NoiseSchedule, load the schedule's state first" if name == "noise_multiplier" else ""),
             )
     refuse_other_matrix(own, current)
+    refuse_other_grid(own, current)
     if current["accountant"] is not None and current["logical_step"] and own["seed"] != current["seed"]:
         raise PrivacyError(
             f"this optimizer has taken {current['logical_step']} steps, and the state is of another run: the "

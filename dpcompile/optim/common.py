@@ -8,11 +8,12 @@ from dpcompile.module import Engine
 from dpcompile.noise.adaptive import AdaptiveClip, AdaptiveGaussianMechanism
 from dpcompile.noise.banded import BandedMechanism
 from dpcompile.noise.counter import check_seed, fresh_seed
+from dpcompile.noise.exact import ExactMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 from dpcompile.noise.strategy import default_restart, optimal_coefficients
 from dpcompile.optim.checks import refuse_bad_numbers
 
-__all__ = ["banded_mechanism", "gaussian_mechanism", "refuse_other_ranks"]
+__all__ = ["banded_mechanism", "chosen_mechanism", "refuse_other_ranks"]
 
 
 def banded_mechanism(
@@ -33,15 +34,45 @@ def banded_mechanism(
     return BandedMechanism(noise_multiplier, C, expected_batch_size, seed, secure, coefficients=coefficients)
 
 
-def gaussian_mechanism(
+def chosen_mechanism(
+    engine: Engine,
+    given: Mechanism | None,
+    noise_multiplier: float | None,
+    expected_batch_size: float | None,
+    seed: int | None,
+    clip: AdaptiveClip | None,
+    *,
+    secure: bool,
+    exact: bool,
+) -> Mechanism:
+    """The one that was given, or the Gaussian mechanism of these numbers, of one seed on all ranks."""
+    numbers = (noise_multiplier, expected_batch_size, seed, clip)
+    if given is None:
+        return _gaussian_mechanism(engine, *numbers, secure, exact)
+    if any(number is not None for number in numbers) or secure or exact:
+        raise PrivacyError(
+            "a mechanism was given, and noise_multiplier, expected_batch_size, seed, secure, exact or adaptive_clip "
+            "too",
+            remedy="give them to the mechanism, and the mechanism alone to DPOptimizer",
+        )
+    return given
+
+
+def _gaussian_mechanism(
     engine: Engine,
     noise_multiplier: float | None,
     expected_batch_size: float | None,
     seed: int | None,
-    secure: bool,
     clip: AdaptiveClip | None,
+    secure: bool,
+    exact: bool,
 ) -> Mechanism:
-    """The Gaussian mechanism of these numbers, of one seed on all ranks of a distributed model."""
+    if exact and clip is not None:
+        raise PrivacyError(
+            "C that follows a quantile, and exact noise: the count of examples within C has floating-point noise",
+            remedy="give max_grad_norm a number, or leave exact=True out",
+        )
+    secure = secure or exact
     if noise_multiplier is None or expected_batch_size is None:
         raise PrivacyError(
             "DPOptimizer was given no noise_multiplier or no expected_batch_size",
@@ -54,6 +85,8 @@ def gaussian_mechanism(
     seed = drawn if seed is None else seed
     check_seed(seed, secure=secure)
     numbers = (noise_multiplier, engine.max_grad_norm, expected_batch_size, seed, secure)
+    if exact:
+        return ExactMechanism(*numbers)
     return GaussianMechanism(*numbers) if clip is None else AdaptiveGaussianMechanism(*numbers, clip)
 
 

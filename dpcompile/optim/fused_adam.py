@@ -15,6 +15,7 @@ from dpcompile._torch.optim import adam_state, add_one_, is_stepped_as_made, mar
 from dpcompile.kernels import gaussian as native
 from dpcompile.noise.banded import BandedMechanism
 from dpcompile.noise.counter import Stream, counter_tag
+from dpcompile.noise.exact import ExactMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism, Release
 from dpcompile.runtime.bystanders import refuse_bystander
 
@@ -51,7 +52,7 @@ def update_(
     =============================================================  ============
     a subclass, another ``step``, hooks on the inner optimizer     not done here
     amsgrad, maximize, capturable, differentiable                  not done here
-    another mechanism, or cryptographic noise                      released first, then one pass
+    another mechanism, exact or cryptographic noise                released first, then one pass
     weights narrower than float32, not contiguous, on a GPU        not done here
     a learning-rate scheduler on the inner optimizer               done here
     =============================================================  ============
@@ -68,7 +69,7 @@ def update_(
     if not native.takes([*weights, *totals, *held]):
         return False
     std, divisor, drawn = 0.0, 1.0, None
-    if isinstance(mechanism, GaussianMechanism) and not mechanism.secure:
+    if isinstance(mechanism, GaussianMechanism) and not (mechanism.secure or isinstance(mechanism, ExactMechanism)):
         std, divisor = mechanism.std, mechanism.expected_batch_size
     elif isinstance(mechanism, BandedMechanism) and mechanism.bands > 1 and mechanism.std > 0:
         std, divisor = mechanism.std, mechanism.expected_batch_size

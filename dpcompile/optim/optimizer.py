@@ -24,7 +24,8 @@ from dpcompile.noise.adaptive import AdaptiveClip
 from dpcompile.noise.mechanism import Mechanism
 from dpcompile.optim import carried_state, checks, correlated
 from dpcompile.optim.chained import as_one, parts_of
-from dpcompile.optim.common import gaussian_mechanism, refuse_other_ranks
+from dpcompile.optim.common import chosen_mechanism, refuse_other_ranks
+from dpcompile.optim.exactness import check_rounding, let_round
 from dpcompile.optim.update import update_
 from dpcompile.optim.wrapping import WrappingOptimizer
 from dpcompile.runtime.loss_scale import check_scaler, notice_scalers
@@ -50,6 +51,8 @@ class DPOptimizer(WrappingOptimizer):
         mechanism: what releases the sums instead of the Gaussian mechanism, for the model's C and with numbers and seed
             of its own. One whose steps the accountant cannot count is stepped without an accountant.
         adaptive_clip: C is not the model's for good, but follows a quantile of the gradients' norms, at the same cost.
+        exact: sums are rounded to a grid, added up over ranks as integers, and get discrete Gaussian noise from
+            ChaCha20 (:class:`dpcompile.noise.exact.ExactMechanism`), at the same cost.
 
     Attributes:
         optimizer: the inner optimizer.
@@ -90,6 +93,7 @@ class DPOptimizer(WrappingOptimizer):
     a scheduler stepped in the loop                     right if stepped only when not ``accumulating``
     copied or pickled                                   refused: two objects would draw the same noise
     ranks with other seeds, sigma, C or steps           refused at the first step
+    ``exact`` and FSDP2, tensor parallelism             refused: their sums over ranks are floating-point
     ==================================================  =====================================================
     """
 
@@ -107,6 +111,7 @@ class DPOptimizer(WrappingOptimizer):
         accountant: Accountant | None = None,
         mechanism: Mechanism | None = None,
         adaptive_clip: AdaptiveClip | None = None,
+        exact: bool = False,
     ) -> None:
         if isinstance(optimizer, DPOptimizer):
             raise PrivacyError("the optimizer is a DPOptimizer already", remedy="wrap the plain torch optimizer once")
@@ -114,13 +119,8 @@ class DPOptimizer(WrappingOptimizer):
         engine = engine_of(model)
         for part in parts_of(inner):
             checks.refuse_closure_only(part)
-        if mechanism is None:
-            mechanism = gaussian_mechanism(engine, noise_multiplier, expected_batch_size, seed, secure, adaptive_clip)
-        elif any(given is not None for given in (noise_multiplier, expected_batch_size, seed, adaptive_clip)) or secure:
-            raise PrivacyError(
-                "a mechanism was given, and noise_multiplier, expected_batch_size, seed, secure or adaptive_clip too",
-                remedy="give them to the mechanism, and the mechanism alone to DPOptimizer",
-            )
+        numbers = (noise_multiplier, expected_batch_size, seed, adaptive_clip)
+        mechanism = chosen_mechanism(engine, mechanism, *numbers, secure=secure, exact=exact)
         checks.refuse_other_mechanism(mechanism, engine)
         checks.refuse_bad_accountant(mechanism.noise_multiplier, accountant)
         self.mechanism, self._accountant = mechanism, accountant
@@ -138,6 +138,7 @@ class DPOptimizer(WrappingOptimizer):
         super().__init__(inner, engine)
         self.watch_quantile()
         carried_state.mark_groups(inner.param_groups)
+        let_round(mechanism, engine)
         engine.steps = engine.steps or 0
         engine.ledger.owned = True
         notice_scalers()
@@ -227,6 +228,7 @@ class DPOptimizer(WrappingOptimizer):
         self._planned.check(self.logical_step)
         names, feed = self.engine.trainable(), self.engine.feed
         checks.refuse_other_mechanism(self.mechanism, self.engine)
+        check_rounding(self.mechanism, self.engine)
         checks.refuse_foreign(self.engine, self.optimizer)
         checks.refuse_missing(self.engine, self.optimizer, names)
         checks.refuse_stray(self.engine, self.optimizer, names)

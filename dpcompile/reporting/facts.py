@@ -24,6 +24,7 @@ from dpcompile.distributed.ranks import world_size
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
+from dpcompile.noise.exact import EXCESS, ExactMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 from dpcompile.reporting.report import Report
 
@@ -45,8 +46,14 @@ _NOT_COVERED = (
     "subtracted. Weights alone may be published.",
     "Pre-trained weights and public data that the run began with, and preprocessing with numbers computed from the "
     "data.",
+)
+_FLOATS = (
     "Arithmetic: the noise is floating-point, and its low bits can tell what it was added to (Mironov 2012); running "
-    "times are not hidden.",
+    "times are not hidden."
+)
+_INTEGERS = (
+    "Arithmetic before the grid: clipped sums are floating-point until they are rounded to it, and may differ by more "
+    "than C between neighbours by as much as such sums are off (Casacuberta et al. 2022); running times are not hidden."
 )
 
 
@@ -82,7 +89,10 @@ def report_of(
         )
     epsilon = accountant.epsilon(delta)
     sections = {
-        "Privacy": dict(_privacy(accountant, mechanism, delta, epsilon, _unit(engine))),
+        "Privacy": {
+            **dict(_privacy(accountant, mechanism, delta, epsilon, _unit(engine))),
+            **dict(_exactness(engine, mechanism)),
+        },
         "Data": dict(_data(engine, accountant)),
         "Model": dict(_model(engine, optimizer, steps)),
         "Versions": dict(_versions()),
@@ -103,7 +113,11 @@ def report_of(
         sections=sections,
         curve=[(d, accountant.epsilon(d)) for d in deltas],
         certificate=_certificate(engine),
-        not_covered=[*_NOT_COVERED, *_own_gaps(engine, accountant, delta)],
+        not_covered=[
+            *_NOT_COVERED,
+            _INTEGERS if isinstance(mechanism, ExactMechanism) else _FLOATS,
+            *_own_gaps(engine, accountant, delta),
+        ],
     )
 
 
@@ -127,11 +141,24 @@ def _privacy(
         yield "Gaussian DP", f"μ = {mu:.4f}, regret {regret:.4f}"
     if mechanism.bands > 1:
         yield "noise", f"correlated over {mechanism.bands} steps, of which each counts once, begun or whole"
-    kinds = {GaussianMechanism: "Gaussian", AdaptiveGaussianMechanism: "Gaussian, with the count of examples within C"}
+    kinds = {
+        GaussianMechanism: "Gaussian",
+        AdaptiveGaussianMechanism: "Gaussian, with the count of examples within C",
+        ExactMechanism: "discrete Gaussian on integers, sums over ranks among them",
+    }
     yield "mechanism", kinds.get(type(mechanism), type(mechanism).__name__)
     if isinstance(mechanism, AdaptiveGaussianMechanism):
         yield "C", f"follows the {mechanism.clip.quantile:g} quantile of the gradients' norms"
     yield "generator of the noise", "ChaCha20, cryptographic" if mechanism.secure else "Philox, not cryptographic"
+
+
+def _exactness(engine: Engine, mechanism: Mechanism) -> Iterator[tuple[str, str]]:
+    if not isinstance(mechanism, ExactMechanism):
+        return
+    s = mechanism.units(sum(p.numel() for p in engine.parameters().values() if p.requires_grad))
+    yield "grid of the sums", f"2^{math.log2(mechanism.grid):g}, C in {mechanism.bits} bits; noise of {s} units a step"
+    if s:
+        yield "discrete for Gaussian noise", f"adds less than {EXCESS:g} to ε, and that part of δ to δ"
 
 
 def _steps(accountant: Accountant, unit: str) -> Iterator[tuple[str, str]]:

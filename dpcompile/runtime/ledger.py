@@ -131,6 +131,12 @@ class GradientLedger:
         return held
 
     @torch.no_grad()
+    def goes_on(self) -> bool:
+        """Whether a sum stands there to which the next one would be added."""
+        changed = self._changed()
+        return any(self._lasts(name, changed) for name in self._entries)
+
+    @torch.no_grad()
     def add(self, sums: Iterable[tuple[str, Tensor]]) -> None:
         """Add what was held back, now summed over replicas, into ``p.grad``."""
         sums = list(sums)

@@ -19,11 +19,12 @@ from dpcompile._torch.parallel import active_replica, ddp_options
 from dpcompile.distributed.ranks import refuse_other_place, refuse_some
 from dpcompile.distributed.shards import is_distributed, zeros_for
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
+from dpcompile.noise.exact import ExactMechanism
 from dpcompile.runtime.ledger import GradientLedger
+from dpcompile.runtime.reductions import add_up, add_up_exactly
 
 __all__ = ["Replicas", "inner_module", "refuse_wrapped"]
 
-_BUCKET = 2**23  # elements that are sent at once
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
 
 
@@ -52,6 +53,9 @@ class Replicas:
         trainable: the trainable parameters by name, in the order of the model.
         place: where training stands, small numbers that are the same on all ranks: steps taken, draw.
 
+    Attributes:
+        rounding: an exact mechanism, on whose grid sums are added up as integers; None: they are added up as they are.
+
     **Guarantee.** Once a model was seen inside DistributedDataParallel, what the ledger has in ``p.grad`` is the same
     on all replicas: for every backward outside ``no_sync()``, the sum over all ranks of what came since the one before.
 
@@ -64,6 +68,7 @@ class Replicas:
     a call that runs in parts                          added up once, at the end of the backward
     the inner model called with gradients              refused
     a rank that skipped a batch or a step              refused on all ranks, at the next reduction
+    exact noise, and two reductions in a step          refused: sums would be rounded twice
     =================================================  ================================================
     """
 
@@ -75,6 +80,7 @@ class Replicas:
     ) -> None:
         self._ledger, self._trainable, self._place = ledger, trainable, place
         self._ddp: Any = None
+        self.rounding: ExactMechanism | None = None
         self._due: int | None = None  # the backward at whose end the sums are added up
 
     @property
@@ -143,11 +149,21 @@ class Replicas:
 
     @torch.no_grad()
     def _add_up(self) -> None:
+        if self.rounding is not None and self._ledger.goes_on():
+            raise PrivacyError(
+                "sums over replicas a second time within a logical step, with exact noise: each time they are rounded",
+                remedy="run all backwards of a step but the last one under no_sync(), forward and backward",
+            )
         held, parameters = self._ledger.take_held(), self._trainable()
         device = next(iter(parameters.values())).device
         refuse_other_place(self._place(), device, self._ddp.process_group)
         sums = [held[n] if n in held else zeros_for(p) for n, p in parameters.items()]
-        self._ledger.add(zip(parameters, _add_up(sums, self._ddp.process_group), strict=True))
+        self._ledger.add(zip(parameters, self._over_ranks(sums), strict=True))
+
+    def _over_ranks(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        if self.rounding is None:
+            return add_up(sums, self._ddp.process_group)
+        return add_up_exactly(sums, self._ddp.process_group, self.rounding.grid)
 
 
 def _check_options(ddp: Any) -> None:
@@ -158,38 +174,3 @@ def _check_options(ddp: Any) -> None:
                 "do not go through autograd",
                 remedy="leave the option out; PoissonLoader gives all ranks equally many batches",
             )
-
-
-def _add_up(sums: Sequence[Tensor], group: Any) -> list[Tensor]:
-    """Sums over all ranks of a group; every rank must call this with the same shapes, in the same order.
-
-    Args:
-        sums: of this rank's examples, float32 or wider.
-        group: the replicas.
-    """
-    found: list[Tensor] = []
-    pending = []
-    for members in _buckets(sums):
-        flat = torch.cat([s.reshape(-1) for s in members])
-        pending.append((members, flat, dist.all_reduce(flat, group=group, async_op=True)))
-    for members, flat, work in pending:
-        if work is not None:
-            work.wait()
-        parts = flat.split([s.numel() for s in members])
-        found += [part.view(s.shape) for part, s in zip(parts, members, strict=True)]
-    return found
-
-
-def _buckets(sums: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Neighbours of one dtype and device."""
-    buckets: list[list[Tensor]] = []
-    size = 0
-    for tensor in sums:
-        last = buckets[-1][-1] if buckets else None
-        alike = last is not None and (last.dtype, last.device) == (tensor.dtype, tensor.device)
-        if not alike or size + tensor.numel() > _BUCKET:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(tensor)
-        size += tensor.numel()
-    return buckets

@@ -27,6 +27,7 @@ class FakeEngine:
         self.feed: Any = None
         self.steps: int | None = None
         self.numbers = 0
+        self.replicas = SimpleNamespace(rounding=None)
 
     def move_max_grad_norm(self, value: float) -> None:
         self.max_grad_norm = value
