@@ -118,14 +118,9 @@ def make_private(
         raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
     clip = max_grad_norm if isinstance(max_grad_norm, AdaptiveClip) else None
     of_user = examples_per_user if examples_per_user is not None else getattr(loader, "examples_per_user", 1)
-    if of_user != 1 and not isinstance(inner_module(model), PrivateModule):
-        dp_compile_options["examples_per_user"] = of_user
-    private_model = _private_model(model, max_grad_norm, dp_compile_options)
+    private_model = _private_model(model, max_grad_norm, of_user, dp_compile_options)
     engine = engine_of(private_model)
-    drawn: int = fresh_seed(secure=secure)
-    if engine.distributed:  # on every rank, whether it is given a seed or not
-        drawn = from_first(drawn)
-    seed = drawn if seed is None else seed
+    seed = _seed(engine, seed, secure)
     options = {"physical_batch_size": physical_batch_size, "bands": bands, "examples_per_user": examples_per_user}
     make_loader = partial(_private_loader, loader, groups, padding_example, seed, secure, engine)
     private_loader = make_loader({**options, "max_batch_size": None if max_batch_size == "auto" else max_batch_size})
@@ -151,6 +146,13 @@ def make_private(
     private_optimizer = DPOptimizer(optimizer, private_model, accountant=counts, **mechanism)
     private_optimizer.plan(planned, on_exceed)
     return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)
+
+
+def _seed(engine: Engine, seed: int | None, secure: bool) -> int:
+    drawn: int = fresh_seed(secure=secure)
+    if engine.distributed:  # on every rank, whether it is given a seed or not
+        drawn = from_first(drawn)
+    return drawn if seed is None else seed
 
 
 def _check_target(
@@ -266,11 +268,14 @@ def _mechanism(
     return {"mechanism": banded_mechanism(engine, **numbers, bands=bands, steps=steps)}
 
 
-def _private_model(model: nn.Module, max_grad_norm: float | AdaptiveClip | None, options: dict[str, Any]) -> Any:
+def _private_model(
+    model: nn.Module, max_grad_norm: float | AdaptiveClip | None, examples_per_user: int, options: dict[str, Any]
+) -> Any:
     moves = isinstance(max_grad_norm, AdaptiveClip)
     if not isinstance(inner_module(model), PrivateModule):
         bound = max_grad_norm.initial if isinstance(max_grad_norm, AdaptiveClip) else max_grad_norm
-        return dp_compile(model, max_grad_norm=1.0 if bound is None else bound, **options)
+        of_users = {} if examples_per_user == 1 else {"examples_per_user": examples_per_user}
+        return dp_compile(model, max_grad_norm=1.0 if bound is None else bound, **of_users, **options)
     has = engine_of(model).max_grad_norm
     if max_grad_norm is not None and not moves and max_grad_norm != has:
         raise PrivacyError(
