@@ -26,7 +26,7 @@ from dpcompile.module import Engine, PrivateModule, engine_of
 from dpcompile.noise.adaptive import AdaptiveClip
 from dpcompile.noise.counter import fresh_seed
 from dpcompile.optim.checks import refuse_other_rate, refuse_rate_from_size
-from dpcompile.optim.common import banded_mechanism
+from dpcompile.optim.common import banded_mechanism, tree_mechanism
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.runtime.replicas import inner_module
 
@@ -47,6 +47,7 @@ def make_private(
     accountant: Method | Accountant = "pld",
     relation: Relation = "zero_out",
     bands: int | None = None,
+    tree: bool = False,
     groups: Any = None,
     examples_per_user: int | None = None,
     physical_batch_size: int | None = None,
@@ -84,6 +85,9 @@ def make_private(
             (:class:`dpcompile.PoissonLoader`). None: a PoissonLoader's own, else 1: independent noise. What is best
             depends on the run: more bands need a larger sigma for a target, of which less adds up in the weights
             (``python -m benchmarks.mechanisms``).
+        tree: no sampling: each example once in a pass, and noise in a binary tree over the steps of the pass
+            (DP-FTRL, :class:`dpcompile.noise.tree.TreeMechanism`). For large sigma and many steps; sampling costs less
+            at small batches.
         groups: whose each example is, so that epsilon is for all that a user has: see
             :class:`dpcompile.PoissonLoader`. The loader's batch size then counts users.
         examples_per_user: with ``groups``, how many rows of a batch are each user's.
@@ -114,14 +118,14 @@ def make_private(
     _check_target(noise_multiplier, target_epsilon, target_delta, epochs, steps)
     secure = secure or exact
     relation = _relation(accountant, relation, target_epsilon)
-    if isinstance(optimizer, DPOptimizer):
-        raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
+    _refuse_private(optimizer)
     clip = max_grad_norm if isinstance(max_grad_norm, AdaptiveClip) else None
     of_user = examples_per_user if examples_per_user is not None else getattr(loader, "examples_per_user", 1)
     private_model = _private_model(model, max_grad_norm, of_user, dp_compile_options)
     engine = engine_of(private_model)
     seed = _seed(engine, seed, secure)
-    options = {"physical_batch_size": physical_batch_size, "bands": bands, "examples_per_user": examples_per_user}
+    options = {"physical_batch_size": physical_batch_size, "bands": bands, "in_turn": tree or None}
+    options["examples_per_user"] = examples_per_user
     make_loader = partial(_private_loader, loader, groups, padding_example, seed, secure, engine)
     private_loader = make_loader({**options, "max_batch_size": None if max_batch_size == "auto" else max_batch_size})
     refuse_rate_from_size(relation, private_loader)
@@ -142,10 +146,15 @@ def make_private(
     numbers: dict[str, Any] = {"noise_multiplier": noise_multiplier, "seed": seed, "secure": secure}
     numbers["expected_batch_size"] = private_loader.expected_batch_size
     counts = _accountant(accountant, noise_multiplier, private_loader, relation)
-    mechanism = _mechanism(engine, numbers, clip, bands, length, exact)
+    mechanism = _mechanism(engine, numbers, clip, bands, length, exact, tree)
     private_optimizer = DPOptimizer(optimizer, private_model, accountant=counts, **mechanism)
     private_optimizer.plan(planned, on_exceed)
     return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)
+
+
+def _refuse_private(optimizer: Any) -> None:
+    if isinstance(optimizer, DPOptimizer):
+        raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
 
 
 def _seed(engine: Engine, seed: int | None, secure: bool) -> int:
@@ -248,7 +257,13 @@ def _cap(
 
 
 def _mechanism(
-    engine: Engine, numbers: dict[str, Any], clip: AdaptiveClip | None, bands: int, steps: int | None, exact: bool
+    engine: Engine,
+    numbers: dict[str, Any],
+    clip: AdaptiveClip | None,
+    bands: int,
+    steps: int | None,
+    exact: bool,
+    tree: bool,
 ) -> dict[str, Any]:
     """What DPOptimizer is given to release sums by."""
     if bands == 1:
@@ -265,6 +280,8 @@ def _mechanism(
             "of several sizes",
             remedy="give max_grad_norm a number, or leave bands out",
         )
+    if tree:
+        return {"mechanism": tree_mechanism(engine, **numbers, steps=bands)}
     return {"mechanism": banded_mechanism(engine, **numbers, bands=bands, steps=steps)}
 
 

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from dpcompile.accounting.arguments import number
 from dpcompile.accounting.truncation import no_bound_of_parts
 from dpcompile.data.users import Users
 from dpcompile.errors import PrivacyError
@@ -35,6 +36,7 @@ __all__ = [
     "refuse_state",
     "refuse_uneven_parts",
     "taken_over",
+    "turns_of",
     "users_of",
 ]
 
@@ -110,6 +112,22 @@ def taken_over(loader: DataLoader[Any]) -> dict[str, Any]:
         raise _other_sampler(sampler, "sampler")
     options = {name: getattr(loader, name) for name in _TAKEN_OVER}
     return {"dataset": loader.dataset, "expected_batch_size": batch_sampler.batch_size, **options}
+
+
+def turns_of(size: int, expected_batch_size: Any, bands: int, sample_rate: float | None) -> int:
+    """In how many steps each example has its turn."""
+    if bands != 1 or sample_rate is not None:
+        given = "sample_rate" if bands == 1 else "bands"
+        raise PrivacyError(
+            f"in_turn, and {given}: each example comes once in a pass, as many steps as batches fit into the dataset",
+            remedy=f"leave {given} out and give expected_batch_size, or leave in_turn out",
+        )
+    if expected_batch_size is None or not 0 < number(expected_batch_size) <= size:
+        raise PrivacyError(
+            f"in_turn, and an expected_batch_size of {expected_batch_size!r}, not in (0, {size}]",
+            remedy="give the mean number of examples in a step",
+        )
+    return math.ceil(size / number(expected_batch_size))
 
 
 def users_of(dataset: Any, groups: Any, examples_per_user: int | None) -> Users | None:

@@ -82,6 +82,9 @@ class PoissonLoader:
         bands: of a mechanism whose noise is correlated over so many steps: examples are dealt out to as many parts, by
             the seed, and step t draws from part t mod ``bands`` alone, at the rate ``bands * expected_batch_size /
             len(dataset)`` (:mod:`dpcompile.data.cyclic`). A given ``sample_rate`` is that rate. 1: no parts.
+        in_turn: each example once in a pass, always in the same step of it: ``bands`` and ``steps`` are then as many as
+            a pass of ``expected_batch_size`` has, and ``sample_rate`` is 1. For noise in a tree
+            (:class:`dpcompile.noise.tree.TreeMechanism`), which needs no sampling.
         groups: whose each example is, in the order of the dataset: numbers or names. Users are drawn then in the place
             of examples, each with ``sample_rate``; every size here counts users (``len(dataset)`` above is how many
             there are), and epsilon is for all that a user has. None: every example is drawn by itself.
@@ -108,6 +111,7 @@ class PoissonLoader:
         sample_rate: the chance of each example, with ``bands`` in the steps of its part.
         bands: how many parts it draws from by turns.
         from_size: whether rate or expected batch size come from the size of the dataset.
+        in_turn: whether each example comes once in a pass.
         users: whose examples are whose; None without ``groups``.
         truncation: size of the dataset and cap, for the accountant; None: draws are whole.
 
@@ -153,6 +157,7 @@ class PoissonLoader:
         expected_batch_size: float | None = None,
         sample_rate: float | None = None,
         bands: int = 1,
+        in_turn: bool | None = None,
         groups: Any = None,
         examples_per_user: int | None = None,
         physical_batch_size: int | None = None,
@@ -175,6 +180,8 @@ class PoissonLoader:
         checks.check_rank(rank, world_size)
         self.users = checks.users_of(dataset, groups, examples_per_user)
         size = checks.checked_size(dataset) if self.users is None else self.users.count
+        if in_turn:
+            bands, sample_rate = checks.turns_of(size, expected_batch_size, bands, sample_rate), 1.0
         check_bands(bands, "zero_out")
         rate = SamplingRate.given(size, expected_batch_size, sample_rate, steps, bands)
         checks.check_cap(max_batch_size, bands)
@@ -192,8 +199,9 @@ class PoissonLoader:
         check_seed(self.seed, secure=secure)
         self.dataset, self.collate_fn, self.padding_example = dataset, collate_fn or default_collate, padding_example
         self.expected_batch_size, self.physical_batch_size = rate.expected_batch_size, physical_batch_size
-        self.sample_rate, self.from_size = rate.sample_rate, rate.from_size
+        self.sample_rate, self.from_size = rate.sample_rate, rate.from_size or bool(in_turn)
         self.secure, self.bands, self.max_batch_size = secure, bands, max_batch_size
+        self.in_turn = bool(in_turn)
         self.step = 0
         self._length = rate.steps
         self._position = 0  # logical steps of the current pass that have been handed out

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpcompile.accounting.events import sampled_gaussian
 from dpcompile.errors import PrivacyError
+from dpcompile.noise.correlation import CorrelatedMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Release, pieces_of
 from dpcompile.noise.rows import Place, Rows
 from dpcompile.noise.strategy import check_coefficients, default_restart
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["BandedMechanism"]
 
 
-class BandedMechanism:
+class BandedMechanism(CorrelatedMechanism):
     """At step t the sum plus ``sigma * max_grad_norm * y[t]``, with ``C y = z`` and z independent normal numbers.
 
     C is lower-triangular, with ``bands`` bands and columns of norm at most 1, and every example is in at most one of
@@ -78,12 +79,9 @@ class BandedMechanism:
         coefficients: Sequence[float],
         restart: int | None = None,
     ) -> None:
-        self.noise_multiplier, self.max_grad_norm = noise_multiplier, max_grad_norm
-        self.expected_batch_size = expected_batch_size
-        self.seed, self.secure = seed, secure
+        super().__init__(noise_multiplier, max_grad_norm, expected_batch_size, seed, secure)
         self.coefficients, self.restart = check_matrix(coefficients, restart)
         self._rows: Rows | None = None
-        self._began: dict[str, Any] | None = None  # the numbers of the first row
 
     @property
     def bands(self) -> int:
@@ -91,25 +89,19 @@ class BandedMechanism:
         return len(self.coefficients)
 
     @property
+    def matrix(self) -> Any:
+        """See :class:`dpcompile.noise.correlation.CorrelatedMechanism`."""
+        return self.coefficients, self.restart
+
+    @property
     def std(self) -> float:
         """What y is multiplied by."""
         return self.noise_multiplier * self.max_grad_norm
 
-    def check_numbers(self) -> None:
-        """Raise PrivacyError if sigma, C, the matrix or the seed is another than in the rows before."""
-        now = self._numbers()
-        changed = [name for name, value in (self._began or now).items() if now[name] != value]
-        if changed:
-            raise PrivacyError(
-                f"{' and '.join(changed)} of the banded mechanism changed in a run: rows of its noise belong together, "
-                "and no bound is known for such a mixture",
-                remedy="leave them as they were at the first step",
-            )
-
     def release(self, release: Release) -> None:
         """See :class:`dpcompile.noise.mechanism.Mechanism`."""
         if self.bands == 1 or not self.std > 0:
-            self._begin()
+            self.begin()
             self._independent.release(release)
             return
         for piece, row in self.noise(release):
@@ -119,7 +111,7 @@ class BandedMechanism:
 
     def noise(self, release: Release) -> list[tuple[Tensor, Tensor]]:
         """Views of the totals, and for each y of its elements, to be read before the next call; ``bands`` above 1."""
-        self._begin()
+        self.begin()
         if self._rows is None:
             self._rows = Rows(self.coefficients, self.restart, self.seed, self.secure)
         pieces, places = [], []
@@ -136,9 +128,7 @@ class BandedMechanism:
     def state_dict(self) -> dict[str, Any]:
         """See :class:`dpcompile.noise.mechanism.Mechanism`; no noise is in it."""
         return {
-            **self._independent.state_dict(),
-            "bands": self.bands,
-            "max_grad_norm": self.max_grad_norm,
+            **self.numbers(),
             "coefficients": list(self.coefficients),
             "restart": self.restart,
         }
@@ -148,7 +138,7 @@ class BandedMechanism:
         self.coefficients, self.restart = check_matrix(state["coefficients"], state["restart"])
         self.seed = state["seed"]
         self._rows = None
-        self._began = self._numbers() if state.get("logical_step", 1) else None
+        self.go_on(state)
 
     @property
     def _independent(self) -> GaussianMechanism:
@@ -156,18 +146,6 @@ class BandedMechanism:
         return GaussianMechanism(
             self.noise_multiplier, self.max_grad_norm, self.expected_batch_size, self.seed, self.secure
         )
-
-    def _begin(self) -> None:
-        self.check_numbers()
-        self._began = self._began or self._numbers()
-
-    def _numbers(self) -> dict[str, Any]:
-        return {
-            "noise_multiplier": self.noise_multiplier,
-            "max_grad_norm": self.max_grad_norm,
-            "the matrix": (self.coefficients, self.restart),
-            "the seed": (self.seed, self.secure),
-        }
 
 
 def check_matrix(coefficients: Sequence[float], restart: int | None) -> tuple[tuple[float, ...], int]:

@@ -43,6 +43,7 @@ class Stream(enum.Enum):
     USERS = 6
     DISCRETE = 7
     DECISIONS = 8
+    TREE = 9
 
 
 @dataclass(frozen=True, slots=True)

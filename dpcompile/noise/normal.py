@@ -20,7 +20,7 @@ from dpcompile.noise.counter import MASK, STEPS, Span, Stream, check_range, chec
 
 __all__ = ["add_gaussian_", "batches_of", "gaussian", "gaussians", "uniform", "uniform_at"]
 _SCRATCH_CPU, _SCRATCH = 2**17, 2**22  # values per pass; scratch is about 16 times half that many int64 lanes
-_NORMAL = (Stream.GRADIENT, Stream.VOTES)
+_NORMAL = (Stream.GRADIENT, Stream.VOTES, Stream.TREE)
 _NOISE = (*_NORMAL, Stream.DISCRETE, Stream.DECISIONS)
 
 
@@ -48,7 +48,7 @@ def gaussian(
         device: where the values are wanted. They are drawn there without waiting for the device (on the CPU for
             devices without float64).
         secure: ChaCha20 instead of Philox.
-        stream: what for: ``Stream.GRADIENT``, or ``Stream.VOTES``.
+        stream: what for: ``Stream.GRADIENT``, ``Stream.VOTES`` or ``Stream.TREE``.
 
     Raises:
         PrivacyError: an argument out of range, or a stream of uniform numbers.
@@ -72,7 +72,8 @@ def gaussian(
     """
     if stream not in _NORMAL:
         raise PrivacyError(
-            f"normal numbers cannot come from stream {stream!r}", remedy="take Stream.GRADIENT or Stream.VOTES"
+            f"normal numbers cannot come from stream {stream!r}",
+            remedy="take Stream.GRADIENT, Stream.VOTES or Stream.TREE",
         )
     span = Span(parameter, numel, start)
     return gaussians(seed, step=step, spans=[span], dtype=dtype, device=device, secure=secure, stream=stream)[0]
@@ -106,6 +107,7 @@ def add_gaussian_(
     secure: bool = False,
     divisor: float = 1.0,
     starts: Sequence[int] | None = None,
+    stream: Stream = Stream.GRADIENT,
 ) -> None:
     """Add ``std`` times :func:`gaussian` to parameters, in place, without ever holding all of the noise.
 
@@ -122,6 +124,7 @@ def add_gaussian_(
         divisor: what the sums are divided by.
         starts: the index, in its whole parameter, of each tensor's first element, for parts of sharded parameters; 0
             by default.
+        stream: see :func:`gaussian`.
 
     Raises:
         PrivacyError: an argument out of range, or elements of a parameter named twice.
@@ -140,16 +143,17 @@ def add_gaussian_(
     dense = [i for i, t in enumerate(tensors) if t.is_contiguous()]
     rest = [i for i, t in enumerate(tensors) if not t.is_contiguous()]
     if not secure and native.takes(tensors[i] for i in dense):
-        tags = [counter_tag(Stream.GRADIENT, parameters[i]) for i in dense]
+        tags = [counter_tag(stream, parameters[i]) for i in dense]
         begin = [starts[i] for i in dense]
         quick = [tensors[i] for i in dense]
         native.mean_(quick, tags=tags, starts=begin, std=std, divisor=divisor, seed=seed, step=step)
         dense = []
-    for i, offset, values in _pieces(seed, step, [spans[i] for i in dense], device, secure):
+    for i, offset, values in _pieces(seed, step, [spans[i] for i in dense], device, secure, stream):
         flat = tensors[dense[i]].view(-1)
         flat[offset : offset + values.numel()].add_(values.to(dtype), alpha=std)
     for i in rest:
-        (values,) = gaussians(seed, step=step, spans=[spans[i]], dtype=dtype, device=device, secure=secure)
+        drawn = {"dtype": dtype, "device": device, "secure": secure, "stream": stream}
+        (values,) = gaussians(seed, step=step, spans=[spans[i]], **drawn)
         tensors[i].add_(values.view(tensors[i].shape), alpha=std)
     if divisor != 1:
         for i in (*dense, *rest):

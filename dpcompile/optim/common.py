@@ -11,9 +11,10 @@ from dpcompile.noise.counter import check_seed, fresh_seed
 from dpcompile.noise.exact import ExactMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 from dpcompile.noise.strategy import default_restart, optimal_coefficients
+from dpcompile.noise.tree import TreeMechanism
 from dpcompile.optim.checks import refuse_bad_numbers
 
-__all__ = ["banded_mechanism", "chosen_mechanism", "refuse_other_ranks"]
+__all__ = ["banded_mechanism", "chosen_mechanism", "refuse_other_ranks", "tree_mechanism"]
 
 
 def banded_mechanism(
@@ -32,6 +33,15 @@ def banded_mechanism(
     check_seed(seed, secure=secure)
     C = engine.max_grad_norm
     return BandedMechanism(noise_multiplier, C, expected_batch_size, seed, secure, coefficients=coefficients)
+
+
+def tree_mechanism(
+    engine: Engine, noise_multiplier: float, expected_batch_size: float, seed: int, secure: bool, *, steps: int
+) -> TreeMechanism:
+    """Noise in a tree over each ``steps`` steps, for the C of the model."""
+    refuse_bad_numbers(noise_multiplier, expected_batch_size)
+    check_seed(seed, secure=secure)
+    return TreeMechanism(noise_multiplier, engine.max_grad_norm, expected_batch_size, seed, secure, steps=steps)
 
 
 def chosen_mechanism(

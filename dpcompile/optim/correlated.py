@@ -14,7 +14,8 @@ from dpcompile.accounting.arguments import check_bands
 from dpcompile.accounting.protocol import Accountant
 from dpcompile.batches.feed import Feed
 from dpcompile.errors import PrivacyError
-from dpcompile.noise.banded import BandedMechanism, check_matrix
+from dpcompile.noise.banded import check_matrix
+from dpcompile.noise.correlation import CorrelatedMechanism
 from dpcompile.noise.mechanism import Mechanism
 
 __all__ = ["check_step", "next_row", "refuse_move", "refuse_other_loader", "refuse_other_matrix", "refuse_other_parts"]
@@ -39,7 +40,7 @@ def check_step(
         return
     if accountant is not None:
         check_bands(mechanism.bands, accountant.relation)
-    if isinstance(mechanism, BandedMechanism):
+    if isinstance(mechanism, CorrelatedMechanism):
         mechanism.check_numbers()
     if feed is not None and used is not None and feed.stream not in (None, used["stream"]):
         raise PrivacyError(
@@ -123,6 +124,12 @@ def refuse_other_matrix(own: Mapping[str, Any], current: Mapping[str, Any]) -> N
                 if saved is not None
                 else "make it with the mechanism of the saved run",
             )
+    if bool(own.get("tree")) != bool(current.get("tree")):
+        one, other = ("" if state.get("tree") else "not " for state in (own, current))
+        raise PrivacyError(
+            f"the noise was {one}that of a tree in the saved run, and is {other}here: its rows belong together",
+            remedy="make the run with the mechanism of the saved run",
+        )
     if "coefficients" not in current:
         return
     coefficients, restart = own.get("coefficients"), own.get("restart")

@@ -26,6 +26,7 @@ from dpcompile.module import Engine
 from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
 from dpcompile.noise.exact import EXCESS, ExactMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
+from dpcompile.noise.tree import TreeMechanism
 from dpcompile.reporting.report import Report
 
 __all__ = ["report_of"]
@@ -139,7 +140,10 @@ def _privacy(
         yield "attacks", f"true less false positives, at most {accountant.attack_advantage():.4f}"
         mu, regret = accountant.gaussian_bound()
         yield "Gaussian DP", f"μ = {mu:.4f}, regret {regret:.4f}"
-    if mechanism.bands > 1:
+    if isinstance(mechanism, TreeMechanism):
+        over = f"in a tree over each {mechanism.steps} steps, of which each {unit} is in {mechanism.height} nodes"
+        yield "noise", f"{over}; the noise multiplier is that of all of them together"
+    elif mechanism.bands > 1:
         yield "noise", f"correlated over {mechanism.bands} steps, of which each counts once, begun or whole"
     kinds = {
         GaussianMechanism: "Gaussian",

@@ -239,7 +239,7 @@ def test_numbers_that_move() -> None:
     assert run.accountant.noise_multiplier == SIGMA == run.optimizer.noise_multiplier
     own: Any = run.optimizer.mechanism
     own.coefficients = (0.8, 0.6, 0.0)
-    with refused("the matrix of the banded mechanism changed in a run"):
+    with refused("the matrix of the BandedMechanism changed in a run"):
         run.train(stop=1)
     assert run.optimizer.logical_step == 2
 
