@@ -119,7 +119,6 @@ def make_private(
     secure = secure or exact
     relation = _relation(accountant, relation, target_epsilon)
     _refuse_private(optimizer)
-    clip = max_grad_norm if isinstance(max_grad_norm, AdaptiveClip) else None
     of_user = examples_per_user if examples_per_user is not None else getattr(loader, "examples_per_user", 1)
     private_model = _private_model(model, max_grad_norm, of_user, dp_compile_options)
     engine = engine_of(private_model)
@@ -146,7 +145,7 @@ def make_private(
     numbers: dict[str, Any] = {"noise_multiplier": noise_multiplier, "seed": seed, "secure": secure}
     numbers["expected_batch_size"] = private_loader.expected_batch_size
     counts = _accountant(accountant, noise_multiplier, private_loader, relation)
-    mechanism = _mechanism(engine, numbers, clip, bands, length, exact, tree)
+    mechanism = _mechanism(engine, numbers, max_grad_norm, bands, length, exact, tree)
     private_optimizer = DPOptimizer(optimizer, private_model, accountant=counts, **mechanism)
     private_optimizer.plan(planned, on_exceed)
     return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)
@@ -259,13 +258,14 @@ def _cap(
 def _mechanism(
     engine: Engine,
     numbers: dict[str, Any],
-    clip: AdaptiveClip | None,
+    max_grad_norm: Any,
     bands: int,
     steps: int | None,
     exact: bool,
     tree: bool,
 ) -> dict[str, Any]:
     """What DPOptimizer is given to release sums by."""
+    clip = max_grad_norm if isinstance(max_grad_norm, AdaptiveClip) else None
     if bands == 1:
         return {**numbers, "adaptive_clip": clip, "exact": exact}
     if exact:
