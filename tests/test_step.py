@@ -408,7 +408,7 @@ def test_a_step_that_was_broken_off_leaves_nothing(error, monkeypatch) -> None:
     x, y = data()
     step(x, y)
     with monkeypatch.context() as patch:
-        patch.setattr(whole_optimizer.engine, "take_mask", lambda *_: (_ for _ in ()).throw(error("now")))
+        patch.setattr(whole_optimizer.engine.masks, "take", lambda *_: (_ for _ in ()).throw(error("now")))
         with pytest.raises(error, match="now"):
             step(x, y)
     step(x, y)

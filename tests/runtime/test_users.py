@@ -118,6 +118,7 @@ def test_every_way(options: dict[str, Any], mask: Tensor | None) -> None:
     assert_right(*stepped("convolutional", mask, **options), TOLERANCE)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MODELS)
 def test_through_inductor(name: str) -> None:
     assert_right(*stepped(name, SOME, backend="inductor"), TOLERANCE)
