@@ -267,7 +267,8 @@ def joint_of(case: Case, monkeypatch: pytest.MonkeyPatch, batch: int) -> tuple[J
     """The joint graph of a model before it is rewritten, and its proof."""
     seen: list[tuple[JointGraph, Proof]] = []
 
-    def spy(joint: JointGraph) -> Proof:
+    def spy(joint: JointGraph, examples_per_user: int) -> Proof:
+        assert examples_per_user == 1
         seen.append((joint, prove(joint)))
         raise _Enough
 
