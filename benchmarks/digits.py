@@ -51,7 +51,7 @@ WAYS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "a cap on draws": [("auto", {"max_grad_norm": 10.0, "max_batch_size": "auto"})],
     "exact noise": [("", {"max_grad_norm": 10.0, "exact": True})],
     "users": [(f"of {k} images", {"max_grad_norm": 10.0, "examples_per_user": k}) for k in (1, 2, 4)],
-    "a tree over each pass": [("", {"max_grad_norm": 10.0, "tree": True})],
+    "in turn": [(kind, {"max_grad_norm": 10.0, "in_turn": kind}) for kind in ("buffers", "tree")],
     "automatic": [("", {"clipping": "automatic"})],
     "per layer": [(f"{c:g}", {"clipping": "per_layer", "max_grad_norm": c}) for c in (0.3, 1.0)],
 }

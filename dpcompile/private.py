@@ -26,7 +26,7 @@ from dpcompile.module import Engine, PrivateModule, engine_of
 from dpcompile.noise.adaptive import AdaptiveClip
 from dpcompile.noise.counter import fresh_seed
 from dpcompile.optim.checks import refuse_other_rate, refuse_rate_from_size
-from dpcompile.optim.common import banded_mechanism, tree_mechanism
+from dpcompile.optim.common import banded_mechanism, mechanism_in_turn
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.runtime.replicas import inner_module
 
@@ -47,7 +47,7 @@ def make_private(
     accountant: Method | Accountant = "pld",
     relation: Relation = "zero_out",
     bands: int | None = None,
-    tree: bool = False,
+    in_turn: Literal["tree", "buffers"] | None = None,
     groups: Any = None,
     examples_per_user: int | None = None,
     physical_batch_size: int | None = None,
@@ -85,9 +85,10 @@ def make_private(
             (:class:`dpcompile.PoissonLoader`). None: a PoissonLoader's own, else 1: independent noise. What is best
             depends on the run: more bands need a larger sigma for a target, of which less adds up in the weights
             (``python -m benchmarks.mechanisms``).
-        tree: no sampling: each example once in a pass, and noise in a binary tree over the steps of the pass
-            (DP-FTRL, :class:`dpcompile.noise.tree.TreeMechanism`). For large sigma and many steps; sampling costs less
-            at small batches.
+        in_turn: no sampling: each example once in a pass, always in the same step of it, and noise that is correlated
+            over the pass: by "buffers" (:class:`dpcompile.noise.buffered.BufferedMechanism`), each as large as the
+            model, or by a binary "tree" (DP-FTRL, :class:`dpcompile.noise.tree.TreeMechanism`), which adds more noise
+            and holds nothing. Noise multipliers are those of a pass.
         groups: whose each example is, so that epsilon is for all that a user has: see
             :class:`dpcompile.PoissonLoader`. The loader's batch size then counts users.
         examples_per_user: with ``groups``, how many rows of a batch are each user's.
@@ -123,7 +124,7 @@ def make_private(
     private_model = _private_model(model, max_grad_norm, of_user, dp_compile_options)
     engine = engine_of(private_model)
     seed = _seed(engine, seed, secure)
-    options = {"physical_batch_size": physical_batch_size, "bands": bands, "in_turn": tree or None}
+    options = {"physical_batch_size": physical_batch_size, "bands": bands, "in_turn": in_turn is not None or None}
     options["examples_per_user"] = examples_per_user
     make_loader = partial(_private_loader, loader, groups, padding_example, seed, secure, engine)
     private_loader = make_loader({**options, "max_batch_size": None if max_batch_size == "auto" else max_batch_size})
@@ -145,10 +146,15 @@ def make_private(
     numbers: dict[str, Any] = {"noise_multiplier": noise_multiplier, "seed": seed, "secure": secure}
     numbers["expected_batch_size"] = private_loader.expected_batch_size
     counts = _accountant(accountant, noise_multiplier, private_loader, relation)
-    mechanism = _mechanism(engine, numbers, max_grad_norm, bands, length, exact, tree)
+    mechanism = _mechanism(engine, numbers, max_grad_norm, bands, length, exact, in_turn)
     private_optimizer = DPOptimizer(optimizer, private_model, accountant=counts, **mechanism)
     private_optimizer.plan(planned, on_exceed)
     return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)
+
+
+def _check_in_turn(in_turn: Any) -> None:
+    if in_turn not in (None, "tree", "buffers"):
+        raise PrivacyError(f"in_turn is {in_turn!r}", remedy="give 'buffers' or 'tree', or leave it out: sampling")
 
 
 def _refuse_private(optimizer: Any) -> None:
@@ -262,10 +268,11 @@ def _mechanism(
     bands: int,
     steps: int | None,
     exact: bool,
-    tree: bool,
+    in_turn: str | None,
 ) -> dict[str, Any]:
     """What DPOptimizer is given to release sums by."""
     clip = max_grad_norm if isinstance(max_grad_norm, AdaptiveClip) else None
+    _check_in_turn(in_turn)
     if bands == 1:
         return {**numbers, "adaptive_clip": clip, "exact": exact}
     if exact:
@@ -280,8 +287,8 @@ def _mechanism(
             "of several sizes",
             remedy="give max_grad_norm a number, or leave bands out",
         )
-    if tree:
-        return {"mechanism": tree_mechanism(engine, **numbers, steps=bands)}
+    if in_turn is not None:
+        return {"mechanism": mechanism_in_turn(engine, in_turn, **numbers, steps=bands)}
     return {"mechanism": banded_mechanism(engine, **numbers, bands=bands, steps=steps)}
 
 

@@ -84,7 +84,7 @@ class PoissonLoader:
             len(dataset)`` (:mod:`dpcompile.data.cyclic`). A given ``sample_rate`` is that rate. 1: no parts.
         in_turn: each example once in a pass, always in the same step of it: ``bands`` and ``steps`` are then as many as
             a pass of ``expected_batch_size`` has, and ``sample_rate`` is 1. For noise in a tree
-            (:class:`dpcompile.noise.tree.TreeMechanism`), which needs no sampling.
+            (:mod:`dpcompile.noise.tree`) or by buffers, which needs no sampling.
         groups: whose each example is, in the order of the dataset: numbers or names. Users are drawn then in the place
             of examples, each with ``sample_rate``; every size here counts users (``len(dataset)`` above is how many
             there are), and epsilon is for all that a user has. None: every example is drawn by itself.

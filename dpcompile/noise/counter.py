@@ -44,6 +44,7 @@ class Stream(enum.Enum):
     DISCRETE = 7
     DECISIONS = 8
     TREE = 9
+    BUFFERED = 10
 
 
 @dataclass(frozen=True, slots=True)

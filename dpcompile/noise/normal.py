@@ -20,7 +20,7 @@ from dpcompile.noise.counter import MASK, STEPS, Span, Stream, check_range, chec
 
 __all__ = ["add_gaussian_", "batches_of", "gaussian", "gaussians", "uniform", "uniform_at"]
 _SCRATCH_CPU, _SCRATCH = 2**17, 2**22  # values per pass; scratch is about 16 times half that many int64 lanes
-_NORMAL = (Stream.GRADIENT, Stream.VOTES, Stream.TREE)
+_NORMAL = (Stream.GRADIENT, Stream.VOTES, Stream.TREE, Stream.BUFFERED)
 _NOISE = (*_NORMAL, Stream.DISCRETE, Stream.DECISIONS)
 
 
@@ -48,7 +48,7 @@ def gaussian(
         device: where the values are wanted. They are drawn there without waiting for the device (on the CPU for
             devices without float64).
         secure: ChaCha20 instead of Philox.
-        stream: what for: ``Stream.GRADIENT``, ``Stream.VOTES`` or ``Stream.TREE``.
+        stream: what for: ``Stream.GRADIENT``, or another stream of noise.
 
     Raises:
         PrivacyError: an argument out of range, or a stream of uniform numbers.
@@ -73,7 +73,7 @@ def gaussian(
     if stream not in _NORMAL:
         raise PrivacyError(
             f"normal numbers cannot come from stream {stream!r}",
-            remedy="take Stream.GRADIENT, Stream.VOTES or Stream.TREE",
+            remedy="take Stream.GRADIENT, or another stream of noise",
         )
     span = Span(parameter, numel, start)
     return gaussians(seed, step=step, spans=[span], dtype=dtype, device=device, secure=secure, stream=stream)[0]

@@ -21,7 +21,14 @@ import torch
 from dpcompile.accounting.arguments import check_bands
 from dpcompile.errors import PrivacyError
 
-__all__ = ["check_coefficients", "default_restart", "optimal_coefficients", "prefix_error", "square_root_coefficients"]
+__all__ = [
+    "check_coefficients",
+    "counts_of",
+    "default_restart",
+    "optimal_coefficients",
+    "prefix_error",
+    "square_root_coefficients",
+]
 
 _GROUPS = 128  # see `default_restart`
 _DIGITS = 6  # of optimal coefficients: machines round differently
@@ -66,7 +73,7 @@ def optimal_coefficients(bands: int, steps: int, restart: int | None = None) -> 
     check_bands(bands, "zero_out")
     if bands == 1:
         return (1.0,)
-    counts = _counts(steps, restart or default_restart(bands))
+    counts = counts_of(steps, restart or default_restart(bands))
     start = square_root_coefficients(bands)
     free = torch.tensor([c / start[0] for c in start[1:]], dtype=torch.float64, requires_grad=True)
     search = torch.optim.LBFGS(
@@ -91,7 +98,7 @@ def prefix_error(coefficients: Sequence[float], steps: int, restart: int | None 
     Without correlation it is ``sqrt((steps + 1) / 2)``.
     """
     c = np.asarray(check_coefficients(coefficients))
-    value, _ = _log_error(c, _counts(steps, restart or default_restart(len(c))))
+    value, _ = _log_error(c, counts_of(steps, restart or default_restart(len(c))))
     return math.sqrt(math.exp(value))
 
 
@@ -115,7 +122,7 @@ def check_coefficients(coefficients: Sequence[float]) -> tuple[float, ...]:
     return tuple((c / np.sqrt(c @ c)).tolist())
 
 
-def _counts(steps: int, restart: int) -> np.ndarray:
+def counts_of(steps: int, restart: int) -> np.ndarray:
     """In how many prefix sums the noise of row s of a block counts, over ``steps``: ``[min(restart, steps)]``."""
     if steps < 1 or restart < 1:
         raise PrivacyError(f"steps is {steps}, restart is {restart}", remedy="give integers, 1 or more")

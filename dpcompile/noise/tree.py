@@ -114,7 +114,7 @@ class TreeMechanism(CorrelatedMechanism):
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`dpcompile.noise.mechanism.Mechanism`; no noise is in it."""
-        return {**self.numbers(), "tree": True}
+        return {**self.numbers(), "in_turn": "tree"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :class:`dpcompile.noise.mechanism.Mechanism`: noise is a function of the seed and the step."""

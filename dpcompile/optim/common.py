@@ -7,6 +7,7 @@ from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.noise.adaptive import AdaptiveClip, AdaptiveGaussianMechanism
 from dpcompile.noise.banded import BandedMechanism
+from dpcompile.noise.buffered import BufferedMechanism
 from dpcompile.noise.counter import check_seed, fresh_seed
 from dpcompile.noise.exact import ExactMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
@@ -14,7 +15,7 @@ from dpcompile.noise.strategy import default_restart, optimal_coefficients
 from dpcompile.noise.tree import TreeMechanism
 from dpcompile.optim.checks import refuse_bad_numbers
 
-__all__ = ["banded_mechanism", "chosen_mechanism", "refuse_other_ranks", "tree_mechanism"]
+__all__ = ["banded_mechanism", "chosen_mechanism", "mechanism_in_turn", "refuse_other_ranks"]
 
 
 def banded_mechanism(
@@ -35,13 +36,14 @@ def banded_mechanism(
     return BandedMechanism(noise_multiplier, C, expected_batch_size, seed, secure, coefficients=coefficients)
 
 
-def tree_mechanism(
-    engine: Engine, noise_multiplier: float, expected_batch_size: float, seed: int, secure: bool, *, steps: int
-) -> TreeMechanism:
-    """Noise in a tree over each ``steps`` steps, for the C of the model."""
+def mechanism_in_turn(
+    engine: Engine, kind: str, noise_multiplier: float, expected_batch_size: float, seed: int, secure: bool, steps: int
+) -> Mechanism:
+    """Noise that is correlated over each ``steps`` steps, by a "tree" or by "buffers", for the C of the model."""
     refuse_bad_numbers(noise_multiplier, expected_batch_size)
     check_seed(seed, secure=secure)
-    return TreeMechanism(noise_multiplier, engine.max_grad_norm, expected_batch_size, seed, secure, steps=steps)
+    made = {"tree": TreeMechanism, "buffers": BufferedMechanism}[kind]
+    return made(noise_multiplier, engine.max_grad_norm, expected_batch_size, seed, secure, steps=steps)
 
 
 def chosen_mechanism(

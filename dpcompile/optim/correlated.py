@@ -124,10 +124,10 @@ def refuse_other_matrix(own: Mapping[str, Any], current: Mapping[str, Any]) -> N
                 if saved is not None
                 else "make it with the mechanism of the saved run",
             )
-    if bool(own.get("tree")) != bool(current.get("tree")):
-        one, other = ("" if state.get("tree") else "not " for state in (own, current))
+    kinds = [state.get("in_turn") or "bands" for state in (own, current)]
+    if kinds[0] != kinds[1] and current.get("bands", 1) > 1:
         raise PrivacyError(
-            f"the noise was {one}that of a tree in the saved run, and is {other}here: its rows belong together",
+            f"the noise was made by {kinds[0]} in the saved run, and is by {kinds[1]} here: its rows belong together",
             remedy="make the run with the mechanism of the saved run",
         )
     if "coefficients" not in current:

@@ -24,6 +24,7 @@ from dpcompile.distributed.ranks import world_size
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
+from dpcompile.noise.buffered import BufferedMechanism
 from dpcompile.noise.exact import EXCESS, ExactMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 from dpcompile.noise.tree import TreeMechanism
@@ -142,6 +143,9 @@ def _privacy(
         yield "Gaussian DP", f"μ = {mu:.4f}, regret {regret:.4f}"
     if isinstance(mechanism, TreeMechanism):
         over = f"in a tree over each {mechanism.steps} steps, of which each {unit} is in {mechanism.height} nodes"
+        yield "noise", f"{over}; the noise multiplier is that of all of them together"
+    elif isinstance(mechanism, BufferedMechanism):
+        over = f"correlated over each {mechanism.steps} steps by {len(mechanism.powers.weights)} buffers"
         yield "noise", f"{over}; the noise multiplier is that of all of them together"
     elif mechanism.bands > 1:
         yield "noise", f"correlated over {mechanism.bands} steps, of which each counts once, begun or whole"

@@ -1,6 +1,6 @@
 """What every rank of tests/distributed/test_correlated_ranks.py runs, with a directory.
 
-The same for noise of the last steps ("bands") and for noise in a tree over each pass ("tree").
+The same for noise of the last steps ("bands"), and for noise over a pass, in a "tree" or by "buffers".
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ STEPS, SAVED = 11, 4
 # Options of the loader and of make_private; what is counted after SAVED and STEPS steps.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, int]]] = {
     "bands": ({"bands": 3}, {}, (2, 4)),
-    "tree": ({"in_turn": True}, {"tree": True}, (1, 2)),  # passes of ten steps
+    "tree": ({"in_turn": True}, {"in_turn": "tree"}, (1, 2)),  # passes of ten steps
+    "buffers": ({"in_turn": True}, {"in_turn": "buffers"}, (1, 2)),
 }
 
 

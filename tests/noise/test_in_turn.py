@@ -1,8 +1,9 @@
-"""Noise in a tree: which nodes a step has, what adds up, what it costs, and what may not change in a run."""
+"""Examples in turn, with noise in a tree or by buffers: what adds up, what it costs, what may not change in a run."""
 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from typing import Any
 
@@ -17,7 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import dpcompile
 from dpcompile import AdaptiveClip, DPOptimizer, PoissonLoader, PrivacyError, calibrate_noise
 from dpcompile.noise.banded import BandedMechanism
+from dpcompile.noise.buffered import BufferedMechanism
+from dpcompile.noise.buffers import Powers, optimal_powers
+from dpcompile.noise.counter import Stream
 from dpcompile.noise.mechanism import Release
+from dpcompile.noise.normal import gaussian
+from dpcompile.noise.strategy import optimal_coefficients, prefix_error
 from dpcompile.noise.tree import TreeMechanism, nodes
 
 make_private: Any = dpcompile.make_private
@@ -76,17 +82,71 @@ def test_what_adds_up(steps: int, secure: bool) -> None:
     assert (found - wanted).abs().max() < 6 * height * steps.bit_length() / 20_000**0.5
 
 
-def test_parts_of_parameters() -> None:
-    """The same noise whatever is released together, in which layout and dtype."""
+@pytest.mark.parametrize("make", [TreeMechanism, BufferedMechanism])
+def test_parts_of_parameters(make: Any) -> None:
+    """The same noise whatever is released together, in which layout and dtype, and after which steps."""
+
+    def own() -> Any:
+        return make(1.0, 1.0, 4.0, 5, steps=8)
+
     whole = torch.zeros(6, 5)
-    own = mechanism(8, expected_batch_size=4.0)
-    own.release(Release([whole], [3], 5))
+    own().release(Release([whole], [3], 13))
     first, second = torch.zeros(2, 5), torch.zeros(4, 5).T.contiguous().T
-    mechanism(8, expected_batch_size=4.0).release(Release([first, second], [3, 3], 5, [[(0, 10)], [(10, 20)]]))
-    torch.testing.assert_close(torch.cat([first, second]), whole, rtol=0, atol=0)
+    own().release(Release([first, second], [3, 3], 13, [[(0, 10)], [(10, 20)]]))
+    torch.testing.assert_close(torch.cat([first, second]), whole, rtol=0, atol=1e-7)
     wide = torch.zeros(6, 5, dtype=torch.float64)
-    mechanism(8, expected_batch_size=4.0).release(Release([wide], [3], 5))
+    own().release(Release([wide], [3], 13))
     torch.testing.assert_close(wide.float(), whole, rtol=1e-5, atol=1e-6)
+    after = own()
+    for step in (8, 9, 11, 12, 9, 13):
+        again = torch.zeros(6, 5)
+        after.release(Release([again], [3], step))
+    torch.testing.assert_close(again, whole, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_rows_by_buffers(secure: bool) -> None:
+    """Against C^-1 z by a dense matrix, over two blocks."""
+    powers, count = Powers((0.5, 0.2), (0.4, 0.9)), 7
+    own = BufferedMechanism(2.0, 3.0, 1.0, 5, secure, steps=count, powers=powers)
+    found = released(own, 2 * count, 50).view(2, count, 50)
+    t = torch.arange(1, count, dtype=torch.float64)
+    column = torch.cat([torch.ones(1), 0.5 * 0.4 ** (t - 1) + 0.2 * 0.9 ** (t - 1)])
+    dense = torch.stack([torch.cat([torch.zeros(i), column[: count - i]]) for i in range(count)], 1).double()
+    z = torch.stack([
+        gaussian(5, step=s, parameter=0, numel=50, dtype=torch.float64, secure=secure, stream=Stream.BUFFERED)
+        for s in range(2 * count)
+    ]).view(2, count, 50)  # fmt: skip
+    torch.testing.assert_close(found, 6.0 * column.norm() * torch.linalg.solve(dense, z), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 64, 256])
+def test_powers_are_nearly_the_best(steps: int) -> None:
+    best = prefix_error(optimal_coefficients(steps, steps, steps), steps, steps)
+    assert best * (1 - 1e-6) <= optimal_powers(steps).error(steps, steps) <= 1.01 * best
+
+
+def test_powers_of_long_passes() -> None:
+    """Less than the square root's bound, 1 + (ln(T) + 0.6) / pi (Fichtenberger et al. 2023), and half of a tree's."""
+    assert optimal_powers(10_000).error(10_000, 10_000) < 1 + (math.log(10_000) + 0.6) / math.pi
+    tree = (sum(t.bit_count() for t in range(1, 10_001)) / 10_000 * (10_000).bit_length()) ** 0.5
+    assert optimal_powers(10_000).error(10_000, 10_000) < tree / 2
+
+
+@pytest.mark.parametrize(
+    ("weights", "decays"),
+    [
+        ((), ()),
+        ((0.5,), (0.5, 0.5)),
+        ((0.6, 0.6), (0.5, 0.5)),
+        ((0.5,), (1.0,)),
+        ((-0.1,), (0.5,)),
+        ((0.5,), (float("nan"),)),
+    ],
+)
+def test_powers_that_are_none(weights: Any, decays: Any) -> None:
+    with refused("weights are"):
+        Powers(weights, decays)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 8, 1000])
@@ -106,7 +166,7 @@ def data(count: int = 40) -> TensorDataset:
 
 def private(**options: Any) -> tuple[Any, DPOptimizer, PoissonLoader]:
     model = net()
-    options = {"noise_multiplier": 1.0, "tree": True, "seed": 7, "backend": "eager", **options}
+    options = {"noise_multiplier": 1.0, "in_turn": "tree", "seed": 7, "backend": "eager", **options}
     return make_private(model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(data(), batch_size=8), **options)
 
 
@@ -121,8 +181,9 @@ def train(model: Any, optimizer: DPOptimizer, loader: Any) -> list[int]:
     return seen
 
 
-def test_each_example_once_in_a_pass() -> None:
-    model, optimizer, loader = private()
+@pytest.mark.parametrize("kind", ["tree", "buffers"])
+def test_each_example_once_in_a_pass(kind: str) -> None:
+    model, optimizer, loader = private(in_turn=kind)
     assert (len(loader), loader.bands, loader.sample_rate, loader.expected_batch_size) == (5, 5, 1.0, 8)
     first, second = train(model, optimizer, loader), train(model, optimizer, loader)
     assert sorted(first) == sorted(second) == list(range(40))
@@ -131,8 +192,11 @@ def test_each_example_once_in_a_pass() -> None:
     assert optimizer.accountant.history == [(1.0, 1.0, 2)]
 
 
-def test_the_target_is_met() -> None:
-    model, optimizer, loader = private(noise_multiplier=None, target_epsilon=4.0, target_delta=1e-3, epochs=2)
+@pytest.mark.parametrize("kind", ["tree", "buffers"])
+def test_the_target_is_met(kind: str) -> None:
+    model, optimizer, loader = private(
+        in_turn=kind, seed=8, noise_multiplier=None, target_epsilon=4.0, target_delta=1e-3, epochs=2
+    )
     train(model, optimizer, loader)
     train(model, optimizer, loader)
     assert optimizer.accountant is not None
@@ -141,31 +205,37 @@ def test_the_target_is_met() -> None:
         target_epsilon=4.0, target_delta=1e-3, sample_rate=1.0, steps=10, bands=5
     )
     text = str(optimizer.report(1e-3))
-    assert "in a tree over each 5 steps, of which each example is in 3 nodes" in text
+    told = {
+        "tree": "in a tree over each 5 steps, of which each example is in 3 nodes",
+        "buffers": "5 steps by 4 buffers",
+    }
+    assert told[kind] in text
 
 
 def weights(model: Any) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_a_resumed_run() -> None:
-    whole, optimizer, loader = private(seed=21)
+@pytest.mark.parametrize("kind", ["tree", "buffers"])
+def test_a_resumed_run(kind: str) -> None:
+    whole, optimizer, loader = private(in_turn=kind, seed=21)
     train(whole, optimizer, loader)
     states = [copy.deepcopy(x.state_dict()) for x in (whole, optimizer, loader)]
     train(whole, optimizer, loader)
     wanted = weights(whole)
     del whole, optimizer, loader
-    resumed, optimizer, loader = private(seed=22)
+    resumed, optimizer, loader = private(in_turn=kind, seed=22)
     for own, state in zip((resumed, optimizer, loader), states, strict=True):
         own.load_state_dict(state)
     train(resumed, optimizer, loader)
     torch.testing.assert_close(weights(resumed), wanted, rtol=0, atol=1e-7)
 
 
-def test_compile_step() -> None:
+@pytest.mark.parametrize("kind", ["tree", "buffers"])
+def test_compile_step(kind: str) -> None:
     found = []
     for compiled in (False, True):
-        model, optimizer, loader = private(seed=31)
+        model, optimizer, loader = private(in_turn=kind, seed=31 + len(kind))
         if compiled:
             step = dpcompile.compile_step(model, F.cross_entropy, optimizer)
             for _, x, y in loader:
@@ -207,10 +277,12 @@ def test_options_that_make_no_sense() -> None:
     with refused("in_turn, and an expected_batch_size of 50, not in (0, 40]"):
         PoissonLoader(data(), in_turn=True, expected_batch_size=50)
     model = net()
+    with refused("in_turn is 'trees'"):
+        private(in_turn="trees")
     with refused("in_turn is True, and the PoissonLoader has False"):
         make_private(
             model, torch.optim.SGD(model.parameters(), lr=0.1), PoissonLoader(data(), expected_batch_size=8),
-            tree=True, noise_multiplier=1.0, backend="eager",
+            in_turn="tree", noise_multiplier=1.0, backend="eager",
         )  # fmt: skip
 
 
@@ -230,7 +302,11 @@ def test_states_of_other_mechanisms() -> None:
     train(model, optimizer, loader)
     state = optimizer.state_dict()
     del model, optimizer, loader
-    with refused("the noise was that of a tree in the saved run, and is not here"):
+    with refused("the noise was made by tree in the saved run, and is by buffers here"):
+        other = dpcompile.dp_compile(net(), backend="eager")
+        buffered = BufferedMechanism(1.0, 1.0, 8, 42, steps=5)
+        DPOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), other, mechanism=buffered).load_state_dict(state)
+    with refused("the noise was made by tree in the saved run, and is by bands here"):
         other = dpcompile.dp_compile(net(), backend="eager")
         banded = BandedMechanism(1.0, 1.0, 8, 43, coefficients=[1.0] * 5)
         DPOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), other, mechanism=banded).load_state_dict(state)
