@@ -43,7 +43,8 @@ class Users:
         PrivacyError: not one user for each example, an example without a user, or a k that is no number of rows.
 
     **Guarantee.** Every example is its user's alone: a batch made by :meth:`request` has for each user that it asks for
-    k rows, one after the other, of examples of that user, each of them once with mask True.
+    k rows, one after the other, of examples of that user, each of them once with mask True. A dataset's
+    ``__getitems__`` is asked for one user's at a time, so that nothing rests on the order in which it answers.
 
     ==========================================  ==================================================================
     edge case                                   outcome
@@ -85,7 +86,7 @@ class Users:
             chosen = self._chosen(user, users.step, seed, secure)
             indices += [chosen[i % len(chosen)] for i in range(k)]
             counted += [i < len(chosen) for i in range(k)]
-        return users._replace(indices=indices, size=users.size * k, counted=counted)
+        return users._replace(indices=indices, size=users.size * k, counted=counted, each=k)
 
     def _chosen(self, user: int, step: int, seed: int, secure: bool) -> list[int]:
         start, size = int(self._starts[user]), int(self._sizes[user])
