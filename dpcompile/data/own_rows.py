@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,19 +13,20 @@ from dpcompile.errors import PrivacyError
 
 __all__ = ["Leaf", "refuse_other_rows"]
 
-Leaf = tuple[str, Any, int]  # where in the batch, what is there, and the dimension of the examples
+Leaf = tuple[str, Any, int]  # where in the batch, what is there, and the dimension of the examples; -1 for none
 
 
 def refuse_other_rows(leaves: Sequence[Leaf], examples: Sequence[Any], alone: Callable[[Any], list[Any]]) -> None:
     """Raise PrivacyError unless rows are the examples', in order.
 
     Args:
-        leaves: of the batch, those that have a row for each example.
+        leaves: of the batch.
         examples: of which it was collated.
         alone: the same leaves of a batch of one example.
 
     **Guarantee.** Of what passes, row i holds all that the collation makes of example i alone, before or behind it one
-    number, the same in all rows of a leaf: nothing of another example but that number.
+    number, the same in all rows of a leaf: nothing of another example but that number. What has no rows may tell how
+    long the longest is; no floating-point number in it is another one for one example alone.
 
     ======================================================  ===========================================
     edge case                                               outcome
@@ -34,6 +36,8 @@ def refuse_other_rows(leaves: Sequence[Leaf], examples: Sequence[Any], alone: Ca
     an example twice in the batch, as one object            collated alone once
     a collation with randomness of its own                  refused: rows differ from time to time
     texts, and other rows that are no tensors               compared with ``==``
+    a mean of the batch beside the rows                     refused
+    a length beside the rows, or what is made of it         right; a count of examples or tokens is not seen
     ======================================================  ===========================================
     """
     found: dict[int, list[Any]] = {}
@@ -42,7 +46,9 @@ def refuse_other_rows(leaves: Sequence[Leaf], examples: Sequence[Any], alone: Ca
         if id(example) not in found:
             found[id(example)] = [_row(x, 0, dim) for x, (_, _, dim) in zip(alone(example), leaves, strict=True)]
         for (path, leaf, dim), own, filling in zip(leaves, found[id(example)], fillings, strict=True):
-            if not _holds(_row(leaf, i, dim), own, filling):
+            if dim < 0:
+                _refuse_other_number(path, leaf, own)
+            elif not _holds(_row(leaf, i, dim), own, filling):
                 raise PrivacyError(
                     f"row {i} of what collate_fn returns{f' at {path}' if path else ''} is not example {i}: with "
                     "groups it must be known whose each row is",
@@ -51,7 +57,22 @@ def refuse_other_rows(leaves: Sequence[Leaf], examples: Sequence[Any], alone: Ca
                 )
 
 
+def _refuse_other_number(path: str, shared: Any, own: Any) -> None:
+    """Floating-point numbers that go by which examples there are, in what all of them share."""
+    numbers = [torch.as_tensor(x) for x in (shared, own) if isinstance(x, (Tensor, np.ndarray, np.floating, float))]
+    if len(numbers) < 2 or not numbers[0].is_floating_point() or numbers[0].shape != numbers[1].shape:
+        return
+    if not torch.equal(_of_number(numbers[0]), _of_number(numbers[1])):
+        raise PrivacyError(
+            f"what collate_fn returns{f' at {path}' if path else ''} has no row for each example, and is another for "
+            "one example alone: with groups nothing may be made of the examples of several users",
+            remedy="compute it in the model, where what mixes is refused, or of public data, once for all",
+        )
+
+
 def _row(leaf: Any, index: int, dim: int) -> Any:
+    if dim < 0:
+        return leaf
     if isinstance(leaf, (list, tuple)):
         return leaf[index]
     return torch.as_tensor(leaf).select(dim, index)

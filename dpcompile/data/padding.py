@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,8 +142,8 @@ class PaddedCollate:
         dims = self._example_dims(data, seen)
         _refuse_other_count(data, dims, len(seen))
         if request.counted is not None and self.collate_fn is not default_collate:
-            held = [(path, leaf, dim) for (path, leaf), dim in zip(_leaves(data), dims, strict=True) if dim >= 0]
-            refuse_other_rows(held, seen, partial(self._alone, dims))
+            leaves = [(path, leaf, dim) for (path, leaf), dim in zip(_leaves(data), dims, strict=True)]
+            refuse_other_rows(leaves, seen, self._alone)
         filling = None if self.padding_example is None else self.collate_fn([self.padding_example])
         values = iter([None] * len(dims) if filling is None else [leaf for _, leaf in _leaves(filling)])
         along = iter(dims)
@@ -155,9 +154,8 @@ class PaddedCollate:
             mask[:real] = torch.tensor(request.counted, dtype=torch.bool)
         return Collated(padded, mask, tensors, request)
 
-    def _alone(self, dims: tuple[int, ...], example: Any) -> list[Any]:
-        found = zip(_leaves(self.collate_fn([example])), dims, strict=True)
-        return [leaf for (_, leaf), dim in found if dim >= 0]
+    def _alone(self, example: Any) -> list[Any]:
+        return [leaf for _, leaf in _leaves(self.collate_fn([example]))]
 
     def _example_dims(self, data: Any, seen: list[Any]) -> tuple[int, ...]:
         """For every leaf of the collated data the dimension that holds the examples, or -1."""

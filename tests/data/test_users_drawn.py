@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from typing import Any
@@ -324,6 +325,26 @@ def positions(items: list[Tensor]) -> Tensor:
 def test_collations_that_fill_up_with_other_than_a_number(collate: Any) -> None:
     with pytest.raises(PrivacyError, match=r"is not example \d+: with groups it must be known whose.*\n.*one number"):
         next(iter(loader_of(Texts(), collate_fn=collate, sample_rate=1.0).batches()))
+
+
+@pytest.mark.parametrize("as_number", [float, lambda mean: mean, lambda mean: mean.numpy()])
+def test_a_collation_that_tells_of_all_examples(as_number: Any) -> None:
+    def collate(items: list[Any]) -> Any:
+        index, x, y = stack(items)
+        return index, x, y, as_number(x.mean())
+
+    message = r"what collate_fn returns at \[3\] has no row for each example, and is another for one example alone"
+    with pytest.raises(PrivacyError, match=message):
+        next(iter(loader_of(collate_fn=collate, sample_rate=1.0).batches()))
+
+
+def test_a_collation_that_tells_how_long_sequences_are() -> None:
+    def collate(items: list[Tensor]) -> Any:
+        filled = nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=-1)
+        length = filled.shape[1]
+        return filled, length, torch.ones(length, length).tril(), 0.5, math.nan
+
+    assert len(list(loader_of(Texts(), collate_fn=collate, steps=3).batches())) >= 3
 
 
 class Together(Dataset[Any]):
