@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,18 @@ def test_what_is_chosen_goes_by_step_and_seed() -> None:
     assert asked[0] != users.request(Request([0], 1, 0), 7, secure=True).indices
 
 
+class NA:
+    """As pandas has it."""
+
+    def __ne__(self, other: object) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+    __hash__ = object.__hash__
+
+
 @pytest.mark.parametrize(
     "groups",
     [torch.tensor([3, 3, 1, 9]), np.array([3, 3, 1, 9]), ["a", "a", "b", "c"], (1, 1.0, 2, None), [0.5, 0.5, 1.5, 2.5]],
@@ -124,6 +137,10 @@ def test_names_of_users(groups: Any) -> None:
         ({"groups": np.zeros((N, 2))}, "groups is an array [60, 2]"),
         ({"groups": [[1]] * N}, "groups[0] is a list, which cannot be told from others"),
         ({"groups": [float("nan")] * N}, "example 0 has no user"),
+        ({"groups": [Decimal("NaN")] * N}, "example 0 has no user"),
+        ({"groups": [1, *[NA()] * (N - 1)]}, "example 1 has no user"),
+        ({"groups": [np.zeros(2)] * N}, "groups[0] is a ndarray, which cannot be told from others"),
+        ({"groups": [*"1" * 30, *[1] * 30]}, "groups holds 1 and '1': if that is one user, it would count as two"),
         ({"groups": None}, "examples_per_user without groups"),
         ({"examples_per_user": None}, "groups without examples_per_user"),
         ({"examples_per_user": 0}, "examples_per_user is 0"),
