@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpcompile.batches.row_keys import row_bytes, row_keys
 from dpcompile.errors import PrivacyError
+from dpcompile.kernels.content import different, fingerprints
 
 __all__ = ["DrawnBatch", "Match", "recognised", "refuse_moved_rows"]
 
@@ -32,6 +33,7 @@ class DrawnBatch:
         of_pass: the pass over the loader that it is from.
         of_users: whose each row is goes by its place.
         keys: of the rows of each tensor, as they were handed out: ``[B]``.
+        contents: of users, the fingerprint of each tensor then: keys are those of some of a row's elements.
     """
 
     rows: list[Located]
@@ -43,9 +45,11 @@ class DrawnBatch:
     of_pass: object = None
     of_users: bool = False
     keys: list[list[int]] = field(init=False)
+    contents: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.keys = [row_keys(*row).tolist() for row in self.rows]
+        self.contents = fingerprints([tensor for tensor, _ in self.rows]) if self.of_users else []
 
     @property
     def identities(self) -> list[int]:
@@ -130,12 +134,13 @@ _AS_DRAWN = _Pair()
 
 def _by_memory(tensor: Tensor, dim: int, batch: DrawnBatch) -> _Pair | None:
     """None: it is this memory, and holds other rows than were drawn."""
-    for (drawn, along), keys in zip(batch.rows, batch.keys, strict=True):
+    for i, ((drawn, along), keys) in enumerate(zip(batch.rows, batch.keys, strict=True)):
         if not _shares_memory(tensor, dim, drawn, along):
             continue
         now = row_keys(drawn, along).tolist()
         if now == keys:
-            return _AS_DRAWN
+            changed = batch.of_users and different(batch.contents[i : i + 1], fingerprints([drawn]))
+            return None if changed else _AS_DRAWN
         return _Pair(now, keys) if sorted(now) == sorted(keys) else None
     return _OTHER
 

@@ -199,8 +199,7 @@ class PoissonLoader:
         check_seed(self.seed, secure=secure)
         self.dataset, self.collate_fn, self.padding_example = dataset, collate_fn or default_collate, padding_example
         self.expected_batch_size, self.physical_batch_size = rate.expected_batch_size, physical_batch_size
-        self.sample_rate, self.from_size = rate.sample_rate, rate.from_size or bool(in_turn)
-        self.secure, self.bands, self.max_batch_size = secure, bands, max_batch_size
+        self.from_size, self.secure, self.bands = rate.from_size or bool(in_turn), secure, bands
         self.in_turn = bool(in_turn)
         self.step = 0
         self._length = rate.steps
@@ -212,7 +211,7 @@ class PoissonLoader:
         self._sampler = (PoissonBatches if bands == 1 else partial(CyclicBatches, bands=bands))(
             seed=self.seed,
             size=size,
-            sample_rate=self.sample_rate,
+            sample_rate=rate.sample_rate,
             physical_batch_size=physical_batch_size,
             secure=secure,
             rank=rank,
@@ -289,6 +288,16 @@ class PoissonLoader:
     def dataset_size(self) -> int:
         """How many examples, or users, are drawn from."""
         return self._sampler.size
+
+    @property
+    def sample_rate(self) -> float:
+        """The chance of each example; it stays what it was, for an accountant was told."""
+        return self._sampler.sample_rate
+
+    @property
+    def max_batch_size(self) -> int | None:
+        """The cap on draws, that likewise stays."""
+        return self._sampler.max_batch_size
 
     @property
     def examples_per_user(self) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import default_collate
 
+from dpcompile.data.own_rows import refuse_other_rows
 from dpcompile.errors import PrivacyError
 
 __all__ = ["Collated", "PaddedCollate", "Request", "RequestedExamples", "rows_of"]
@@ -32,6 +33,7 @@ class Request(NamedTuple):
     part: int = 0  # of the logical step's batches
     parts: int = 1
     counted: list[bool] | None = None  # of users: which rows are no repetition, and rows keep their order; None: all
+    each: int = 0  # of users: how many of the indices, in a row, are one's
 
     @property
     def starts_step(self) -> bool:
@@ -82,9 +84,18 @@ class RequestedExamples:
 
     def __getitems__(self, request: Request) -> tuple[Request, list[Any], Any]:
         """The request, its examples, and an item to learn the structure from where none was drawn."""
-        indices = list(dict.fromkeys(request.indices))
+        every, each = request.indices, request.each or len(request.indices) or 1
+        of_index: dict[int, Any] = {}
+        for start in range(0, len(every), each):  # a user at a time: the items of a call may come in another order
+            of_index |= self._examples(list(dict.fromkeys(every[start : start + each])))
+        spare = self.padding_example
+        if spare is None and not of_index:
+            spare = self.dataset[0]
+        return request, [of_index[i] for i in request.indices], spare
+
+    def _examples(self, indices: list[int]) -> dict[int, Any]:
         batched = getattr(self.dataset, "__getitems__", None)
-        examples = list(batched(indices)) if batched is not None and indices else [self.dataset[i] for i in indices]
+        examples = list(batched(indices)) if batched is not None else [self.dataset[i] for i in indices]
         if len(examples) != len(indices):
             raise PrivacyError(
                 f"the dataset's __getitems__ gave {len(examples)} items for {len(indices)} indices: one index is one "
@@ -92,11 +103,7 @@ class RequestedExamples:
                 remedy="give one item for each index; what belongs to one index may be a dimension within the item "
                 "(then a sum or mean over it in the model), or expand the dataset first and count each piece",
             )
-        spare = self.padding_example
-        if spare is None and not examples:
-            spare = self.dataset[0]
-        of_index = dict(zip(indices, examples, strict=True))
-        return request, [of_index[i] for i in request.indices], spare
+        return dict(zip(indices, examples, strict=True))
 
 
 class PaddedCollate:
@@ -135,7 +142,8 @@ class PaddedCollate:
         dims = self._example_dims(data, seen)
         _refuse_other_count(data, dims, len(seen))
         if request.counted is not None and self.collate_fn is not default_collate:
-            self._refuse_other_order(data, dims, seen)
+            leaves = [(path, leaf, dim) for (path, leaf), dim in zip(_leaves(data), dims, strict=True)]
+            refuse_other_rows(leaves, seen, self._alone)
         filling = None if self.padding_example is None else self.collate_fn([self.padding_example])
         values = iter([None] * len(dims) if filling is None else [leaf for _, leaf in _leaves(filling)])
         along = iter(dims)
@@ -146,22 +154,8 @@ class PaddedCollate:
             mask[:real] = torch.tensor(request.counted, dtype=torch.bool)
         return Collated(padded, mask, tensors, request)
 
-    def _refuse_other_order(self, data: Any, dims: tuple[int, ...], seen: list[Any]) -> None:
-        """Raise PrivacyError unless row i is what the collation makes of example i, filled up before or behind."""
-        rows = [(path, leaf, dim) for (path, leaf), dim in zip(_leaves(data), dims, strict=True) if dim >= 0]
-        alone: dict[int, list[Any]] = {}
-        for i, example in enumerate(seen):
-            if id(example) not in alone:
-                found = zip(_leaves(self.collate_fn([example])), dims, strict=True)
-                alone[id(example)] = [_row(leaf, 0, dim) for (_, leaf), dim in found if dim >= 0]
-            for (path, leaf, dim), row in zip(rows, alone[id(example)], strict=True):
-                if not _holds(_row(leaf, i, dim), row):
-                    raise PrivacyError(
-                        f"row {i} of what collate_fn returns{_at(path)} is not example {i}: with groups it must be "
-                        "known whose each row is",
-                        remedy="let collate_fn keep the order of the examples, and make each row of its example alone; "
-                        "sort, augment and mix in the dataset or in the model",
-                    )
+    def _alone(self, example: Any) -> list[Any]:
+        return [leaf for _, leaf in _leaves(self.collate_fn([example]))]
 
     def _example_dims(self, data: Any, seen: list[Any]) -> tuple[int, ...]:
         """For every leaf of the collated data the dimension that holds the examples, or -1."""
@@ -269,28 +263,6 @@ def _grown(path: str, leaf: Any, other: Any, count: int) -> int:
             remedy="return one row for each example; what belongs to one example may be a dimension within the row",
         )
     return changed[0] if changed else -1
-
-
-def _row(leaf: Any, index: int, dim: int) -> Any:
-    """One row of a leaf."""
-    if isinstance(leaf, (list, tuple)):
-        return leaf[index]
-    return torch.as_tensor(leaf).select(dim, index)
-
-
-def _holds(row: Any, alone: Any) -> bool:
-    """Whether a row is the one of its example alone, filled up behind or before it."""
-    if not isinstance(row, Tensor):
-        return bool(row == alone)
-    sizes = list(zip(row.shape, alone.shape, strict=False))
-    if row.dtype != alone.dtype or row.ndim != alone.ndim or any(a < b for a, b in sizes):
-        return False
-    front, end = tuple(slice(b) for _, b in sizes), tuple(slice(a - b, None) for a, b in sizes)
-    return any(torch.equal(_of_number(row[place]), _of_number(alone)) for place in (front, end))
-
-
-def _of_number(x: Tensor) -> Tensor:
-    return x.nan_to_num() if x.is_floating_point() else x
 
 
 def _refuse_other_count(data: Any, dims: tuple[int, ...], count: int) -> None:

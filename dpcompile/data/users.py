@@ -8,7 +8,6 @@ examples from each user in a step.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -43,7 +42,8 @@ class Users:
         PrivacyError: not one user for each example, an example without a user, or a k that is no number of rows.
 
     **Guarantee.** Every example is its user's alone: a batch made by :meth:`request` has for each user that it asks for
-    k rows, one after the other, of examples of that user, each of them once with mask True.
+    k rows, one after the other, of examples of that user, each of them once with mask True. A dataset's
+    ``__getitems__`` is asked for one user's at a time, so that nothing rests on the order in which it answers.
 
     ==========================================  ==================================================================
     edge case                                   outcome
@@ -51,8 +51,9 @@ class Users:
     a user of more than k examples              in each step k of them, at random, without replacement
     a user of fewer                             all of them; the other rows repeat them, with mask False
     users that differ in size                   each is drawn with the same chance, and clipped to the same C
-    None or NaN for a user                      refused: nobody's example would be everybody's
+    None, NaN, NaT or NA for a user             refused: nobody's example would be everybody's
     1 and 1.0, or True                          the same user, as Python has it
+    1 and "1"                                   refused: it may be one user, twice
     ==========================================  ==================================================================
     """
 
@@ -85,7 +86,7 @@ class Users:
             chosen = self._chosen(user, users.step, seed, secure)
             indices += [chosen[i % len(chosen)] for i in range(k)]
             counted += [i < len(chosen) for i in range(k)]
-        return users._replace(indices=indices, size=users.size * k, counted=counted)
+        return users._replace(indices=indices, size=users.size * k, counted=counted, each=k)
 
     def _chosen(self, user: int, step: int, seed: int, secure: bool) -> list[int]:
         start, size = int(self._starts[user]), int(self._sizes[user])
@@ -125,7 +126,7 @@ def _numbered(groups: Any, size: int) -> Tensor:
     found = []
     for i, value in enumerate(values):
         value = value.item() if isinstance(value, (Tensor, np.generic)) else value
-        if value is None or (isinstance(value, float) and math.isnan(value)):
+        if _is_nobody(value):
             raise PrivacyError(
                 f"example {i} has no user: groups[{i}] is {value!r}",
                 remedy="leave such examples out of the dataset, or give each a user of its own",
@@ -134,7 +135,24 @@ def _numbered(groups: Any, size: int) -> Tensor:
             found.append(numbers.setdefault(value, len(numbers)))
         except TypeError:
             raise _no_groups(f"groups[{i}] is a {type(value).__name__}, which cannot be told from others") from None
+    names = {value for value in numbers if isinstance(value, str)}
+    for value in numbers:
+        if not isinstance(value, str) and str(value) in names:
+            raise PrivacyError(
+                f"groups holds {value!r} and {str(value)!r}: if that is one user, it would count as two",
+                remedy="give numbers or names, not both",
+            )
     return torch.tensor(found)
+
+
+def _is_nobody(value: Any) -> bool:
+    """None, and what is not equal to itself: NaN, NaT, and NA, which does not say."""
+    try:
+        return value is None or bool(value != value)
+    except TypeError:
+        return True  # NA of pandas
+    except ValueError:
+        return False  # an array
 
 
 def _no_groups(what: str) -> PrivacyError:

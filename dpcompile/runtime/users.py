@@ -35,7 +35,7 @@ def check_rows(dims: Iterable[tuple[str, Tensor, int | None]], examples_per_user
                 f"input '{name}' has {tensor.shape[dim]} rows, which is no multiple of "
                 f"examples_per_user={examples_per_user}: its last user would have fewer",
                 remedy="give each user of a batch examples_per_user rows, one after the other, and fill up with rows "
-                "whose mask is False, as PoissonLoader(groups=...) does",
+                "whose mask is False, as PoissonLoader(groups=...) does; evaluate under torch.no_grad()",
             )
 
 
@@ -89,8 +89,10 @@ def leave_out(outputs: Sequence[Any], labels: Sequence[Label], rows: Tensor | No
             )
 
 
-def _without(rows: Tensor, axis: Examples, inside: int, cotangent: Tensor) -> Tensor:
-    """``[.., outer * U * k * inside, ..]`` with zeros for the rows that are none."""
+def _without(rows: Tensor, axis: Examples, inside: int, cotangent: Tensor | None) -> Tensor | None:
+    """``[.., outer * U * k * inside, ..]`` with zeros for the rows that are none; None: the loss has no use for it."""
+    if cotangent is None:
+        return None
     apart = cotangent.unflatten(axis.dim, (-1, len(rows), inside))
     keep = rows.to(cotangent.device).view(-1, *([1] * (apart.ndim - axis.dim - 2)))
     return torch.where(keep, apart, 0).flatten(axis.dim, axis.dim + 2)

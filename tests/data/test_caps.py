@@ -144,6 +144,14 @@ def test_every_step_has_as_many_physical_batches(cap: int, physical: int, world:
     assert min(map(len, wanted)) == 0
 
 
+def test_what_was_told_to_an_accountant_stays() -> None:
+    loader = loader_of(10)
+    for name in ("max_batch_size", "sample_rate"):
+        with pytest.raises(AttributeError):
+            setattr(loader, name, 1)
+    assert loader.truncation == (N, 10)
+
+
 def test_padding_alone() -> None:
     """Physical batches behind the examples of a small draw hold padding, and end the step."""
     loader = loader_of(10, expected=0.2, steps=6, physical_batch_size=4)

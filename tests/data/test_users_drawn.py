@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -41,8 +43,10 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def private(dataset: Any = None, max_grad_norm: Any = 0.3, **options: Any) -> tuple[Any, DPOptimizer, PoissonLoader]:
-    model = net()
+def private(
+    dataset: Any = None, max_grad_norm: Any = 0.3, model: Any = None, **options: Any
+) -> tuple[Any, DPOptimizer, PoissonLoader]:
+    model = net() if model is None else model
     own = {"noise_multiplier": 0.0, "groups": OWNER, "examples_per_user": K, "seed": 3, "backend": "eager", **options}
     loader = DataLoader(data() if dataset is None else dataset, batch_size=4)
     return make_private(model, torch.optim.SGD(model.parameters(), lr=0.5), loader, max_grad_norm=max_grad_norm, **own)
@@ -97,6 +101,18 @@ def test_what_is_chosen_goes_by_step_and_seed() -> None:
     assert asked[0] != users.request(Request([0], 1, 0), 7, secure=True).indices
 
 
+class NA:
+    """As pandas has it."""
+
+    def __ne__(self, other: object) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+    __hash__ = object.__hash__
+
+
 @pytest.mark.parametrize(
     "groups",
     [torch.tensor([3, 3, 1, 9]), np.array([3, 3, 1, 9]), ["a", "a", "b", "c"], (1, 1.0, 2, None), [0.5, 0.5, 1.5, 2.5]],
@@ -121,6 +137,10 @@ def test_names_of_users(groups: Any) -> None:
         ({"groups": np.zeros((N, 2))}, "groups is an array [60, 2]"),
         ({"groups": [[1]] * N}, "groups[0] is a list, which cannot be told from others"),
         ({"groups": [float("nan")] * N}, "example 0 has no user"),
+        ({"groups": [Decimal("NaN")] * N}, "example 0 has no user"),
+        ({"groups": [1, *[NA()] * (N - 1)]}, "example 1 has no user"),
+        ({"groups": [np.zeros(2)] * N}, "groups[0] is a ndarray, which cannot be told from others"),
+        ({"groups": [*"1" * 30, *[1] * 30]}, "groups holds 1 and '1': if that is one user, it would count as two"),
         ({"groups": None}, "examples_per_user without groups"),
         ({"examples_per_user": None}, "groups without examples_per_user"),
         ({"examples_per_user": 0}, "examples_per_user is 0"),
@@ -237,6 +257,31 @@ def test_rows_that_may_be_another_users(change: Any) -> None:
         changed(change)
 
 
+def patch_of_others(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    x[:, 1:5] = x[:, 1:5].flip(0)
+    return x, y
+
+
+def labels_left_out(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    y[:K] = -100
+    return x, y
+
+
+@pytest.mark.parametrize("change", [patch_of_others, labels_left_out])
+def test_a_change_in_part_of_wide_rows(change: Any) -> None:
+    """Of rows of 400 elements 64 are looked at elsewhere. What the model is not given may change."""
+    torch.manual_seed(0)
+    wide = TensorDataset(torch.randn(N, 400), torch.randint(0, 3, (N,)))
+    model, optimizer, loader = private(wide, model=nn.Linear(400, 3))
+    x, y = change(*next(iter(loader)))
+    if change is patch_of_others:
+        with pytest.raises(PrivacyError, match="it cannot be told that rows are still there"):
+            F.cross_entropy(model(x), y).backward()
+        return
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
 @pytest.mark.parametrize(
     "change", [lambda x, y: (x, y), lambda x, y: (x.clone(), y), lambda x, y: (x.view(len(x), 2, 3).flatten(1), y)]
 )
@@ -279,6 +324,64 @@ def test_collations_that_fill_up(side: str) -> None:
         for row, real in zip(batch.data, batch.mask, strict=True):
             own = row[row >= 0]
             assert not real or (len(own) == 1 + int(own[0]) // 10 % 4)
+
+
+def packed(items: list[Tensor]) -> Tensor:
+    """Rows are filled up with the next row."""
+    longest = max(map(len, items))
+    return torch.stack(
+        [torch.cat([a, b, *items])[:longest] for a, b in zip(items, [*items[1:], items[0]], strict=True)]
+    )
+
+
+def positions(items: list[Tensor]) -> Tensor:
+    return torch.arange(max(map(len, items))).expand(len(items), -1)
+
+
+@pytest.mark.parametrize("collate", [packed, positions])
+def test_collations_that_fill_up_with_other_than_a_number(collate: Any) -> None:
+    with pytest.raises(PrivacyError, match=r"is not example \d+: with groups it must be known whose.*\n.*one number"):
+        next(iter(loader_of(Texts(), collate_fn=collate, sample_rate=1.0).batches()))
+
+
+@pytest.mark.parametrize("as_number", [float, lambda mean: mean, lambda mean: mean.numpy()])
+def test_a_collation_that_tells_of_all_examples(as_number: Any) -> None:
+    def collate(items: list[Any]) -> Any:
+        index, x, y = stack(items)
+        return index, x, y, as_number(x.mean())
+
+    message = r"what collate_fn returns at \[3\] has no row for each example, and is another for one example alone"
+    with pytest.raises(PrivacyError, match=message):
+        next(iter(loader_of(collate_fn=collate, sample_rate=1.0).batches()))
+
+
+def test_a_collation_that_tells_how_long_sequences_are() -> None:
+    def collate(items: list[Tensor]) -> Any:
+        filled = nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=-1)
+        length = filled.shape[1]
+        return filled, length, torch.ones(length, length).tril(), 0.5, math.nan
+
+    assert len(list(loader_of(Texts(), collate_fn=collate, steps=3).batches())) >= 3
+
+
+class Together(Dataset[Any]):
+    """Examples are read in the order in which they lie."""
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.tensor(i)
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        return [torch.tensor(i) for i in sorted(indices)]
+
+    def __len__(self) -> int:
+        return N
+
+
+def test_items_that_come_in_another_order() -> None:
+    for batch in loader_of(Together(), sample_rate=1.0, steps=3).batches():
+        for rows, given in zip(batch.data.view(-1, K), batch.mask.view(-1, K), strict=True):
+            own = rows[given].tolist()
+            assert len(set(own)) == len(own) and len({OWNER[i] for i in own}) == bool(own)
 
 
 # --- what must agree -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ CHECKS = {
     "gradients of MLP", "gradients of attention", "gradients of GPT", "clipping by layer", "inductor",
     "gradients of a block twice", "a block twice, by layer",
     "frozen parameters", "one example", "training with noise", "C by a quantile", "secure noise", "loading",
-    "checkpoints", "communication", "refusals", "other rates",
+    "checkpoints", "communication", "refusals", "other rates", "users",
 }  # fmt: skip
 
 

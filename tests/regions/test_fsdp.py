@@ -16,7 +16,7 @@ CHECKS = {
     "two passes, checkpointed", "two passes, parameters kept", "two passes for a budget",
     "clipped by blocks", "clipped by layers", "a block twice, by blocks", "a tied head, by layers",
     "parameters kept after forward", "padding", "micro-batches", "noise", "training with noise", "loading",
-    "checkpoints", "mixed precision", "refusals",
+    "checkpoints", "mixed precision", "refusals", "users", "users, by blocks",
 }  # fmt: skip
 
 FEW = ("noise", "loading", "checkpoints", "replicas", "gradients of GPT")  # of the checks on four ranks
@@ -54,6 +54,7 @@ def _check(world: int, directory: Path) -> None:
     if world > 1:
         more |= {"communication of checkpointed GPT", "communication of two passes", "communication by blocks"}
         more |= {"communication of two checkpointed passes"}
+    more |= {"padding of users"} if world < 4 else set()
     more |= {"inductor"} if world == 2 else set()
     more |= {"replicas of shards", "noise of replicas"} if world == 4 else set()
     assert found == CHECKS | more

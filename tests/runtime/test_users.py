@@ -170,6 +170,28 @@ def test_gradients_of_inputs_are_those_of_the_loss() -> None:
     torch.testing.assert_close(x.grad[whole_users], wanted[whole_users])
 
 
+class Hidden(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.first(x)
+        return hidden, self.last(hidden.tanh())
+
+
+def test_an_output_that_the_loss_has_no_use_for() -> None:
+    torch.manual_seed(1)
+    model, x, y = Hidden(), torch.randn(ROWS, 4), torch.randint(0, 5, (ROWS,))
+    found = per_example_gradients(model, (x,), {}, lambda output, rows: loss(output[1], y[rows]))
+    weigh = SOME.double().view(-1, K)
+    gradients = {n: torch.einsum("uk,uk...->u...", weigh, g.unflatten(0, (-1, K))) for n, g in found.items()}
+    private = dp_compile(model, max_grad_norm=0.5, examples_per_user=K, backend="eager")
+    dpcompile.set_mask(private, SOME)
+    loss(private(x)[1], y).mean().backward()
+    assert_right(private, clip(gradients, 0.5, mask=users(SOME)), TOLERANCE)
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +280,8 @@ def test_rows_that_are_no_whole_users() -> None:
     private = dp_compile(nn.Linear(4, 4), examples_per_user=K, backend="eager")
     with pytest.raises(DPCompileError, match="has 10 rows, which is no multiple of examples_per_user=3"):
         private(torch.randn(10, 4))
+    with torch.no_grad():
+        assert private(torch.randn(10, 4)).shape == (10, 4)
     dpcompile.set_mask(private, SOME[:9])
     with pytest.raises(PrivacyError, match="the padding mask has 9 entries for a batch of 12"):
         private(torch.randn(ROWS, 4))
