@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from dpcompile.distributed.ranks import digest, from_first, refuse_disagreement
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
@@ -90,13 +93,16 @@ def _gaussian_mechanism(
     return GaussianMechanism(*numbers) if clip is None else AdaptiveGaussianMechanism(*numbers, clip)
 
 
-def refuse_other_ranks(engine: Engine, mechanism: Mechanism, logical_step: int) -> None:
+def refuse_other_ranks(
+    engine: Engine, mechanism: Mechanism, logical_step: int, schedule: Mapping[str, Any]
+) -> None:
     """All ranks have to mean the same step of the same mechanism on the same parameters."""
     options = engine.options
     refuse_disagreement(
         {
             "logical_step": logical_step,
             **mechanism.state_dict(),
+            **schedule,
             "seed": digest(mechanism.seed),
             "max_grad_norm": engine.max_grad_norm,
             "clipping": options.clipping if isinstance(options.clipping, str) else "a function",
