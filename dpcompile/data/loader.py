@@ -71,9 +71,9 @@ class PoissonLoader:
         expected_batch_size: mean size of a logical batch, and what divides its sum: a constant, or a function of the
             logical step (:attr:`step`, from 0 on) that does not look at the data. Draw t is then of its own size and
             rate, whenever it is taken, counted as such, and divided by its own; not with ``bands``.
-        sample_rate: the chance of each example, a constant or such a function; None: ``expected_batch_size / len(dataset)``. With both given, nothing
-            here depends on the size of the dataset, as ``relation="add_remove"`` asks for
-            (:class:`dpcompile.PrivacyAccountant`); they should fit together about.
+        sample_rate: the chance of each example, a constant or such a function; None: ``expected_batch_size /
+            len(dataset)``. With both given, nothing here depends on the size of the dataset, as
+            ``relation="add_remove"`` asks for (:class:`dpcompile.PrivacyAccountant`); they should fit together about.
         physical_batch_size: examples per forward, padding included; a larger draw takes several. None: the expected
             size plus two standard deviations, up to a multiple of 8, at most ``len(dataset)``; with ``max_batch_size``
             that cap in equal parts, as few as are at most one and a half times as large. Of batch sizes by the step:

@@ -93,9 +93,7 @@ def _gaussian_mechanism(
     return GaussianMechanism(*numbers) if clip is None else AdaptiveGaussianMechanism(*numbers, clip)
 
 
-def refuse_other_ranks(
-    engine: Engine, mechanism: Mechanism, logical_step: int, schedule: Mapping[str, Any]
-) -> None:
+def refuse_other_ranks(engine: Engine, mechanism: Mechanism, logical_step: int, schedule: Mapping[str, Any]) -> None:
     """All ranks have to mean the same step of the same mechanism on the same parameters."""
     options = engine.options
     refuse_disagreement(

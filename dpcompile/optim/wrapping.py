@@ -112,7 +112,9 @@ class WrappingOptimizer(HookedOptimizer):
         """
         if noise_schedule is not None:
             refuse_rows(self.mechanism.bands)
-        noise = None if noise_schedule is None else ByStep(noise_schedule, "noise_schedule")
+        noise = noise_schedule
+        if noise is not None and not isinstance(noise, ByStep):
+            noise = ByStep(noise, "noise_schedule")
         self._planned = PlannedSteps(steps, on_exceed, noise)
 
     def _agree(self) -> None:
@@ -289,6 +291,7 @@ class WrappingOptimizer(HookedOptimizer):
             steps=self.logical_step,
             optimizer=names,
             audit=audit,
+            noise_by_step=self._planned.noise is not None,
         )
 
     def __repr__(self) -> str:
