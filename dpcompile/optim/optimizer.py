@@ -242,6 +242,7 @@ class DPOptimizer(WrappingOptimizer):
         """Step on the draws of a loader; no other optimizer of the model does from now on."""
         correlated.refuse_other_loader(self.mechanism, self.engine.feed, self.logical_step, loader)
         self.engine.feed = Feed(loader, self)
+        self.watch_step()
 
     def use_noise(self, rate: float | None = None) -> int:
         """Use up one draw of noise and account for it; returns the logical step to draw it for.

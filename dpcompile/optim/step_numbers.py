@@ -17,7 +17,14 @@ from dpcompile.batches.feed import Feed
 from dpcompile.errors import PrivacyError
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 
-__all__ = ["numbers_of_step", "refuse_moved_size", "refuse_other_schedule", "refuse_rows", "saved_schedule"]
+__all__ = [
+    "numbers_at",
+    "numbers_of_step",
+    "refuse_moved_size",
+    "refuse_other_schedule",
+    "refuse_rows",
+    "saved_schedule",
+]
 
 
 @contextmanager
@@ -52,25 +59,37 @@ def numbers_of_step(
     the step raises                                     the mechanism has its own numbers again
     ==================================================  =====================================================
     """
-    sampled = None if feed is None else feed.sampled
-    number = logical_step
-    if feed is not None and sampled is not None:
-        number = feed.draw or 0
-        planned.check(number)
-    if sampled is None and planned.noise is None:
+    by_draw = feed is not None and feed.schedule is not None
+    if not by_draw and planned.noise is None:
         yield None
         return
     refuse_rows(mechanism.bands)
+    if by_draw:
+        planned.check(_number(feed, logical_step))
     own = mechanism.noise_multiplier, mechanism.expected_batch_size
-    sigma = own[0] * (1.0 if planned.noise is None else planned.noise(number))
-    size = own[1] if sampled is None else sampled.expected_batch_size
+    sigma, rate, size = numbers_at(mechanism, feed, planned, logical_step)
     if isinstance(mechanism, GaussianMechanism):
         replace(mechanism, noise_multiplier=sigma, expected_batch_size=size)  # raises where it cannot have them
     mechanism.noise_multiplier, mechanism.expected_batch_size = sigma, size
     try:
-        yield None if sampled is None else sampled.sample_rate
+        yield rate if by_draw else None
     finally:
         mechanism.noise_multiplier, mechanism.expected_batch_size = own
+
+
+def numbers_at(
+    mechanism: Mechanism, feed: Feed | None, planned: PlannedSteps, logical_step: int
+) -> tuple[float, float, float]:
+    """Sigma, rate (0: the one of all draws) and expected batch size of the step at hand: :func:`numbers_of_step`."""
+    sampled = None if feed is None else feed.sampled
+    factor = 1.0 if planned.noise is None else planned.noise(_number(feed, logical_step))
+    rate, size = (0.0, mechanism.expected_batch_size) if sampled is None else sampled
+    return mechanism.noise_multiplier * factor, rate, size
+
+
+def _number(feed: Feed | None, logical_step: int) -> int:
+    """What the numbers go by."""
+    return (feed.draw or 0) if feed is not None and feed.schedule is not None else logical_step
 
 
 def refuse_rows(bands: int) -> None:

@@ -28,7 +28,7 @@ from dpcompile.optim.chained import parts_of
 from dpcompile.optim.checks import refuse_bad_numbers, refuse_foreign_parameters
 from dpcompile.optim.common import refuse_other_ranks
 from dpcompile.optim.correlated import refuse_move
-from dpcompile.optim.step_numbers import refuse_moved_size, refuse_rows, saved_schedule
+from dpcompile.optim.step_numbers import numbers_at, refuse_moved_size, refuse_rows, saved_schedule
 from dpcompile.reporting.facts import report_of
 from dpcompile.reporting.report import Report
 from dpcompile.runtime.optimizer_hooks import HookedOptimizer
@@ -116,6 +116,16 @@ class WrappingOptimizer(HookedOptimizer):
         if noise is not None and not isinstance(noise, ByStep):
             noise = ByStep(noise, "noise_schedule")
         self._planned = PlannedSteps(steps, on_exceed, noise)
+        self.watch_step()
+
+    def watch_step(self) -> None:
+        """Let every backward compare the numbers of its step with those of the other ranks, if they go by the step."""
+        feed, engine = self.engine.feed, self.engine
+        moves = self._planned.noise is not None or (feed is not None and feed.schedule is not None)
+        engine.of_step = weakref.WeakMethod(self._numbers_of_step) if moves else None
+
+    def _numbers_of_step(self) -> tuple[float, float, float]:
+        return numbers_at(self.mechanism, self.engine.feed, self._planned, self.logical_step)
 
     def _agree(self) -> None:
         """Before the first step, and the first after a checkpoint, compare with the other ranks."""

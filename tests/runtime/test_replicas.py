@@ -23,7 +23,7 @@ CHECKS = {
     "gradients in buckets", "training with noise", "micro-batches", "loading", "unused parameters", "refusals",
     "C by a quantile",
     "mesh of replicas", "parts", "make_private", "a cap on draws", "a rank that skips", "replicate", "offloaded",
-    "checkpoints",
+    "checkpoints", "numbers by the step",
 }  # fmt: skip
 
 
