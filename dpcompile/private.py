@@ -19,17 +19,15 @@ from dpcompile.accounting.planned_steps import OnExceed
 from dpcompile.accounting.protocol import Accountant, check_accountant
 from dpcompile.accounting.truncation import check_truncated, no_bound_of_parts
 from dpcompile.api import dp_compile
-from dpcompile.data.checks import taken_over
+from dpcompile.data.checks import refuse_cap_by_step, taken_over
 from dpcompile.data.loader import PoissonLoader
 from dpcompile.distributed.ranks import from_first, rank, world_size
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine, PrivateModule, engine_of
 from dpcompile.noise.adaptive import AdaptiveClip
-from dpcompile.noise.counter import check_seed, fresh_seed
-from dpcompile.noise.exact import ExactMechanism
-from dpcompile.noise.grid import default_bits
-from dpcompile.optim.checks import refuse_bad_numbers, refuse_other_rate, refuse_rate_from_size
-from dpcompile.optim.common import banded_mechanism
+from dpcompile.noise.counter import fresh_seed
+from dpcompile.optim.checks import refuse_other_rate, refuse_rate_from_size
+from dpcompile.optim.common import banded_mechanism, exact_mechanism
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.optim.step_numbers import refuse_rows
 from dpcompile.runtime.replicas import inner_module
@@ -127,43 +125,31 @@ def make_private(
     relation = _relation(accountant, relation, target_epsilon)
     if isinstance(optimizer, DPOptimizer):
         raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
-    clip = max_grad_norm if isinstance(max_grad_norm, AdaptiveClip) else None
     of_user = examples_per_user if examples_per_user is not None else getattr(loader, "examples_per_user", 1)
     private_model = _private_model(model, max_grad_norm, of_user, dp_compile_options)
     engine = engine_of(private_model)
     seed = _seed(engine, seed, secure)
     options = {"physical_batch_size": physical_batch_size, "bands": bands, "examples_per_user": examples_per_user}
-    sizes = None if batch_size_schedule is None else _sizes(loader, batch_size_schedule)
+    sizes = _sizes(loader, batch_size_schedule)
     make_loader = partial(_private_loader, loader, groups, padding_example, sizes, seed, secure, engine)
     private_loader = make_loader({**options, "max_batch_size": None if max_batch_size == "auto" else max_batch_size})
     refuse_rate_from_size(relation, private_loader)
-    method: Any = accountant if isinstance(accountant, str) else getattr(accountant, "method", "pld")
-    by_step = private_loader.schedule
-    rate = private_loader.sample_rate if by_step is None else by_step.sample_rate
-    counted: dict[str, Any] = {"sample_rate": rate, "method": method, "relation": relation}
+    counted = _counted(private_loader, accountant, relation)
     length = steps if steps is not None else (epochs or 0) * len(private_loader) or None
     target = {"target_epsilon": target_epsilon, "target_delta": target_delta, "steps": length}
     if max_batch_size == "auto":
-        _refuse_cap_by_step(noise_schedule, by_step)
+        refuse_cap_by_step(noise_schedule, private_loader.schedule)
         cap = _cap(private_loader, accountant, noise_multiplier, physical_batch_size, counted, target)
         private_loader = make_loader({**options, "max_batch_size": cap})
-    bands = private_loader.bands
     noise = None if noise_schedule is None else ByStep(noise_schedule, "noise_schedule")
-    refuse_rows(1 if noise is None else bands)
-    check_bands(bands, relation)
-    check_truncated(private_loader.truncation, method, relation)
-    planned = None
+    _check_steps(private_loader, counted, noise)
+    planned = length if noise_multiplier is None else None
     if noise_multiplier is None:
-        planned = length
-        shape = {"bands": bands, "schedule": noise, "truncation": private_loader.truncation}
+        shape = {"bands": private_loader.bands, "schedule": noise, "truncation": private_loader.truncation}
         noise_multiplier = calibrate_noise(**target, **counted, **shape)
     numbers: dict[str, Any] = {"noise_multiplier": noise_multiplier, "seed": seed, "secure": secure}
-    numbers["expected_batch_size"] = private_loader.expected_batch_size if by_step is None else by_step.at(0)[1]
     counts = _accountant(accountant, noise_multiplier, private_loader, relation)
-    mechanism = _mechanism(engine, numbers, clip, bands, length, exact)
-    if exact and by_step is not None:  # the grid is to hold the sums of the largest draws
-        largest = max(map(by_step.expected_batch_size, range(length or len(private_loader))))
-        mechanism = _exact_mechanism(engine, mechanism, largest)
+    mechanism = _mechanism(engine, numbers, max_grad_norm, private_loader, length, exact)
     private_optimizer = DPOptimizer(optimizer, private_model, accountant=counts, **mechanism)
     private_optimizer.plan(planned, on_exceed, noise)
     return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)
@@ -207,8 +193,24 @@ def _accountant(
     )  # fmt: skip
 
 
-def _sizes(loader: Any, schedule: Callable[[int], float]) -> Callable[[int], float]:
-    """The batch size of every draw."""
+def _counted(loader: PoissonLoader, accountant: Method | Accountant, relation: Relation) -> dict[str, Any]:
+    """Rate, method and relation of the steps, as `calibrate_noise` takes them."""
+    method = accountant if isinstance(accountant, str) else getattr(accountant, "method", "pld")
+    rate = loader.sample_rate if loader.schedule is None else loader.schedule.sample_rate
+    return {"sample_rate": rate, "method": method, "relation": relation}
+
+
+def _check_steps(loader: PoissonLoader, counted: Mapping[str, Any], noise: ByStep | None) -> None:
+    """A bound is known for such steps."""
+    refuse_rows(1 if noise is None else loader.bands)
+    check_bands(loader.bands, counted["relation"])
+    check_truncated(loader.truncation, counted["method"], counted["relation"])
+
+
+def _sizes(loader: Any, schedule: Callable[[int], float] | None) -> Callable[[int], float] | None:
+    """The batch size of every draw; None: a constant."""
+    if schedule is None:
+        return None
     if isinstance(loader, PoissonLoader):
         raise PrivacyError(
             "batch_size_schedule, and a PoissonLoader that is made already",
@@ -216,15 +218,6 @@ def _sizes(loader: Any, schedule: Callable[[int], float]) -> Callable[[int], flo
         )
     first = taken_over(loader)["expected_batch_size"]
     return lambda step: first * schedule(step)
-
-
-def _refuse_cap_by_step(noise_schedule: Any, sizes: Any) -> None:
-    if noise_schedule is not None or sizes is not None:
-        raise PrivacyError(
-            "max_batch_size is 'auto', and noise or batch size go by the step: what a cap costs is compared for equal "
-            "steps",
-            remedy="give max_batch_size a number, or leave it out",
-        )
 
 
 def _cap(
@@ -260,9 +253,21 @@ def _cap(
 
 
 def _mechanism(
-    engine: Engine, numbers: dict[str, Any], clip: AdaptiveClip | None, bands: int, steps: int | None, exact: bool
+    engine: Engine,
+    numbers: dict[str, Any],
+    max_grad_norm: float | AdaptiveClip | None,
+    loader: PoissonLoader,
+    steps: int | None,
+    exact: bool,
 ) -> dict[str, Any]:
     """What DPOptimizer is given to release sums by."""
+    clip = max_grad_norm if isinstance(max_grad_norm, AdaptiveClip) else None
+    bands, by_step = loader.bands, loader.schedule
+    first = loader.expected_batch_size if by_step is None else by_step.expected_batch_size(0)
+    numbers = {**numbers, "expected_batch_size": first}
+    if exact and clip is None and by_step is not None:
+        largest = max(map(by_step.expected_batch_size, range(steps or len(loader))))
+        return {"mechanism": exact_mechanism(engine, **numbers, largest=largest)}
     if bands == 1:
         return {**numbers, "adaptive_clip": clip, "exact": exact}
     if exact:
@@ -278,16 +283,6 @@ def _mechanism(
             remedy="give max_grad_norm a number, or leave bands out",
         )
     return {"mechanism": banded_mechanism(engine, **numbers, bands=bands, steps=steps)}
-
-
-def _exact_mechanism(engine: Engine, numbers: dict[str, Any], largest: float) -> dict[str, Any]:
-    """Exact noise with a grid for steps of that many examples on average."""
-    if numbers["adaptive_clip"] is not None:
-        return numbers  # refused by DPOptimizer
-    check_seed(numbers["seed"], secure=True)
-    refuse_bad_numbers(numbers["noise_multiplier"], numbers["expected_batch_size"])
-    own = numbers["noise_multiplier"], engine.max_grad_norm, numbers["expected_batch_size"], numbers["seed"]
-    return {"mechanism": ExactMechanism(*own, bits=default_bits(largest))}
 
 
 def _private_model(

@@ -78,10 +78,8 @@ def solve(
     check_delta(target_delta)
     check_truncated(truncation, method, relation)
     if schedule is not None or callable(sample_rate):
-        return _solved_by_step(
-            target_delta, target_epsilon, noise_multiplier, steps, sample_rate, expected_batch_size, dataset_size,
-            schedule, method, relation, truncation,
-        )  # fmt: skip
+        numbers = (target_epsilon, noise_multiplier, steps, sample_rate, expected_batch_size, dataset_size)
+        return _solved_by_step(target_delta, *numbers, schedule, method, relation, truncation)
     rate = _rate(sample_rate, expected_batch_size, dataset_size)
     given = {
         "target_epsilon": target_epsilon,
@@ -99,12 +97,7 @@ def solve(
     if truncation is not None:
         _refuse_no_sense(truncation, dataset_size, missing[0])
     check_mechanism(1.0 if noise_multiplier is None else noise_multiplier, 1.0 if rate is None else rate)
-    if steps is not None:
-        check_steps(steps)
-    if steps == 0:
-        raise PrivacyError("steps is 0: nothing is released", remedy="give 1 or more")
-    if target_epsilon is not None:
-        check_target(target_epsilon)
+    _check_given(steps, target_epsilon)
 
     def spent(method: Method, relation: Relation, steps: int, rate: float) -> float:
         assert noise_multiplier is not None
@@ -126,6 +119,15 @@ def solve(
     size = dataset_size or 1
     ends = (_LEAST_RATE * size, float(size))
     return _largest(lambda m, r, b: spent(m, r, steps, b / size), target_epsilon, method, relation, ends)
+
+
+def _check_given(steps: int | None, target_epsilon: float | None) -> None:
+    if steps is not None:
+        check_steps(steps)
+    if steps == 0:
+        raise PrivacyError("steps is 0: nothing is released", remedy="give 1 or more")
+    if target_epsilon is not None:
+        check_target(target_epsilon)
 
 
 def _solved_by_step(
@@ -161,9 +163,7 @@ def _solved_by_step(
             relation=relation, schedule=schedule, truncation=truncation,
         )  # fmt: skip
     check_mechanism(noise_multiplier, 1.0 if callable(rate) else rate)
-    check_steps(steps)
-    if steps == 0:
-        raise PrivacyError("steps is 0: nothing is released", remedy="give 1 or more")
+    _check_given(steps, None)
     kinds = kinds_of_steps(schedule, rate, steps)
     runs = [(noise_multiplier * f, sampled_at(q, truncation), n) for (f, q), n in kinds.items()]
     return composed_epsilon(runs, target_delta, method, relation)

@@ -30,6 +30,7 @@ __all__ = [
     "check_count",
     "check_rank",
     "checked_size",
+    "refuse_cap_by_step",
     "refuse_lone_replicas",
     "refuse_other_optimizer",
     "refuse_other_users",
@@ -86,6 +87,16 @@ def check_cap(max_batch_size: Any, bands: int) -> None:
     check_count("max_batch_size", max_batch_size)
     if bands > 1:
         raise no_bound_of_parts(max_batch_size, bands)
+
+
+def refuse_cap_by_step(noise_schedule: Any, sizes: Any) -> None:
+    """A cap of "auto" is compared for equal steps."""
+    if noise_schedule is not None or sizes is not None:
+        raise PrivacyError(
+            "max_batch_size is 'auto', and noise or batch size go by the step: what a cap costs is compared for equal "
+            "steps",
+            remedy="give max_batch_size a number, or leave it out",
+        )
 
 
 def taken_over(loader: DataLoader[Any]) -> dict[str, Any]:

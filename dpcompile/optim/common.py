@@ -12,11 +12,12 @@ from dpcompile.noise.adaptive import AdaptiveClip, AdaptiveGaussianMechanism
 from dpcompile.noise.banded import BandedMechanism
 from dpcompile.noise.counter import check_seed, fresh_seed
 from dpcompile.noise.exact import ExactMechanism
+from dpcompile.noise.grid import default_bits
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 from dpcompile.noise.strategy import default_restart, optimal_coefficients
 from dpcompile.optim.checks import refuse_bad_numbers
 
-__all__ = ["banded_mechanism", "chosen_mechanism", "refuse_other_ranks"]
+__all__ = ["banded_mechanism", "chosen_mechanism", "exact_mechanism", "refuse_other_ranks"]
 
 
 def banded_mechanism(
@@ -35,6 +36,16 @@ def banded_mechanism(
     check_seed(seed, secure=secure)
     C = engine.max_grad_norm
     return BandedMechanism(noise_multiplier, C, expected_batch_size, seed, secure, coefficients=coefficients)
+
+
+def exact_mechanism(
+    engine: Engine, noise_multiplier: float, expected_batch_size: float, seed: int, secure: bool, largest: float
+) -> ExactMechanism:
+    """Of batch sizes by the step: one whose grid holds the sums of the ``largest``."""
+    check_seed(seed, secure=secure)
+    refuse_bad_numbers(noise_multiplier, expected_batch_size)
+    numbers = noise_multiplier, engine.max_grad_norm, expected_batch_size, seed, secure
+    return ExactMechanism(*numbers, bits=default_bits(largest))
 
 
 def chosen_mechanism(
