@@ -29,6 +29,7 @@ from dpcompile.data.sampling import kept, poisson_draw
 from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
 from dpcompile.noise.normal import gaussian
 
+prepared: Any = make_private
 N, C, SIGMA, SEED, DELTA = 40, 0.3, 0.7, 3, 1e-5
 
 
@@ -56,7 +57,7 @@ def private(sizes: Callable[[int], float] | None = size_of, **options: Any) -> t
     if sizes is not None:
         drawn = PoissonLoader(loader.dataset, expected_batch_size=sizes, seed=SEED, **of_loader)
     given = {"noise_multiplier": SIGMA, "max_grad_norm": C, "seed": SEED, "backend": "eager"}
-    return make_private(model, optimizer, drawn, **{**given, **options})
+    return prepared(model, optimizer, drawn, **{**given, **options})
 
 
 def train(model: Any, optimizer: Any, batches: Any) -> None:
@@ -123,7 +124,7 @@ def test_each_draw_has_its_size_and_its_divisor(physical: int | None, backend: s
         dataset = loader.dataset
         drawn = PoissonLoader(dataset, expected_batch_size=size_of, seed=SEED, physical_batch_size=physical)
         plain, inner, _ = parts()
-        model, optimizer, loader = make_private(
+        model, optimizer, loader = prepared(
             plain, inner, drawn, noise_multiplier=SIGMA, max_grad_norm=C, seed=SEED, backend=backend
         )
     assert len(loader) == 5  # 4 + 7 + 10 + 13 + 16 is the first sum of 40 or more
@@ -146,7 +147,7 @@ def test_adam_in_one_pass() -> None:
     plain, _, dataset = parts()
     loader = PoissonLoader(dataset.dataset, expected_batch_size=size_of, seed=SEED)
     inner = torch.optim.Adam(plain.parameters(), lr=0.05)
-    model, optimizer, loader = make_private(
+    model, optimizer, loader = prepared(
         plain, inner, loader, noise_multiplier=SIGMA, max_grad_norm=C, seed=SEED, backend="eager"
     )
     train(model, optimizer, loader)
@@ -177,7 +178,7 @@ def test_draws_that_are_left_out_cost_nothing_and_move_no_other() -> None:
     assert optimizer.accountant.history == counts([0, 3, 4])
 
 
-def test_a_batch_size_of_make_private() -> None:
+def test_a_batch_size_of_prepared() -> None:
     model, optimizer, loader = private(None, batch_size_schedule=lambda t: 1 + 0.75 * t)
     train(model, optimizer, loader)
     same(model, by_hand(list(range(5))))
@@ -192,7 +193,7 @@ def test_a_constant_function_is_a_constant() -> None:
         else:
             plain, inner, dataset = parts()
             loader = PoissonLoader(dataset.dataset, expected_batch_size=8.0, seed=SEED)
-            model, optimizer, loader = make_private(
+            model, optimizer, loader = prepared(
                 plain, inner, loader, noise_multiplier=SIGMA, max_grad_norm=C, seed=SEED, backend="eager"
             )
         assert len(loader) == 5
@@ -239,7 +240,7 @@ def test_a_c_that_follows_a_quantile_takes_the_size_of_the_draw(monkeypatch: pyt
 def test_exact_noise_has_a_grid_for_the_largest_draws() -> None:
     plain, inner, dataset = parts()
     loader = PoissonLoader(dataset.dataset, expected_batch_size=size_of, seed=SEED, secure=True)
-    model, optimizer, loader = make_private(
+    model, optimizer, loader = prepared(
         plain, inner, loader, noise_multiplier=SIGMA, max_grad_norm=C, seed=SEED, exact=True, backend="eager"
     )
     train(model, optimizer, loader)
@@ -248,13 +249,13 @@ def test_exact_noise_has_a_grid_for_the_largest_draws() -> None:
     many = PoissonLoader(
         dataset.dataset, expected_batch_size=lambda t: 2.0 ** (3 + 3 * t), sample_rate=0.1, steps=5, secure=True
     )
-    _, optimizer, _ = make_private(plain, inner, many, noise_multiplier=SIGMA, exact=True, backend="eager")
+    _, optimizer, _ = prepared(plain, inner, many, noise_multiplier=SIGMA, exact=True, backend="eager")
     assert optimizer.mechanism.bits == 49 - 15 and optimizer.expected_batch_size == 8
 
 
 def test_users_are_drawn_by_the_step() -> None:
     plain, inner, dataset = parts()
-    model, optimizer, loader = make_private(
+    model, optimizer, loader = prepared(
         plain, inner, dataset, noise_multiplier=SIGMA, max_grad_norm=C, seed=SEED, backend="eager",
         groups=[i // 2 for i in range(N)], examples_per_user=2, batch_size_schedule=lambda t: 1 + t,
     )  # fmt: skip
@@ -269,7 +270,7 @@ def test_rates_that_do_not_come_from_the_size() -> None:
         dataset.dataset, expected_batch_size=lambda t: 4.0 * (1 + t), sample_rate=lambda t: 0.1 * (1 + t), seed=SEED
     )
     assert len(loader) == 4 and not loader.from_size
-    model, optimizer, loader = make_private(
+    model, optimizer, loader = prepared(
         plain, inner, loader, noise_multiplier=SIGMA, relation="add_remove", backend="eager"
     )
     train(model, optimizer, loader)
@@ -277,7 +278,7 @@ def test_rates_that_do_not_come_from_the_size() -> None:
     only = PoissonLoader(dataset.dataset, sample_rate=lambda t: 0.5)
     assert (only.expected_batch_size, only.from_size, len(only)) == (20.0, True, 2)
     with pytest.raises(PrivacyError, match="comes from the size of the dataset"):
-        make_private(*parts(), noise_multiplier=1.0, relation="add_remove", batch_size_schedule=lambda t: 1.0)
+        prepared(*parts(), noise_multiplier=1.0, relation="add_remove", batch_size_schedule=lambda t: 1.0)
 
 
 def test_a_run_is_resumed_with_the_same_numbers() -> None:
@@ -350,9 +351,9 @@ def test_what_does_not_go_together_is_refused() -> None:
         private(batch_size_schedule=factor_of)
     for options in ({"batch_size_schedule": factor_of}, {"noise_schedule": factor_of}):
         with pytest.raises(PrivacyError, match=r"(?s)'auto', and noise or batch size go by the step"):
-            make_private(*parts(), noise_multiplier=1.0, max_batch_size="auto", backend="eager", **options)
+            prepared(*parts(), noise_multiplier=1.0, max_batch_size="auto", backend="eager", **options)
     with pytest.raises(PrivacyError, match=r"(?s)noise or batch size by the step, and .* over 2 steps.*bands=1"):
-        make_private(*parts(), noise_multiplier=1.0, noise_schedule=factor_of, bands=2, backend="eager")
+        prepared(*parts(), noise_multiplier=1.0, noise_schedule=factor_of, bands=2, backend="eager")
     model, optimizer, loader = private()
     with pytest.raises(PrivacyError, match=r"(?s)batches\(\) gives draws to a loop of its own.*loader.parts\(\)"):
         loader.batches()
@@ -423,7 +424,7 @@ def test_an_optimizer_of_ones_own_and_an_attached_loader() -> None:
 
 
 def test_a_target_calibrates_the_scale_of_a_schedule() -> None:
-    target = {"target_epsilon": 6.0, "target_delta": DELTA}
+    target: dict[str, Any] = {"target_epsilon": 6.0, "target_delta": DELTA}
     model, optimizer, loader = private(None, noise_multiplier=None, **target, steps=10, noise_schedule=factor_of)
     scale = calibrate_noise(**target, sample_rate=0.1, steps=10, schedule=factor_of)
     assert optimizer.noise_multiplier == scale
@@ -437,7 +438,7 @@ def test_a_target_calibrates_the_scale_of_a_schedule() -> None:
 
 @pytest.mark.full
 def test_a_target_for_noise_and_batch_size_by_the_step() -> None:
-    target = {"target_epsilon": 8.0, "target_delta": DELTA}
+    target: dict[str, Any] = {"target_epsilon": 8.0, "target_delta": DELTA}
     options = {"noise_multiplier": None, **target, "steps": 4, "noise_schedule": factor_of}
     model, optimizer, loader = private(**options)
     train(model, optimizer, itertools.islice(loader, 4))

@@ -85,8 +85,9 @@ class ByStep:
         if not isinstance(state, Mapping):
             return False
         steps = state.get("steps")
-        known = isinstance(steps, int) and not isinstance(steps, bool) and 1 <= steps < 2**32
-        return known and self.digest(steps) == state.get("digest")
+        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps < 2**32:
+            return False
+        return self.digest(steps) == state.get("digest")
 
 
 class Sampled(NamedTuple):

@@ -36,7 +36,7 @@ HISTORY = [(1.5 * noise_of(t), rate_of(t), 1 + t % 3) for t in range(STEPS)]
 @pytest.mark.parametrize("most", [1, 7, 32, 59])
 def test_rates_are_rounded_up_and_noise_down(most: int) -> None:
     """There is a one-to-one map of the steps to rounded ones that cost no less, as groups are disjoint in order."""
-    fewer = rounded_down(HISTORY, most)
+    fewer: Any = rounded_down(HISTORY, most)
     assert len(fewer) <= most and sum(n for _, _, n in fewer) == sum(n for _, _, n in HISTORY)
     left = Counter({(s, q): n for s, q, n in fewer})
     for sigma, q, n in sorted(HISTORY, key=lambda run: run[1]):  # here sigma falls where the rate grows
