@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from dpcompile import (
     schedules,
 )
 from dpcompile.accounting.truncation import TruncatedRate
+from dpcompile.checkpoint import load_checkpoint, save_checkpoint
 from dpcompile.data.sampling import kept, poisson_draw
 from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
 from dpcompile.noise.normal import gaussian
@@ -298,6 +300,21 @@ def test_a_run_is_resumed_with_the_same_numbers() -> None:
     assert whole[2].state_dict() == again[2].state_dict()
 
 
+def test_a_checkpoint_holds_the_schedules(tmp_path: Path) -> None:
+    whole = private(noise_schedule=factor_of)
+    train(*whole)
+    model, optimizer, loader = private(noise_schedule=factor_of)
+    train(model, optimizer, itertools.islice(loader, 2))
+    save_checkpoint(tmp_path / "saved", model, optimizer, loader)
+    again = private(noise_schedule=factor_of)
+    load_checkpoint(tmp_path / "saved", *again)
+    train(*again)
+    same(again[0], whole[0])
+    assert again[1].accountant.history == whole[1].accountant.history
+    with pytest.raises(PrivacyError, match="noise_schedule is another function"):
+        load_checkpoint(tmp_path / "saved", *private(noise_schedule=lambda t: 2.0 - factor_of(t)))
+
+
 def test_a_state_of_another_function_is_refused() -> None:
     _, _, loader = private()
     state = loader.state_dict()
@@ -361,6 +378,8 @@ def test_what_does_not_go_together_is_refused() -> None:
         optimizer.expected_batch_size = 3.0
     with pytest.raises(PrivacyError, match=r"(?s)take all steps of a run to be alike.*without noise_schedule"):
         audit(model, optimizer, loader, nn.functional.cross_entropy)
+    with pytest.raises(PrivacyError, match=r"take all steps of a run to be alike"):
+        audit(*private(None, noise_schedule=factor_of), nn.functional.cross_entropy)
 
 
 class OwnAccountant:
