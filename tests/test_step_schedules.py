@@ -476,6 +476,30 @@ def test_a_target_for_noise_and_batch_size_by_the_step() -> None:
     assert optimizer.accountant.steps == 3
 
 
+def test_draws_that_were_planned_once_are_not_counted_from_0_again() -> None:
+    """By a second loader, or after a state without that of the loader: rates that fall would be high again."""
+    given = {"noise_multiplier": None, "target_epsilon": 8.0, "target_delta": DELTA, "steps": 4, "accountant": "rdp"}
+
+    def falling(t: int) -> float:
+        return 16.0 if t < 2 else 4.0
+
+    model, optimizer, loader = private(falling, **given)
+    train(model, optimizer, itertools.islice(loader, 2))
+    state = optimizer.state_dict()
+    other = PoissonLoader(loader.dataset, expected_batch_size=falling, seed=SEED + 1)
+    other.attach(model, optimizer)
+    with pytest.raises(PrivacyError, match=r"(?s)draw 0 of the loader, and .* stepped on draw 1.*loader's state too"):
+        train(model, optimizer, other)
+    assert optimizer.accountant.steps == 2
+    plain, inner, _ = parts()
+    again = PoissonLoader(loader.dataset, expected_batch_size=falling, seed=SEED + 1)
+    model, resumed, again = prepared(plain, inner, again, **given, max_grad_norm=C, seed=SEED, backend="eager")
+    resumed.load_state_dict(state)
+    with pytest.raises(PrivacyError, match=r"draw 0 of the loader, and the run has stepped on draw 1"):
+        train(model, resumed, again)
+    assert resumed.accountant.steps == 2
+
+
 def test_the_noise_of_a_schedule_is_moved_by_nothing_else() -> None:
     _, optimizer, _ = private(None, noise_schedule=lambda t: 0.5)
     with pytest.raises(PrivacyError, match=r"(?s)scale of make_private's noise_schedule.*leave one of them out"):

@@ -50,20 +50,43 @@ class PlannedSteps:
                 "target",
             )
 
+    def check_draw(self, draw: int, used: int) -> None:
+        """Before a step, where rates go by the draw: it is one of those planned, and none of those before it.
+
+        Args:
+            draw: of the step.
+            used: the draws of the run before are below it, of whatever loader.
+
+        Raises:
+            PrivacyError: it is not, with "raise".
+        """
+        self.check(draw)
+        if self.steps is not None and draw < used:
+            self._exceed(
+                f"draw {draw} of the loader, and the run has stepped on draw {used - 1}: noise was calibrated for each "
+                "draw once, and its rate counts again: epsilon may be above the target",
+                "load the loader's state too (loader.load_state_dict, or load_checkpoint with the loader), and step "
+                "once per draw; or pass on_exceed='warn' to make_private and report what the accountant says",
+            )
+
     def check(self, taken: int) -> None:
         """Before a step, when so many were ``taken``.
 
         Raises:
             PrivacyError: it is one more than planned, with "raise".
         """
-        if self.steps is None or taken < self.steps or self._on_exceed == "ignore":
+        if self.steps is None or taken < self.steps:
             return
-        what = f"step {taken + 1} of a run whose noise is calibrated for {self.steps}: epsilon is above the target"
+        self._exceed(
+            f"step {taken + 1} of a run whose noise is calibrated for {self.steps}: epsilon is above the target",
+            "stop here, plan the run with more epochs or steps, or pass on_exceed='warn' to make_private and report "
+            "what the accountant says",
+        )
+
+    def _exceed(self, what: str, remedy: str) -> None:
+        if self._on_exceed == "ignore":
+            return
         if self._on_exceed == "raise":
-            raise PrivacyError(
-                what,
-                remedy="stop here, plan the run with more epochs or steps, or pass on_exceed='warn' to make_private "
-                "and report what the accountant says",
-            )
+            raise PrivacyError(what, remedy=remedy)
         self._on_exceed = "ignore"
-        warnings.warn(f"{what}; report what the accountant says", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{what}; report what the accountant says", RuntimeWarning, stacklevel=5)

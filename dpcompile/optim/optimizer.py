@@ -132,7 +132,7 @@ class DPOptimizer(WrappingOptimizer):
         self._accumulating = False
         self._held = False  # sums of earlier physical batches of an unfinished logical step stand in p.grad
         self._used_draws: dict[str, Any] | None = None  # before the state that was loaded
-        self._last_draws: dict[str, Any] | None = None  # by steps since, of correlated noise
+        self._last_draws: dict[str, Any] | None = None  # by steps since, of correlated noise or rates by the draw
         checks.refuse_foreign(engine, inner)
         checks.refuse_missing(engine, inner, engine.trainable())
         checks.refuse_complex(engine, engine.trainable())
@@ -211,7 +211,8 @@ class DPOptimizer(WrappingOptimizer):
         names = self.checked_parameters()
         self.engine.ledger.verify(names)
         self._agree()
-        with numbers_of_step(self.mechanism, feed, self._planned, self.logical_step) as rate:
+        before = self._last_draws or self._used_draws
+        with numbers_of_step(self.mechanism, feed, self._planned, self.logical_step, before) as rate:
             votes, step = self.engine.ledger.votes, self.use_noise(rate)
             with self.applying():
                 update_(self.optimizer, self.engine, self.mechanism, names, step)
@@ -258,7 +259,7 @@ class DPOptimizer(WrappingOptimizer):
             checks.refuse_used_noise(self, stream, secure=self.secure, step=used, correlated=bands > 1)
         self._logical_step = used + 1
         self.engine.steps = (self.engine.steps or 0) + 1
-        if feed is not None and bands > 1:
+        if feed is not None and (bands > 1 or rate is not None):
             self._last_draws = feed.state() or self._last_draws
         if self.accountant is not None:
             event = self.mechanism.event(self.accountant.sample_rate if rate is None else rate)

@@ -29,7 +29,11 @@ __all__ = [
 
 @contextmanager
 def numbers_of_step(
-    mechanism: Mechanism, feed: Feed | None, planned: PlannedSteps, logical_step: int
+    mechanism: Mechanism,
+    feed: Feed | None,
+    planned: PlannedSteps,
+    logical_step: int,
+    used: Mapping[str, Any] | None = None,
 ) -> Iterator[float | None]:
     """Give the mechanism sigma and expected batch size of the step at hand, and afterwards its own again.
 
@@ -38,13 +42,14 @@ def numbers_of_step(
         feed: what feeds the model; None: a loop of its own.
         planned: what was calibrated, with the schedule of the noise.
         logical_step: of the optimizer.
+        used: how far which loader's draws were used, of earlier steps; None: of none.
 
     Yields:
         The rate of the draw; None: the one of all draws.
 
     Raises:
-        PrivacyError: a draw beyond those that were calibrated, numbers that the mechanism cannot have, or noise that is
-            correlated over steps. Nothing was released or counted then.
+        PrivacyError: a draw beyond those that were calibrated, or before one that was stepped on, numbers that the
+            mechanism cannot have, or noise that is correlated over steps. Nothing was released or counted then.
 
     **Guarantee.** Rate and divisor are those by which the draw was taken that the last backward was of. Where they go
     by the draw, so does sigma, so that the steps of a run are among those that were calibrated, each once; else it goes
@@ -54,7 +59,10 @@ def numbers_of_step(
     edge case                                           outcome
     ==================================================  =====================================================
     draws that were left out                            cost nothing; the others keep their numbers
-    a step without a backward                           noise, counted as one more of the last draw
+    a step without a backward                           noise, counted as one more of the last draw; with a target
+                                                        refused where rates go by the draw
+    another loader, or a state without the loader's     with a target and rates by the draw refused: draws counted
+                                                        from 0 again would be of rates that were planned once
     constants                                           nothing is changed
     the step raises                                     the mechanism has its own numbers again
     ==================================================  =====================================================
@@ -65,7 +73,7 @@ def numbers_of_step(
         return
     refuse_rows(mechanism.bands)
     if by_draw:
-        planned.check(_number(feed, logical_step))
+        planned.check_draw(_number(feed, logical_step), 0 if used is None else used["next"])
     own = mechanism.noise_multiplier, mechanism.expected_batch_size
     sigma, rate, size = numbers_at(mechanism, feed, planned, logical_step)
     if isinstance(mechanism, GaussianMechanism):
