@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,13 +11,15 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpcompile.accounting.accountant import PrivacyAccountant
-from dpcompile.accounting.arguments import Method, Relation, check_bands
+from dpcompile.accounting.arguments import Method, Relation, check_bands, check_plan
+from dpcompile.accounting.by_step import ByStep
 from dpcompile.accounting.calibration import calibrate_noise
 from dpcompile.accounting.caps import smallest_cap
 from dpcompile.accounting.planned_steps import OnExceed
 from dpcompile.accounting.protocol import Accountant, check_accountant
 from dpcompile.accounting.truncation import check_truncated, no_bound_of_parts
 from dpcompile.api import dp_compile
+from dpcompile.data.checks import refuse_cap_by_step, taken_over
 from dpcompile.data.loader import PoissonLoader
 from dpcompile.distributed.ranks import from_first, rank, world_size
 from dpcompile.errors import PrivacyError
@@ -26,8 +27,9 @@ from dpcompile.module import Engine, PrivateModule, engine_of
 from dpcompile.noise.adaptive import AdaptiveClip
 from dpcompile.noise.counter import fresh_seed
 from dpcompile.optim.checks import refuse_other_rate, refuse_rate_from_size
-from dpcompile.optim.common import banded_mechanism, mechanism_in_turn
+from dpcompile.optim.common import banded_mechanism, exact_mechanism, mechanism_in_turn
 from dpcompile.optim.optimizer import DPOptimizer
+from dpcompile.optim.step_numbers import refuse_rows
 from dpcompile.runtime.replicas import inner_module
 
 __all__ = ["make_private"]
@@ -48,6 +50,8 @@ def make_private(
     relation: Relation = "zero_out",
     bands: int | None = None,
     in_turn: Literal["tree", "buffers"] | None = None,
+    noise_schedule: Callable[[int], float] | None = None,
+    batch_size_schedule: Callable[[int], float] | None = None,
     groups: Any = None,
     examples_per_user: int | None = None,
     physical_batch_size: int | None = None,
@@ -89,6 +93,11 @@ def make_private(
             over the pass: by "buffers" (:class:`dpcompile.noise.buffered.BufferedMechanism`), each as large as the
             model, or by a binary "tree" (DP-FTRL, :class:`dpcompile.noise.tree.TreeMechanism`), which adds more noise
             and holds nothing. Noise multipliers are those of a pass.
+        noise_schedule: what sigma is multiplied by at logical step t, counted from 0 (:mod:`dpcompile.schedules` has
+            some): ``noise_multiplier``, or what is calibrated so that all planned steps together meet the target, is
+            its scale. The optimizer goes along it by itself. With a batch size by the step t is the number of the draw.
+        batch_size_schedule: what the DataLoader's batch size is multiplied by, likewise, in draw t
+            (:class:`dpcompile.PoissonLoader`, whose ``expected_batch_size`` may be such a function itself).
         groups: whose each example is, so that epsilon is for all that a user has: see
             :class:`dpcompile.PoissonLoader`. The loader's batch size then counts users.
         examples_per_user: with ``groups``, how many rows of a batch are each user's.
@@ -116,7 +125,7 @@ def make_private(
     **Guarantee.** The returned loader samples at the rate that the accountant counts, the optimizer adds the noise that
     it counts, to the sums that the model clips, and once per draw of the loader.
     """
-    _check_target(noise_multiplier, target_epsilon, target_delta, epochs, steps)
+    check_plan(noise_multiplier, target_epsilon, target_delta, epochs, steps)
     secure = secure or exact
     relation = _relation(accountant, relation, target_epsilon)
     _refuse_private(optimizer)
@@ -126,29 +135,28 @@ def make_private(
     seed = _seed(engine, seed, secure)
     options = {"physical_batch_size": physical_batch_size, "bands": bands, "in_turn": in_turn is not None or None}
     options["examples_per_user"] = examples_per_user
-    make_loader = partial(_private_loader, loader, groups, padding_example, seed, secure, engine)
+    sizes = _sizes(loader, batch_size_schedule)
+    make_loader = partial(_private_loader, loader, groups, padding_example, sizes, seed, secure, engine)
     private_loader = make_loader({**options, "max_batch_size": None if max_batch_size == "auto" else max_batch_size})
     refuse_rate_from_size(relation, private_loader)
-    method: Any = accountant if isinstance(accountant, str) else getattr(accountant, "method", "pld")
-    counted: dict[str, Any] = {"sample_rate": private_loader.sample_rate, "method": method, "relation": relation}
+    counted = _counted(private_loader, accountant, relation)
     length = steps if steps is not None else (epochs or 0) * len(private_loader) or None
     target = {"target_epsilon": target_epsilon, "target_delta": target_delta, "steps": length}
     if max_batch_size == "auto":
+        refuse_cap_by_step(noise_schedule, private_loader.schedule)
         cap = _cap(private_loader, accountant, noise_multiplier, physical_batch_size, counted, target)
         private_loader = make_loader({**options, "max_batch_size": cap})
-    bands = private_loader.bands
-    check_bands(bands, relation)
-    check_truncated(private_loader.truncation, method, relation)
-    planned = None
+    noise = None if noise_schedule is None else ByStep(noise_schedule, "noise_schedule")
+    _check_steps(private_loader, counted, noise)
+    planned = length if noise_multiplier is None else None
     if noise_multiplier is None:
-        planned = length
-        noise_multiplier = calibrate_noise(**target, **counted, bands=bands, truncation=private_loader.truncation)
+        shape = {"bands": private_loader.bands, "schedule": noise, "truncation": private_loader.truncation}
+        noise_multiplier = calibrate_noise(**target, **counted, **shape)
     numbers: dict[str, Any] = {"noise_multiplier": noise_multiplier, "seed": seed, "secure": secure}
-    numbers["expected_batch_size"] = private_loader.expected_batch_size
     counts = _accountant(accountant, noise_multiplier, private_loader, relation)
-    mechanism = _mechanism(engine, numbers, max_grad_norm, bands, length, exact, in_turn)
+    mechanism = _mechanism(engine, numbers, max_grad_norm, private_loader, length, exact, in_turn)
     private_optimizer = DPOptimizer(optimizer, private_model, accountant=counts, **mechanism)
-    private_optimizer.plan(planned, on_exceed)
+    private_optimizer.plan(planned, on_exceed, noise)
     return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)
 
 
@@ -167,35 +175,6 @@ def _seed(engine: Engine, seed: int | None, secure: bool) -> int:
     if engine.distributed:  # on every rank, whether it is given a seed or not
         drawn = from_first(drawn)
     return drawn if seed is None else seed
-
-
-def _check_target(
-    noise_multiplier: float | None,
-    target_epsilon: float | None,
-    target_delta: float | None,
-    epochs: int | None,
-    steps: int | None,
-) -> None:
-    if (noise_multiplier is None) == (target_epsilon is None):
-        given = "neither" if noise_multiplier is None else "both"
-        raise PrivacyError(
-            f"{given} of noise_multiplier and target_epsilon given",
-            remedy="give noise_multiplier, or target_epsilon with target_delta and epochs",
-        )
-    if target_epsilon is None:
-        return
-    if target_delta is None:
-        raise PrivacyError(
-            "target_epsilon without target_delta", remedy="give target_delta, well below 1 / size of the dataset"
-        )
-    if (epochs is None) == (steps is None):
-        raise PrivacyError(
-            f"target_epsilon with {'neither' if epochs is None else 'both'} of epochs and steps",
-            remedy="say how long training will be: give one of them",
-        )
-    for name, value in (("epochs", epochs), ("steps", steps)):
-        if value is not None and not (math.isfinite(value) and value >= 1 and value == int(value)):
-            raise PrivacyError(f"{name} is {value!r}", remedy="give an integer, 1 or more")
 
 
 def _relation(accountant: Method | Accountant, relation: Relation, target_epsilon: float | None) -> Relation:
@@ -224,9 +203,36 @@ def _accountant(
         refuse_other_rate(accountant, loader)
         return accountant
     return PrivacyAccountant(
-        noise_multiplier=noise_multiplier, sample_rate=loader.sample_rate, method=accountant, relation=relation,
-        truncation=loader.truncation,
+        noise_multiplier=noise_multiplier, method=accountant, relation=relation, truncation=loader.truncation,
+        sample_rate=loader.sample_rate if loader.schedule is None else loader.schedule.sample_rate(0),
     )  # fmt: skip
+
+
+def _counted(loader: PoissonLoader, accountant: Method | Accountant, relation: Relation) -> dict[str, Any]:
+    """Rate, method and relation of the steps, as `calibrate_noise` takes them."""
+    method = accountant if isinstance(accountant, str) else getattr(accountant, "method", "pld")
+    rate = loader.sample_rate if loader.schedule is None else loader.schedule.sample_rate
+    return {"sample_rate": rate, "method": method, "relation": relation}
+
+
+def _check_steps(loader: PoissonLoader, counted: Mapping[str, Any], noise: ByStep | None) -> None:
+    """A bound is known for such steps."""
+    refuse_rows(1 if noise is None else loader.bands)
+    check_bands(loader.bands, counted["relation"])
+    check_truncated(loader.truncation, counted["method"], counted["relation"])
+
+
+def _sizes(loader: Any, schedule: Callable[[int], float] | None) -> Callable[[int], float] | None:
+    """The batch size of every draw; None: a constant."""
+    if schedule is None:
+        return None
+    if isinstance(loader, PoissonLoader):
+        raise PrivacyError(
+            "batch_size_schedule, and a PoissonLoader that is made already",
+            remedy="leave it out, and make the PoissonLoader with a function of the step as expected_batch_size",
+        )
+    first = taken_over(loader)["expected_batch_size"]
+    return lambda step: first * schedule(step)
 
 
 def _cap(
@@ -264,8 +270,8 @@ def _cap(
 def _mechanism(
     engine: Engine,
     numbers: dict[str, Any],
-    max_grad_norm: Any,
-    bands: int,
+    max_grad_norm: float | AdaptiveClip | None,
+    loader: PoissonLoader,
     steps: int | None,
     exact: bool,
     in_turn: str | None,
@@ -273,6 +279,12 @@ def _mechanism(
     """What DPOptimizer is given to release sums by."""
     clip = max_grad_norm if isinstance(max_grad_norm, AdaptiveClip) else None
     _check_in_turn(in_turn)
+    bands, by_step = loader.bands, loader.schedule
+    first = loader.expected_batch_size if by_step is None else by_step.expected_batch_size(0)
+    numbers = {**numbers, "expected_batch_size": first}
+    if exact and clip is None and by_step is not None:
+        largest = max(map(by_step.expected_batch_size, range(steps or len(loader))))
+        return {"mechanism": exact_mechanism(engine, **numbers, largest=largest)}
     if bands == 1:
         return {**numbers, "adaptive_clip": clip, "exact": exact}
     if exact:
@@ -318,6 +330,7 @@ def _private_loader(
     loader: Any,
     groups: Any,
     padding_example: Any,
+    sizes: Callable[[int], float] | None,
     seed: int,
     secure: bool,
     engine: Engine,
@@ -325,6 +338,7 @@ def _private_loader(
 ) -> PoissonLoader:
     if not isinstance(loader, PoissonLoader):
         options: dict[str, Any] = {**numbers, "seed": seed, "secure": secure, "padding_example": padding_example}
+        options |= {} if sizes is None else {"expected_batch_size": sizes}
         options |= {"bands": 1 if numbers["bands"] is None else numbers["bands"], "groups": groups}
         if engine.distributed:
             if engine.data_ranks != world_size():

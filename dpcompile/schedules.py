@@ -2,7 +2,9 @@
 
 The learning rate's schedulers are torch's own. A schedule is a function of the number of its :meth:`Schedule.step`
 calls alone, not of the data: what it does is public. The accountant counts every step with the noise that it had. For a
-target `calibrate_noise` takes the same function, and `make_private` the noise multiplier that it returns.
+target give the function itself, ``make_private(noise_schedule=)``: it is calibrated, and the optimizer goes along it by
+itself. So does the expected batch size, ``make_private(batch_size_schedule=)`` and :class:`dpcompile.PoissonLoader`, as
+a function of the draw, which may have been taken long before its step.
 """
 
 from __future__ import annotations

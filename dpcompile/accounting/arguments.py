@@ -15,6 +15,7 @@ __all__ = [
     "check_delta",
     "check_epsilon",
     "check_mechanism",
+    "check_plan",
     "check_rate",
     "check_size",
     "check_slack",
@@ -118,3 +119,33 @@ def check_bound(method: str, relation: str) -> None:
             "no Rényi bound is known for Poisson samples of datasets in which one example is replaced",
             remedy="take method='pld' (accountant='pld' in make_private)",
         )
+
+
+def check_plan(
+    noise_multiplier: float | None,
+    target_epsilon: float | None,
+    target_delta: float | None,
+    epochs: int | None,
+    steps: int | None,
+) -> None:
+    """A noise multiplier, or a target and how long training will be."""
+    if (noise_multiplier is None) == (target_epsilon is None):
+        given = "neither" if noise_multiplier is None else "both"
+        raise PrivacyError(
+            f"{given} of noise_multiplier and target_epsilon given",
+            remedy="give noise_multiplier, or target_epsilon with target_delta and epochs",
+        )
+    if target_epsilon is None:
+        return
+    if target_delta is None:
+        raise PrivacyError(
+            "target_epsilon without target_delta", remedy="give target_delta, well below 1 / size of the dataset"
+        )
+    if (epochs is None) == (steps is None):
+        raise PrivacyError(
+            f"target_epsilon with {'neither' if epochs is None else 'both'} of epochs and steps",
+            remedy="say how long training will be: give one of them",
+        )
+    for name, value in (("epochs", epochs), ("steps", steps)):
+        if value is not None and not (math.isfinite(value) and value >= 1 and value == int(value)):
+            raise PrivacyError(f"{name} is {value!r}", remedy="give an integer, 1 or more")

@@ -17,12 +17,13 @@ from dpcompile.accounting.arguments import (
     check_target,
     number,
 )
+from dpcompile.accounting.by_step import ByStep
 from dpcompile.accounting.composition import composed_epsilon
 from dpcompile.accounting.events import rounds
-from dpcompile.accounting.truncation import Rate, Truncation, check_truncated, no_bound_of_parts, sampled_at
+from dpcompile.accounting.truncation import Truncation, check_truncated, no_bound_of_parts, sampled_at
 from dpcompile.errors import PrivacyError
 
-__all__ = ["calibrate_noise"]
+__all__ = ["calibrate_noise", "kinds_of_steps"]
 
 _TOLERANCE = 1e-4  # of a calibrated noise multiplier, relative
 _COARSER = 8  # the grid on which the noise of truncated samples is sought first
@@ -32,7 +33,7 @@ def calibrate_noise(
     *,
     target_epsilon: float,
     target_delta: float,
-    sample_rate: float,
+    sample_rate: float | Callable[[int], float],
     steps: int,
     method: Method = "pld",
     relation: Relation = "zero_out",
@@ -45,7 +46,8 @@ def calibrate_noise(
     Args:
         target_epsilon: more than 0.
         target_delta: in (0, 1); well below 1 / size of the dataset.
-        sample_rate: in (0, 1]; with ``bands`` that of the loader, of the part whose turn it is.
+        sample_rate: in (0, 1]; with ``bands`` that of the loader, of the part whose turn it is. Or a function of the
+            step, counted from 0, as ``loader.schedule.sample_rate`` is; not with ``bands``.
         steps: logical steps of the whole training, at least 1.
         method: of the accountant that will be used.
         relation: of that accountant.
@@ -58,12 +60,13 @@ def calibrate_noise(
             up to 2**20 reaches, or ``bands`` with a schedule, ``truncation`` or "replace_one".
 
     **Guarantee.** ``PrivacyAccountant(noise_multiplier=result, ...)`` with the same method, relation and truncation
-    says at most ``target_epsilon`` at ``target_delta`` after ``steps``, each of the noise that the schedule gives it,
-    or after ``rounds(steps, bands)`` of them (:func:`dpcompile.accounting.events.rounds`).
+    says at most ``target_epsilon`` at ``target_delta`` after ``steps``, each of the noise that the schedule gives it
+    and of its rate, or after ``rounds(steps, bands)`` of them (:func:`dpcompile.accounting.events.rounds`).
     """
     check_target(target_epsilon)
     check_delta(target_delta)
-    check_mechanism(1.0, sample_rate)
+    by_step = callable(sample_rate)
+    check_mechanism(1.0, 1.0 if by_step else sample_rate)
     check_steps(steps)
     check_truncated(truncation, method, relation)
     check_bands(bands, relation)
@@ -73,43 +76,53 @@ def calibrate_noise(
         raise PrivacyError(
             "steps is 0: nothing to calibrate", remedy="give the number of logical steps of the training"
         )
-    if bands > 1 and schedule is not None:
+    if bands > 1 and (schedule is not None or by_step):
         raise PrivacyError(
             f"a schedule, and noise that is correlated over {bands} steps: no bound is known for rows of several sizes",
             remedy="leave out the one or the other",
         )
     steps = rounds(steps, bands)
-    factors = {1.0: steps} if schedule is None else Counter(map(_factor(schedule), range(steps)))
-    search = functools.partial(_smallest, target_epsilon, target_delta, factors)
-    rate = sampled_at(sample_rate, truncation)
-    if method == "pld" and len(factors) > 1:  # Rényi's bound takes longer for each sigma
-        return search(rate, "pld", relation, 1.0, 2.0)
+    kinds = kinds_of_steps(schedule, sample_rate, steps)
+    search = functools.partial(_smallest, target_epsilon, target_delta, kinds)
+    if method == "pld" and len(kinds) > 1:  # Rényi's bound takes longer for each sigma
+        return search(truncation, "pld", relation, 1.0, 2.0)
     # PLD is slow for little noise, so it starts from RDP's answer, which is fast and a few per cent above.
-    sigma = search(sample_rate, "rdp", "zero_out", 1.0, 2.0)
+    sigma = search(None, "rdp", "zero_out", 1.0, 2.0)
     if method == "rdp":
         return sigma
     if truncation is None:
-        return search(rate, "pld", relation, sigma, 1.1)
-    sigma = search(rate, "pld", relation, sigma, 1.1, _COARSER)  # a step takes seconds on the fine grid
-    return search(rate, "pld", relation, sigma, 1.001)
+        return search(truncation, "pld", relation, sigma, 1.1)
+    sigma = search(truncation, "pld", relation, sigma, 1.1, _COARSER)  # a step takes seconds on the fine grid
+    return search(truncation, "pld", relation, sigma, 1.001)
+
+
+def kinds_of_steps(
+    schedule: Callable[[int], float] | None, sample_rate: float | Callable[[int], float], steps: int
+) -> Mapping[tuple[float, float], int]:
+    """How many steps there are of each factor of the noise and each rate."""
+    if schedule is None and not callable(sample_rate):
+        return {(1.0, sample_rate): steps}
+    factor = _factor(schedule) if schedule is not None else lambda step: 1.0
+    rate = ByStep(sample_rate, "sample_rate", largest=1.0) if callable(sample_rate) else lambda step: sample_rate
+    return Counter((factor(step), rate(step)) for step in range(steps))
 
 
 def _smallest(
     epsilon: float,
     delta: float,
-    factors: Mapping[float, int],
-    q: Rate,
+    kinds: Mapping[tuple[float, float], int],
+    truncation: Truncation | None,
     method: Method,
     relation: Relation,
     start: float,
     factor: float,
     coarser: int = 1,
 ) -> float:
-    steps = sum(factors.values())
+    steps = sum(kinds.values())
 
     @functools.cache
     def spent(sigma: float) -> float:
-        runs = [(sigma * f, q, n) for f, n in factors.items()]
+        runs = [(sigma * f, sampled_at(q, truncation), n) for (f, q), n in kinds.items()]
         return composed_epsilon(runs, delta, method, relation, coarser=coarser)
 
     low = high = start

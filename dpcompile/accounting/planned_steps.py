@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Literal, TypeAlias, get_args
 
+from dpcompile.accounting.by_step import ByStep
 from dpcompile.errors import PrivacyError
 
 __all__ = ["OnExceed", "PlannedSteps"]
@@ -18,24 +19,54 @@ class PlannedSteps:
     Args:
         steps: that were planned; None: any number.
         on_exceed: "raise", "warn" (once) or "ignore".
+        noise: what sigma is multiplied by at each step; None: 1.
 
     Raises:
         PrivacyError: another ``on_exceed``.
     """
 
-    def __init__(self, steps: int | None, on_exceed: OnExceed) -> None:
+    def __init__(self, steps: int | None, on_exceed: OnExceed, noise: ByStep | None = None) -> None:
         if on_exceed not in get_args(OnExceed):
             raise PrivacyError(f"on_exceed is {on_exceed!r}", remedy=f"give one of {', '.join(get_args(OnExceed))}")
-        self.steps, self._on_exceed = steps, on_exceed
+        self.steps, self.noise, self._on_exceed = steps, noise, on_exceed
 
     def refuse_less_noise(self, before: float, after: float) -> None:
-        """Raise PrivacyError if the noise of planned steps is to become less than what was calibrated for them."""
+        """Raise PrivacyError if the noise of planned steps is to become less than what was calibrated for them.
+
+        With a schedule the number is its scale, and none but the first will do.
+        """
+        if self.noise is not None and after != before:
+            raise PrivacyError(
+                f"noise_multiplier was to go from {before} to {after}, and it is the scale of make_private's "
+                "noise_schedule, which sets the noise of every step",
+                remedy="leave one of them out: noise_schedule, or NoiseSchedule and what else moves the noise",
+            )
         if self.steps is not None and after < before:
             raise PrivacyError(
                 f"noise_multiplier was to go from {before} to {after}, and {before} is what a target epsilon was "
                 f"calibrated to for {self.steps} steps",
-                remedy="calibrate the schedule as a whole, calibrate_noise(..., schedule=factor), and give "
-                "make_private its noise_multiplier in place of the target",
+                remedy="give make_private noise_schedule=factor beside the target, which calibrates the schedule as a "
+                "whole; or calibrate_noise(..., schedule=factor) and make_private its noise_multiplier in place of the "
+                "target",
+            )
+
+    def check_draw(self, draw: int, used: int) -> None:
+        """Before a step, where rates go by the draw: it is one of those planned, and none of those before it.
+
+        Args:
+            draw: of the step.
+            used: the draws of the run before are below it, of whatever loader.
+
+        Raises:
+            PrivacyError: it is not, with "raise".
+        """
+        self.check(draw)
+        if self.steps is not None and draw < used:
+            self._exceed(
+                f"draw {draw} of the loader, and the run has stepped on draw {used - 1}: noise was calibrated for each "
+                "draw once, and its rate counts again: epsilon may be above the target",
+                "load the loader's state too (loader.load_state_dict, or load_checkpoint with the loader), and step "
+                "once per draw; or pass on_exceed='warn' to make_private and report what the accountant says",
             )
 
     def check(self, taken: int) -> None:
@@ -44,14 +75,18 @@ class PlannedSteps:
         Raises:
             PrivacyError: it is one more than planned, with "raise".
         """
-        if self.steps is None or taken < self.steps or self._on_exceed == "ignore":
+        if self.steps is None or taken < self.steps:
             return
-        what = f"step {taken + 1} of a run whose noise is calibrated for {self.steps}: epsilon is above the target"
+        self._exceed(
+            f"step {taken + 1} of a run whose noise is calibrated for {self.steps}: epsilon is above the target",
+            "stop here, plan the run with more epochs or steps, or pass on_exceed='warn' to make_private and report "
+            "what the accountant says",
+        )
+
+    def _exceed(self, what: str, remedy: str) -> None:
+        if self._on_exceed == "ignore":
+            return
         if self._on_exceed == "raise":
-            raise PrivacyError(
-                what,
-                remedy="stop here, plan the run with more epochs or steps, or pass on_exceed='warn' to make_private "
-                "and report what the accountant says",
-            )
+            raise PrivacyError(what, remedy=remedy)
         self._on_exceed = "ignore"
-        warnings.warn(f"{what}; report what the accountant says", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{what}; report what the accountant says", RuntimeWarning, stacklevel=5)

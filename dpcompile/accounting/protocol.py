@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from dpcompile.accounting.arguments import Relation, check_mechanism
-from dpcompile.accounting.events import truncated
+from dpcompile.accounting.events import sampled_gaussian_of, truncated
 from dpcompile.accounting.saved import saved_runs
 from dpcompile.accounting.truncation import Rate, check_truncated, saved_rate
 from dpcompile.errors import PrivacyError
@@ -36,7 +36,10 @@ class Accountant(Protocol):
 
     @property
     def sample_rate(self) -> float:
-        """Of the steps to come: what the loader must draw by."""
+        """Of the steps to come: what the loader must draw by.
+
+        Where that is a function of the step, of any of them: each is told its own, by its event.
+        """
         ...
 
     @property
@@ -125,19 +128,39 @@ def counted(accountant: Accountant | None) -> Counter[Any]:
     return found
 
 
-def count_steps(accountant: Accountant, event: DpEvent, n: int = 1) -> Counter[Any]:
+def count_steps(
+    accountant: Accountant, event: DpEvent, n: int = 1, *, before_them: Counter[Any] | None = None
+) -> Counter[Any]:
     """Tell an accountant of ``n`` steps, 0 or more; what it counts then.
 
+    Args:
+        accountant: that is told.
+        event: of each step.
+        n: how many.
+        before_them: what it counted before, where noise or rate go by the step: the history must show theirs then.
+
     Raises:
-        PrivacyError: it counts another number of steps more.
+        PrivacyError: it counts another number of steps more, or steps of other noise or another rate.
     """
     before = accountant.steps
     if n:
-        accountant.step(n, event=truncated(event, getattr(accountant, "truncation", None)))
+        event = truncated(event, getattr(accountant, "truncation", None))
+        accountant.step(n, event=event)
     if accountant.steps != before + n:
         raise PrivacyError(
             f"the accountant, a {type(accountant).__name__}, counted {before} steps, was told of {n} more and counts "
             f"{accountant.steps}: epsilon would not be that of the run",
             remedy="let its step() count every call; the sums of this step were not released",
         )
-    return counted(accountant)
+    now = counted(accountant)
+    if before_them is not None and n:
+        kind = sampled_gaussian_of(event)
+        if now[kind] != before_them[kind] + n:
+            raise PrivacyError(
+                f"the accountant, a {type(accountant).__name__}, was told of {n} steps of noise multiplier {kind[0]} "
+                f"and sample rate {kind[1]}, and counts {now[kind] - before_them[kind]} of these more: it does not go "
+                "by the event of a step, and here every step has one of its own",
+                remedy="let its step() count, and its history show, what event= says, or take a PrivacyAccountant; the "
+                "sums of this step were not released",
+            )
+    return now

@@ -16,7 +16,7 @@ from dpcompile.accounting.arguments import (
     check_target,
     number,
 )
-from dpcompile.accounting.calibration import calibrate_noise
+from dpcompile.accounting.calibration import calibrate_noise, kinds_of_steps
 from dpcompile.accounting.composition import composed_epsilon
 from dpcompile.accounting.truncation import Truncation, check_truncated, sampled_at
 from dpcompile.errors import PrivacyError
@@ -33,9 +33,10 @@ def solve(
     target_epsilon: float | None = None,
     noise_multiplier: float | None = None,
     steps: int | None = None,
-    sample_rate: float | None = None,
+    sample_rate: float | Callable[[int], float] | None = None,
     expected_batch_size: float | None = None,
     dataset_size: int | None = None,
+    schedule: Callable[[int], float] | None = None,
     method: Method = "pld",
     relation: Relation = "zero_out",
     truncation: Truncation | None = None,
@@ -47,16 +48,19 @@ def solve(
         target_epsilon: more than 0; left out, the epsilon is returned.
         noise_multiplier: sigma; left out, the smallest that meets the target is returned.
         steps: logical steps, at least 1; left out, the largest number that meets the target is returned, an int.
-        sample_rate: in (0, 1]; left out, the largest that meets the target is returned.
+        sample_rate: in (0, 1]; left out, the largest that meets the target is returned. Or a function of the step,
+            counted from 0, as ``loader.schedule.sample_rate`` is.
         expected_batch_size: with ``dataset_size``, in place of the sample rate, which is their ratio.
         dataset_size: number of examples.
+        schedule: what sigma is multiplied by in step t, counted from 0 (:mod:`dpcompile.schedules`); None: 1.
         method: of the accountant that will be used.
         relation: of that accountant.
         truncation: of that accountant: ``(dataset_size, max_batch_size)`` of a loader with a cap.
 
     Raises:
         PrivacyError: not exactly one left out, an argument out of its range, a target that nothing meets, or a rate
-            that is sought for a cap: it is not known that epsilon grows with it.
+            that is sought for a cap: it is not known that epsilon grows with it. A schedule or a rate by the step, if
+            steps or sample rate are sought.
 
     **Guarantee.** With what is returned, ``PrivacyAccountant`` with the same method and relation says at most
     ``target_epsilon`` at ``target_delta``. What is returned is the best to a relative 1e-4: the next better one that
@@ -73,6 +77,9 @@ def solve(
     """
     check_delta(target_delta)
     check_truncated(truncation, method, relation)
+    if schedule is not None or callable(sample_rate):
+        numbers = (target_epsilon, noise_multiplier, steps, sample_rate, expected_batch_size, dataset_size)
+        return _solved_by_step(target_delta, *numbers, schedule, method, relation, truncation)
     rate = _rate(sample_rate, expected_batch_size, dataset_size)
     given = {
         "target_epsilon": target_epsilon,
@@ -90,12 +97,7 @@ def solve(
     if truncation is not None:
         _refuse_no_sense(truncation, dataset_size, missing[0])
     check_mechanism(1.0 if noise_multiplier is None else noise_multiplier, 1.0 if rate is None else rate)
-    if steps is not None:
-        check_steps(steps)
-    if steps == 0:
-        raise PrivacyError("steps is 0: nothing is released", remedy="give 1 or more")
-    if target_epsilon is not None:
-        check_target(target_epsilon)
+    _check_given(steps, target_epsilon)
 
     def spent(method: Method, relation: Relation, steps: int, rate: float) -> float:
         assert noise_multiplier is not None
@@ -117,6 +119,54 @@ def solve(
     size = dataset_size or 1
     ends = (_LEAST_RATE * size, float(size))
     return _largest(lambda m, r, b: spent(m, r, steps, b / size), target_epsilon, method, relation, ends)
+
+
+def _check_given(steps: int | None, target_epsilon: float | None) -> None:
+    if steps is not None:
+        check_steps(steps)
+    if steps == 0:
+        raise PrivacyError("steps is 0: nothing is released", remedy="give 1 or more")
+    if target_epsilon is not None:
+        check_target(target_epsilon)
+
+
+def _solved_by_step(
+    target_delta: float,
+    target_epsilon: float | None,
+    noise_multiplier: float | None,
+    steps: int | None,
+    sample_rate: float | Callable[[int], float] | None,
+    expected_batch_size: float | None,
+    dataset_size: int | None,
+    schedule: Callable[[int], float] | None,
+    method: Method,
+    relation: Relation,
+    truncation: Truncation | None,
+) -> float:
+    """Epsilon or the noise multiplier, of steps that differ."""
+    rate = sample_rate if callable(sample_rate) else _rate(sample_rate, expected_batch_size, dataset_size)
+    if rate is None or steps is None or (target_epsilon is None) == (noise_multiplier is None):
+        raise PrivacyError(
+            "a schedule, or a sample rate by the step, and something else is sought than epsilon or noise_multiplier",
+            remedy="give steps and sample_rate (a number or a function), and one of target_epsilon and "
+            "noise_multiplier",
+        )
+    if callable(sample_rate) and (expected_batch_size, dataset_size) != (None, None):
+        raise PrivacyError(
+            "sample_rate by the step, and expected_batch_size or dataset_size: the rate is known without",
+            remedy="leave expected_batch_size and dataset_size out",
+        )
+    if noise_multiplier is None:
+        assert target_epsilon is not None
+        return calibrate_noise(
+            target_epsilon=target_epsilon, target_delta=target_delta, sample_rate=rate, steps=steps, method=method,
+            relation=relation, schedule=schedule, truncation=truncation,
+        )  # fmt: skip
+    check_mechanism(noise_multiplier, 1.0 if callable(rate) else rate)
+    _check_given(steps, None)
+    kinds = kinds_of_steps(schedule, rate, steps)
+    runs = [(noise_multiplier * f, sampled_at(q, truncation), n) for (f, q), n in kinds.items()]
+    return composed_epsilon(runs, target_delta, method, relation)
 
 
 def _refuse_no_sense(truncation: Truncation, dataset_size: int | None, missing: str) -> None:

@@ -35,9 +35,15 @@ def refuse_uncopied(engine: Engine, optimizer: DPOptimizer, loader: PoissonLoade
 
     Raises:
         UnsupportedGraphError: a sharded model.
-        PrivacyError: a mechanism that goes on from its earlier steps, a cap on draws, or example dimensions that cannot
-            be told for one argument more.
+        PrivacyError: a mechanism that goes on from its earlier steps, numbers by the step, a cap on draws, or example
+            dimensions that cannot be told for one argument more.
     """
+    if loader.schedule is not None or optimizer.saved_schedule():
+        raise PrivacyError(
+            "noise or batch size go by the step, and the attacks of an audit take all steps of a run to be alike",
+            remedy="audit a run with a number as expected_batch_size and without noise_schedule: one for the rate and "
+            "the noise of the steps that matter most",
+        )
     if loader.truncation is not None:
         raise PrivacyError(
             f"max_batch_size is {loader.max_batch_size}, and in an audit canaries would put each other out of a draw: "

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from dpcompile.accounting.by_step import RateSchedule, Sampled
 from dpcompile.accounting.truncation import Truncation
 from dpcompile.batches.draws import Draws
 from dpcompile.distributed.ranks import digest
@@ -18,11 +19,13 @@ class Feed:
     """A loader that is attached to a model and its optimizer.
 
     Args:
-        loader: has ``seed``, ``secure``, ``sample_rate``, ``from_size``, ``bands``; ``truncation`` if it has a cap.
+        loader: has ``seed``, ``secure``, ``sample_rate``, ``from_size``, ``bands``; ``truncation`` if it has a cap,
+            ``schedule`` if rate and expected batch size are functions of the step.
         optimizer: that steps on its draws.
 
     Attributes:
-        sample_rate: of the loader.
+        sample_rate: of the loader; with a ``schedule`` of step 0.
+        schedule: rate and expected batch size of every draw; None: they are constants.
         from_size: whether the rate comes from the size of the dataset.
         dataset_size: how many examples the loader draws from; None if it does not say.
         bands: how many parts it draws from by turns.
@@ -32,11 +35,12 @@ class Feed:
 
     def __init__(self, loader: Any, optimizer: Any) -> None:
         self._loader, self._optimizer = weakref.ref(loader), weakref.ref(optimizer)
-        self.sample_rate: float = loader.sample_rate
         self.from_size: bool = loader.from_size
         self.dataset_size: int | None = getattr(loader, "dataset_size", None)
         self.bands: int = loader.bands
         self.truncation: Truncation | None = getattr(loader, "truncation", None)
+        self.schedule: RateSchedule | None = getattr(loader, "schedule", None)
+        self.sample_rate: float = loader.sample_rate if self.schedule is None else self.schedule.sample_rate(0)
         self.draws = Draws()
 
     @property
@@ -48,6 +52,15 @@ class Feed:
     def draw(self) -> int | None:
         """The number, in the loader's stream, of the draw that the last backward was of; None before the first."""
         return self.draws.last
+
+    @property
+    def sampled(self) -> Sampled | None:
+        """How the draw that the last backward was of was sampled, and what divides its sum; None: by constants.
+
+        By the number of the draw, which may have been taken long before, or after others that were given up. Before the
+        first backward nothing is released but noise: that of draw 0.
+        """
+        return None if self.schedule is None else self.schedule.at(self.draw or 0)
 
     @property
     def stream(self) -> str | None:

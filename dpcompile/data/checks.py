@@ -6,7 +6,7 @@ import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +14,9 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from dpcompile.accounting.arguments import number
+from dpcompile.accounting.by_step import RateSchedule
 from dpcompile.accounting.truncation import no_bound_of_parts
+from dpcompile.data.rate import SamplingRate
 from dpcompile.data.users import Users
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
@@ -29,12 +31,15 @@ __all__ = [
     "check_count",
     "check_rank",
     "checked_size",
+    "refuse_cap_by_step",
     "refuse_lone_replicas",
     "refuse_other_optimizer",
     "refuse_other_users",
     "refuse_same_examples",
     "refuse_state",
+    "refuse_unattached_schedule",
     "refuse_uneven_parts",
+    "saved_sizes",
     "taken_over",
     "turns_of",
     "users_of",
@@ -84,6 +89,16 @@ def check_cap(max_batch_size: Any, bands: int) -> None:
     check_count("max_batch_size", max_batch_size)
     if bands > 1:
         raise no_bound_of_parts(max_batch_size, bands)
+
+
+def refuse_cap_by_step(noise_schedule: Any, sizes: Any) -> None:
+    """A cap of "auto" is compared for equal steps."""
+    if noise_schedule is not None or sizes is not None:
+        raise PrivacyError(
+            "max_batch_size is 'auto', and noise or batch size go by the step: what a cap costs is compared for equal "
+            "steps",
+            remedy="give max_batch_size a number, or leave it out",
+        )
 
 
 def taken_over(loader: DataLoader[Any]) -> dict[str, Any]:
@@ -167,7 +182,8 @@ def refuse_other_optimizer(engine: Engine, optimizer: Any, loader: Any) -> None:
         raise PrivacyError(
             "the optimizer was made for another model", remedy="make the DPOptimizer with the model that is trained"
         )
-    if optimizer.expected_batch_size != loader.expected_batch_size:
+    first = loader.expected_batch_size if loader.schedule is None else loader.schedule.expected_batch_size(0)
+    if optimizer.expected_batch_size not in (first, loader.expected_batch_size):
         raise PrivacyError(
             f"the loader draws {loader.expected_batch_size} examples on average, the optimizer divides by "
             f"{optimizer.expected_batch_size}",
@@ -218,8 +234,48 @@ def refuse_uneven_parts(ranks: Sequence[int], world_size: int) -> None:
         )
 
 
-def refuse_state(saved: Any, current: Any) -> None:
-    """A state to resume from means the same draws, and goes on where none has been used."""
+def refuse_unattached_schedule(schedule: RateSchedule | None) -> None:
+    """Draws of a rate each are counted by what knows which draw a step is on."""
+    if schedule is not None:
+        raise PrivacyError(
+            "the batch size is a function of the step, and batches() gives draws to a loop of its own: nothing would "
+            "tell the optimizer which rate to count, and what to divide by",
+            remedy="attach the loader, as make_private does, and iterate over it or over loader.parts(); or give "
+            "expected_batch_size a number",
+        )
+
+
+def saved_sizes(rate: SamplingRate, steps: int) -> float | dict[str, Any]:
+    """Of the state of a loader: the expected batch size, or what tells those of so many steps.
+
+    It is no number then: a version that knows nothing of schedules must not go on with a constant.
+    """
+    return rate.expected_batch_size if rate.schedule is None else rate.schedule.state(steps)
+
+
+def _refuse_other_schedule(saved: Any, schedule: RateSchedule | None) -> None:
+    by_step = isinstance(saved, Mapping)
+    if by_step == (schedule is not None) and (schedule is None or schedule.is_of(saved)):
+        return
+    if by_step and schedule is not None:
+        what = f"is another function of the step than in the saved run, in its first {saved.get('steps')} steps"
+    else:
+        kinds = "a function of the step", "a number"
+        what = f"was {kinds[not by_step]} in the saved run and is {kinds[by_step]} here"
+    raise PrivacyError(
+        f"expected_batch_size, or sample_rate, {what}: the draws would differ",
+        remedy="make the PoissonLoader with the same expected_batch_size and sample_rate",
+    )
+
+
+def refuse_state(saved: Any, current: Any, schedule: RateSchedule | None = None) -> None:
+    """A state to resume from means the same draws, and goes on where none has been used.
+
+    Args:
+        saved: the state.
+        current: of the loader that is to load it.
+        schedule: of that loader.
+    """
     refuse_malformed(saved, LOADER, "PoissonLoader")
     # Of loaders before there were parts, users and caps:
     saved = {"bands": 1, "examples_per_user": 1, "groups": 0, "max_batch_size": None, **saved}
@@ -228,13 +284,19 @@ def refuse_state(saved: Any, current: Any) -> None:
             "groups say of other examples that they are one user's than in the saved run: the draws would differ",
             remedy="make the PoissonLoader with the same dataset and groups",
         )
-    for name in ("dataset_size", "expected_batch_size", "secure", "bands", "examples_per_user", "max_batch_size"):
+    names = ["dataset_size", "secure", "bands", "examples_per_user", "max_batch_size"]
+    if schedule is not None or isinstance(saved["expected_batch_size"], Mapping):
+        _refuse_other_schedule(saved["expected_batch_size"], schedule)
+    else:
+        names.insert(1, "expected_batch_size")
+    for name in names:
         if saved[name] != current[name]:
             raise PrivacyError(
                 f"{name} was {saved[name]} in the saved run and is {current[name]} here: the draws would differ",
                 remedy=f"make the PoissonLoader with the same {name}",
             )
-    rate = saved.get("sample_rate", saved["expected_batch_size"] / max(saved["dataset_size"], 1))
+    size = saved["expected_batch_size"] if schedule is None else schedule.expected_batch_size(0)
+    rate = saved.get("sample_rate", size / max(saved["dataset_size"], 1))
     if not isinstance(rate, float) or not math.isclose(rate, current["sample_rate"], rel_tol=1e-9):
         raise PrivacyError(
             f"sample_rate was {rate} in the saved run and is {current['sample_rate']} here: the draws would differ",

@@ -65,5 +65,6 @@ class CyclicBatches(PoissonBatches):
         if self._dealt is None or self._dealt[0] != seed:
             self._dealt = seed, deal(seed, size=self.size, bands=self.bands, secure=self.secure)
         part = self._dealt[1][step % self.bands]
+        assert not callable(self.sample_rate), "parts are drawn from at one rate"
         drawn = poisson_draw(seed, step=step, size=len(part), sample_rate=self.sample_rate, secure=self.secure)
         return part[torch.tensor(drawn, dtype=torch.int64)].tolist()

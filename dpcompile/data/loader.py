@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from dpcompile.accounting.arguments import check_bands
+from dpcompile.accounting.by_step import RateSchedule
 from dpcompile.accounting.truncation import Truncation
 from dpcompile.batches.draws import Draws
 from dpcompile.batches.matching import DrawnBatch
@@ -67,13 +68,16 @@ class PoissonLoader:
 
     Args:
         dataset: map-style, with a length.
-        expected_batch_size: mean size of a logical batch, and the constant that divides its sum.
-        sample_rate: the chance of each example; None: ``expected_batch_size / len(dataset)``. With both given, nothing
-            here depends on the size of the dataset, as ``relation="add_remove"`` asks for
-            (:class:`dpcompile.PrivacyAccountant`); they should fit together about.
+        expected_batch_size: mean size of a logical batch, and what divides its sum: a constant, or a function of the
+            logical step (:attr:`step`, from 0 on) that does not look at the data. Draw t is then of its own size and
+            rate, whenever it is taken, counted as such, and divided by its own; not with ``bands``.
+        sample_rate: the chance of each example, a constant or such a function; None: ``expected_batch_size /
+            len(dataset)``. With both given, nothing here depends on the size of the dataset, as
+            ``relation="add_remove"`` asks for (:class:`dpcompile.PrivacyAccountant`); they should fit together about.
         physical_batch_size: examples per forward, padding included; a larger draw takes several. None: the expected
             size plus two standard deviations, up to a multiple of 8, at most ``len(dataset)``; with ``max_batch_size``
-            that cap in equal parts, as few as are at most one and a half times as large.
+            that cap in equal parts, as few as are at most one and a half times as large. Of batch sizes by the step:
+            for the largest of a pass.
         max_batch_size: the cap: of a larger draw, of all ranks together, so many examples are kept, a uniform subset.
             Steps then take ``ceil(max_batch_size / (world_size * physical_batch_size))`` physical batches each, however
             many examples were drawn, also none: what they run on has one size. Steps cost more, the more the lower the
@@ -90,7 +94,8 @@ class PoissonLoader:
             there are), and epsilon is for all that a user has. None: every example is drawn by itself.
         examples_per_user: with ``groups``: rows that a user has in a batch, one after the other, as
             ``dp_compile(examples_per_user=)`` takes them (:class:`dpcompile.data.users.Users`).
-        steps: logical steps in one pass; None: so many that an example is drawn once on average, rounded up.
+        steps: logical steps in one pass; None: so many that an example is drawn once on average, rounded up. Of batch
+            sizes by the step as many as it takes from step 0 on, for every pass.
         seed: of the draws, a secret like the noise's; it may be the same one. None draws one.
         secure: draw with ChaCha20.
         collate_fn: as in DataLoader. It is called with drawn examples only, and once with one of them a second time.
@@ -108,7 +113,9 @@ class PoissonLoader:
 
     Attributes:
         step: the next logical step to be drawn. It only grows: no draw is handed out twice.
-        sample_rate: the chance of each example, with ``bands`` in the steps of its part.
+        sample_rate: the chance of each example in the next step, with ``bands`` in the steps of its part.
+        expected_batch_size: of the next step.
+        schedule: both, of every step; None: they are constants.
         bands: how many parts it draws from by turns.
         from_size: whether rate or expected batch size come from the size of the dataset.
         in_turn: whether each example comes once in a pass.
@@ -128,6 +135,9 @@ class PoissonLoader:
     ================================================  ====================================================
     edge case                                         outcome
     ================================================  ====================================================
+    a batch size by the step, and draws left out      the others keep their numbers, sizes and rates
+    ... that is not in its range at some step         refused before that draw, the step named
+    ... and :meth:`batches`                           refused: one rate would be counted for all
     nothing drawn                                     one physical batch, all padding
     a draw larger than the physical batch             several forwards, one step
     a draw smaller than ``max_batch_size``            padded up to it, also by physical batches without an example
@@ -154,8 +164,8 @@ class PoissonLoader:
         self,
         dataset: Any,
         *,
-        expected_batch_size: float | None = None,
-        sample_rate: float | None = None,
+        expected_batch_size: float | Callable[[int], float] | None = None,
+        sample_rate: float | Callable[[int], float] | None = None,
         bands: int = 1,
         in_turn: bool | None = None,
         groups: Any = None,
@@ -183,13 +193,13 @@ class PoissonLoader:
         if in_turn:
             bands, sample_rate = checks.turns_of(size, expected_batch_size, bands, sample_rate), 1.0
         check_bands(bands, "zero_out")
-        rate = SamplingRate.given(size, expected_batch_size, sample_rate, steps, bands)
         checks.check_cap(max_batch_size, bands)
+        rate = SamplingRate.given(size, expected_batch_size, sample_rate, steps, bands, max_batch_size)
+        checks.check_count("steps", rate.steps)
         if physical_batch_size is None:
             cap = None if max_batch_size is None else -(-max_batch_size // world_size)
-            physical_batch_size = default_physical_batch_size(rate.sample_rate * size / bands / world_size, size, cap)
+            physical_batch_size = default_physical_batch_size(rate.largest * size / bands / world_size, size, cap)
         checks.check_count("physical_batch_size", physical_batch_size)
-        checks.check_count("steps", rate.steps)
         drawn = fresh_seed(secure=secure)
         if world_size > 1:  # also where a seed is given: ranks that wait for one that others do not send hang
             drawn = from_first(drawn)
@@ -198,9 +208,9 @@ class PoissonLoader:
         self._agreed = world_size == 1
         check_seed(self.seed, secure=secure)
         self.dataset, self.collate_fn, self.padding_example = dataset, collate_fn or default_collate, padding_example
-        self.expected_batch_size, self.physical_batch_size = rate.expected_batch_size, physical_batch_size
-        self.from_size, self.secure, self.bands = rate.from_size or bool(in_turn), secure, bands
-        self.in_turn = bool(in_turn)
+        self.physical_batch_size = physical_batch_size
+        self._rate, self.from_size = rate, rate.from_size or bool(in_turn)
+        self.secure, self.bands, self.in_turn = secure, bands, bool(in_turn)
         self.step = 0
         self._length = rate.steps
         self._position = 0  # logical steps of the current pass that have been handed out
@@ -211,7 +221,7 @@ class PoissonLoader:
         self._sampler = (PoissonBatches if bands == 1 else partial(CyclicBatches, bands=bands))(
             seed=self.seed,
             size=size,
-            sample_rate=rate.sample_rate,
+            sample_rate=rate.sample_rate if rate.schedule is None else rate.schedule.sample_rate,
             physical_batch_size=physical_batch_size,
             secure=secure,
             rank=rank,
@@ -238,7 +248,7 @@ class PoissonLoader:
         cls,
         loader: DataLoader[Any],
         *,
-        expected_batch_size: float | None = None,
+        expected_batch_size: float | Callable[[int], float] | None = None,
         physical_batch_size: int | None = None,
         seed: int | None = None,
         **options: Any,
@@ -285,14 +295,24 @@ class PoissonLoader:
         return self
 
     @property
-    def dataset_size(self) -> int:
-        """How many examples, or users, are drawn from."""
-        return self._sampler.size
+    def schedule(self) -> RateSchedule | None:
+        """Rate and expected batch size of every step; None: they are constants."""
+        return self._rate.schedule
 
     @property
     def sample_rate(self) -> float:
-        """The chance of each example; it stays what it was, for an accountant was told."""
-        return self._sampler.sample_rate
+        """Of the next step: see the class."""
+        return self._rate.sample_rate if self.schedule is None else self.schedule.sample_rate(self.step)
+
+    @property
+    def expected_batch_size(self) -> float:
+        """Of the next step."""
+        return self._rate.expected_batch_size if self.schedule is None else self.schedule.expected_batch_size(self.step)
+
+    @property
+    def dataset_size(self) -> int:
+        """How many examples, or users, are drawn from."""
+        return self._sampler.size
 
     @property
     def max_batch_size(self) -> int | None:
@@ -330,7 +350,11 @@ class PoissonLoader:
 
         ``dpcompile.set_mask(model, batch.mask)`` before the model is called hands it on, and
         ``optimizer.accumulating = not batch.ends_step`` lets the optimizer wait.
+
+        Raises:
+            PrivacyError: a batch size by the step.
         """
+        checks.refuse_unattached_schedule(self.schedule)
         self._agree()
         return (
             PhysicalBatch(data, of_users(mask, self.examples_per_user), r.ends_step)
@@ -357,8 +381,8 @@ class PoissonLoader:
             "step": self.step,
             "position": self._position,
             "dataset_size": self.dataset_size,
-            "expected_batch_size": self.expected_batch_size,
-            "sample_rate": self.sample_rate,
+            "expected_batch_size": checks.saved_sizes(self._rate, max(len(self), self.step)),
+            "sample_rate": self._rate.sample_rate,
             "bands": self.bands,
             "examples_per_user": self.examples_per_user,
             "groups": 0 if self.users is None else self.users.digest,
@@ -371,7 +395,7 @@ class PoissonLoader:
         Raises:
             PrivacyError: another dataset size, batch size, rate, cap or generator; or an earlier step of the same seed.
         """
-        checks.refuse_state(state_dict, self.state_dict())
+        checks.refuse_state(state_dict, self.state_dict(), self.schedule)
         self.seed = self._sampler.seed = state_dict["seed"]
         self.step, self._position = state_dict["step"], state_dict["position"] % len(self)
         self._resumes, self._agreed = True, self.world_size == 1
@@ -379,7 +403,7 @@ class PoissonLoader:
 
     def __repr__(self) -> str:
         return (
-            f"PoissonLoader(dataset_size={self.dataset_size}, expected_batch_size={self.expected_batch_size}, "
+            f"PoissonLoader(dataset_size={self.dataset_size}, expected_batch_size={self._rate.sizes}, "
             f"physical_batch_size={self.physical_batch_size}, "
             + ("" if self.max_batch_size is None else f"max_batch_size={self.max_batch_size}, ")
             + f"steps={len(self)}, step={self.step})"

@@ -6,7 +6,7 @@ Sources: Abadi et al. 2016, section 2.2; for truncated draws arXiv:2508.15089, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -133,14 +133,18 @@ def default_physical_batch_size(expected_batch_size: float, size: int, cap: int 
 
 
 class PoissonBatches:
-    """The batch sampler behind a DataLoader: requests of the logical steps set by :meth:`cover`."""
+    """The batch sampler behind a DataLoader: requests of the logical steps set by :meth:`cover`.
+
+    Attributes:
+        sample_rate: a number, or a function of the logical step.
+    """
 
     def __init__(
         self,
         *,
         seed: int,
         size: int,
-        sample_rate: float,
+        sample_rate: float | Callable[[int], float],
         physical_batch_size: int,
         secure: bool = False,
         rank: int = 0,
@@ -158,7 +162,8 @@ class PoissonBatches:
 
     def draw(self, seed: int, step: int) -> list[int]:
         """Indices of one logical step, ascending."""
-        drawn = poisson_draw(seed, step=step, size=self.size, sample_rate=self.sample_rate, secure=self.secure)
+        rate = self.sample_rate(step) if callable(self.sample_rate) else self.sample_rate
+        drawn = poisson_draw(seed, step=step, size=self.size, sample_rate=rate, secure=self.secure)
         if self.max_batch_size is None:
             return drawn
         return kept(drawn, self.max_batch_size, seed=seed, step=step, secure=self.secure)

@@ -109,7 +109,8 @@ def refuse_other_rate(accountant: Accountant | None, feed: Any) -> None:
     """The accountant must count draws at the rate of the loader that feeds the model, for a relation that allows it."""
     if accountant is None:
         return
-    if not math.isclose(accountant.sample_rate, feed.sample_rate, rel_tol=1e-9):
+    by_step = getattr(feed, "schedule", None) is not None  # then each step is counted by its event
+    if not by_step and not math.isclose(accountant.sample_rate, feed.sample_rate, rel_tol=1e-9):
         raise PrivacyError(
             f"the loader samples at rate {feed.sample_rate}, the accountant assumes {accountant.sample_rate}",
             remedy="make the PrivacyAccountant with sample_rate=loader.sample_rate",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from dpcompile.distributed.ranks import digest, from_first, refuse_disagreement
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
@@ -10,12 +13,13 @@ from dpcompile.noise.banded import BandedMechanism
 from dpcompile.noise.buffered import BufferedMechanism
 from dpcompile.noise.counter import check_seed, fresh_seed
 from dpcompile.noise.exact import ExactMechanism
+from dpcompile.noise.grid import default_bits
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 from dpcompile.noise.strategy import default_restart, optimal_coefficients
 from dpcompile.noise.tree import TreeMechanism
 from dpcompile.optim.checks import refuse_bad_numbers
 
-__all__ = ["banded_mechanism", "chosen_mechanism", "mechanism_in_turn", "refuse_other_ranks"]
+__all__ = ["banded_mechanism", "chosen_mechanism", "exact_mechanism", "mechanism_in_turn", "refuse_other_ranks"]
 
 
 def banded_mechanism(
@@ -44,6 +48,16 @@ def mechanism_in_turn(
     check_seed(seed, secure=secure)
     made = {"tree": TreeMechanism, "buffers": BufferedMechanism}[kind]
     return made(noise_multiplier, engine.max_grad_norm, expected_batch_size, seed, secure, steps=steps)
+
+
+def exact_mechanism(
+    engine: Engine, noise_multiplier: float, expected_batch_size: float, seed: int, secure: bool, largest: float
+) -> ExactMechanism:
+    """Of batch sizes by the step: one whose grid holds the sums of the ``largest``."""
+    check_seed(seed, secure=secure)
+    refuse_bad_numbers(noise_multiplier, expected_batch_size)
+    numbers = noise_multiplier, engine.max_grad_norm, expected_batch_size, seed, secure
+    return ExactMechanism(*numbers, bits=default_bits(largest))
 
 
 def chosen_mechanism(
@@ -102,13 +116,14 @@ def _gaussian_mechanism(
     return GaussianMechanism(*numbers) if clip is None else AdaptiveGaussianMechanism(*numbers, clip)
 
 
-def refuse_other_ranks(engine: Engine, mechanism: Mechanism, logical_step: int) -> None:
+def refuse_other_ranks(engine: Engine, mechanism: Mechanism, logical_step: int, schedule: Mapping[str, Any]) -> None:
     """All ranks have to mean the same step of the same mechanism on the same parameters."""
     options = engine.options
     refuse_disagreement(
         {
             "logical_step": logical_step,
             **mechanism.state_dict(),
+            **schedule,
             "seed": digest(mechanism.seed),
             "max_grad_norm": engine.max_grad_norm,
             "clipping": options.clipping if isinstance(options.clipping, str) else "a function",

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dpcompile.accounting.events import rounds
-from dpcompile.accounting.planned_steps import OnExceed, PlannedSteps
+from dpcompile.accounting.planned_steps import PlannedSteps
 from dpcompile.accounting.protocol import Accountant, count_steps, counted
 from dpcompile.batches.feed import Feed
 from dpcompile.distributed.ranks import digest
@@ -24,8 +24,9 @@ from dpcompile.noise.adaptive import AdaptiveClip
 from dpcompile.noise.mechanism import Mechanism
 from dpcompile.optim import carried_state, checks, correlated
 from dpcompile.optim.chained import as_one, parts_of
-from dpcompile.optim.common import chosen_mechanism, refuse_other_ranks
+from dpcompile.optim.common import chosen_mechanism
 from dpcompile.optim.exactness import check_rounding, let_round
+from dpcompile.optim.step_numbers import numbers_of_step, refuse_other_schedule
 from dpcompile.optim.update import update_
 from dpcompile.optim.wrapping import WrappingOptimizer
 from dpcompile.runtime.loss_scale import check_scaler, notice_scalers
@@ -93,6 +94,7 @@ class DPOptimizer(WrappingOptimizer):
     a scheduler stepped in the loop                     right if stepped only when not ``accumulating``
     copied or pickled                                   refused: two objects would draw the same noise
     ranks with other seeds, sigma, C or steps           refused at the first step
+    a loader with a batch size for every draw           each is divided by its own, and counted at its rate
     ``exact`` and FSDP2, tensor parallelism             refused: their sums over ranks are floating-point
     ==================================================  =====================================================
     """
@@ -128,10 +130,9 @@ class DPOptimizer(WrappingOptimizer):
         self._planned = PlannedSteps(None, "raise")
         self._counted = counted(accountant)  # as far as is known here
         self._accumulating = False
-        self._agreed = False  # whether all ranks are known to mean the same
         self._held = False  # sums of earlier physical batches of an unfinished logical step stand in p.grad
         self._used_draws: dict[str, Any] | None = None  # before the state that was loaded
-        self._last_draws: dict[str, Any] | None = None  # by steps since, of correlated noise
+        self._last_draws: dict[str, Any] | None = None  # by steps since, of correlated noise or rates by the draw
         checks.refuse_foreign(engine, inner)
         checks.refuse_missing(engine, inner, engine.trainable())
         checks.refuse_complex(engine, engine.trainable())
@@ -210,18 +211,14 @@ class DPOptimizer(WrappingOptimizer):
         names = self.checked_parameters()
         self.engine.ledger.verify(names)
         self._agree()
-        votes, step = self.engine.ledger.votes, self.use_noise()
-        with self.applying():
-            update_(self.optimizer, self.engine, self.mechanism, names, step)
-        self.finish()
-        self.adapt(votes, step)
+        before = self._last_draws or self._used_draws
+        with numbers_of_step(self.mechanism, feed, self._planned, self.logical_step, before) as rate:
+            votes, step = self.engine.ledger.votes, self.use_noise(rate)
+            with self.applying():
+                update_(self.optimizer, self.engine, self.mechanism, names, step)
+            self.finish()
+            self.adapt(votes, step)
         return loss
-
-    def _agree(self) -> None:
-        """Before the first step, and the first after a checkpoint, compare with the other ranks."""
-        if self.engine.distributed and not self._agreed:
-            refuse_other_ranks(self.engine, self.mechanism, self.logical_step)
-            self._agreed = True
 
     def checked_parameters(self) -> list[str]:
         """Names of the parameters that a step updates, after the checks that do not look at gradients."""
@@ -242,18 +239,16 @@ class DPOptimizer(WrappingOptimizer):
             checks.refuse_other_rate(self.accountant, feed)
         return names
 
-    def plan(self, steps: int | None, on_exceed: OnExceed = "raise") -> None:
-        """Say for how many logical steps the noise was calibrated (None: for any number), and what comes beyond."""
-        self._planned = PlannedSteps(steps, on_exceed)
-
     def fed_by(self, loader: Any) -> None:
         """Step on the draws of a loader; no other optimizer of the model does from now on."""
         correlated.refuse_other_loader(self.mechanism, self.engine.feed, self.logical_step, loader)
         self.engine.feed = Feed(loader, self)
+        self.watch_step()
 
-    def use_noise(self) -> int:
+    def use_noise(self, rate: float | None = None) -> int:
         """Use up one draw of noise and account for it; returns the logical step to draw it for.
 
+        ``rate`` is that of the draw, where every draw has one of its own.
         Counted before it is drawn: if the update fails half-way, this noise must not be drawn again. With correlated
         noise, so are the rows of draws that were left out (:func:`dpcompile.optim.correlated.next_row`).
         """
@@ -264,11 +259,13 @@ class DPOptimizer(WrappingOptimizer):
             checks.refuse_used_noise(self, stream, secure=self.secure, step=used, correlated=bands > 1)
         self._logical_step = used + 1
         self.engine.steps = (self.engine.steps or 0) + 1
-        if feed is not None and bands > 1:
+        if feed is not None and (bands > 1 or rate is not None):
             self._last_draws = feed.state() or self._last_draws
         if self.accountant is not None:
-            event = self.mechanism.event(self.accountant.sample_rate)
-            self._counted = count_steps(self.accountant, event, rounds(used + 1, bands) - rounds(before, bands))
+            event = self.mechanism.event(self.accountant.sample_rate if rate is None else rate)
+            told = None if rate is None and self._planned.noise is None else self._counted
+            n = rounds(used + 1, bands) - rounds(before, bands)
+            self._counted = count_steps(self.accountant, event, n, before_them=told)
         return used
 
     def finish(self) -> None:
@@ -324,6 +321,7 @@ class DPOptimizer(WrappingOptimizer):
         """
         own, rest = carried_state.carried(state_dict)
         checks.refuse_state(own, self.private_state(), self.accountant)
+        refuse_other_schedule(self._planned.noise, own)
         self.load_inner(rest)
         carried_state.mark_groups(self.optimizer.param_groups)
         if self.accountant is not None and own["accountant"] is not None:
@@ -345,4 +343,5 @@ class DPOptimizer(WrappingOptimizer):
             "logical_step": self.logical_step,
             "accountant": None if self.accountant is None else self.accountant.state_dict(),
             "draws": used if feed is None else feed.state() or used,
+            **self.saved_schedule(),
         }

@@ -36,11 +36,19 @@ def _positive(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < math.inf
 
 
+def _are_sizes(x: Any) -> bool:
+    """One for all steps, or what tells those of many (:class:`dpcompile.accounting.by_step.RateSchedule`)."""
+    if not isinstance(x, Mapping):
+        return _positive(x)
+    return _positive(x.get("first")) and _whole(x.get("steps"), 2**32) and isinstance(x.get("digest"), str)
+
+
 _SEED: _Kind = ("an integer, 0 or more and below 2**256", lambda x: _whole(x, 2**256))
 _STEP: _Kind = ("an integer, 0 or more and below 2**32", lambda x: _whole(x, 2**32))
 _COUNT: _Kind = ("an integer, 0 or more", lambda x: _whole(x, 2**63))
 _FLAG: _Kind = ("True or False", lambda x: isinstance(x, bool))
 _SIZE: _Kind = ("a finite number above 0", _positive)
+_SIZES: _Kind = ("a finite number above 0, or of batch sizes by the step their digest", _are_sizes)
 _NOISE: _Kind = ("a finite number, 0 or more", lambda x: _positive(x) or (not isinstance(x, bool) and x == 0))
 
 OPTIMIZER: Mapping[str, _Kind] = {
@@ -58,7 +66,7 @@ LOADER: Mapping[str, _Kind] = {
     "step": _STEP,
     "position": _COUNT,
     "dataset_size": _COUNT,
-    "expected_batch_size": _SIZE,
+    "expected_batch_size": _SIZES,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dpcompile.accounting.planned_steps import PlannedSteps
+from dpcompile.accounting.by_step import ByStep
+from dpcompile.accounting.planned_steps import OnExceed, PlannedSteps
 from dpcompile.accounting.protocol import Accountant
 from dpcompile.distributed.ranks import summed, world_size
 from dpcompile.distributed.shards import computing_device
@@ -25,7 +26,9 @@ from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 from dpcompile.optim.carried_state import mark_groups
 from dpcompile.optim.chained import parts_of
 from dpcompile.optim.checks import refuse_bad_numbers, refuse_foreign_parameters
+from dpcompile.optim.common import refuse_other_ranks
 from dpcompile.optim.correlated import refuse_move
+from dpcompile.optim.step_numbers import numbers_at, refuse_moved_size, refuse_rows, saved_schedule
 from dpcompile.reporting.facts import report_of
 from dpcompile.reporting.report import Report
 from dpcompile.runtime.optimizer_hooks import HookedOptimizer
@@ -52,6 +55,7 @@ class WrappingOptimizer(HookedOptimizer):
     mechanism: Mechanism
     _accountant: Accountant | None
     _planned: PlannedSteps
+    _agreed: bool = False  # whether all ranks are known to mean the same
     engine: Engine
     logical_step: int
 
@@ -91,6 +95,47 @@ class WrappingOptimizer(HookedOptimizer):
             self._accountant.move_noise_multiplier(value)
         self.mechanism.noise_multiplier = value
         self._note_numbers()
+
+    def plan(
+        self, steps: int | None, on_exceed: OnExceed = "raise", noise_schedule: Callable[[int], float] | None = None
+    ) -> None:
+        """Say for how many logical steps the noise was calibrated, and how it goes by the step.
+
+        Args:
+            steps: None: for any number.
+            on_exceed: what a step beyond does: "raise", "warn" (once) or "ignore".
+            noise_schedule: what :attr:`noise_multiplier` is multiplied by, from now on by itself: at logical step t by
+                that of t, or with a batch size by the step at draw t of the loader. None: 1.
+
+        Raises:
+            PrivacyError: a schedule of noise that is correlated over steps.
+        """
+        if noise_schedule is not None:
+            refuse_rows(self.mechanism.bands)
+        noise = noise_schedule
+        if noise is not None and not isinstance(noise, ByStep):
+            noise = ByStep(noise, "noise_schedule")
+        self._planned = PlannedSteps(steps, on_exceed, noise)
+        self.watch_step()
+
+    def watch_step(self) -> None:
+        """Let every backward compare the numbers of its step with those of the other ranks, if they go by the step."""
+        feed, engine = self.engine.feed, self.engine
+        moves = self._planned.noise is not None or (feed is not None and feed.schedule is not None)
+        engine.of_step = weakref.WeakMethod(self._numbers_of_step) if moves else None
+
+    def _numbers_of_step(self) -> tuple[float, float, float]:
+        return numbers_at(self.mechanism, self.engine.feed, self._planned, self.logical_step)
+
+    def _agree(self) -> None:
+        """Before the first step, and the first after a checkpoint, compare with the other ranks."""
+        if self.engine.distributed and not self._agreed:
+            refuse_other_ranks(self.engine, self.mechanism, self.logical_step, self.saved_schedule())
+            self._agreed = True
+
+    def saved_schedule(self) -> Mapping[str, Any]:
+        """What tells the noise schedule, in a state and for the comparison with other ranks."""
+        return saved_schedule(self._planned.noise, self._planned.steps, self.logical_step)
 
     @property
     def max_grad_norm(self) -> float:
@@ -143,11 +188,12 @@ class WrappingOptimizer(HookedOptimizer):
 
     @property
     def expected_batch_size(self) -> float:
-        """The constant that divides the sums, of the mechanism."""
+        """What divides the sums, of the mechanism; the loader's own, where it has one for every step."""
         return self.mechanism.expected_batch_size
 
     @expected_batch_size.setter
     def expected_batch_size(self, value: float) -> None:
+        refuse_moved_size(self.engine.feed)
         self.mechanism.expected_batch_size = value
 
     @property
@@ -255,6 +301,7 @@ class WrappingOptimizer(HookedOptimizer):
             steps=self.logical_step,
             optimizer=names,
             audit=audit,
+            noise_by_step=self._planned.noise is not None,
         )
 
     def __repr__(self) -> str:

@@ -68,6 +68,7 @@ def report_of(
     steps: int,
     optimizer: str,
     audit: Any = None,
+    noise_by_step: bool = False,
 ) -> Report:
     """A run as it stands.
 
@@ -79,6 +80,7 @@ def report_of(
         steps: logical steps of the optimizer.
         optimizer: the name of the inner one.
         audit: what was measured beside; its ``str`` is printed.
+        noise_by_step: sigma of the mechanism is the scale of a schedule.
 
     Raises:
         PrivacyError: no accountant, whose epsilon the report is about, or a delta outside (0, 1).
@@ -93,7 +95,8 @@ def report_of(
     sections = {
         "Privacy": {
             **dict(_privacy(accountant, mechanism, delta, epsilon, _unit(engine))),
-            **dict(_exactness(engine, mechanism)),
+            **({"noise by the step": "a public function of it"} if noise_by_step else {}),
+            **dict(_exactness(engine, mechanism, " times the schedule" if noise_by_step else "")),
         },
         "Data": dict(_data(engine, accountant)),
         "Model": dict(_model(engine, optimizer, steps)),
@@ -160,11 +163,14 @@ def _privacy(
     yield "generator of the noise", "ChaCha20, cryptographic" if mechanism.secure else "Philox, not cryptographic"
 
 
-def _exactness(engine: Engine, mechanism: Mechanism) -> Iterator[tuple[str, str]]:
+def _exactness(engine: Engine, mechanism: Mechanism, times: str) -> Iterator[tuple[str, str]]:
     if not isinstance(mechanism, ExactMechanism):
         return
     s = mechanism.units(sum(p.numel() for p in engine.parameters().values() if p.requires_grad))
-    yield "grid of the sums", f"2^{math.log2(mechanism.grid):g}, C in {mechanism.bits} bits; noise of {s} units a step"
+    yield (
+        "grid of the sums",
+        f"2^{math.log2(mechanism.grid):g}, C in {mechanism.bits} bits; noise of {s} units{times} a step",
+    )
     if s:
         yield "discrete for Gaussian noise", f"adds less than {EXCESS:g} to ε, and that part of δ to δ"
 
@@ -192,7 +198,12 @@ def _data(engine: Engine, accountant: Accountant) -> Iterator[tuple[str, str]]:
         yield "sampling", "by the loop; epsilon takes it to be Poisson sampling"
         return
     turns = "every step" if feed.bands == 1 else f"the steps of its part, one of {feed.bands} by turns"
-    yield "sampling", f"Poisson, each {unit} with probability {feed.sample_rate:g} in {turns}"
+    if feed.schedule is None:
+        yield "sampling", f"Poisson, each {unit} with probability {feed.sample_rate:g} in {turns}"
+    else:
+        rates = [plain_rate(rate) for _, rate, _ in accountant.history] or [feed.sample_rate]
+        span = f"{min(rates):g} to {max(rates):g}, a public function of the step"
+        yield "sampling", f"Poisson, each {unit} with a probability of {span}; each step is divided by its own size"
     if feed.truncation is not None:
         yield "truncation", f"of a larger draw {feed.truncation[1]} {unit}s are kept, chosen at random"
     size = feed.dataset_size

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import struct
 import types
 import weakref
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -83,6 +85,7 @@ class Engine(ABC):
         self.feed: Feed | None = None
         self.steps: int | None = None
         self.numbers, self.votes = 0, False
+        self.of_step: Callable[[], Callable[[], tuple[float, float, float]] | None] | None = None
         self.kept = ExampleMemory(module, breaks=options.regions == "breaks")
         self._unchecked = options.check
         self._bound = ClipBound(options.clipping, options.max_grad_norm)
@@ -131,12 +134,16 @@ class Engine(ABC):
     def place(self) -> tuple[int, ...]:
         """Where training stands: logical steps taken, the draw of the loader (-1: none), and :attr:`numbers`.
 
+        Of numbers that go by the step those of the step at hand are among them.
+
         ``()`` without an optimizer. Public numbers.
         """
         if self.steps is None:
             return ()
         draw = None if self.feed is None else self.feed.draw
-        return self.steps, -1 if draw is None else draw, self.numbers
+        moving = None if self.of_step is None else self.of_step()
+        numbers = self.numbers if moving is None else zlib.crc32(struct.pack("<3d", *moving()), self.numbers)
+        return self.steps, -1 if draw is None else draw, numbers
 
     def check_parameters(self, named: Iterable[tuple[str, Tensor]], *, gathered: bool = False) -> None:
         """Raise PrivacyError if a parameter is not the object that the optimizer knows, or has hooks that never run.

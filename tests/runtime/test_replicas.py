@@ -25,7 +25,7 @@ CHECKS = {
     "refusals",
     "C by a quantile",
     "mesh of replicas", "parts", "make_private", "a cap on draws", "a rank that skips", "replicate", "offloaded",
-    "checkpoints",
+    "checkpoints", "numbers by the step",
 }  # fmt: skip
 
 

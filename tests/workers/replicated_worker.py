@@ -219,6 +219,38 @@ def capped() -> None:
             torch.testing.assert_close(here, p, rtol=1e-5, atol=1e-5, msg=name)
 
 
+def by_step() -> None:
+    """Batch size and noise by the step: one process and many train alike, and ranks have the same functions."""
+    dataset = TensorDataset(torch.randint(0, V, (40, T)))
+    mesh, given = init_device_mesh("cpu", (dist.get_world_size(),)), {"noise_multiplier": 0.5, "seed": 4}
+
+    def train(model: Any, size: Any = lambda t: 1.0 + t, noise: Any = lambda t: 1 / (1 + t)) -> None:
+        options = {} if isinstance(model, DistributedDataParallel) else {"max_grad_norm": C, "backend": "eager"}
+        inner, data = torch.optim.SGD(model.parameters(), lr=0.1), torch.utils.data.DataLoader(dataset, batch_size=4)
+        private, optimizer, loader = make_private(
+            model, inner, data, **given, batch_size_schedule=size, noise_schedule=noise, **options
+        )
+        for (x,) in loader:
+            step(private, x)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(loader) == optimizer.logical_step == 4 and optimizer.accountant is not None
+        assert optimizer.accountant.history == [(0.5 / (1 + t), 4 * (1 + t) / 40, 1) for t in range(4)]
+
+    single = made(gpt)
+    train(single)
+    for model in (replicated(gpt), shard(made(gpt), mesh)):
+        train(model)
+        agree(model)
+        for (name, p), q in zip(single.named_parameters(), model.parameters(), strict=True):
+            here = q.full_tensor() if isinstance(q, DTensor) else q
+            torch.testing.assert_close(here, p, rtol=1e-5, atol=1e-5, msg=name)
+    own = 1.0 + dist.get_rank() / 8
+    raises(PrivacyError, "expected_batch_size", lambda: train(replicated(gpt), lambda t: 1.0 + own * t))
+    other = "or moved C or the noise otherwise"
+    raises(PrivacyError, other, lambda: train(replicated(gpt), noise=lambda t: 1 / (1 + own * t)))
+
+
 def apart() -> None:
     """A rank that skips a batch, or moves C or sigma alone: all ranks are told, and none hangs."""
     data = torch.utils.data.DataLoader(TensorDataset(torch.randn(40, D)), batch_size=4)
@@ -460,6 +492,7 @@ def main() -> None:
         "unused parameters": unused_parameters,
         "make_private": made_private,
         "a cap on draws": capped,
+        "numbers by the step": by_step,
         "a rank that skips": apart,
         "parts": parts,
         "refusals": refused,
