@@ -19,9 +19,10 @@ from dpcompile.accounting.planned_steps import OnExceed
 from dpcompile.accounting.protocol import Accountant, check_accountant
 from dpcompile.accounting.truncation import check_truncated, no_bound_of_parts
 from dpcompile.api import dp_compile
-from dpcompile.data.checks import refuse_cap_by_step, taken_over
+from dpcompile.data.checks import refuse_cap_by_step
 from dpcompile.data.loader import PoissonLoader
-from dpcompile.distributed.ranks import from_first, rank, world_size
+from dpcompile.data.making import private_loader_of
+from dpcompile.distributed.ranks import from_first
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine, PrivateModule, engine_of
 from dpcompile.noise.adaptive import AdaptiveClip
@@ -135,8 +136,7 @@ def make_private(
     seed = _seed(engine, seed, secure)
     options = {"physical_batch_size": physical_batch_size, "bands": bands, "in_turn": in_turn is not None or None}
     options["examples_per_user"] = examples_per_user
-    sizes = _sizes(loader, batch_size_schedule)
-    make_loader = partial(_private_loader, loader, groups, padding_example, sizes, seed, secure, engine)
+    make_loader = partial(private_loader_of, loader, groups, padding_example, batch_size_schedule, seed, secure, engine)
     private_loader = make_loader({**options, "max_batch_size": None if max_batch_size == "auto" else max_batch_size})
     refuse_rate_from_size(relation, private_loader)
     counted = _counted(private_loader, accountant, relation)
@@ -220,19 +220,6 @@ def _check_steps(loader: PoissonLoader, counted: Mapping[str, Any], noise: BySte
     refuse_rows(1 if noise is None else loader.bands)
     check_bands(loader.bands, counted["relation"])
     check_truncated(loader.truncation, counted["method"], counted["relation"])
-
-
-def _sizes(loader: Any, schedule: Callable[[int], float] | None) -> Callable[[int], float] | None:
-    """The batch size of every draw; None: a constant."""
-    if schedule is None:
-        return None
-    if isinstance(loader, PoissonLoader):
-        raise PrivacyError(
-            "batch_size_schedule, and a PoissonLoader that is made already",
-            remedy="leave it out, and make the PoissonLoader with a function of the step as expected_batch_size",
-        )
-    first = taken_over(loader)["expected_batch_size"]
-    return lambda step: first * schedule(step)
 
 
 def _cap(
@@ -324,41 +311,3 @@ def _private_model(
             remedy="pass the ordinary model, or give the options to dp_compile",
         )
     return model
-
-
-def _private_loader(
-    loader: Any,
-    groups: Any,
-    padding_example: Any,
-    sizes: Callable[[int], float] | None,
-    seed: int,
-    secure: bool,
-    engine: Engine,
-    numbers: Mapping[str, Any],
-) -> PoissonLoader:
-    if not isinstance(loader, PoissonLoader):
-        options: dict[str, Any] = {**numbers, "seed": seed, "secure": secure, "padding_example": padding_example}
-        options |= {} if sizes is None else {"expected_batch_size": sizes}
-        options |= {"bands": 1 if numbers["bands"] is None else numbers["bands"], "groups": groups}
-        if engine.distributed:
-            if engine.data_ranks != world_size():
-                raise PrivacyError(
-                    f"{world_size()} ranks are {engine.data_ranks} groups of tensor parallelism, and the one that this "
-                    "rank is in is not known",
-                    remedy="make the loader: PoissonLoader(dataset, ..., rank=mesh.get_local_rank('dp'), "
-                    "world_size=mesh['dp'].size())",
-                )
-            options |= {"rank": rank(), "world_size": world_size()}
-        return PoissonLoader.from_dataloader(loader, **options)
-    if groups is not None:
-        raise PrivacyError(
-            "groups, and a PoissonLoader that is made already",
-            remedy="leave groups out, or make the PoissonLoader with them",
-        )
-    for name, value in numbers.items():
-        if value not in (None, getattr(loader, name)):
-            raise PrivacyError(
-                f"{name} is {value}, and the PoissonLoader has {getattr(loader, name)}",
-                remedy="leave it out, or make the PoissonLoader with it",
-            )
-    return loader
