@@ -129,7 +129,7 @@ def taken_over(loader: DataLoader[Any]) -> dict[str, Any]:
     return {"dataset": loader.dataset, "expected_batch_size": batch_sampler.batch_size, **options}
 
 
-def turns_of(size: int, expected_batch_size: Any, bands: int, sample_rate: float | None) -> int:
+def turns_of(size: int, expected_batch_size: Any, bands: int, sample_rate: Any) -> int:
     """In how many steps each example has its turn."""
     if bands != 1 or sample_rate is not None:
         given = "sample_rate" if bands == 1 else "bands"
