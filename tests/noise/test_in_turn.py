@@ -52,7 +52,9 @@ def mechanism(steps: int, **options: Any) -> TreeMechanism:
     )
 
 
-def released(own: TreeMechanism | BufferedMechanism, count: int, numel: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
+def released(
+    own: TreeMechanism | BufferedMechanism, count: int, numel: int = 4, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """``[count, numel]``, of sums that are zero."""
     rows = []
     for step in range(count):
