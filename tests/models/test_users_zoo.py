@@ -1,6 +1,6 @@
 """The models of the suite with two rows to each user: right or refused, and what mixes users is refused as ever.
 
-A model in six is tried by CI; ``pytest tests/models -m slow -k users`` has them all.
+A model in twenty is tried by CI; ``pytest tests/models -m slow -k users`` has them all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.full, *warnings_of_models]
 
 
 def some(cases: list[Case]) -> list[Any]:
-    return [pytest.param(c, id=c.id, marks=[pytest.mark.slow] if i % 6 else []) for i, c in enumerate(cases)]
+    return [pytest.param(c, id=c.id, marks=[pytest.mark.slow] if i % 20 else []) for i, c in enumerate(cases)]
 
 
 @pytest.mark.parametrize("case", some([c for c in ALL if c.refused is None and c.id not in REFUSED]))
