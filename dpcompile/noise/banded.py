@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpcompile.accounting.events import sampled_gaussian
 from dpcompile.errors import PrivacyError
 from dpcompile.noise.correlation import CorrelatedMechanism
-from dpcompile.noise.mechanism import GaussianMechanism, Release, pieces_of
-from dpcompile.noise.rows import Place, Rows
+from dpcompile.noise.mechanism import GaussianMechanism, Release
+from dpcompile.noise.rows import Rows, places_of
 from dpcompile.noise.strategy import check_coefficients, default_restart
 
 if TYPE_CHECKING:
-    from dp_accounting import DpEvent
     from torch import Tensor
 
 __all__ = ["BandedMechanism"]
@@ -114,16 +112,8 @@ class BandedMechanism(CorrelatedMechanism):
         self.begin()
         if self._rows is None:
             self._rows = Rows(self.coefficients, self.restart, self.seed, self.secure)
-        pieces, places = [], []
-        for i, (total, parameter) in enumerate(zip(release.totals, release.parameters, strict=True)):
-            for piece, start in pieces_of(total, None if release.runs is None else release.runs[i]):
-                pieces.append(piece)
-                places.append(Place(parameter, start, piece.numel(), piece.dtype, piece.device))
+        pieces, places = places_of(release)
         return list(zip(pieces, self._rows.at(release.step, places), strict=True))
-
-    def event(self, sample_rate: float) -> DpEvent:
-        """What ``bands`` consecutive releases cost, or fewer, on samples of this rate of the part whose turn it is."""
-        return sampled_gaussian(self.noise_multiplier, sample_rate)
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`dpcompile.noise.mechanism.Mechanism`; no noise is in it."""

@@ -6,19 +6,14 @@ Sources: see `buffers`. Compared with a tree (`tree`) about half of the noise ad
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dpcompile.accounting.events import sampled_gaussian
 from dpcompile.errors import PrivacyError
-from dpcompile.noise.buffers import BufferedRows, Powers, optimal_powers
+from dpcompile.noise.buffers import BufferedRows, Powers, optimal_powers, saved_powers
 from dpcompile.noise.correlation import CorrelatedMechanism
 from dpcompile.noise.counter import STEPS
-from dpcompile.noise.mechanism import Release, pieces_of
-from dpcompile.noise.rows import Place
-
-if TYPE_CHECKING:
-    from dp_accounting import DpEvent
-    from torch import Tensor
+from dpcompile.noise.mechanism import Release
+from dpcompile.noise.rows import places_of
 
 __all__ = ["BufferedMechanism"]
 
@@ -96,20 +91,11 @@ class BufferedMechanism(CorrelatedMechanism):
         if self.std > 0:
             if self._rows is None:
                 self._rows = BufferedRows(self.powers, self.steps, self.seed, self.secure)
-            pieces: list[Tensor] = []
-            places = []
-            for i, (total, parameter) in enumerate(zip(release.totals, release.parameters, strict=True)):
-                for piece, start in pieces_of(total, None if release.runs is None else release.runs[i]):
-                    pieces.append(piece)
-                    places.append(Place(parameter, start, piece.numel(), piece.dtype, piece.device))
+            pieces, places = places_of(release)
             for piece, row in zip(pieces, self._rows.at(release.step, places), strict=True):
                 piece.add_(row.view(piece.shape), alpha=self.std)
         for total in release.totals:
             total.div_(self.expected_batch_size)
-
-    def event(self, sample_rate: float) -> DpEvent:
-        """What one pass costs, on samples of this rate of the part whose turn it is."""
-        return sampled_gaussian(self.noise_multiplier, sample_rate)
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`dpcompile.noise.mechanism.Mechanism`; no noise is in it."""
@@ -118,7 +104,6 @@ class BufferedMechanism(CorrelatedMechanism):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :class:`dpcompile.noise.mechanism.Mechanism`: the matrix is the saved run's."""
-        powers = state["powers"]
-        self.powers = Powers(tuple(powers["weights"]), tuple(powers["decays"]))
+        self.powers = saved_powers(state)
         self.seed, self._rows = state["seed"], None
         self.go_on(state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,10 @@ from dpcompile.noise.normal import gaussians
 from dpcompile.noise.rows import Place
 from dpcompile.noise.strategy import counts_of
 
-__all__ = ["BufferedRows", "Powers", "optimal_powers"]
+__all__ = ["BufferedRows", "Powers", "optimal_powers", "saved_powers"]
 
 _LONGEST = 2**14  # steps for which powers are sought; later coefficients are next to nothing
+_SAVED = ("weights", "decays")
 _DIGITS = 6  # of what is found: machines round differently
 
 
@@ -91,6 +92,21 @@ def optimal_powers(length: int, steps: int | None = None, buffers: int = 4) -> P
     for method in ("L-BFGS-B", "Nelder-Mead", "L-BFGS-B"):
         start = min(start, optimize.minimize(objective, start, method=method).x, key=objective)
     return _rounded(start)
+
+
+def saved_powers(state: Mapping[str, Any]) -> Powers:
+    """Of the state of a mechanism.
+
+    Raises:
+        PrivacyError: it has none.
+    """
+    powers = state.get("powers")
+    if not isinstance(powers, Mapping) or not all(isinstance(powers.get(k), (list, tuple)) for k in _SAVED):
+        raise PrivacyError(
+            "the state of the mechanism lacks its matrix: 'powers', with 'weights' and 'decays'",
+            remedy="load what DPOptimizer.state_dict() returned, unchanged",
+        )
+    return Powers(*(tuple(powers[k]) for k in _SAVED))
 
 
 def _numbers(free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

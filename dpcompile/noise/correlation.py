@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dpcompile.accounting.events import sampled_gaussian
 from dpcompile.errors import PrivacyError
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
 
 __all__ = ["CorrelatedMechanism"]
 
@@ -39,6 +43,10 @@ class CorrelatedMechanism(ABC):
     @abstractmethod
     def matrix(self) -> Any:
         """What says how rows belong together; compared with that of the first row."""
+
+    def event(self, sample_rate: float) -> DpEvent:
+        """What ``bands`` consecutive releases cost, or fewer, on samples of this rate of the part whose turn it is."""
+        return sampled_gaussian(self.noise_multiplier, sample_rate)
 
     def check_numbers(self) -> None:
         """Raise PrivacyError if sigma, C, the matrix or the seed is another than in the rows before."""

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from dpcompile.accounting.events import sampled_gaussian
+from dpcompile.noise.counter import Stream
 from dpcompile.noise.normal import add_gaussian_
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
-__all__ = ["GaussianMechanism", "Mechanism", "Release", "pieces_of", "privatize_"]
+__all__ = ["GaussianMechanism", "Mechanism", "Release", "add_noise_", "pieces_of", "privatize_"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,24 +181,46 @@ def privatize_(
         for total in totals:
             total.div_(expected_batch_size)
         return
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, total in enumerate(totals):
-        groups.setdefault((total.device, total.dtype), []).append(i)
+    release = Release(totals, parameters, step, runs)
+    add_noise_(release, std=std, seed=seed, number=step, secure=secure, divisor=expected_batch_size)
+
+
+def add_noise_(
+    release: Release,
+    *,
+    std: float,
+    seed: int,
+    number: int,
+    secure: bool,
+    divisor: float = 1.0,
+    stream: Stream = Stream.GRADIENT,
+) -> None:
+    """Add ``std`` times the noise of this number to the totals, in place, and divide them.
+
+    Args:
+        release: the totals; its step has no part in it.
+        std: of either sign.
+        seed: see :func:`dpcompile.noise.normal.add_gaussian_`, as for the rest.
+        number: in the place of its ``step``.
+        secure: "
+        divisor: "
+        stream: "
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, int]]] = {}
+    for i, (total, parameter) in enumerate(zip(release.totals, release.parameters, strict=True)):
+        for piece, start in pieces_of(total, None if release.runs is None else release.runs[i]):
+            groups.setdefault((piece.device, piece.dtype), []).append((piece, parameter, start))
     for members in groups.values():
-        pieces = [
-            (piece, parameters[i], start)
-            for i in members
-            for piece, start in pieces_of(totals[i], None if runs is None else runs[i])
-        ]
         add_gaussian_(
-            [piece for piece, _, _ in pieces],
-            parameters=[parameter for _, parameter, _ in pieces],
-            starts=[start for _, _, start in pieces],
+            [piece for piece, _, _ in members],
+            parameters=[parameter for _, parameter, _ in members],
+            starts=[start for _, _, start in members],
             std=std,
             seed=seed,
-            step=step,
+            step=number,
             secure=secure,
-            divisor=expected_batch_size,
+            divisor=divisor,
+            stream=stream,
         )
 
 

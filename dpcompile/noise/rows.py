@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dpcompile.kernels import gaussian as native
 from dpcompile.noise.counter import STEPS, Span, Stream, check_range, check_seed, counter_tag
+from dpcompile.noise.mechanism import Release, pieces_of
 from dpcompile.noise.normal import gaussians
 
-__all__ = ["Place", "Rows"]
+__all__ = ["Place", "Rows", "places_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,16 @@ class Place:
     numel: int
     dtype: torch.dtype
     device: torch.device
+
+
+def places_of(release: Release) -> tuple[list[Tensor], list[Place]]:
+    """Views of the totals of a release, and where in its parameter each lies."""
+    pieces, places = [], []
+    for i, (total, parameter) in enumerate(zip(release.totals, release.parameters, strict=True)):
+        for piece, start in pieces_of(total, None if release.runs is None else release.runs[i]):
+            pieces.append(piece)
+            places.append(Place(parameter, start, piece.numel(), piece.dtype, piece.device))
+    return pieces, places
 
 
 @dataclass(slots=True)

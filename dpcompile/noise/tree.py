@@ -8,18 +8,12 @@ Continual Observation" (STOC), for the tree.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dpcompile.accounting.events import sampled_gaussian
 from dpcompile.errors import PrivacyError
 from dpcompile.noise.correlation import CorrelatedMechanism
 from dpcompile.noise.counter import STEPS, Stream, check_range
-from dpcompile.noise.mechanism import Release, pieces_of
-from dpcompile.noise.normal import add_gaussian_
-
-if TYPE_CHECKING:
-    from dp_accounting import DpEvent
-    from torch import Tensor
+from dpcompile.noise.mechanism import Release, add_noise_
 
 __all__ = ["TreeMechanism", "nodes"]
 
@@ -104,13 +98,10 @@ class TreeMechanism(CorrelatedMechanism):
         self.begin()
         if self.std > 0:
             for number, sign in nodes(release.step, self.steps):
-                self._add(release, number, sign * self.std)
+                std = sign * self.std
+                add_noise_(release, std=std, seed=self.seed, number=number, secure=self.secure, stream=Stream.TREE)
         for total in release.totals:
             total.div_(self.expected_batch_size)
-
-    def event(self, sample_rate: float) -> DpEvent:
-        """What one pass costs, on samples of this rate of the part whose turn it is."""
-        return sampled_gaussian(self.noise_multiplier, sample_rate)
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`dpcompile.noise.mechanism.Mechanism`; no noise is in it."""
@@ -125,23 +116,6 @@ class TreeMechanism(CorrelatedMechanism):
     def matrix(self) -> Any:
         """See :class:`dpcompile.noise.correlation.CorrelatedMechanism`."""
         return self.steps
-
-    def _add(self, release: Release, number: int, std: float) -> None:
-        groups: dict[Any, list[tuple[Tensor, int, int]]] = {}
-        for i, (total, parameter) in enumerate(zip(release.totals, release.parameters, strict=True)):
-            for piece, start in pieces_of(total, None if release.runs is None else release.runs[i]):
-                groups.setdefault((piece.device, piece.dtype), []).append((piece, parameter, start))
-        for members in groups.values():
-            add_gaussian_(
-                [piece for piece, _, _ in members],
-                parameters=[parameter for _, parameter, _ in members],
-                starts=[start for _, _, start in members],
-                std=std,
-                seed=self.seed,
-                step=number,
-                secure=self.secure,
-                stream=Stream.TREE,
-            )
 
 
 def nodes(step: int, steps: int) -> Iterator[tuple[int, int]]:

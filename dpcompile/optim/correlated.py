@@ -15,6 +15,7 @@ from dpcompile.accounting.protocol import Accountant
 from dpcompile.batches.feed import Feed
 from dpcompile.errors import PrivacyError
 from dpcompile.noise.banded import check_matrix
+from dpcompile.noise.buffers import saved_powers
 from dpcompile.noise.correlation import CorrelatedMechanism
 from dpcompile.noise.mechanism import Mechanism
 
@@ -130,6 +131,8 @@ def refuse_other_matrix(own: Mapping[str, Any], current: Mapping[str, Any]) -> N
             f"the noise was made by {kinds[0]} in the saved run, and is by {kinds[1]} here: its rows belong together",
             remedy="make the run with the mechanism of the saved run",
         )
+    if "powers" in current:
+        saved_powers(own)
     if "coefficients" not in current:
         return
     coefficients, restart = own.get("coefficients"), own.get("restart")

@@ -316,3 +316,15 @@ def test_states_of_other_mechanisms() -> None:
         other = dpcompile.dp_compile(net(), backend="eager")
         tree = TreeMechanism(1.0, 1.0, 8, 44, steps=6)
         DPOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), other, mechanism=tree).load_state_dict(state)
+
+
+def test_a_state_without_its_matrix() -> None:
+    model, optimizer, _ = private(in_turn="buffers", seed=51)
+    state, before = copy.deepcopy(optimizer.state_dict()), optimizer.mechanism.matrix  # type: ignore[attr-defined]
+    own = next(v for v in [state, *state.values()] if isinstance(v, dict) and "powers" in v)
+    for powers in (None, {"weights": [0.5]}, {"weights": 1, "decays": [0.5]}):
+        own["powers"] = powers
+        with refused("the state of the mechanism lacks its matrix: 'powers'"):
+            optimizer.load_state_dict(state)
+    assert optimizer.mechanism.matrix == before  # type: ignore[attr-defined]
+    del model
