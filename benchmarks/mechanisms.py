@@ -25,6 +25,7 @@ from dpcompile.accounting.arguments import Relation
 from dpcompile.accounting.events import rounds
 from dpcompile.auditing.report import AuditReport
 from dpcompile.noise.banded import BandedMechanism
+from dpcompile.noise.buffers import optimal_powers
 from dpcompile.noise.exact import ExactMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism, Release
 from dpcompile.noise.strategy import optimal_coefficients, prefix_error
@@ -94,6 +95,19 @@ def bands(sample_rate: float, steps: int, target_epsilon: float) -> dict[int, tu
     return found
 
 
+def in_turn(steps: int) -> dict[str, float]:
+    """The error of prefix sums over a pass of so many steps, RMS in units of sigma of the pass times C."""
+    nodes = sum(t.bit_count() for t in range(1, steps + 1)) / steps
+    found = {
+        "independent": ((steps + 1) / 2) ** 0.5,
+        "tree": (nodes * steps.bit_length()) ** 0.5,
+        "buffers": optimal_powers(steps).error(steps, steps),
+    }
+    if steps <= 256:  # as many rows would be held
+        found["all bands"] = prefix_error(optimal_coefficients(steps, steps, steps), steps, steps)
+    return found
+
+
 def caps() -> dict[int, float]:
     """Epsilon by the cap on draws."""
     found = {}
@@ -144,8 +158,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--step", type=int, metavar="N", help="time the optimizer's step on N million parameters")
     parser.add_argument("--exact", type=int, metavar="N", help="the same with exact noise")
+    parser.add_argument("--in-turn", action="store_true", help="errors of noise over a pass, by its steps")
     parser.add_argument("--audit", action="store_true", help="audit some runs (a minute)")
     asked = parser.parse_args()
+    if asked.in_turn:
+        for steps in (8, 64, 256, 1024, 10_000):
+            print(f"{steps:6} steps  " + ", ".join(f"{name} {e:.3f}" for name, e in in_turn(steps).items()))
+        return
     if asked.audit:
         print("| canaries | of any mechanism | if independent | proved | noise at most |\n|---|---|---|---|---|")
         for count, r in audits().items():

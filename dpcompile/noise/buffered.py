@@ -1,6 +1,7 @@
 """Noise that is correlated over a whole pass, by a few buffers: for data that are taken in turn.
 
-Sources: see `buffers`. Compared with a tree (`tree`) about half of the noise adds up in the weights.
+Sources: see `buffers`. ``python -m benchmarks.mechanisms --in-turn`` prints how much less of it
+adds up in the weights than of that in a tree (`tree`).
 """
 
 from __future__ import annotations
