@@ -1,4 +1,4 @@
-"""C++ through Inductor's compiler, and torch's oneDNN by address."""
+"""C++ through Inductor's compiler, and functions of torch's own C++ by address."""
 
 from __future__ import annotations
 
@@ -12,16 +12,30 @@ import torch._decomp.decompositions
 import torch._dynamo
 from torch._inductor.codecache import CppCodeCache
 
-__all__ = ["compile_cpp", "onednn_matmul"]
+__all__ = ["block_products", "compile_cpp", "onednn_matmul"]
 
 
 def onednn_matmul() -> int | None:
     """The address of ``at::native::mkldnn_matmul``, ``result = beta result + alpha a b``, if this torch has it."""
-    if not torch.backends.mkldnn.is_available():
-        return None
+    return _address("_ZN2at6native13mkldnn_matmulERKNS_6TensorES3_S3_ff") if torch.backends.mkldnn.is_available() else None
+
+
+def block_products(dtype: torch.dtype) -> tuple[int, int] | None:
+    """The addresses of ``at::native::cpublas::brgemm`` for 16-bit numbers and float32 sums, and of its release.
+
+    Args:
+        dtype: bfloat16 or float16.
+    """
+    kind = {torch.bfloat16: "8BFloat16", torch.float16: "4Half"}[dtype]
+    product = _address(f"_ZN2at6native7cpublas6brgemmEllllllbPKN3c10{kind}ES5_Pfb")
+    release = _address("_ZN2at6native7cpublas14brgemm_releaseEb")
+    return None if product is None or release is None else (product, release)
+
+
+def _address(symbol: str) -> int | None:
     try:
         library = ctypes.CDLL(str(pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(library._ZN2at6native13mkldnn_matmulERKNS_6TensorES3_S3_ff, ctypes.c_void_p).value
+        return ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value
     except (OSError, AttributeError):
         return None
 

@@ -13,10 +13,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dpcompile._torch.tensors import real_tensors
 from dpcompile.kernels.filter_op import filter_gradients, grouped_convolution
 from dpcompile.kernels.measured import place_of, read, seconds, write
+from dpcompile.kernels.narrow import narrow_products
 from dpcompile.kernels.onednn import has_onednn, multiply_
 
 __all__ = ["Rates", "VARIABLE", "adopt", "measure", "rates_for"]
@@ -35,6 +37,8 @@ class Rates:
         batched: FLOP/s of many products of one example each, by the library that is quicker.
         summed: FLOP/s of a product over all examples, by the library that is quicker.
         convolution: FLOP/s of a convolution.
+        narrow: FLOP/s of a large matrix product in bfloat16.
+        narrow_batched: FLOP/s of many products of one example each, of bfloat16 numbers into float32.
         grouped: FLOP/s of a convolution that makes every example's filter gradients.
         filters: FLOP/s of our kernel for these.
         traffic: bytes/s read or written by pointwise kernels.
@@ -45,6 +49,8 @@ class Rates:
     large: float
     batched: float
     summed: float
+    narrow: float
+    narrow_batched: float
     convolution: float
     grouped: float
     filters: float
@@ -67,6 +73,8 @@ _TYPICAL = {
         large=2e11,
         batched=1.8e11,
         summed=2e11,
+        narrow=4e11,
+        narrow_batched=3.6e11,
         convolution=2e11,
         grouped=1e11,
         filters=1.8e11,
@@ -78,6 +86,8 @@ _TYPICAL = {
         large=4e13,
         batched=3e13,
         summed=4e13,
+        narrow=4e14,
+        narrow_batched=3e14,
         convolution=3e13,
         grouped=3e13,
         filters=3e13,
@@ -145,6 +155,7 @@ def measure(device: torch.device) -> Rates:
         each = flops / seconds(lambda: multiply_(rows.mT, cols, products), device)
         if own > _QUICKER * large and each > _QUICKER * batched:
             batched, summed = each, own
+    narrow, narrow_batched = _narrow(a, b, rows, cols, products)
     images = draw(32, 1, 64, 16, 16).to(memory_format=torch.channels_last_3d)
     filters, options = [64, 64, 3, 3], ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     convolved = 2 * images.numel() * 64 * 9
@@ -165,9 +176,23 @@ def measure(device: torch.device) -> Rates:
     call = seconds(lambda: few.add_(1.0), device)
     fresh = source.numel() * 4 / max(newly - filled, 1e-3 * filled)
     return Rates(
-        large=large, batched=batched, summed=summed, convolution=convolution, grouped=grouped, filters=filtered,
-        traffic=moved, fresh=fresh, call=call,
+        large=large, batched=batched, summed=summed, narrow=narrow, narrow_batched=narrow_batched,
+        convolution=convolution, grouped=grouped, filters=filtered, traffic=moved, fresh=fresh, call=call,
     )  # fmt: skip
+
+
+def _narrow(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor, out: Tensor) -> tuple[float, float]:
+    """FLOP/s of ``a @ b`` in bfloat16, and of ``rows^T cols`` of every example into ``out``, float32."""
+    a, b, rows, cols = (x.bfloat16() for x in (a, b, rows, cols))
+
+    def products() -> None:
+        if a.device.type != "cpu":
+            torch.bmm(rows.mT, cols, out_dtype=torch.float32, out=out)
+        elif narrow_products(rows, cols, out) is None:
+            torch.bmm(rows.float().mT, cols.float(), out=out)
+
+    large = 2 * a.shape[0] ** 3 / seconds(lambda: torch.mm(a, b), a.device)
+    return large, 2 * rows.numel() * cols.shape[2] / seconds(products, a.device)
 
 
 def _name(kind: str) -> str:

@@ -1,4 +1,4 @@
-"""Sums of squares, in float64: by a kernel of ours for float32 on CPUs, in one pass and without a wide copy."""
+"""Sums of squares, in float64: by a kernel of ours for float32 and bfloat16 on CPUs, in one pass and without a wide copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def squares_of(values: Tensor) -> Tensor:
 
     **Guarantee.** No square is lost or overflows: those of float32 numbers lie within float64.
     """
-    fits = values.dtype == torch.float32 and values.device.type == "cpu" and values.ndim <= 4
+    fits = values.dtype in (torch.float32, torch.bfloat16) and values.device.type == "cpu" and values.ndim <= 4
     library = _library() if fits else None
     if library is None:
         return torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64).square()
@@ -29,7 +29,8 @@ def _squares(library: ctypes.CDLL, values: Tensor) -> Tensor:
     result = torch.empty(values.shape[:-1], dtype=torch.float64)
     sizes, strides = ((ctypes.c_int64 * 4)(*numbers) for numbers in (whole.shape, whole.stride()))
     target, threads = ctypes.c_void_p(result.data_ptr()), ctypes.c_int(torch.get_num_threads())
-    library.dp_squares(ctypes.c_void_p(whole.data_ptr()), sizes, strides, target, threads)
+    narrow = ctypes.c_bool(values.dtype == torch.bfloat16)
+    library.dp_squares(ctypes.c_void_p(whole.data_ptr()), narrow, sizes, strides, target, threads)
     return result
 
 
@@ -38,4 +39,5 @@ def _library(library: ctypes.CDLL) -> bool:
     """Whether sums over small integers, which are exact, come out, along both orders in memory."""
     values = torch.arange(120.0).reshape(2, 3, 4, 5)
     wanted = values.double().square().sum(3)
-    return all(torch.equal(_squares(library, v), wanted) for v in (values, values.mT.contiguous().mT))
+    both = (values, values.mT.contiguous().mT)
+    return all(torch.equal(_squares(library, v.to(t)), wanted) for v in both for t in (torch.float32, torch.bfloat16))

@@ -15,6 +15,7 @@ import threading
 from functools import lru_cache
 from math import prod
 
+import torch
 from torch import Tensor
 
 from dpcompile._torch.tensors import uses_of_memory
@@ -35,9 +36,10 @@ class Workspace:
         self._buffers: list[Tensor] = []
         self._lock = threading.Lock()
 
-    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An empty tensor of this shape, with the dtype and device of ``like``."""
+    def take(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """An empty tensor of this shape, with the device of ``like``, and its dtype unless there is another."""
         number = prod(shape)
+        like = like.new_empty(0, dtype=dtype)
         if number * like.element_size() < _LEAST:
             return like.new_empty(shape)
         with self._lock:

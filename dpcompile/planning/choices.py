@@ -11,6 +11,7 @@ import torch
 from dpcompile.graph.sizes import Size, hinted, is_one, product, shape_of
 from dpcompile.graph.slices import accumulation_dtype
 from dpcompile.kernels.by_index import has_sums_by_index
+from dpcompile.kernels.narrow import NARROW
 from dpcompile.norms.factors import Factored, alone, oriented
 from dpcompile.planning.cost import Cost, Shape, costs, gram_cost, summed_cost
 from dpcompile.planning.modes import MODES, Mode
@@ -175,6 +176,7 @@ def _together(forms: Sequence[Factored], value: torch.Tensor, element: int, hint
         alone=alone(forms) is not None,
         panels=panels_of(hinted(t, hints)),
         products=element == 4 and all(f.site.form == "product" and f.one_hot is None for f in forms),
+        narrow=all(o.meta["val"].dtype in NARROW for f in forms for o in f.operands),
     )  # fmt: skip
 
 

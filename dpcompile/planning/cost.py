@@ -29,6 +29,8 @@ class Cost:
         large: floating point operations in large matrix products (negative: the plain step's, which the rule replaces).
         batched: the same in products of one example each.
         summed: the same in the products of clipped sums.
+        narrow: the same in large products in bfloat16 or float16.
+        narrow_batched: the same in products of one example each of such numbers.
         convolved: the same in convolutions.
         grouped: the same in convolutions that make every example's filter gradients.
         filtered: the same in our kernel for these.
@@ -42,6 +44,8 @@ class Cost:
     large: sympy.Expr = sympy.S.Zero
     batched: sympy.Expr = sympy.S.Zero
     summed: sympy.Expr = sympy.S.Zero
+    narrow: sympy.Expr = sympy.S.Zero
+    narrow_batched: sympy.Expr = sympy.S.Zero
     convolved: sympy.Expr = sympy.S.Zero
     grouped: sympy.Expr = sympy.S.Zero
     filtered: sympy.Expr = sympy.S.Zero
@@ -67,6 +71,8 @@ class Numbers:
     large: float
     batched: float
     summed: float
+    narrow: float
+    narrow_batched: float
     convolved: float
     grouped: float
     filtered: float
@@ -79,7 +85,8 @@ class Numbers:
     @property
     def flops(self) -> float:
         """Operations that the plain step does not have."""
-        return self.large + self.batched + self.summed + self.convolved + self.grouped + self.filtered
+        products = self.large + self.batched + self.summed + self.narrow + self.narrow_batched
+        return products + self.convolved + self.grouped + self.filtered
 
     def seconds(self, rates: Rates) -> float:
         """On a machine."""
@@ -87,6 +94,8 @@ class Numbers:
             self.large / rates.large
             + self.batched / rates.batched
             + self.summed / rates.summed
+            + self.narrow / rates.narrow
+            + self.narrow_batched / rates.narrow_batched
             + self.convolved / rates.convolution
             + self.grouped / rates.grouped
             + (self.filtered + self.idle) / rates.filters
@@ -115,6 +124,8 @@ class Shape:
         alone: their norms come without them.
         panels: parts of a Gram matrix.
         products: the clipped sum is a matrix product, and so ours where the plain step's was torch's.
+        narrow: the operands are bfloat16 or float16, which the plain step multiplies as they are; of ours those products
+            that are kept are made of them, others of float32.
     """
 
     k: Size
@@ -131,6 +142,7 @@ class Shape:
     alone: bool = False
     panels: int = 1
     products: bool = False
+    narrow: bool = False
 
 
 def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
@@ -151,7 +163,9 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     each = _cost(grouped=flops) if shape.grouped else _cost(batched=flops)
     if shape.filled:
         each = _cost(filtered=flops, idle=sympy.sympify(flops) * (1 / shape.filled - 1))
-    saved = _cost(convolved=-flops) if shape.convolution else _cost(large=-flops)  # the plain step's
+    plain = "convolved" if shape.convolution else "narrow" if shape.narrow else "large"  # the plain step's products
+    saved = _cost(**{plain: -sympy.sympify(flops)})
+    kept = _cost(narrow_batched=flops) if shape.narrow and each.batched else each
     fresh = 0 if reuse else weights * e
     # Written, read for the norm and for the sum; made for a few examples at a time; or their norm taken at once.
     passes = 5 if shape.grouped else 2 if shape.filled else 3
@@ -159,7 +173,7 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     grams = product([batch, k, t, t]) * 8  # float64
     tile = weights * e * sympy.Rational(1, DIRECT_TILES)
     redone = flops if shape.products else 0
-    scaled = _cost(traffic=2 * small, calls=1, large=-redone, summed=redone)
+    scaled = _cost(traffic=2 * small, calls=1, **{plain: -sympy.sympify(redone)}, summed=redone)
     ghost = _cost(traffic=4 * grams, calls=3 * shape.panels, memory=grams)
     if shape.indexed:
         copied = product([batch, shape.copied]) * e
@@ -167,7 +181,7 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     return {
         "outer": scaled + _cost(traffic=sides, calls=2),
         "ghost": scaled + ghost,
-        "keep": each + saved + _cost(traffic=passes * weights * e, fresh=fresh, calls=3, memory=weights * e),
+        "keep": kept + saved + _cost(traffic=passes * weights * e, fresh=fresh, calls=3, memory=weights * e),
         "redo": scaled + each + (_cost(calls=1) if shape.alone else norms),
         # Its memory is that of all tiles: the compiler may make them all before it takes their norms.
         "direct": scaled

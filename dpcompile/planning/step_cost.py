@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dpcompile.graph.operations import operation_name
 from dpcompile.graph.sizes import hinted
+from dpcompile.kernels.narrow import NARROW
 from dpcompile.kernels.rates import Rates
 from dpcompile.planning.replay import bytes_of, is_fused
 
@@ -26,12 +27,18 @@ def plain_seconds(graph: fx.Graph, hints: Mapping[sympy.Symbol, int], rates: Rat
             continue
         flops = _flops(node, hints)
         if flops:
-            rate = rates.convolution if "convolution" in operation_name(node.target) else rates.large
-            seconds += flops / rate + rates.call
+            seconds += flops / _rate(node, rates) + rates.call
         elif not is_fused(node) and bytes_of(node, hints):
             moved = bytes_of(node, hints) + sum(bytes_of(n, hints) for n in node.all_input_nodes if not is_fused(n))
             seconds += moved / rates.traffic + rates.call
     return seconds
+
+
+def _rate(node: fx.Node, rates: Rates) -> float:
+    if "convolution" in operation_name(node.target):
+        return rates.convolution
+    operands = [n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    return rates.narrow if any(dtype in NARROW for dtype in operands) else rates.large
 
 
 def _flops(node: fx.Node, hints: Mapping[sympy.Symbol, int]) -> float:

@@ -16,6 +16,7 @@ from dpcompile.graph.locate import where
 from dpcompile.graph.sizes import Size
 from dpcompile.graph.slices import accumulation_dtype
 from dpcompile.kernels.kept import FEW, norms_of_vectors, squared_norms
+from dpcompile.kernels.narrow import NARROW
 from dpcompile.kernels.product_op import product_norms, product_with_norms
 from dpcompile.kernels.products import product
 from dpcompile.norms.factors import alone, factored
@@ -27,6 +28,8 @@ from dpcompile.planning.plan import Plan
 from dpcompile.proof.sites import ParameterGradient
 
 __all__ = ["Norm", "find_norms", "sum_dtype", "widened"]
+
+_NARROW = [{dtype} for dtype in NARROW]  # operands whose products need not be widened first
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +162,8 @@ def _instantiation(
     if forms is not None and forms[0].aligned and all(f.one_hot is None and f.each is None for f in forms):
 
         def merged_product(batch: int, values: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-            (merged,) = merge(_sides(choice, values, batch, dtype))
+            narrow = choice.rule == "keep" and {v.dtype for v in values} in _NARROW
+            (merged,) = merge(_sides(choice, values, batch, None if narrow else dtype))
             if choice.rule == "redo":
                 return product_norms(merged.rows, merged.cols), None
             each, squared = product_with_norms(merged.rows, merged.cols, choice.reuse)

@@ -382,7 +382,7 @@ def test_workspace_never_hands_out_what_is_held() -> None:
 
 def test_rates_are_measured_once_and_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, measured = tmp_path / "sub" / "rates.json", []
-    known = rates.Rates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+    known = rates.Rates(*map(float, range(1, 12)))
     monkeypatch.setattr(rates, "measure", lambda device: measured.append(device) or known)
     monkeypatch.setenv(rates.VARIABLE, str(place))
     rates._rates.cache_clear()
