@@ -17,7 +17,9 @@ __all__ = ["block_products", "compile_cpp", "onednn_matmul"]
 
 def onednn_matmul() -> int | None:
     """The address of ``at::native::mkldnn_matmul``, ``result = beta result + alpha a b``, if this torch has it."""
-    return _address("_ZN2at6native13mkldnn_matmulERKNS_6TensorES3_S3_ff") if torch.backends.mkldnn.is_available() else None
+    if not torch.backends.mkldnn.is_available():
+        return None
+    return _address("_ZN2at6native13mkldnn_matmulERKNS_6TensorES3_S3_ff")
 
 
 def block_products(dtype: torch.dtype) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpcompile.graph.slices import accumulation_dtype
 from dpcompile.kernels.exact import norms_of, rounded_again, sizes_of
-from dpcompile.kernels.narrow import NARROW, narrow_products
+from dpcompile.kernels.narrow import narrow_products
 from dpcompile.kernels.norms_torch import direct_norm
 from dpcompile.kernels.products import product_
 from dpcompile.kernels.workspace import kept_gradients

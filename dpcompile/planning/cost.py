@@ -124,8 +124,8 @@ class Shape:
         alone: their norms come without them.
         panels: parts of a Gram matrix.
         products: the clipped sum is a matrix product, and so ours where the plain step's was torch's.
-        narrow: the operands are bfloat16 or float16, which the plain step multiplies as they are; of ours those products
-            that are kept are made of them, others of float32.
+        narrow: the operands are bfloat16 or float16, which the plain step multiplies as they are, and rule "keep" too;
+            all other products of ours are of float32 numbers.
     """
 
     k: Size
