@@ -1,4 +1,4 @@
-"""Sums of squares, in float64: for float32 and bfloat16 on CPUs by a kernel of ours, in one pass without a wide copy."""
+"""Sums of squares, in float64; on CPUs by a kernel of ours, in one pass and without a wide copy."""
 
 from __future__ import annotations
 
