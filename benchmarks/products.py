@@ -2,7 +2,9 @@
 
 Prints milliseconds. Of matrices: one summed product by torch and by oneDNN, the same work example by example by torch,
 into fresh memory and into memory that stays mapped, and by oneDNN into the latter, the squared norms of the result by
-Inductor's own reduction and by ours, and its weighted sum by torch and by ours. Of convolutions: the filters' gradient
+Inductor's own reduction and by ours, and its weighted sum by torch and by ours. Of bfloat16 matrices: one summed
+product and every example's as torch makes them, rounded to bfloat16, and every example's in float32 with its squared
+norm, of widened operands by oneDNN and by our kernel. Of convolutions: the filters' gradient
 as the plain step makes it, every example's by torch and by our kernel, and their norms alone. Of embeddings: the
 gradient as the plain step makes it, and every example's norm by Gram matrices, by torch's sums by index and by ours.
 """
@@ -20,6 +22,7 @@ from benchmarks.measure import interleaved
 from dpcompile.kernels.by_index import sums_and_sizes
 from dpcompile.kernels.filter_op import filter_gradients, filter_norms
 from dpcompile.kernels.kept import squared_norms, weighted_sums
+from dpcompile.kernels.narrow import has_narrow, narrow_products
 from dpcompile.kernels.onednn import multiply_
 from dpcompile.kernels.products import own_product
 from dpcompile.kernels.workspace import Workspace
@@ -51,6 +54,30 @@ def measure(sizes: tuple[int, int, int, int], repeats: int) -> list[str]:
         lambda: squared_norms(products),
         lambda: torch.mv(products.view(batch, -1).mT, weights[0]),
         lambda: weighted_sums(weights, [0], [products]),
+    ]
+    times = interleaved(steps, repeats=repeats)
+    return [" x ".join(map(str, sizes)), *(f"{1e3 * statistics.median(t):.2f}" for t in times)]
+
+
+def measure_narrow(sizes: tuple[int, int, int, int], repeats: int) -> list[str]:
+    """A row of the table for B, T, P, D, in bfloat16."""
+    batch, positions, p, d = sizes
+    rows = torch.randn(batch, positions, p, dtype=torch.bfloat16)
+    cols = torch.randn(batch, positions, d, dtype=torch.bfloat16)
+    each, rounded, work = torch.empty(batch, p, d), torch.empty(batch, p, d, dtype=torch.bfloat16), Workspace()
+    narrow_products(rows, cols, each)
+    torch.testing.assert_close(each, own_product(rows.float().mT, cols.float()), rtol=1e-3, atol=1e-3)
+
+    def widened() -> torch.Tensor:
+        out = work.take((batch, p, d), each)
+        multiply_(rows.float().mT, cols.float(), out=out)
+        return squared_norms(out)
+
+    steps = [
+        lambda: torch.mm(rows.view(-1, p).mT, cols.view(-1, d)),
+        lambda: torch.bmm(rows.mT, cols, out=rounded),
+        widened,
+        lambda: narrow_products(rows, cols, each),
     ]
     times = interleaved(steps, repeats=repeats)
     return [" x ".join(map(str, sizes)), *(f"{1e3 * statistics.median(t):.2f}" for t in times)]
@@ -124,6 +151,11 @@ def main() -> None:
         "norms, Inductor", "norms, ours", "weighted sum, torch", "weighted sum, ours",
     ]  # fmt: skip
     print(markdown(head, rows))
+    if has_narrow(torch.bfloat16):
+        rows = [measure_narrow(sizes, asked.repeats) for sizes in SHAPES]
+        head = ["B x T x P x D", "summed, torch", "each, torch", "each and norms, widened", "each and norms, ours"]
+        print("bfloat16")
+        print(markdown(head, rows))
     rows = [measure_filters(sizes, asked.repeats) for sizes in IMAGES]
     head = ["B x channels x filters x width", "summed, torch", "each, torch", "each, ours", "norms alone, ours"]
     print(markdown(head, rows))
