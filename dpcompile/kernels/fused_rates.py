@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpcompile.kernels.measured import place_of, read, seconds, write
+from dpcompile.kernels.measured import Stopwatch, place_of, read, write
 from dpcompile.kernels.norms import direct_norm, ghost_norm
 
 __all__ = ["FusedRates", "Measured", "measure_fused_rates", "unfused_direct", "unfused_ghost"]
@@ -67,7 +67,7 @@ def measure_fused_rates(device: torch.device | str) -> FusedRates:
     known = _known(setting)
     if known is not None:
         return known
-    measured = []
+    measured, stopwatch = [], Stopwatch()
     with torch.no_grad():
         for dtype_name, dtype in _DTYPES.items():
             for sizes in _SHAPES:
@@ -76,7 +76,7 @@ def measure_fused_rates(device: torch.device | str) -> FusedRates:
                     ("direct", direct_norm, unfused_direct),
                     ("ghost", ghost_norm, unfused_ghost),
                 ):
-                    times = [seconds(lambda f=f: f(rows, cols), device) for f in (fused, unfused)]  # type: ignore[misc]  # noqa: B023
+                    times = [stopwatch.seconds(lambda f=f: f(rows, cols), device) for f in (fused, unfused)]  # type: ignore[misc]  # noqa: B023
                     measured.append(Measured(rule, dtype_name, sizes, *times))
     rates = FusedRates(name, str(torch.__version__), tuple(measured))
     _keep(setting, rates)

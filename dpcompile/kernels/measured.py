@@ -1,4 +1,4 @@
-"""What was measured on this machine: the least time of some runs, and figures that are kept on disk."""
+"""What was measured on this machine: the least times of runs, and figures that are kept on disk."""
 
 from __future__ import annotations
 
@@ -12,19 +12,50 @@ from typing import Any
 
 import torch
 
-__all__ = ["place_of", "read", "seconds", "write"]
+__all__ = ["Stopwatch", "place_of", "read", "write"]
 
 
-def seconds(run: Callable[[], object], device: torch.device, runs: int = 6) -> float:
-    """The least time of ``runs`` calls, after one to warm up."""
-    times = []
-    for _ in range(runs + 1):
+_AGREEING, _WITHIN = 3, 1.1  # so many of the quickest runs differ by no more than this factor
+_LEAST, _MOST = 6, 200  # runs
+_PATIENCE = 0.5  # seconds
+
+
+class Stopwatch:
+    """Times of runs, each the least of as many as it takes.
+
+    Other programs make a run longer, never shorter: so the least time is the machine's, once some runs agree on it. A
+    busy machine may leave none that do.
+
+    Attributes:
+        busy: whether there was something whose quickest runs did not agree within :data:`_PATIENCE`.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self.busy = False
+
+    def seconds(self, run: Callable[[], object], device: torch.device) -> float:
+        """The least time of a call, after one to warm up."""
+        self._time(run, device)
+        times: list[float] = []
+        while len(times) < _LEAST or not _agree(times):
+            if len(times) >= _LEAST and (len(times) >= _MOST or sum(times) >= _PATIENCE):
+                self.busy = True
+                break
+            times.append(self._time(run, device))
+        return min(times)
+
+    def _time(self, run: Callable[[], object], device: torch.device) -> float:
         _wait(device)
-        start = time.perf_counter()
+        start = self._clock()
         run()
         _wait(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+        return self._clock() - start
+
+
+def _agree(times: list[float]) -> bool:
+    quickest = sorted(times)[:_AGREEING]
+    return quickest[-1] <= _WITHIN * quickest[0]
 
 
 def _wait(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What the machine does in a second: measured once per machine and kept on disk.
+"""What the machine does in a second: measured once per machine and kept on disk (``python -m dpcompile.rates``).
 
 The choice of rules needs ratios only; the predicted times that a plan prints need the rates themselves.
 """
@@ -7,25 +7,37 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache, partial
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from dpcompile._torch.tensors import real_tensors
-from dpcompile.kernels.filter_op import filter_gradients, grouped_convolution
-from dpcompile.kernels.measured import place_of, read, seconds, write
-from dpcompile.kernels.narrow import narrow_products
-from dpcompile.kernels.onednn import has_onednn, multiply_
+from dpcompile.kernels.measured import Stopwatch, place_of, read, write
+from dpcompile.kernels.paces import least, paces
 
-__all__ = ["Rates", "VARIABLE", "adopt", "measure", "rates_for"]
+__all__ = ["Rates", "VARIABLE", "adopt", "rates_for", "rates_from", "remeasure", "settled"]
 
 VARIABLE = "DPCOMPILE_RATES"
 _FULL = 0.25  # part of the tiles: with fewer channels than a quarter of them torch's convolution is taken
 _QUICKER = 1.1  # how much quicker a library must be to be taken instead of torch's own
+_ENOUGH = 5  # processes that measure while the machine is busy
+_FORMAT = 2
+_NEEDED = {
+    "large",
+    "each",
+    "narrow",
+    "each, narrow",
+    "convolution",
+    "grouped",
+    "moved",
+    "written",
+    "written, fresh",
+    "call",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +114,10 @@ _ADOPTED: dict[str, Rates] = {}
 
 
 def rates_for(device: torch.device) -> Rates:
-    """The rates of a device: from disk, else measured (a second) and written there.
+    """The rates of a device: from disk, else measured (a second or two) and written there.
+
+    Each is from the least time of runs that agree (:class:`dpcompile.kernels.measured.Stopwatch`). On a machine that is
+    too busy for that, what was found is kept, and bettered by the next processes, :data:`_ENOUGH` in all.
 
     With the environment variable ``DPCOMPILE_RATES=typical`` round figures for a machine of its kind are taken instead,
     so that plans do not depend on the machine; with a path, the rates are read from and written to that file.
@@ -119,80 +134,70 @@ def adopt(device: torch.device, rates: Rates) -> None:
 def _rates(kind: str, setting: str) -> Rates:
     if setting == "typical" or kind not in _TYPICAL:
         return _TYPICAL["cpu" if kind == "cpu" else "cuda"]
-    place = Path(setting) if setting else place_of("rates")
-    name = _name(kind)
-    known = _known(place)
-    if name in known:
-        return known[name]
-    with real_tensors():
-        rates = measure(torch.device(kind))
-    write(place, name, asdict(rates))
-    return rates
+    return rates_from(_measured(kind, Path(setting) if setting else place_of("rates")))
 
 
-def measure(device: torch.device) -> Rates:
-    """Time matrix products, copies and first writes, each at its quickest."""
-    generator = torch.Generator(device).manual_seed(0)
+def rates_from(paces: Mapping[str, float]) -> Rates:
+    """The rates that follow from :func:`dpcompile.kernels.paces.paces`.
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device, generator=generator)
-
-    size = 1024 if device.type == "cpu" else 4096
-    a, b = draw(size, size), draw(size, size)
-    rows, cols = draw(16, 192, 384), draw(16, 192, 384)
-    if device.type == "cuda":
-        rows, cols = draw(64, 512, 1024), draw(64, 512, 1024)
-    source = draw(2**25 if device.type == "cpu" else 2**28)
-    target = torch.empty_like(source)
-    products = torch.empty(rows.shape[0], rows.shape[2], cols.shape[2], device=device)
-    large = 2 * size**3 / seconds(lambda: torch.mm(a, b), device)
-    flops = 2 * rows.numel() * cols.shape[2]
-    batched = flops / seconds(lambda: torch.bmm(rows.mT, cols, out=products), device)
-    summed = large
-    if device.type == "cpu" and has_onednn():
-        product = torch.empty_like(a)
-        own = 2 * size**3 / seconds(lambda: multiply_(a, b, product), device)
-        each = flops / seconds(lambda: multiply_(rows.mT, cols, products), device)
+    Another library than torch's own is taken where it is quicker for both kinds of products.
+    """
+    large, batched, summed = (1 / paces[k] for k in ("large", "each", "large"))
+    if "large, own" in paces:
+        own, each = 1 / paces["large, own"], 1 / paces["each, own"]
         if own > _QUICKER * large and each > _QUICKER * batched:
             batched, summed = each, own
-    narrow, narrow_batched = _narrow(a, b, rows, cols, products)
-    images = draw(32, 1, 64, 16, 16).to(memory_format=torch.channels_last_3d)
-    filters, options = [64, 64, 3, 3], ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-    convolved = 2 * images.numel() * 64 * 9
-    whole = images.transpose(0, 1)  # one example of 32 images
-    convolution = convolved / seconds(lambda: grouped_convolution(whole, whole, filters, *options), device)
-    if device.type == "cpu":
-        torchs, ours = (
-            partial(filter_gradients, images, images, filters, *options, own, True) for own in (False, True)
-        )
-        grouped, filtered = (convolved / seconds(function, device) for function in (torchs, ours))
-    else:
-        grouped = convolved / seconds(lambda: grouped_convolution(images, images, filters, *options), device)
-        filtered = grouped
-    filled = seconds(lambda: target.fill_(1.0), device)
-    moved = 2 * source.numel() * 4 / seconds(lambda: torch.mul(source, 2.0, out=target), device)
-    newly = seconds(lambda: torch.empty_like(source).fill_(1.0), device)
-    few = draw(8)
-    call = seconds(lambda: few.add_(1.0), device)
-    fresh = source.numel() * 4 / max(newly - filled, 1e-3 * filled)
+    fresh = max(paces["written, fresh"] - paces["written"], 1e-3 * paces["written"])
     return Rates(
-        large=large, batched=batched, summed=summed, narrow=narrow, narrow_batched=narrow_batched,
-        convolution=convolution, grouped=grouped, filters=filtered, traffic=moved, fresh=fresh, call=call,
+        large=large, batched=batched, summed=summed, narrow=1 / paces["narrow"],
+        narrow_batched=1 / paces["each, narrow"], convolution=1 / paces["convolution"], grouped=1 / paces["grouped"],
+        filters=1 / paces.get("filters", paces["grouped"]), traffic=1 / paces["moved"], fresh=1 / fresh,
+        call=paces["call"],
     )  # fmt: skip
 
 
-def _narrow(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor, out: Tensor) -> tuple[float, float]:
-    """FLOP/s of ``a @ b`` in bfloat16, and of ``rows^T cols`` of every example into ``out``, float32."""
-    a, b, rows, cols = (x.bfloat16() for x in (a, b, rows, cols))
+def remeasure(device: torch.device) -> None:
+    """Forget what is kept of this device and setting, so that it is measured when next asked for."""
+    setting = os.environ.get(VARIABLE, "")
+    if setting != "typical":
+        write(Path(setting) if setting else place_of("rates"), _name(device.type), None)
+    _rates.cache_clear()
+    _ADOPTED.pop(device.type, None)
 
-    def products() -> None:
-        if a.device.type != "cpu":
-            torch.bmm(rows.mT, cols, out_dtype=torch.float32, out=out)
-        elif narrow_products(rows, cols, out) is None:
-            torch.bmm(rows.float().mT, cols.float(), out=out)
 
-    large = 2 * a.shape[0] ** 3 / seconds(lambda: torch.mm(a, b), a.device)
-    return large, 2 * rows.numel() * cols.shape[2] / seconds(products, a.device)
+def settled(device: torch.device) -> bool:
+    """Whether the figures that are kept of this device and setting are final."""
+    setting = os.environ.get(VARIABLE, "")
+    kept = {} if setting == "typical" else read(Path(setting) if setting else place_of("rates"))
+    return setting == "typical" or _tries(kept.get(_name(device.type))) >= _ENOUGH
+
+
+def _measured(kind: str, place: Path) -> dict[str, float]:
+    """Paces from disk, if they are final; else measured, and kept with what was measured before.
+
+    They are final once the quickest runs of everything agreed, or after :data:`_ENOUGH` processes tried.
+    """
+    name = _name(kind)
+    entry = read(place).get(name)
+    tries = _tries(entry)
+    if tries >= _ENOUGH:
+        return entry["paces"]
+    stopwatch = Stopwatch()
+    with real_tensors():
+        found = paces(torch.device(kind), stopwatch)
+    if tries:
+        found = least(found, entry["paces"])
+    write(place, name, {"format": _FORMAT, "tries": tries + 1 if stopwatch.busy else _ENOUGH, "paces": found})
+    return found
+
+
+def _tries(entry: Any) -> int:
+    """How often an entry was measured; 0 where it says nothing, or is of another version."""
+    if not isinstance(entry, dict) or entry.get("format") != _FORMAT:
+        return 0
+    figures, tries = entry.get("paces"), entry.get("tries")
+    good = isinstance(figures, dict) and set(figures) >= _NEEDED and _positive(figures.values())
+    return tries if good and isinstance(tries, int) and tries > 0 else 0
 
 
 def _name(kind: str) -> str:
@@ -207,13 +212,6 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
-
-
-def _known(place: Path) -> dict[str, Rates]:
-    """What the file says of rates; entries of another version say nothing."""
-    wanted = {f.name for f in fields(Rates)}
-    entries = read(place).items()
-    return {n: Rates(**r) for n, r in entries if isinstance(r, dict) and set(r) == wanted and _positive(r.values())}
 
 
 def _positive(values: Iterable[object]) -> bool:

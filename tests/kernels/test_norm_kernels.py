@@ -246,11 +246,11 @@ def test_rates_are_measured_once(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(fused_rates, "_SHAPES", [(2, 4, 8, 8), (2, 16, 8, 8)])
     timed = []
 
-    def seconds(call: Any, *_: object) -> float:
+    def seconds(_: Any, call: Any, *__: object) -> float:
         timed.append(call())
         return 1.0 if len(timed) in (1, 3, 6, 8) else 2.0  # float32: at T = 4 both operators win, at T = 16 they lose
 
-    monkeypatch.setattr(fused_rates, "seconds", seconds)
+    monkeypatch.setattr(fused_rates.Stopwatch, "seconds", seconds)
     rates = fused_rates.measure_fused_rates("cpu")
     assert len(timed) == 16 and fused_rates.measure_fused_rates("cpu") == rates and len(timed) == 16
     for rule in ("direct", "ghost"):

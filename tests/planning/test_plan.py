@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
-import pathlib
 import warnings
 from typing import Any
 
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 
 from dpcompile import PrivacyError, UnsupportedGraphError, dp_compile
 from dpcompile.graph.labels import Examples
-from dpcompile.kernels import rates
 from dpcompile.kernels.workspace import Workspace
 from dpcompile.module import engine_of
 from dpcompile.norms.convolutions import Window, patch_columns, patch_gram
@@ -375,34 +372,3 @@ def test_workspace_never_hands_out_what_is_held() -> None:
     assert work.bytes == 2 * 2**19 * 4
     work.release()
     assert work.bytes == 0
-
-
-# --- rates -----------------------------------------------------------------------------------------------------------
-
-
-def test_rates_are_measured_once_and_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, measured = tmp_path / "sub" / "rates.json", []
-    known = rates.Rates(*map(float, range(1, 12)))
-    monkeypatch.setattr(rates, "measure", lambda device: measured.append(device) or known)
-    monkeypatch.setenv(rates.VARIABLE, str(place))
-    rates._rates.cache_clear()
-    assert rates.rates_for(torch.device("cpu")) == known
-    rates._rates.cache_clear()
-    assert rates.rates_for(torch.device("cpu")) == known and len(measured) == 1
-    for broken in ("not json", "[]", json.dumps({n: {"large": -1} for n in json.loads(place.read_text())})):
-        place.write_text(broken)
-        rates._rates.cache_clear()
-        assert rates.rates_for(torch.device("cpu")) == known
-    assert len(measured) == 4
-    rates._rates.cache_clear()
-
-
-def test_rates_are_those_of_real_tensors(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for in the middle of tracing, where tensors are fake and cost nothing."""
-    monkeypatch.setenv(rates.VARIABLE, str(tmp_path / "rates.json"))
-    rates._rates.cache_clear()
-    private: Any = dp_compile(nn.Linear(3, 3), backend="eager")
-    private.trace(torch.randn(2, 3))
-    (found,) = rates._known(tmp_path / "rates.json").values()
-    rates._rates.cache_clear()
-    assert 1e7 < found.large < 1e13 and 1e7 < found.batched < 1e13

@@ -18,7 +18,7 @@ regions
 module
 reporting
 optim
-data extending schedules
+data extending rates schedules
 api step checkpoint
 private
 auditing
