@@ -20,6 +20,7 @@ from dpcompile.module import Engine, PrivateModule, engine_of
 from dpcompile.noise.mechanism import GaussianMechanism
 from dpcompile.optim.chained import parts_of
 from dpcompile.optim.optimizer import DPOptimizer
+from dpcompile.optim.quantiles import for_groups_of
 
 __all__ = ["accountant_like", "compiled_like", "copied_model", "loader_like", "optimizer_like", "refuse_uncopied"]
 
@@ -92,7 +93,7 @@ def compiled_like(outer: Any, module: nn.Module, *, more_arguments: bool) -> Any
         kind: Any = type(module).__mro__[1]
         private = kind.__new__(kind)
         object.__setattr__(private, "__dict__", module.__dict__)
-        engine_of(private).move_max_grad_norm(options.max_grad_norm)
+        engine_of(private).move_bounds(engine.clip.now)
     else:
         private = dp_compile(module, **{f.name: getattr(options, f.name) for f in fields(options)})
     return DistributedDataParallel(private) if isinstance(outer, DistributedDataParallel) else private
@@ -119,7 +120,7 @@ def optimizer_like(
     parts = [_part_like(part, counterparts) for part in parts_of(optimizer.optimizer) if not hasattr(part, "parts")]
     if more:
         parts[-1].param_groups[-1]["params"].extend(more)
-    mechanism = copy.deepcopy(optimizer.mechanism)
+    mechanism = for_groups_of(engine_of(model), copy.deepcopy(optimizer.mechanism))
     mechanism.seed = seed
     return DPOptimizer(parts, model, mechanism=mechanism, accountant=accountant)
 
