@@ -52,7 +52,7 @@ class DPOptimizer(WrappingOptimizer):
         accountant: stepped once per logical step: any :class:`dpcompile.accounting.protocol.Accountant`.
         mechanism: what releases the sums instead of the Gaussian mechanism, for the model's C and with numbers and seed
             of its own. One whose steps the accountant cannot count is stepped without an accountant.
-        adaptive_clip: C is not the model's for good, but follows a quantile of the gradients' norms, at the same cost.
+        adaptive_clip: C, or that of each layer or block, follows a quantile of the gradients' norms, at the same cost.
         exact: sums are rounded to a grid, added up over ranks as integers, and get discrete Gaussian noise from
             ChaCha20 (:class:`dpcompile.noise.exact.ExactMechanism`), at the same cost.
 

@@ -1,4 +1,4 @@
-"""What bounds that follow quantiles ask of the model: its clip groups, which stay those of the mechanism."""
+"""What bounds that follow quantiles ask of the model: votes, and clip groups that stay those of the mechanism."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dpcompile.clipping.groups import Bounds, clip_groups
+from dpcompile.distributed.ranks import summed, world_size
+from dpcompile.distributed.shards import computing_device
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.noise.adaptive import AdaptiveClip, AdaptiveGaussianMechanism
 from dpcompile.noise.mechanism import Mechanism
 
-__all__ = ["adaptive_mechanism", "for_groups_of", "refuse_other_groups", "refuse_other_shares"]
+__all__ = ["adaptive_mechanism", "for_groups_of", "refuse_other_groups", "refuse_other_shares", "votes_of_all"]
 
 
 def adaptive_mechanism(
@@ -33,6 +38,23 @@ def for_groups_of(engine: Engine, mechanism: Mechanism) -> Mechanism:
     if not isinstance(mechanism, AdaptiveGaussianMechanism):
         return mechanism
     return replace(mechanism, first=0.0, shares=Bounds.equal(1.0, _groups(engine)).shares)
+
+
+def votes_of_all(engine: Engine, votes: Tensor | None, groups: int) -> list[float]:
+    """The votes of a step for each clip group, of all ranks' examples; every rank must call this.
+
+    Args:
+        engine: of the model.
+        votes: int64 ``[groups]``, of this rank's examples; None: there were none.
+        groups: how many there are.
+    """
+    if votes is None:
+        device = computing_device(next(iter(engine.parameters().values())))
+        votes = torch.zeros(groups, dtype=torch.int64, device=device)
+    copies = 1
+    if engine.distributed:
+        votes, copies = summed(votes), world_size() // engine.data_ranks
+    return [n / copies for n in votes.tolist()]
 
 
 def refuse_other_groups(mechanism: Mechanism, engine: Engine) -> None:

@@ -18,8 +18,6 @@ from dpcompile.accounting.by_step import ByStep
 from dpcompile.accounting.planned_steps import OnExceed, PlannedSteps
 from dpcompile.accounting.protocol import Accountant
 from dpcompile.clipping.groups import Bounds
-from dpcompile.distributed.ranks import summed, world_size
-from dpcompile.distributed.shards import computing_device
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
@@ -29,7 +27,7 @@ from dpcompile.optim.chained import parts_of
 from dpcompile.optim.checks import refuse_bad_numbers, refuse_foreign_parameters
 from dpcompile.optim.common import refuse_other_ranks
 from dpcompile.optim.correlated import refuse_move
-from dpcompile.optim.quantiles import refuse_other_groups
+from dpcompile.optim.quantiles import refuse_other_groups, votes_of_all
 from dpcompile.optim.step_numbers import numbers_at, refuse_moved_size, refuse_rows, saved_schedule
 from dpcompile.reporting.facts import report_of
 from dpcompile.reporting.report import Report
@@ -174,29 +172,25 @@ class WrappingOptimizer(HookedOptimizer):
             self.move_bounds(bounds)
 
     def watch_quantile(self) -> None:
-        """Let examples vote on C, if the mechanism moves it.
+        """Let examples vote on C, if the mechanism moves it; else clip groups have equal parts of it.
 
         Raises:
             PrivacyError: the model's clipping is not a function of norms over C, or of other groups.
         """
+        now, self.engine.votes = self.engine.clip.now, isinstance(self.mechanism, AdaptiveGaussianMechanism)
         if isinstance(self.mechanism, AdaptiveGaussianMechanism):
             refuse_other_groups(self.mechanism, self.engine)
             first = self.mechanism.clip.initial
-            self.move_bounds(self.mechanism.bounds.times(self.engine.max_grad_norm if first is None else first))
+            self.move_bounds(self.mechanism.bounds.times(now.total if first is None else first))
             self.mechanism.first = self.mechanism.max_grad_norm
-            self.engine.votes = True
+        elif now.shares:
+            self.engine.move_bounds(Bounds(now.total))
 
     def adapt(self, votes: Tensor | None, step: int) -> None:
         """After a step, whose examples voted like this (None: there was none): take the next C, if it moves."""
-        if not isinstance(self.mechanism, AdaptiveGaussianMechanism):
-            return
-        if votes is None:
-            device = computing_device(next(iter(self.engine.parameters().values())))
-            votes = torch.zeros(len(self.mechanism.shares), dtype=torch.int64, device=device)
-        if self.engine.distributed:
-            votes = summed(votes)
-        copies = world_size() // self.engine.data_ranks if self.engine.distributed else 1
-        self.move_bounds(self.mechanism.next_bounds([n / copies for n in votes.tolist()], step))
+        if isinstance(self.mechanism, AdaptiveGaussianMechanism):
+            every = votes_of_all(self.engine, votes, len(self.mechanism.shares))
+            self.move_bounds(self.mechanism.next_bounds(every, step))
 
     def _note_numbers(self) -> None:
         """For the comparison with other ranks, which every backward makes."""

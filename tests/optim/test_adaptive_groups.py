@@ -544,3 +544,17 @@ def test_through_make_private_the_quantile_of_each_layer_is_found() -> None:
     )
     low, high = (float(v) for v in report.sections["Model"]["C of the clip groups"].split(" to "))
     assert low == pytest.approx(min(bounds_of(optimizer).values()), rel=1e-4) and high > low
+
+
+def test_an_optimizer_with_one_c_begins_with_equal_parts() -> None:
+    module = net()
+    model, optimizer = wrapped(module)
+    steps(model, optimizer, range(2))
+    total = optimizer.max_grad_norm
+    inner = torch.optim.SGD(module.parameters(), lr=0.1)
+    plain = DPOptimizer(inner, model, noise_multiplier=0.0, expected_batch_size=B)
+    assert plain.engine.clip.now == Bounds(total) and not plain.engine.votes
+    x, y = batch(2)
+    F.cross_entropy(model(x), y).backward()
+    assert plain.engine.ledger.votes is None
+    plain.step()
