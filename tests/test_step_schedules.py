@@ -18,7 +18,6 @@ from dpcompile import (
     PoissonLoader,
     PrivacyAccountant,
     PrivacyError,
-    audit,
     calibrate_noise,
     compile_step,
     dp_compile,
@@ -376,10 +375,6 @@ def test_what_does_not_go_together_is_refused() -> None:
         loader.batches()
     with pytest.raises(PrivacyError, match=r"(?s)whose loader has one for every step.*leave it"):
         optimizer.expected_batch_size = 3.0
-    with pytest.raises(PrivacyError, match=r"(?s)take all steps of a run to be alike.*without noise_schedule"):
-        audit(model, optimizer, loader, nn.functional.cross_entropy)
-    with pytest.raises(PrivacyError, match=r"take all steps of a run to be alike"):
-        audit(*private(None, noise_schedule=factor_of), nn.functional.cross_entropy)
 
 
 class OwnAccountant:

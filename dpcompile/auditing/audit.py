@@ -48,9 +48,10 @@ def audit(
 
     Canaries are examples that are in the run or out of it by a fair coin each. A copy of the model is trained for
     ``steps`` logical steps as the given model would be: with its options, weights, kind of optimizer, noise multiplier
-    or mechanism, sample rate and physical batch size, under DistributedDataParallel if it is. Model, optimizer, loader
-    and torch's random numbers stay as they are, and nothing is counted for them. What the report says is not private,
-    as it comes of a run that nobody counted: on "data" and "dirac" the rows of the dataset take part.
+    or mechanism, sample rate and physical batch size, also where they go by the step, under DistributedDataParallel if
+    it is. Where the loader draws users, canaries are users. Model, optimizer, loader and torch's random numbers stay as
+    they are, and nothing is counted for them. What the report says is not private, as it comes of a run that nobody
+    counted: on "data" and "dirac" the rows of the dataset take part.
 
     Args:
         model: what `make_private` or `dp_compile` returned.
@@ -61,8 +62,8 @@ def audit(
         canaries: how many; half of them choose the attack, and half judge it.
         kind: "dirac": the gradient of each canary is one element of a parameter that is added to the model, beyond C
             before clipping; the dataset's rows train along. "spread": one element of every trainable parameter of the
-            model, without the rows; the model's parameters have one use more in the graph then. "data": rows of the
-            dataset, through the model's own graph.
+            model, without the rows; the model's parameters have one use more in the graph then. "data": rows, or
+            users, of the dataset, through the model's own graph.
         steps: None: ``len(loader)``.
         delta: for which epsilon is given.
         confidence: of the lower bound.

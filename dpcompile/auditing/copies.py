@@ -36,15 +36,9 @@ def refuse_uncopied(engine: Engine, optimizer: DPOptimizer, loader: PoissonLoade
 
     Raises:
         UnsupportedGraphError: a sharded model.
-        PrivacyError: a mechanism that goes on from its earlier steps, numbers by the step, a cap on draws, or example
-            dimensions that cannot be told for one argument more.
+        PrivacyError: a mechanism that goes on from its earlier steps, a cap on draws, or example dimensions that cannot
+            be told for one argument more.
     """
-    if loader.schedule is not None or optimizer.saved_schedule():
-        raise PrivacyError(
-            "noise or batch size go by the step, and the attacks of an audit take all steps of a run to be alike",
-            remedy="audit a run with a number as expected_batch_size and without noise_schedule: one for the rate and "
-            "the noise of the steps that matter most",
-        )
     if loader.truncation is not None:
         raise PrivacyError(
             f"max_batch_size is {loader.max_batch_size}, and in an audit canaries would put each other out of a draw: "
@@ -55,11 +49,6 @@ def refuse_uncopied(engine: Engine, optimizer: DPOptimizer, loader: PoissonLoade
         raise UnsupportedGraphError(
             "the model is sharded, and an audit trains a copy of it",
             remedy="audit a model of a few blocks with the same options, on one rank or under DistributedDataParallel",
-        )
-    if engine.options.examples_per_user > 1:
-        raise UnsupportedGraphError(
-            "the model clips users, and the canaries of an audit are examples",
-            remedy="audit a model of examples with the same options, but for groups and examples_per_user",
         )
     if not isinstance(optimizer.mechanism, GaussianMechanism) and optimizer.logical_step:
         raise PrivacyError(
@@ -122,7 +111,9 @@ def optimizer_like(
         parts[-1].param_groups[-1]["params"].extend(more)
     mechanism = for_groups_of(engine_of(model), copy.deepcopy(optimizer.mechanism))
     mechanism.seed = seed
-    return DPOptimizer(parts, model, mechanism=mechanism, accountant=accountant)
+    private = DPOptimizer(parts, model, mechanism=mechanism, accountant=accountant)
+    private.plan(None, noise_schedule=optimizer.noise_schedule)
+    return private
 
 
 def _part_like(part: Optimizer, counterparts: Mapping[int, nn.Parameter]) -> Optimizer:
@@ -148,11 +139,14 @@ def accountant_like(optimizer: DPOptimizer) -> PrivacyAccountant | None:
 
 
 def loader_like(loader: PoissonLoader, data: AuditedData, steps: int, padding: Any, seed: int) -> PoissonLoader:
-    """A loader of other rows, of the same rate, divisor and physical size."""
+    """A loader of other rows, of the same rate, divisor and physical size, also where these go by the step."""
+    by_step = loader.schedule
     return PoissonLoader(
         data,
-        expected_batch_size=loader.expected_batch_size,
-        sample_rate=loader.sample_rate,
+        expected_batch_size=loader.expected_batch_size if by_step is None else by_step.expected_batch_size,
+        sample_rate=loader.sample_rate if by_step is None else by_step.sample_rate,
+        groups=None if loader.users is None else data.owners,
+        examples_per_user=None if loader.users is None else loader.users.examples_per_user,
         bands=loader.bands,
         physical_batch_size=loader.physical_batch_size,
         steps=steps,

@@ -92,11 +92,12 @@ class Bounds:
     @classmethod
     def equal(cls, total: float, groups: Collection[str]) -> Bounds:
         """The same for each of these groups."""
-        return cls(total, dict.fromkeys(groups, 1 / max(len(groups), 1) ** 0.5))
+        part = 1 / max(len(groups), 1) ** 0.5
+        return cls(total, {group: part for group in groups})
 
     def times(self, total: float) -> Bounds:
         """With another C, and the same parts of it."""
-        return replace(self, total=float(total))
+        return replace(self, total=total)
 
     def of(self, groups: Collection[str]) -> dict[str, float]:
         """C of each of the groups of a forward.
@@ -114,7 +115,7 @@ class Bounds:
             )
         whole = float(self.total)
         if not self.shares:
-            return dict.fromkeys(groups, whole / max(len(groups), 1) ** 0.5)
+            return {group: whole / max(len(groups), 1) ** 0.5 for group in groups}
         return {group: whole * self.shares[group] for group in groups}
 
 

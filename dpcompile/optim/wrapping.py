@@ -118,6 +118,11 @@ class WrappingOptimizer(HookedOptimizer):
         self._planned = PlannedSteps(steps, on_exceed, noise)
         self.watch_step()
 
+    @property
+    def noise_schedule(self) -> Callable[[int], float] | None:
+        """What :attr:`noise_multiplier` is multiplied by at each step; None: 1."""
+        return self._planned.noise
+
     def watch_step(self) -> None:
         """Let every backward compare the numbers of its step with those of the other ranks, if they go by the step."""
         feed, engine = self.engine.feed, self.engine

@@ -103,7 +103,7 @@ class ClipBound:
                 "model was compiled with",
                 remedy="compile the model with a C of about the size that it will have",
             )
-        self.now = bounds.times(value)
+        self.now = bounds.times(float(value))
 
     def into(self, mask: Tensor) -> Tensor:
         """The mask of a forward that is clipped to C as it is now."""

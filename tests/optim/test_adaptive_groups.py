@@ -83,7 +83,7 @@ class Reference:
                 noised[n] = clipped + self.scale * total * drawn.numpy().reshape(clipped.shape)
         with torch.no_grad():
             for n, value in noised.items():
-                parameters[n] -= torch.from_numpy(0.1 * value / B).float()
+                parameters[n].sub_(torch.from_numpy(0.1 * value / B).float())
         z = gaussian(
             SEED, step=self.step, parameter=0, numel=len(self.groups), dtype=torch.float64, stream=Stream.VOTES
         )
@@ -205,7 +205,8 @@ def test_narrow_parameters_and_parts_of_a_batch() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(8, 6), torch.randint(0, 3, (8,))
     wanted = {}
-    for options in ({}, {"memory_budget": 1}, {"regions": "blocks"}):
+    ways: list[dict[str, Any]] = [{}, {"memory_budget": 1}, {"regions": "blocks"}]
+    for options in ways:
         model = dp_compile(Narrow(), clipping="per_layer", backend="eager", max_grad_norm=0.4, **options)
         inner = torch.optim.SGD(model.parameters(), lr=0.0)
         clip = AdaptiveClip(learning_rate=1.0)
@@ -239,7 +240,8 @@ def test_nothing_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     for where in (engine, region):
         original = where.compile_joint
         monkeypatch.setattr(where, "compile_joint", lambda *a, o=original, **k: compiled.append(1) or o(*a, **k))
-    for options in ({}, {"regions": "blocks"}):
+    ways: list[dict[str, Any]] = [{}, {"regions": "blocks"}]
+    for options in ways:
         model, optimizer = wrapped(net(), **options)
         model.trace(batch(0)[0])  # before there is a vote; nor does a C by hand compile anything
         F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()

@@ -282,7 +282,9 @@ def bounds_of_blocks(mesh: DeviceMesh, directory: Path) -> None:
     if dist.get_world_size() > 1:
         if dist.get_rank():  # C as a whole is the same
             shares = optimizer.engine.clip.now.shares
-            optimizer.move_bounds(Bounds(optimizer.max_grad_norm, dict(zip(shares, reversed(shares.values())))))
+            optimizer.move_bounds(
+                Bounds(optimizer.max_grad_norm, dict(zip(shares, [*shares.values()][::-1], strict=True)))
+            )
         raises(PrivacyError, "or moved C or the noise otherwise", lambda: step(model, part(batches[0])))
 
 
