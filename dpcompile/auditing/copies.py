@@ -25,26 +25,19 @@ from dpcompile.optim.quantiles import for_groups_of
 __all__ = ["accountant_like", "compiled_like", "copied_model", "loader_like", "optimizer_like", "refuse_uncopied"]
 
 
-def refuse_uncopied(engine: Engine, optimizer: DPOptimizer, loader: PoissonLoader, *, more_arguments: bool) -> None:
+def refuse_uncopied(engine: Engine, optimizer: DPOptimizer, *, more_arguments: bool) -> None:
     """Refuse what has no copy that would be the same run.
 
     Args:
         engine: of the model.
         optimizer: of the model.
-        loader: of the run.
         more_arguments: whether the copy is called with one argument more.
 
     Raises:
         UnsupportedGraphError: a sharded model.
-        PrivacyError: a mechanism that goes on from its earlier steps, a cap on draws, or example dimensions that cannot
-            be told for one argument more.
+        PrivacyError: a mechanism that goes on from its earlier steps, or example dimensions that cannot be told for one
+            argument more.
     """
-    if loader.truncation is not None:
-        raise PrivacyError(
-            f"max_batch_size is {loader.max_batch_size}, and in an audit canaries would put each other out of a draw: "
-            "they would not be in it independently, as bounds from many of them in one run take them to be",
-            remedy="audit the same run with a loader and an accountant without a cap",
-        )
     if engine.sharded:
         raise UnsupportedGraphError(
             "the model is sharded, and an audit trains a copy of it",
@@ -125,8 +118,8 @@ def _part_like(part: Optimizer, counterparts: Mapping[int, nn.Parameter]) -> Opt
     return type(part)(groups)  # type: ignore[call-arg]
 
 
-def accountant_like(optimizer: DPOptimizer) -> PrivacyAccountant | None:
-    """One that has counted nothing yet."""
+def accountant_like(optimizer: DPOptimizer, loader: PoissonLoader) -> PrivacyAccountant | None:
+    """One that has counted nothing yet, for draws of this loader."""
     given = optimizer.accountant
     if given is None:
         return None
@@ -135,12 +128,18 @@ def accountant_like(optimizer: DPOptimizer) -> PrivacyAccountant | None:
         sample_rate=given.sample_rate,
         method=getattr(given, "method", "pld"),
         relation=given.relation,
+        truncation=loader.truncation,
     )
 
 
 def loader_like(loader: PoissonLoader, data: AuditedData, steps: int, padding: Any, seed: int) -> PoissonLoader:
-    """A loader of other rows, of the same rate, divisor and physical size, also where these go by the step."""
-    by_step = loader.schedule
+    """A loader of other rows, of the same rate, divisor and physical size, also where these go by the step.
+
+    A cap on draws is the same part of all rows, or users.
+    """
+    by_step, cap = loader.schedule, loader.max_batch_size
+    if cap is not None:
+        cap = max(round(cap * len(data.owners.unique()) / loader.dataset_size), 1)
     return PoissonLoader(
         data,
         expected_batch_size=loader.expected_batch_size if by_step is None else by_step.expected_batch_size,
@@ -148,6 +147,7 @@ def loader_like(loader: PoissonLoader, data: AuditedData, steps: int, padding: A
         groups=None if loader.users is None else data.owners,
         examples_per_user=None if loader.users is None else loader.users.examples_per_user,
         bands=loader.bands,
+        max_batch_size=cap,
         physical_batch_size=loader.physical_batch_size,
         steps=steps,
         seed=seed,

@@ -119,11 +119,10 @@ def _run(given: Given, module: nn.Module, audited: AuditedModel | None, data: Au
     ours = dict(module.named_parameters())
     counterparts = {id(p): ours[name] for name, p in engine_of(given.model).module.named_parameters()}
     more = [] if audited is None else [p for name, p in audited.named_parameters() if name == OWN]
-    optimizer = copies.optimizer_like(
-        given.optimizer, private, counterparts, more, given.seed, copies.accountant_like(given.optimizer)
-    )
     padding = given.loader.padding_example
     if padding is not None:
         padding = (padding, data.places[0], torch.zeros(2))
     loader = copies.loader_like(given.loader, data, given.steps, padding, given.seed)
+    accountant = copies.accountant_like(given.optimizer, loader)
+    optimizer = copies.optimizer_like(given.optimizer, private, counterparts, more, given.seed, accountant)
     return Run(private, optimizer, loader.attach(private, optimizer), given.loss, audited)

@@ -1,4 +1,4 @@
-"""Audits of users, and of runs whose noise and batch size go by the step: sound ones hold, broken ones do not."""
+"""Audits of users, of noise and batch size by the step, of draws with a cap: sound runs hold, broken ones do not."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def audited(
     sample_rate: Any = 1.0,
     expected_batch_size: Any = SIZE,
     noise_multiplier: float = 2.0,
+    cap: int | None = None,
     **options: Any,
 ) -> AuditReport:
     model = wide()
@@ -40,6 +41,7 @@ def audited(
         sample_rate=sample_rate,
         physical_batch_size=256,
         steps=STEPS,
+        max_batch_size=cap,
         seed=0,
         **groups,
     )
@@ -124,6 +126,18 @@ def test_users_among_the_data(broken: bool, monkeypatch: pytest.MonkeyPatch) -> 
     if not broken:
         with pytest.raises(PrivacyError, match="(?s)81 canaries among 80 users of the dataset.*kind='dirac'"):
             audited("data", 81, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [None, "no_noise", "one_unclipped"])
+@pytest.mark.parametrize("of_user", [None, 2])
+def test_draws_with_a_cap(name: str | None, of_user: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is that of any mechanism, so a run is contradicted of which little was promised."""
+    if name is not None:
+        BROKEN[name](monkeypatch)
+    unit = 4 if of_user else 12  # users, or rows
+    report = audited("spread", 480, of_user=of_user, cap=unit // 2, noise_multiplier=16.0)
+    assert report.contradicted is (name is not None) and report.independent is None is report.noise
+    assert report.proved is not None and report.proved < 1.5
 
 
 def test_whose_examples_are_whose() -> None:
