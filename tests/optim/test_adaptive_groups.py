@@ -200,6 +200,7 @@ class Narrow(nn.Module):
         return self.second(self.first(x.bfloat16()).float().tanh())
 
 
+@pytest.mark.full
 def test_narrow_parameters_and_parts_of_a_batch() -> None:
     """Against the same model at fixed bounds: what the votes made of them, without noise."""
     torch.manual_seed(0)
@@ -297,7 +298,7 @@ def test_each_count_has_its_own_noise() -> None:
     shares = Bounds.equal(1.0, ["a", "b"]).shares
     clip = AdaptiveClip(learning_rate=1.0, count_noise=7.0)
     mechanism = AdaptiveGaussianMechanism(1.0, 1.0, 100.0, 5, clip=clip, shares=shares)
-    moved = [mechanism.next_bounds([0, 0], step).of("ab") for step in range(3000)]
+    moved = [mechanism.next_bounds([0, 0], step).of("ab") for step in range(1500)]
     found = np.array([[-100 * math.log(m[g] * math.sqrt(2)) for g in "ab"] for m in moved])
     assert found.mean(0) == pytest.approx(0, abs=0.5) and found.std(0) == pytest.approx(7.0, rel=0.05)
     assert abs(np.corrcoef(found.T)[0, 1]) < 0.06
@@ -396,6 +397,7 @@ def test_a_run_with_one_c_is_not_resumed_by_groups() -> None:
         flat.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.full
 def test_c_by_hand_scales_all_bounds() -> None:
     module = net()
     reference = Reference(module, LAYERS)
@@ -445,6 +447,7 @@ def test_layers_frozen_or_unfrozen_are_refused() -> None:
     steps(model, optimizer, range(1, 2))  # the group is still there
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", [{}, {"regions": "blocks"}])
 def test_a_layer_without_a_bound_is_refused_before_its_sum_is_made(options: dict[str, Any]) -> None:
     module = net()
@@ -511,6 +514,7 @@ def test_a_group_without_a_gradient_and_an_empty_batch() -> None:
     assert bounds_of(optimizer) == pytest.approx(before)  # no vote: 0.5 of the expected examples, the quantile
 
 
+@pytest.mark.full
 def test_through_make_private_the_quantile_of_each_layer_is_found() -> None:
     x, y = labelled(400)
     module = net()
