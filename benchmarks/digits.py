@@ -54,6 +54,11 @@ WAYS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "in turn": [(kind, {"max_grad_norm": 10.0, "in_turn": kind}) for kind in ("buffers", "tree")],
     "automatic": [("", {"clipping": "automatic"})],
     "per layer": [(f"{c:g}", {"clipping": "per_layer", "max_grad_norm": c}) for c in (0.3, 1.0)],
+    "per layer, by quantiles": [
+        (f"{q:g} from {c:g}", {"clipping": "per_layer", "max_grad_norm": AdaptiveClip(quantile=q, initial=c)})
+        for q in (0.3, 0.5, 0.7)
+        for c in (0.1, 10.0)
+    ],
 }
 
 

@@ -13,6 +13,7 @@ from torch import fx
 from dpcompile._torch.aot import copy_graph
 from dpcompile.capture.joint import check_outputs, name_joint
 from dpcompile.capture.roles import Roles
+from dpcompile.clipping.groups import clip_groups
 from dpcompile.graph.joint import JointGraph
 from dpcompile.graph.labels import Label
 from dpcompile.graph.matrix_exp import fold_matrix_exp
@@ -182,6 +183,9 @@ class Transformed:
         memory: of a region, where there is a budget.
         uses: of parameters that other regions use too, what is handed out.
         mask: the name of the placeholder of the padding mask.
+        groups: the clip groups whose bounds are an input, in order.
+        present: those of all clip groups in which the graph has a gradient.
+        group_slot: the position of the norms of ``groups``.
     """
 
     graph: fx.GraphModule
@@ -195,6 +199,9 @@ class Transformed:
     memory: RegionMemory | None = None
     uses: Mapping[str, Use] = field(default_factory=dict)
     mask: str = ""
+    groups: tuple[str, ...] = ()
+    present: tuple[str, ...] = ()
+    group_slot: int | None = None
 
 
 def privatize(
@@ -230,6 +237,9 @@ def privatize(
         work.memory,
         uses_of(plan),
         joint.mask.name,
+        joint.groups,
+        tuple(clip_groups(plan.rules(), options.clipping)),
+        joint.group_slot,
     )
 
 

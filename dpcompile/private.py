@@ -80,7 +80,7 @@ def make_private(
         epochs: passes over the loader that are planned; needed with a target, unless ``steps`` is given.
         steps: logical steps that are planned.
         max_grad_norm: C; None: 1.0, or what a model compiled already has. :class:`dpcompile.AdaptiveClip`: it follows a
-            quantile of the gradients' norms, at the same epsilon.
+            quantile of the gradients' norms, or those of layers or blocks each their own, at the same epsilon.
         accountant: "pld" or "rdp"; or, with ``noise_multiplier``, one that is made already: a PrivacyAccountant that
             counts other releases too, or one of your own (:class:`dpcompile.accounting.protocol.Accountant`).
         relation: which datasets are neighbours, see :class:`dpcompile.PrivacyAccountant`. "add_remove" needs a

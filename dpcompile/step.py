@@ -198,7 +198,7 @@ class CompiledStep:
         found = self._gradients(run)
         sums = lying_like(engine.parameters(), found.sums.items())
         assert run.awaited is not None
-        engine.deliver(run.awaited, Delivered(found.norms, found.mask, next(_BACKWARDS), sums))
+        engine.deliver(run.awaited, Delivered(found.norms, found.mask, next(_BACKWARDS), sums, found.by_group))
         engine.transformed = found.transformed
         warn_of_lost_examples(found.norms, found.mask)
         return found
@@ -247,7 +247,8 @@ class CompiledStep:
         engine, step = self._engine, self._running.now
         detach_all_but(gm, 0)  # the losses: what else the model keeps has no part in them
         leaves = engine.leaves(self._example_dims(step.inputs, step.targets))
-        roles = assign_roles(gm, inputs, {id(p): n for n, p in engine.parameters().items()}, leaves)
+        names = {id(p): n for n, p in engine.parameters().items()}
+        roles = assign_roles(gm, inputs, names, leaves, clipping=engine.options.clipping)
         reads = reads_of(engine.module)
         program = gradient_graph(gm, inputs, roles, replace(engine.options, loss_reduction="sum"))
 
@@ -263,7 +264,8 @@ class CompiledStep:
             step.awaited = engine.await_backward(step.forward, like.shape[dim], like.device)
             if step.forward.batch.refused is not None:
                 raise step.forward.batch.refused
-            outputs, step.found = program(values, step.awaited.mask, step.forward.batch.rows)
+            bounds = engine.clip.in_graph(step.forward.batch.bound).of(program.transformed.present)
+            outputs, step.found = program(values, step.awaited.mask, bounds, step.forward.batch.rows)
             engine.kept.note(outputs, program.transformed.output_labels)
             return outputs
 

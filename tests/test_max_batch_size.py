@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dpcompile import AdaptiveClip, PoissonLoader, PrivacyAccountant, audit, compile_step, make_private
+from dpcompile import AdaptiveClip, PoissonLoader, PrivacyAccountant, compile_step, make_private
 from dpcompile.accounting.caps import smallest_cap
 from dpcompile.accounting.truncation import TruncatedRate
 from dpcompile.data.sampling import kept, poisson_draw
@@ -251,8 +251,3 @@ def test_the_report_says_so() -> None:
         optimizer.accountant.step()
     optimizer.accountant.move_noise_multiplier(SIGMA)
     assert "of 10 kinds" in str(optimizer.report(1e-4))
-
-
-def test_an_audit_is_refused() -> None:
-    with pytest.raises(PrivacyError, match="(?s)max_batch_size is 9, and in an audit .* without a cap"):
-        audit(*private(), lambda model, batch: model(batch[0]).sum(1), canaries=20)

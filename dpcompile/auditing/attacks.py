@@ -39,30 +39,23 @@ class PlaceAttack(Attack):
 
     It knows where each canary's gradient lies and with which sign, and not in which steps the canary was drawn: that is
     secret, and the accountant counts on it. Attacks are: the likelihood ratio of samples; the sum over all steps and
-    places, which is that ratio where every example is in every step; the sum over each parameter alone, and over each
-    part of the run alone.
+    places, each step over its noise squared, which is that ratio where every example is in every step; the sum over
+    each parameter alone, and over each part of the run alone.
 
     Args:
         targets: names of parameters.
         places: ``[m, targets]``; -1: no place.
-        steps: of the run.
-        sample_rate: of the run.
-        noise_multiplier: that is counted.
+        numbers: sample rate, and noise multiplier that is counted, of every step.
         max_grad_norm: C.
     """
 
     def __init__(
-        self,
-        targets: Sequence[str],
-        places: Tensor,
-        steps: int,
-        *,
-        sample_rate: float,
-        noise_multiplier: float,
-        max_grad_norm: float,
+        self, targets: Sequence[str], places: Tensor, numbers: Sequence[tuple[float, float]], *, max_grad_norm: float
     ) -> None:
         self.targets, self.places = targets, places
-        self._rate, self._noise, self._bound = sample_rate, noise_multiplier, max_grad_norm
+        self._numbers, self._bound = numbers, max_grad_norm
+        self._least = min(noise for _, noise in numbers)
+        steps = len(numbers)
         self._ratios = torch.zeros(len(places), dtype=torch.float64)
         held = (places >= 0).sum(1).clamp_min(1)
         self._share = held.double().rsqrt()
@@ -80,17 +73,20 @@ class PlaceAttack(Attack):
             places = self.places[:, i]
             values = released[name].reshape(-1).cpu().double()[places.clamp_min(0)]
             found.append(torch.where(places >= 0, values, 0.0))
+        rate, noise = self._numbers[step]
         values = torch.stack(found) * sign(step)
-        self._parameters += values
         together = values.sum(0) * self._share
-        self._parts[step * len(self._parts) // self._steps] += together
+        weight = (self._least / noise) ** 2 if noise > 0 else 1.0
+        self._parameters += values * weight
+        self._parts[step * len(self._parts) // self._steps] += together * weight
         if self._sampled:
-            drawn = (together / self._bound - 0.5) / self._noise**2 + math.log(self._rate)
-            self._ratios += torch.logaddexp(drawn, torch.tensor(math.log1p(-self._rate), dtype=torch.float64))
+            drawn = (together / self._bound - 0.5) / noise**2 + math.log(rate)
+            left_out = torch.tensor(math.log1p(-rate) if rate < 1 else -math.inf, dtype=torch.float64)
+            self._ratios += torch.logaddexp(drawn, left_out)
 
     @property
     def _sampled(self) -> bool:
-        return self._rate < 1 and self._noise > 0
+        return any(rate < 1 for rate, _ in self._numbers) and self._least > 0
 
     def scores(self, model: nn.Module) -> dict[str, np.ndarray]:
         """See :class:`Attack`."""

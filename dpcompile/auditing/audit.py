@@ -48,9 +48,10 @@ def audit(
 
     Canaries are examples that are in the run or out of it by a fair coin each. A copy of the model is trained for
     ``steps`` logical steps as the given model would be: with its options, weights, kind of optimizer, noise multiplier
-    or mechanism, sample rate and physical batch size, under DistributedDataParallel if it is. Model, optimizer, loader
-    and torch's random numbers stay as they are, and nothing is counted for them. What the report says is not private,
-    as it comes of a run that nobody counted: on "data" and "dirac" the rows of the dataset take part.
+    or mechanism, sample rate and physical batch size, also where they go by the step, under DistributedDataParallel if
+    it is. Where the loader draws users, canaries are users. Model, optimizer, loader and torch's random numbers stay as
+    they are, and nothing is counted for them. What the report says is not private, as it comes of a run that nobody
+    counted: on "data" and "dirac" the rows of the dataset take part.
 
     Args:
         model: what `make_private` or `dp_compile` returned.
@@ -61,8 +62,8 @@ def audit(
         canaries: how many; half of them choose the attack, and half judge it.
         kind: "dirac": the gradient of each canary is one element of a parameter that is added to the model, beyond C
             before clipping; the dataset's rows train along. "spread": one element of every trainable parameter of the
-            model, without the rows; the model's parameters have one use more in the graph then. "data": rows of the
-            dataset, through the model's own graph.
+            model, without the rows; the model's parameters have one use more in the graph then. "data": rows, or
+            users, of the dataset, through the model's own graph.
         steps: None: ``len(loader)``.
         delta: for which epsilon is given.
         confidence: of the lower bound.
@@ -80,7 +81,8 @@ def audit(
     **Guarantee.** If the run is what was proved and counted, ``report.contradicted`` is True with a probability of at
     most ``1 - confidence``. Nothing follows from its being False (docs/auditing.md). The bound ``any_mechanism``
     assumes nothing of the mechanism; ``independent`` that canaries are told apart independently of each other, which is
-    true of a right engine under "dirac" and "spread", and is not claimed under "data".
+    true of a right engine under "dirac" and "spread", and is not claimed under "data", nor where a cap on draws lets
+    canaries put each other out of them.
 
     Sources: Steinke, Nasr, Jagielski 2023 (arXiv:2305.08846); Nasr et al. 2023 (arXiv:2302.07956).
     """
@@ -88,7 +90,7 @@ def audit(
     steps = len(loader) if steps is None else steps
     _check(canaries, kind, steps, confidence)
     check_delta(delta)
-    copies.refuse_uncopied(engine, optimizer, loader, more_arguments=kind != "data")
+    copies.refuse_uncopied(engine, optimizer, more_arguments=kind != "data")
     drawn = from_first(fresh_seed()) if engine.distributed else fresh_seed()
     given = Given(model, optimizer, loader, loss, canaries, kind, steps, drawn if seed is None else seed)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -117,11 +119,12 @@ def _report(
 ) -> AuditReport:
     optimizer = run.optimizer
     accountant = optimizer.accountant
-    share = (1 - confidence) / (1 if kind == "data" else 2)
+    apart = kind != "data" and run.loader.truncation is None
+    share = (1 - confidence) / (2 if apart else 1)
     found = guesses(scores, inside, share)
     general = one_run_epsilon(found.canaries, found.made, found.right, delta=delta, significance=share)
     attacks, independent, noise = [found.attack], None, None
-    if kind != "data":
+    if apart:
         attack, rates = error_rates(scores, inside, share)
         attacks.append(attack)
         independent = rates.epsilon(delta)

@@ -65,10 +65,14 @@ class AuditedData:
         rows: index in the dataset, for each row.
         places: ``[rows, targets]``, see :class:`AuditedModel`.
         weights: ``[rows, 2]``, 0 or 1: of the user's loss, and of the canary's.
+        owners: ``[rows]``, whose each row is; None: every row is one's own.
     """
 
-    def __init__(self, dataset: Any, rows: list[int], places: Tensor, weights: Tensor) -> None:
+    def __init__(
+        self, dataset: Any, rows: list[int], places: Tensor, weights: Tensor, owners: Tensor | None = None
+    ) -> None:
         self.dataset, self.rows, self.places, self.weights = dataset, rows, places, weights
+        self.owners = torch.arange(len(rows)) if owners is None else owners
 
     def __len__(self) -> int:
         return len(self.rows)

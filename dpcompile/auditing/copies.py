@@ -20,45 +20,28 @@ from dpcompile.module import Engine, PrivateModule, engine_of
 from dpcompile.noise.mechanism import GaussianMechanism
 from dpcompile.optim.chained import parts_of
 from dpcompile.optim.optimizer import DPOptimizer
+from dpcompile.optim.quantiles import for_groups_of
 
 __all__ = ["accountant_like", "compiled_like", "copied_model", "loader_like", "optimizer_like", "refuse_uncopied"]
 
 
-def refuse_uncopied(engine: Engine, optimizer: DPOptimizer, loader: PoissonLoader, *, more_arguments: bool) -> None:
+def refuse_uncopied(engine: Engine, optimizer: DPOptimizer, *, more_arguments: bool) -> None:
     """Refuse what has no copy that would be the same run.
 
     Args:
         engine: of the model.
         optimizer: of the model.
-        loader: of the run.
         more_arguments: whether the copy is called with one argument more.
 
     Raises:
         UnsupportedGraphError: a sharded model.
-        PrivacyError: a mechanism that goes on from its earlier steps, numbers by the step, a cap on draws, or example
-            dimensions that cannot be told for one argument more.
+        PrivacyError: a mechanism that goes on from its earlier steps, or example dimensions that cannot be told for one
+            argument more.
     """
-    if loader.schedule is not None or optimizer.saved_schedule():
-        raise PrivacyError(
-            "noise or batch size go by the step, and the attacks of an audit take all steps of a run to be alike",
-            remedy="audit a run with a number as expected_batch_size and without noise_schedule: one for the rate and "
-            "the noise of the steps that matter most",
-        )
-    if loader.truncation is not None:
-        raise PrivacyError(
-            f"max_batch_size is {loader.max_batch_size}, and in an audit canaries would put each other out of a draw: "
-            "they would not be in it independently, as bounds from many of them in one run take them to be",
-            remedy="audit the same run with a loader and an accountant without a cap",
-        )
     if engine.sharded:
         raise UnsupportedGraphError(
             "the model is sharded, and an audit trains a copy of it",
             remedy="audit a model of a few blocks with the same options, on one rank or under DistributedDataParallel",
-        )
-    if engine.options.examples_per_user > 1:
-        raise UnsupportedGraphError(
-            "the model clips users, and the canaries of an audit are examples",
-            remedy="audit a model of examples with the same options, but for groups and examples_per_user",
         )
     if not isinstance(optimizer.mechanism, GaussianMechanism) and optimizer.logical_step:
         raise PrivacyError(
@@ -92,7 +75,7 @@ def compiled_like(outer: Any, module: nn.Module, *, more_arguments: bool) -> Any
         kind: Any = type(module).__mro__[1]
         private = kind.__new__(kind)
         object.__setattr__(private, "__dict__", module.__dict__)
-        engine_of(private).move_max_grad_norm(options.max_grad_norm)
+        engine_of(private).move_bounds(engine.clip.now)
     else:
         private = dp_compile(module, **{f.name: getattr(options, f.name) for f in fields(options)})
     return DistributedDataParallel(private) if isinstance(outer, DistributedDataParallel) else private
@@ -119,9 +102,11 @@ def optimizer_like(
     parts = [_part_like(part, counterparts) for part in parts_of(optimizer.optimizer) if not hasattr(part, "parts")]
     if more:
         parts[-1].param_groups[-1]["params"].extend(more)
-    mechanism = copy.deepcopy(optimizer.mechanism)
+    mechanism = for_groups_of(engine_of(model), copy.deepcopy(optimizer.mechanism))
     mechanism.seed = seed
-    return DPOptimizer(parts, model, mechanism=mechanism, accountant=accountant)
+    private = DPOptimizer(parts, model, mechanism=mechanism, accountant=accountant)
+    private.plan(None, noise_schedule=optimizer.noise_schedule)
+    return private
 
 
 def _part_like(part: Optimizer, counterparts: Mapping[int, nn.Parameter]) -> Optimizer:
@@ -133,8 +118,8 @@ def _part_like(part: Optimizer, counterparts: Mapping[int, nn.Parameter]) -> Opt
     return type(part)(groups)  # type: ignore[call-arg]
 
 
-def accountant_like(optimizer: DPOptimizer) -> PrivacyAccountant | None:
-    """One that has counted nothing yet."""
+def accountant_like(optimizer: DPOptimizer, loader: PoissonLoader) -> PrivacyAccountant | None:
+    """One that has counted nothing yet, for draws of this loader."""
     given = optimizer.accountant
     if given is None:
         return None
@@ -143,16 +128,26 @@ def accountant_like(optimizer: DPOptimizer) -> PrivacyAccountant | None:
         sample_rate=given.sample_rate,
         method=getattr(given, "method", "pld"),
         relation=given.relation,
+        truncation=loader.truncation,
     )
 
 
 def loader_like(loader: PoissonLoader, data: AuditedData, steps: int, padding: Any, seed: int) -> PoissonLoader:
-    """A loader of other rows, of the same rate, divisor and physical size."""
+    """A loader of other rows, of the same rate, divisor and physical size, also where these go by the step.
+
+    A cap on draws is the same part of all rows, or users.
+    """
+    by_step, cap = loader.schedule, loader.max_batch_size
+    if cap is not None:
+        cap = max(round(cap * len(data.owners.unique()) / loader.dataset_size), 1)
     return PoissonLoader(
         data,
-        expected_batch_size=loader.expected_batch_size,
-        sample_rate=loader.sample_rate,
+        expected_batch_size=loader.expected_batch_size if by_step is None else by_step.expected_batch_size,
+        sample_rate=loader.sample_rate if by_step is None else by_step.sample_rate,
+        groups=None if loader.users is None else data.owners,
+        examples_per_user=None if loader.users is None else loader.users.examples_per_user,
         bands=loader.bands,
+        max_batch_size=cap,
         physical_batch_size=loader.physical_batch_size,
         steps=steps,
         seed=seed,

@@ -24,7 +24,7 @@ class AuditReport:
         confidence: of all lower bounds together.
         any_mechanism: lower bound from the guesses, whatever the mechanism is (Steinke et al. 2023).
         independent: lower bound if canaries are told apart independently of each other: none, or the same run with the
-            noise that the errors leave room for; None for data.
+            noise that the errors leave room for; None for data, and of draws with a cap.
         noise: at most so many times the noise that was counted, likewise; infinity where nothing is known, or None.
         proved: the accountant's epsilon; None without an accountant.
         observed: what the attack saw of every step: "weights", or "gradients", the private ones.

@@ -52,7 +52,7 @@ class Run:
             self._total(batch, places, weights).backward()
             held = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
             self.optimizer.step()
-            attack.after(step, self._released(module, held))
+            attack.after(step, self._released(module, held, self._divisor(step)))
             self.optimizer.zero_grad()
 
     def _total(self, batch: Any, places: Tensor, weights: Tensor) -> Tensor:
@@ -68,10 +68,16 @@ class Run:
             rows = torch.where(weights[:, 0] > 0, values, 0.0) + torch.where(weights[:, 1] > 0, call.found, 0.0)
         return rows.mean() if engine_of(self.model).options.loss_reduction == "mean" else rows.sum()
 
-    def _released(self, module: nn.Module, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the step gave away of every parameter: of the weights where they move by the private mean alone."""
+    def _divisor(self, step: int) -> float:
+        by_step = self.loader.schedule
+        return self.optimizer.expected_batch_size if by_step is None else by_step.at(step).expected_batch_size
+
+    def _released(self, module: nn.Module, held: Mapping[str, Tensor], size: float) -> dict[str, Tensor]:
+        """What the step gave away of every parameter: of the weights where they move by the private mean alone.
+
+        ``size`` is what the sums were divided by.
+        """
         parameters = dict(module.named_parameters())
-        size = self.optimizer.expected_batch_size
         if shows_gradients(self.optimizer.optimizer):
             return {name: _gradient(parameters[name]) * size for name in held}
         rates = {id(p): float(g["lr"]) for g in self.optimizer.param_groups for p in g["params"]}

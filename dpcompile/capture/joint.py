@@ -73,9 +73,10 @@ def name_joint(module: fx.GraphModule, roles: Roles, *, trained: bool = True) ->
 
 
 def _trained(joint: JointGraph, roles: Roles, inputs: Mapping[int, fx.Node], slots: Mapping[int, int]) -> JointGraph:
-    """With parameters, and with what was appended to the captured graph's inputs: mask, norms, weights, sums."""
+    """With parameters, and with what was appended to the captured graph's inputs: see :func:`~.inputs.extend`."""
     mask, values = inputs[roles.inputs], joint.graph.output_node().args[0]
-    wide = {p: roles.inputs + 2 + i for i, p in enumerate(roles.narrow)}
+    third = roles.inputs + 2
+    wide = {p: third + bool(roles.groups) + i for i, p in enumerate(roles.narrow)}
     return replace(
         joint,
         example_axes={**joint.example_axes, mask: Examples(0)},
@@ -86,7 +87,10 @@ def _trained(joint: JointGraph, roles: Roles, inputs: Mapping[int, fx.Node], slo
         norm_slot=slots[roles.inputs + 1],
         gradient_slots={name: slots[p] for p, name in roles.parameters.items()},
         sum_slots={name: slots[wide.get(p, p)] for p, name in roles.parameters.items()},
-        weights=inputs[roles.inputs + 2] if roles.lowering is not None else None,
+        weights=inputs[third] if roles.lowering is not None else None,
+        bounds=inputs[third] if roles.groups else None,
+        groups=roles.groups,
+        group_slot=slots[third] if roles.groups else None,
     )
 
 
@@ -104,7 +108,8 @@ def _inputs(module: fx.GraphModule) -> tuple[dict[int, fx.Node], dict[Any, fx.No
 
 
 def _refuse_replaced(inputs: Mapping[int, fx.Node], roles: Roles) -> None:
-    needed = (*roles.parameters, *roles.examples, roles.inputs, roles.inputs + 1)
+    added = 3 if roles.groups else 2
+    needed = (*roles.parameters, *roles.examples, *range(roles.inputs, roles.inputs + added))
     missing = [p for p in needed if p not in inputs]
     if missing:
         called = ", ".join(f"'{roles.names.get(p, p)}'" for p in missing)

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from dpcompile._torch.aot import source_name
 from dpcompile._torch.dynamo import is_number
 from dpcompile.capture.outputs import check_differentiable
+from dpcompile.clipping.groups import SEVERAL, Clipping, clip_groups
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.joint import OverRanks
 from dpcompile.graph.labels import Examples
@@ -51,6 +52,8 @@ class Roles:
         ranks: what the inputs are on the other ranks of tensor parallelism; None without it.
         shared: names of the trainable parameters that other regions use too.
         alike: position -> the dimensions along which all positions of a shared input are known to be the same.
+        groups: of a model in one graph the clip groups whose bounds are an input; empty: one group, whose bound is a
+            constant.
     """
 
     parameters: Mapping[int, str]
@@ -67,6 +70,7 @@ class Roles:
     ranks: OverRanks | None = None
     shared: frozenset[str] = frozenset()
     alike: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
 
     @property
     def others(self) -> dict[int, str]:
@@ -92,6 +96,7 @@ def assign_roles(
     leaves: Mapping[int, tuple[str, int | Examples | None]],
     *,
     trained: bool = True,
+    clipping: Clipping = "flat",
 ) -> Roles:
     """Recognise every input by identity: a live parameter, a tensor of the call, or neither.
 
@@ -101,6 +106,7 @@ def assign_roles(
         parameters: ``id(parameter)`` -> name.
         leaves: ``id(tensor)`` -> name and example dimension, of the call's tensors; or how the examples lie in it.
         trained: whether the graph is to give gradients of parameters; otherwise it need not hold examples.
+        clipping: of a model in one graph.
 
     Raises:
         UnsupportedGraphError: an input that needs a gradient and is no parameter; no input with an example axis; no
@@ -133,6 +139,7 @@ def assign_roles(
         inputs=len(inputs),
         arguments=frozenset(i for i, x in enumerate(inputs) if id(x) in leaves),
         layouts=found.layouts,
+        groups=tuple(clip_groups(found.trainable.values(), clipping)) if clipping in SEVERAL else (),
     )
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from torch import Tensor
 
 from dpcompile.errors import PrivacyError
 
-__all__ = ["NAMES", "Clipping", "ClippingFunction", "clip_groups", "group_bound", "group_of", "validate_clipping"]
+__all__ = ["NAMES", "SEVERAL", "Bounds", "Clipping", "ClippingFunction", "clip_groups", "group_of", "validate_clipping"]
 
 ClippingFunction: TypeAlias = Callable[..., Tensor]
 Clipping: TypeAlias = "str | ClippingFunction"
 
 NAMES = ("flat", "automatic", "per_layer", "per_block")
+SEVERAL = ("per_layer", "per_block")  # which have several groups
 
 
 def validate_clipping(clipping: Clipping, max_grad_norm: float) -> None:
@@ -57,9 +59,64 @@ def _group(clipping: str, parameter: str) -> str:
     return ""
 
 
-def group_bound(max_grad_norm: float, groups: int) -> float:
-    """C of each of several groups: their squares add up to that of the whole."""
-    return float(max_grad_norm) / max(groups, 1) ** 0.5
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """C, and what each clip group has of it.
+
+    Attributes:
+        total: C of the whole gradient.
+        shares: clip group -> its own C, as a part of ``total``; empty: those groups that a forward has get equal parts.
+
+    **Guarantee.** The squares of the groups' bounds add up to that of C, or less, but for rounding: a gradient whose
+    groups are clipped to theirs has a norm of at most C.
+    """
+
+    total: float
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        values = self.shares.values()
+        if self.shares and not (all(0 < s < math.inf for s in values) and math.hypot(*values) <= 1 + 1e-9):
+            raise PrivacyError(
+                f"the bounds of the clip groups are {dict(self.shares)!r} times C: parts must be above 0, and their "
+                "squares add up to 1 at most",
+                remedy="leave them out: all groups begin with equal parts",
+            )
+
+    @classmethod
+    def each(cls, bounds: Mapping[str, float]) -> Bounds:
+        """From the groups' own bounds: C is the root of the sum of their squares."""
+        total = math.hypot(*bounds.values())
+        return cls(total, {group: bound / total for group, bound in bounds.items()})
+
+    @classmethod
+    def equal(cls, total: float, groups: Collection[str]) -> Bounds:
+        """The same for each of these groups."""
+        part = 1 / max(len(groups), 1) ** 0.5
+        return cls(total, {group: part for group in groups})
+
+    def times(self, total: float) -> Bounds:
+        """With another C, and the same parts of it."""
+        return replace(self, total=total)
+
+    def of(self, groups: Collection[str]) -> dict[str, float]:
+        """C of each of the groups of a forward.
+
+        Raises:
+            PrivacyError: one of them has no bound.
+        """
+        missing = [group for group in groups if self.shares and group not in self.shares]
+        if missing:
+            raise PrivacyError(
+                f"no bound is known for the clip group {missing[0]!r}: each of the others has one that follows its own "
+                "quantile",
+                remedy="make the DPOptimizer when everything that is to be trained has requires_grad=True, and a new "
+                "one after unfreezing a layer or a block",
+            )
+        whole = float(self.total)
+        if not self.shares:
+            return {group: whole / max(len(groups), 1) ** 0.5 for group in groups}
+        return {group: whole * self.shares[group] for group in groups}
 
 
 def clip_groups(names: Iterable[str], clipping: Clipping) -> dict[str, frozenset[str]]:

@@ -71,6 +71,13 @@ class Users:
         self._starts = self._sizes.cumsum(0) - self._sizes
         self.digest = int.from_bytes(hashlib.sha256(of_example.numpy().tobytes()).digest()[:7], "big")
 
+    @property
+    def of_examples(self) -> Tensor:
+        """The number of the user of each example, ``[size]``."""
+        found = torch.empty_like(self._examples)
+        found[self._examples] = torch.repeat_interleave(torch.arange(self.count), self._sizes)
+        return found
+
     def request(self, users: Request, seed: int, *, secure: bool = False) -> Request:
         """The batch of examples for a batch of users.
 

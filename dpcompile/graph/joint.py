@@ -55,6 +55,9 @@ class JointGraph:
         input_gradients: placeholder that is no parameter -> its gradient, which flows on to whatever made the input.
         weights: in a region the placeholder of the clip weights, ``[parameters, B]``, or, clipped at once, of the
             bounds of the parameters' groups; squared norms leave in the same shape, in the order of ``parameters``.
+        bounds: of a graph with several clip groups the placeholder of their bounds, ``[groups, B]``.
+        groups: their names, in the same order.
+        group_slot: the position in the graph's outputs that the groups' norms take, in the same shape.
         alike: shared placeholder -> the dimensions along which all its positions are known to be the same.
     """
 
@@ -73,6 +76,9 @@ class JointGraph:
     plain_tangents: Mapping[fx.Node, int] = field(default_factory=dict)
     input_gradients: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
     weights: fx.Node | None = None
+    bounds: fx.Node | None = None
+    groups: tuple[str, ...] = ()
+    group_slot: int | None = None
     alike: Mapping[fx.Node, tuple[int, ...]] = field(default_factory=dict)
 
     @property

@@ -25,7 +25,7 @@ def cache_key(options: Options, roles: Roles, parts: int = 1) -> str:
     described = [
         _source_digest(), repr(float(options.max_grad_norm)), clipping, options.norm, options.loss_reduction,
         repr(options.memory_budget), repr(parts), repr(options.examples_per_user),
-        repr(sorted(roles.parameters.items())),
+        repr(sorted(roles.parameters.items())), repr(roles.groups),
         repr(sorted(roles.examples.items())),
         repr(roles.lowering), repr(sorted(roles.shared)),
         repr(sorted((p, str(x)) for p, x in roles.layouts.items())), repr(sorted(roles.alike.items())),

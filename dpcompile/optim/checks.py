@@ -22,6 +22,7 @@ from dpcompile.module import Engine
 from dpcompile.noise.mechanism import Mechanism
 from dpcompile.optim.correlated import refuse_other_matrix
 from dpcompile.optim.exactness import refuse_other_grid
+from dpcompile.optim.quantiles import refuse_other_shares
 from dpcompile.optim.state_checks import OPTIMIZER, refuse_malformed
 
 __all__ = [
@@ -283,6 +284,7 @@ def refuse_state(
             )
     refuse_other_matrix(own, current)
     refuse_other_grid(own, current)
+    refuse_other_shares(own, current)
     if current["accountant"] is not None and current["logical_step"] and own["seed"] != current["seed"]:
         raise PrivacyError(
             f"this optimizer has taken {current['logical_step']} steps, and the state is of another run: the "

@@ -8,7 +8,7 @@ from typing import Any
 from dpcompile.distributed.ranks import digest, from_first, refuse_disagreement
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
-from dpcompile.noise.adaptive import AdaptiveClip, AdaptiveGaussianMechanism
+from dpcompile.noise.adaptive import AdaptiveClip
 from dpcompile.noise.banded import BandedMechanism
 from dpcompile.noise.buffered import BufferedMechanism
 from dpcompile.noise.counter import check_seed, fresh_seed
@@ -18,6 +18,7 @@ from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 from dpcompile.noise.strategy import default_restart, optimal_coefficients
 from dpcompile.noise.tree import TreeMechanism
 from dpcompile.optim.checks import refuse_bad_numbers
+from dpcompile.optim.quantiles import adaptive_mechanism
 
 __all__ = ["banded_mechanism", "chosen_mechanism", "exact_mechanism", "mechanism_in_turn", "refuse_other_ranks"]
 
@@ -113,7 +114,7 @@ def _gaussian_mechanism(
     numbers = (noise_multiplier, engine.max_grad_norm, expected_batch_size, seed, secure)
     if exact:
         return ExactMechanism(*numbers)
-    return GaussianMechanism(*numbers) if clip is None else AdaptiveGaussianMechanism(*numbers, clip)
+    return GaussianMechanism(*numbers) if clip is None else adaptive_mechanism(engine, numbers, clip)
 
 
 def refuse_other_ranks(engine: Engine, mechanism: Mechanism, logical_step: int, schedule: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from dpcompile.optim import carried_state, checks, correlated
 from dpcompile.optim.chained import as_one, parts_of
 from dpcompile.optim.common import chosen_mechanism
 from dpcompile.optim.exactness import check_rounding, let_round
+from dpcompile.optim.quantiles import refuse_other_groups
 from dpcompile.optim.step_numbers import numbers_of_step, refuse_other_schedule
 from dpcompile.optim.update import update_
 from dpcompile.optim.wrapping import WrappingOptimizer
@@ -51,7 +52,7 @@ class DPOptimizer(WrappingOptimizer):
         accountant: stepped once per logical step: any :class:`dpcompile.accounting.protocol.Accountant`.
         mechanism: what releases the sums instead of the Gaussian mechanism, for the model's C and with numbers and seed
             of its own. One whose steps the accountant cannot count is stepped without an accountant.
-        adaptive_clip: C is not the model's for good, but follows a quantile of the gradients' norms, at the same cost.
+        adaptive_clip: C, or that of each layer or block, follows a quantile of the gradients' norms, at the same cost.
         exact: sums are rounded to a grid, added up over ranks as integers, and get discrete Gaussian noise from
             ChaCha20 (:class:`dpcompile.noise.exact.ExactMechanism`), at the same cost.
 
@@ -225,6 +226,7 @@ class DPOptimizer(WrappingOptimizer):
         self._planned.check(self.logical_step)
         names, feed = self.engine.trainable(), self.engine.feed
         checks.refuse_other_mechanism(self.mechanism, self.engine)
+        refuse_other_groups(self.mechanism, self.engine)
         check_rounding(self.mechanism, self.engine)
         checks.refuse_foreign(self.engine, self.optimizer)
         checks.refuse_missing(self.engine, self.optimizer, names)
@@ -332,8 +334,7 @@ class DPOptimizer(WrappingOptimizer):
         self._used_draws, self._last_draws = own.get("draws"), None
         self._agreed = False
         self.discard()
-        if self.mechanism.max_grad_norm != self.max_grad_norm:
-            self.move_max_grad_norm(self.mechanism.max_grad_norm)
+        self.follow_mechanism()
 
     def private_state(self) -> dict[str, Any]:
         """What :meth:`state_dict` adds to the inner optimizer's: plain numbers, the seed among them."""

@@ -17,8 +17,7 @@ from torch.optim import Optimizer
 from dpcompile.accounting.by_step import ByStep
 from dpcompile.accounting.planned_steps import OnExceed, PlannedSteps
 from dpcompile.accounting.protocol import Accountant
-from dpcompile.distributed.ranks import summed, world_size
-from dpcompile.distributed.shards import computing_device
+from dpcompile.clipping.groups import Bounds
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
@@ -28,6 +27,7 @@ from dpcompile.optim.chained import parts_of
 from dpcompile.optim.checks import refuse_bad_numbers, refuse_foreign_parameters
 from dpcompile.optim.common import refuse_other_ranks
 from dpcompile.optim.correlated import refuse_move
+from dpcompile.optim.quantiles import refuse_other_groups, votes_of_all
 from dpcompile.optim.step_numbers import numbers_at, refuse_moved_size, refuse_rows, saved_schedule
 from dpcompile.reporting.facts import report_of
 from dpcompile.reporting.report import Report
@@ -118,6 +118,11 @@ class WrappingOptimizer(HookedOptimizer):
         self._planned = PlannedSteps(steps, on_exceed, noise)
         self.watch_step()
 
+    @property
+    def noise_schedule(self) -> Callable[[int], float] | None:
+        """What :attr:`noise_multiplier` is multiplied by at each step; None: 1."""
+        return self._planned.noise
+
     def watch_step(self) -> None:
         """Let every backward compare the numbers of its step with those of the other ranks, if they go by the step."""
         feed, engine = self.engine.feed, self.engine
@@ -153,38 +158,50 @@ class WrappingOptimizer(HookedOptimizer):
             PrivacyError: within a logical step, or a C that cannot be (:class:`dpcompile.runtime.bound.ClipBound`).
         """
         refuse_move(self.mechanism, self.logical_step, "max_grad_norm", self.engine.max_grad_norm, value)
-        self.engine.move_max_grad_norm(value)
+        self.move_bounds(self.engine.clip.now.times(value))
+
+    def move_bounds(self, bounds: Bounds) -> None:
+        """The same, with that of each clip group."""
+        self.engine.move_bounds(bounds)
         self.mechanism.max_grad_norm = self.engine.max_grad_norm
+        if isinstance(self.mechanism, AdaptiveGaussianMechanism):
+            self.mechanism.shares = self.engine.clip.now.shares
         self._note_numbers()
 
+    def follow_mechanism(self) -> None:
+        """Take C as a mechanism has it that loaded a state."""
+        bounds, mechanism = self.engine.clip.now.times(self.mechanism.max_grad_norm), self.mechanism
+        if isinstance(mechanism, AdaptiveGaussianMechanism):
+            bounds = mechanism.bounds
+        if bounds != self.engine.clip.now:
+            self.move_bounds(bounds)
+
     def watch_quantile(self) -> None:
-        """Let examples vote on C, if the mechanism moves it.
+        """Let examples vote on C, if the mechanism moves it; else clip groups have equal parts of it.
 
         Raises:
-            PrivacyError: the model's clipping is not a function of norms over C.
+            PrivacyError: the model's clipping is not a function of norms over C, or of other groups.
         """
+        now, self.engine.votes = self.engine.clip.now, isinstance(self.mechanism, AdaptiveGaussianMechanism)
         if isinstance(self.mechanism, AdaptiveGaussianMechanism):
+            refuse_other_groups(self.mechanism, self.engine)
             first = self.mechanism.clip.initial
-            self.move_max_grad_norm(self.engine.max_grad_norm if first is None else first)
+            self.move_bounds(self.mechanism.bounds.times(now.total if first is None else first))
             self.mechanism.first = self.mechanism.max_grad_norm
-            self.engine.votes = True
+        elif now.shares:
+            self.engine.move_bounds(Bounds(now.total))
 
     def adapt(self, votes: Tensor | None, step: int) -> None:
         """After a step, whose examples voted like this (None: there was none): take the next C, if it moves."""
-        if not isinstance(self.mechanism, AdaptiveGaussianMechanism):
-            return
-        if votes is None:
-            device = computing_device(next(iter(self.engine.parameters().values())))
-            votes = torch.zeros((), dtype=torch.int64, device=device)
-        if self.engine.distributed:
-            votes = summed(votes)
-        copies = world_size() // self.engine.data_ranks if self.engine.distributed else 1
-        self.move_max_grad_norm(self.mechanism.next_bound(int(votes) / copies, step))
+        if isinstance(self.mechanism, AdaptiveGaussianMechanism):
+            every = votes_of_all(self.engine, votes, len(self.mechanism.shares))
+            self.move_bounds(self.mechanism.next_bounds(every, step))
 
     def _note_numbers(self) -> None:
         """For the comparison with other ranks, which every backward makes."""
-        numbers = struct.pack("<dd", self.engine.max_grad_norm, self.noise_multiplier)
-        self.engine.numbers = zlib.crc32(numbers)
+        bounds = self.engine.clip.now
+        numbers = (bounds.total, self.noise_multiplier, *bounds.shares.values())
+        self.engine.numbers = zlib.crc32(struct.pack(f"<{len(numbers)}d", *numbers))
 
     @property
     def expected_batch_size(self) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpcompile._torch.autograd import after_backward, current_backward
 from dpcompile._torch.dynamo import disable
-from dpcompile.clipping.groups import group_bound, group_of
+from dpcompile.clipping.groups import Bounds, group_of
 from dpcompile.clipping.weights import clip_group, own_norms
 from dpcompile.distributed.tensor_parallel import NormsOverRanks
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
@@ -89,6 +89,7 @@ class RegionBackward:
         mask: ``[B]``, 0 for padding, and for an example 1, or 1 over the scale of the loss.
         sums: where clipped sums go as they arise.
         deliver: takes what the backward came to.
+        bounds: of the compiled graphs, with this forward's parts of the clip groups.
         refused: why this forward may have no backward, or None.
         repeat: in two passes, runs the backward again; it ends in :meth:`receive_sums` of every region in ``received``.
         weights: clip group -> ``[B]``, once they are known.
@@ -100,6 +101,7 @@ class RegionBackward:
     mask: Tensor
     sums: Sums
     deliver: Callable[[Delivered], None]
+    bounds: Bounds
     refused: PrivacyError | None = None
     ranks: NormsOverRanks | None = None
     repeat: Callable[[], None] | None = None
@@ -154,9 +156,12 @@ class RegionBackward:
 
     def seal(self) -> None:
         """The forward is over: regions that are clipped at once get the bound of their groups."""
+        bounds = self._bounds()
         for run in self.runs:
             if run.lowering.kind == AT_ONCE:
-                run.given.data.fill_(self._bound())  # autograd has saved it: its version stays
+                rows = [[bounds.get(group_of(self.options.clipping, n), 0.0)] for n in run.names]
+                given = run.given.data  # autograd has saved it: its version stays
+                given.copy_(given.new_tensor(rows).expand_as(given))
         self.runs = []
 
     def check(self, run: RegionRun | None) -> None:
@@ -209,8 +214,8 @@ class RegionBackward:
     @torch.no_grad()
     def _deliver(self) -> None:
         assert self.task is not None
-        self.weights, squared = self._weights(self._squared_norms())
-        norms = own_norms([squared], self.mask, self._mean_of())
+        self.weights, totals = self._weights(self._squared_norms())
+        norms = own_norms(list(totals.values()), self.mask, self._mean_of())
         if self.repeat is not None:
             self.repeat()
         for run in self.received:
@@ -218,7 +223,8 @@ class RegionBackward:
                 rest, run.rest = run.rest, None
                 self.sums.add(run.unit, run.named(rest(self.weights_of(run))))
         self.received, self.weights, self.repeat = [], None, None
-        self.deliver(Delivered(norms, self.mask, self.task, self.sums.finish()))
+        by_group = {group: own_norms([total], self.mask, self._mean_of()) for group, total in totals.items()}
+        self.deliver(Delivered(norms, self.mask, self.task, self.sums.finish(), by_group))
         warn_of_lost_examples(norms, self.mask)
 
     def _squared_norms(self) -> dict[str, Tensor]:
@@ -238,8 +244,8 @@ class RegionBackward:
                 rows[name] = joint_norm([_part(*place) for place in places], len(self.mask), self.options.norm)
         return rows
 
-    def _weights(self, squared: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """The weights of each group's examples, and the squared norm over all groups.
+    def _weights(self, squared: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights of each group's examples, and their squared norms.
 
         Those of groups that were clipped at once are the same; nobody asks for them.
         """
@@ -248,17 +254,16 @@ class RegionBackward:
         groups: dict[str, dict[str, Tensor]] = {group_of(clipping, n): {} for n in (*self.touched, *names)}
         for name, row in squared.items():
             groups[group_of(clipping, name)][name] = row
+        bounds = self._bounds()
         found = {
-            group: clip_group(rows, mask, clipping=clipping, bound=self._bound(), mean_of=self._mean_of())
+            group: clip_group(rows, mask, clipping=clipping, bound=bounds.get(group, 0.0), mean_of=self._mean_of())
             for group, rows in self._over_ranks(groups).items()
         }
-        totals = [total for total, _ in found.values()]
-        everything = sum(totals[1:], start=totals[0]) if totals else torch.zeros_like(mask)
-        return {g: w for g, (_, w) in found.items()}, everything
+        return {g: w for g, (_, w) in found.items()}, {g: total for g, (total, _) in found.items()}
 
-    def _bound(self) -> float:
-        present = {group_of(self.options.clipping, n) for n in self.touched}
-        return group_bound(self.options.max_grad_norm, len(present))
+    def _bounds(self) -> dict[str, float]:
+        """Of the groups in which there are gradients; what the others have does not matter."""
+        return self.bounds.of({group_of(self.options.clipping, n): None for n in self.touched})
 
     def _mean_of(self) -> int | None:
         return self.options.examples_per_user if self.options.loss_reduction == "mean" else None

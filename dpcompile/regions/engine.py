@@ -168,7 +168,8 @@ class RegionEngine(Engine):
         ranks, mask = None, awaited.mask
         if self._rank_parts.parallel is not None:
             ranks = NormsOverRanks.of(self._rank_parts.parallel, [t for _, t, dim in dims if dim is not None] + [mask])
-        return RegionBackward(options, mask, sums, partial(self.deliver, awaited), forward.batch.refused, ranks)
+        deliver, bounds = partial(self.deliver, awaited), self.clip.in_graph(forward.batch.bound)
+        return RegionBackward(options, mask, sums, deliver, bounds, forward.batch.refused, ranks)
 
     # --- the lowering ------------------------------------------------------------------------------------------------
 

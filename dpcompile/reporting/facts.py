@@ -157,9 +157,12 @@ def _privacy(
         AdaptiveGaussianMechanism: "Gaussian, with the count of examples within C",
         ExactMechanism: "discrete Gaussian on integers, sums over ranks among them",
     }
-    yield "mechanism", kinds.get(type(mechanism), type(mechanism).__name__)
+    several = len(mechanism.shares) if isinstance(mechanism, AdaptiveGaussianMechanism) else 1
+    kind = kinds.get(type(mechanism), type(mechanism).__name__)
+    yield "mechanism", kind if several == 1 else f"{kind}, one count for each of {several} clip groups"
     if isinstance(mechanism, AdaptiveGaussianMechanism):
-        yield "C", f"follows the {mechanism.clip.quantile:g} quantile of the gradients' norms"
+        follows = f"follows the {mechanism.clip.quantile:g} quantile of the gradients' norms"
+        yield "C", follows if several == 1 else f"that of each clip group {follows} there"
     yield "generator of the noise", "ChaCha20, cryptographic" if mechanism.secure else "Philox, not cryptographic"
 
 
@@ -221,6 +224,9 @@ def _model(engine: Engine, optimizer: str, steps: int) -> Iterator[tuple[str, st
     yield "optimizer", f"{optimizer}, {steps} logical steps"
     yield "clipping", options.clipping if isinstance(options.clipping, str) else "a function of the user"
     yield "C", f"{engine.max_grad_norm:g}"
+    bounds = engine.clip.now.of(tuple(engine.clip.now.shares)).values()
+    if len(bounds) > 1:
+        yield "C of the clip groups", f"{min(bounds):g} to {max(bounds):g}"
     yield "ranks", str(world_size() if engine.distributed else 1)
     if engine.transformed is not None:
         rules = Counter(engine.transformed.plan.rules().values())

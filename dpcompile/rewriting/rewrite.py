@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from dpcompile.clipping.groups import Clipping, group_bound, group_of
+from dpcompile.clipping.groups import Clipping, group_of
 from dpcompile.clipping.weights import clip_group, own_norms
 from dpcompile.graph.insert import behind, insert, last_of
 from dpcompile.graph.joint import JointGraph
@@ -29,7 +29,7 @@ class ClipOptions:
 
     Attributes:
         clipping: see :func:`dpcompile.clipping.weights.clip_weights`.
-        max_grad_norm: C of the whole gradient; with several groups each gets ``C / sqrt(groups)``.
+        max_grad_norm: C of the whole gradient; several groups have their own, which the graph is given.
         mean_of: see :func:`dpcompile.clipping.weights.clip_group`, of the graph's examples.
     """
 
@@ -63,15 +63,15 @@ def rewrite(
     if norms:
         clipping = proven(options.clipping, norms[0].squared.meta["val"], options.max_grad_norm)
         options = replace(options, clipping=clipping)
-    bound = group_bound(options.max_grad_norm, len(groups))
-    totals = []
-    for members in groups.values():
-        total, weights = _clip(joint, members, options, bound)
-        totals.append(total)
+    totals: dict[str, fx.Node] = {}
+    for group, members in groups.items():
+        totals[group], weights = _clip(joint, members, options, group)
         second = repeated(joint, plan, proof, members, weights)
         for norm, value in clipped_sums(joint, members, [weights] * len(members), second):
             outputs[joint.sum_slots[norm.choice.gradient.name]] = value
-    outputs[joint.norm_slot] = _reported(joint, totals, options)
+    outputs[joint.norm_slot] = _reported(joint, list(totals.values()), options)
+    if joint.group_slot is not None:
+        outputs[joint.group_slot] = _of_groups(joint, totals, options)
     joint.graph.output_node().args = (type(joint.graph.output_node().args[0])(outputs),)  # type: ignore[call-arg]
     _prune(joint.graph)
     joint.module.recompile()
@@ -101,7 +101,7 @@ def _rewrite_region(joint: JointGraph, norms: Sequence[Norm], options: ClipOptio
     names = [n.choice.gradient.name for n in norms]
     if lowering.groups:
         assert len(known) == len(names), "a parameter that other regions use too is clipped at once"
-        weights = _weights_at_once(joint, norms, options, given, [lowering.groups[rows[n]] for n in names])
+        weights = _weights_at_once(joint, norms, options, given, lowering.groups, [rows[n] for n in names])
     else:
         weights = [
             insert(joint.graph, behind(joint.graph, [given]), lambda w, i=rows[name]: w[i], [given]) for name in names
@@ -115,15 +115,21 @@ def _rewrite_region(joint: JointGraph, norms: Sequence[Norm], options: ClipOptio
 
 
 def _weights_at_once(
-    joint: JointGraph, norms: Sequence[Norm], options: ClipOptions, bounds: fx.Node, groups: Sequence[int]
+    joint: JointGraph,
+    norms: Sequence[Norm],
+    options: ClipOptions,
+    bounds: fx.Node,
+    group_of_row: Sequence[int],
+    rows: Sequence[int],
 ) -> list[fx.Node]:
-    """``[B]`` for every norm, from the norms of its own group."""
+    """``[B]`` for every norm, from the norms of its own group and the bound in the rows of that."""
     by_group: dict[int, fx.Node] = {}
+    groups = [group_of_row[row] for row in rows]
     for group in dict.fromkeys(groups):
         members = [n.squared for n, g in zip(norms, groups, strict=True) if g == group]
 
-        def clip(mask: Tensor, bounds: Tensor, *squared: Tensor) -> Tensor:
-            found = clip_group(squared, mask, clipping=options.clipping, bound=bounds[0], mean_of=options.mean_of)
+        def clip(mask: Tensor, bounds: Tensor, *squared: Tensor, row: int = rows[groups.index(group)]) -> Tensor:
+            found = clip_group(squared, mask, clipping=options.clipping, bound=bounds[row], mean_of=options.mean_of)
             return found[1]
 
         nodes = [joint.mask, bounds, *members]
@@ -146,14 +152,33 @@ def _handed_out(joint: JointGraph, norm: Norm, total: fx.Node) -> fx.Node:
     return node
 
 
-def _clip(joint: JointGraph, members: Sequence[Norm], options: ClipOptions, bound: float) -> tuple[fx.Node, fx.Node]:
+def _clip(joint: JointGraph, members: Sequence[Norm], options: ClipOptions, group: str) -> tuple[fx.Node, fx.Node]:
     """The group's squared norm and its weights, both ``[B]``."""
+    given = joint.bounds
+    row = joint.groups.index(group) if given is not None else 0
 
-    def clip(mask: Tensor, *squared: Tensor) -> tuple[Tensor, Tensor]:
+    def clip(mask: Tensor, bounds: Tensor | None, *squared: Tensor) -> tuple[Tensor, Tensor]:
+        bound = float(options.max_grad_norm) if bounds is None else bounds[row]
         return clip_group(squared, mask, clipping=options.clipping, bound=bound, mean_of=options.mean_of)
 
-    nodes = [joint.mask, *(n.squared for n in members)]
+    squared = [n.squared for n in members]
+    if given is None:
+        nodes = [joint.mask, *squared]
+        return insert(joint.graph, behind(joint.graph, nodes), lambda mask, *squared: clip(mask, None, *squared), nodes)
+    nodes = [joint.mask, given, *squared]
     return insert(joint.graph, behind(joint.graph, nodes), clip, nodes)
+
+
+def _of_groups(joint: JointGraph, totals: Mapping[str, fx.Node], options: ClipOptions) -> fx.Node:
+    """``[groups, B]``, float64: the norms of the examples' own gradients, group by group; 0 without a gradient."""
+
+    def stack(mask: Tensor, *squared: Tensor) -> Tensor:
+        found = {g: own_norms([total], mask, options.mean_of) for g, total in zip(totals, squared, strict=True)}
+        rows = [found[g] if g in found else torch.zeros_like(mask) for g in joint.groups]
+        return torch.stack(rows).double()
+
+    nodes = [joint.mask, *totals.values()]
+    return insert(joint.graph, behind(joint.graph, nodes), stack, nodes)
 
 
 def _reported(joint: JointGraph, totals: Sequence[fx.Node], options: ClipOptions) -> fx.Node:

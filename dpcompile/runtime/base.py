@@ -23,6 +23,7 @@ from dpcompile.batches.feed import Feed
 from dpcompile.capture.arguments import example_dims
 from dpcompile.capture.surroundings import refuse_tracers
 from dpcompile.capture.tensor_kinds import check_model
+from dpcompile.clipping.groups import Bounds
 from dpcompile.distributed.ranks import refuse_other_place, world_size
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.graph.labels import Examples, Label
@@ -72,7 +73,8 @@ class Engine(ABC):
         steps: logical steps that optimizers took with this model, in this process; None before there is one.
         numbers: a digest of C and sigma, which all ranks must have alike; 0 until one of them is moved.
         kept: memory that holds examples.
-        votes: whether each example says if its gradient is within C (:func:`dpcompile.runtime.bound.votes_within`).
+        clip: C of the forwards to come, and what each clip group has of it.
+        votes: whether each example says if its gradient is within C, or each group's part of it within its own.
     """
 
     def __init__(self, module: nn.Module, options: Options) -> None:
@@ -88,7 +90,7 @@ class Engine(ABC):
         self.of_step: Callable[[], Callable[[], tuple[float, float, float]] | None] | None = None
         self.kept = ExampleMemory(module, breaks=options.regions == "breaks")
         self._unchecked = options.check
-        self._bound = ClipBound(options.clipping, options.max_grad_norm)
+        self.clip = ClipBound(options.clipping, options.max_grad_norm)
         self._norms: list[tuple[Tensor, Tensor]] = []  # with their masks, of the last backward
         self.masks = Masks(options.examples_per_user)
         weakref.finalize(self, kept_gradients.release)
@@ -113,11 +115,11 @@ class Engine(ABC):
     @property
     def max_grad_norm(self) -> float:
         """C, the sensitivity of the clipped sum to one example, of the forwards to come."""
-        return self._bound.now
+        return self.clip.now.total
 
-    def move_max_grad_norm(self, value: float) -> None:
+    def move_bounds(self, bounds: Bounds) -> None:
         """Take another C from the next forward on: :meth:`dpcompile.runtime.bound.ClipBound.move`."""
-        self._bound.move(value, under_way=self.ledger.deliveries > 0)
+        self.clip.move(bounds, under_way=self.ledger.deliveries > 0)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All parameters by name, tied ones once."""
@@ -286,11 +288,11 @@ class Engine(ABC):
         batch, of_user = forward.batch, self.options.examples_per_user
         size = rows // of_user
         if batch.mask is None:
-            batch.refused, batch.bound = self.masks.refused(forward), self.max_grad_norm
+            batch.refused, batch.bound = self.masks.refused(forward), self.clip.now
             given = self.masks.take(forward, rows * batch.parts)
             batch.rows = rows_left_out(given, of_user)
             mask = torch.ones(size * batch.parts) if given is None else users_among(given, of_user)
-            batch.mask = self._bound.into(mask.to(device=device, dtype=torch.float32))
+            batch.mask = self.clip.into(mask.to(device=device, dtype=torch.float32))
         # A draw's turns are told apart by the draw.
         running = current_backward() if forward.given.reduces is None else -1
         return AwaitedBackward(
@@ -316,14 +318,14 @@ class Engine(ABC):
         has agreed that its batch is next, and together with its norms.
         """
         batch, given = awaited.part.whole, awaited.given
-        found = self._bound.out_of(found, batch.bound)
+        found = self.clip.out_of(found, batch.bound)
         batch.delivered += 1
         if batch.delivered == 1:
             given.begin()
         if self.distributed and not self.replicas.known:
             refuse_other_place(self.place(), found.mask.device)
         if self.votes and found.norms is not None:
-            self.ledger.vote(votes_within(found.norms, found.mask, batch.bound))
+            self.ledger.vote(votes_within(found.by_group or {"": found.norms}, found.mask, batch.bound))
         task = found.graph_task if awaited.within is None else awaited.within
         to_ledger(
             self.ledger, self.replicas, self.trained(), found.sums, graph_task=task, call=batch, reduces=awaited.reduces

@@ -2,39 +2,55 @@
 
 A compiled graph clips to the C that it was made for. Clipping g to another one is clipping r g to the graph's, where r
 is the ratio of the two, and taking r out of the sum again: ``min(1, C / |g|) g = min(1, C0 / |r g|) r g / r`` with
-``r = C0 / C``. Into the graph r gets as loss scales do, by the mask (:mod:`dpcompile.runtime.loss_scale`).
+``r = C0 / C``. Into the graph r gets as loss scales do, by the mask (:mod:`dpcompile.runtime.loss_scale`). What each of
+several clip groups has of C is an input of the graph.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dpcompile.clipping.groups import Clipping, validate_clipping
+from dpcompile.clipping.groups import SEVERAL, Bounds, Clipping, validate_clipping
 from dpcompile.errors import PrivacyError
 from dpcompile.runtime.sums import Delivered
 
-__all__ = ["ClipBound", "votes_within"]
+__all__ = ["ClipBound", "bounds_of", "votes_within"]
 
 _LARGEST_RATIO = 2.0**40  # masks are float32, and weights of narrower dtypes are made with them
-_SCALE_FREE = ("flat", "per_layer", "per_block")
+_SCALE_FREE = ("flat", *SEVERAL)
 
 
-def votes_within(norms: Tensor, mask: Tensor, bound: float) -> Tensor:
-    """How many examples have a gradient within C, less how many have not: int64 ``[]``.
+def votes_within(norms: Mapping[str, Tensor], mask: Tensor, bounds: Bounds) -> Tensor:
+    """For each clip group, how many examples have a gradient within its bound, less how many have not: int64 ``[K]``.
 
     Args:
-        norms: ``[B]``, before clipping.
+        norms: of the groups, ``[B]``, before clipping; 0 for a group without a gradient.
         mask: ``[B]``, 0 for padding.
-        bound: C.
+        bounds: of which the groups are.
 
-    **Guarantee.** One example more or less moves the sum by 1, whatever its norm: one that is no number is not within
-    (Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping", section 3.1).
+    **Guarantee.** One example more or less moves each of the K numbers by 1, whatever its norms: one that is no number
+    is not within (Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping", section 3.1).
     """
-    within = (norms <= bound).long()
-    return ((2 * within - 1) * (mask > 0)).sum()
+    real = mask > 0
+    found = []
+    for group, bound in bounds.of(tuple(bounds.shares)).items():
+        own = norms.get(group)
+        within = torch.ones_like(real) if own is None else own <= bound
+        found.append(((2 * within.long() - 1) * real).sum())
+    return torch.stack(found)
+
+
+def bounds_of(bounds: Mapping[str, float], groups: Sequence[str], mask: Tensor) -> Tensor:
+    """Bounds of clip groups as a graph takes them: float64 ``[groups, B]``, for the rows of a mask.
+
+    Groups without one have no gradient there.
+    """
+    values = torch.tensor([[bounds.get(group, 0.0)] for group in groups], dtype=torch.float64, device=mask.device)
+    return values.expand(-1, len(mask)).contiguous()
 
 
 class ClipBound:
@@ -45,28 +61,33 @@ class ClipBound:
         compiled: C0, of the compiled graphs.
 
     Attributes:
-        now: C of the forwards to come.
+        now: C of the forwards to come, and of their clip groups.
     """
 
     def __init__(self, clipping: Clipping, compiled: float) -> None:
         self._clipping, self._compiled = clipping, float(compiled)
-        self.now = self._compiled
+        self.now = Bounds(self._compiled)
 
-    def move(self, value: float, *, under_way: bool) -> None:
-        """Take another C from now on.
+    def in_graph(self, bounds: Bounds) -> Bounds:
+        """What graphs clip to in a forward that is clipped to these."""
+        return bounds.times(self._compiled)
+
+    def move(self, bounds: Bounds, *, under_way: bool) -> None:
+        """Take another C, or other parts of it, from now on.
 
         Args:
-            value: C.
+            bounds: C and its parts.
             under_way: sums stand in ``p.grad`` that no step has used.
 
         Raises:
             PrivacyError: within a logical step; it is no bound, too far from the compiled one, or the clipping is not
                 the same function of norms over C for each of them.
         """
+        value = bounds.total
         validate_clipping(self._clipping, value)
-        if under_way and value != self.now:
+        if under_way and bounds != self.now:
             raise PrivacyError(
-                f"max_grad_norm was to become {value} between a backward, clipped to {self.now}, and its step",
+                f"max_grad_norm was to become {value} between a backward, clipped to {self.now.total}, and its step",
                 remedy="change it after optimizer.step(), before the next forward",
             )
         if self._clipping not in _SCALE_FREE:
@@ -82,14 +103,14 @@ class ClipBound:
                 "model was compiled with",
                 remedy="compile the model with a C of about the size that it will have",
             )
-        self.now = float(value)
+        self.now = bounds.times(float(value))
 
     def into(self, mask: Tensor) -> Tensor:
         """The mask of a forward that is clipped to C as it is now."""
-        ratio = self._ratio(self.now)
+        ratio = self._ratio(self.now.total)
         return mask if ratio == 1 else mask * ratio
 
-    def out_of(self, found: Delivered, bound: float) -> Delivered:
+    def out_of(self, found: Delivered, bound: Bounds) -> Delivered:
         """What that forward's backward came to, in the gradients' own size.
 
         Raises:
@@ -100,16 +121,17 @@ class ClipBound:
         """
         if bound != self.now:
             raise PrivacyError(
-                f"max_grad_norm was changed between a forward, which is clipped to {bound}, and its backward: the "
-                f"noise would be for {self.now}",
+                f"max_grad_norm was changed between a forward, which is clipped to {bound.total}, and its backward: "
+                f"the noise would be for {self.now.total}",
                 remedy="change it after optimizer.step(), before the next forward",
             )
-        ratio = self._ratio(bound)
+        ratio = self._ratio(bound.total)
         if ratio == 1:
             return found
         sums = [(name, clipped / ratio) for name, clipped in found.sums]
         norms = None if found.norms is None else found.norms / ratio
-        return Delivered(norms, found.mask / ratio, found.graph_task, sums)
+        by_group = {group: own / ratio for group, own in found.by_group.items()}
+        return Delivered(norms, found.mask / ratio, found.graph_task, sums, by_group)
 
     def _ratio(self, bound: float) -> float:
         """C0 over C as a float32 number, not rounded down."""

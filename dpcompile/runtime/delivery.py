@@ -13,13 +13,14 @@ from torch import Tensor
 from dpcompile._torch.autograd import current_backward
 from dpcompile._torch.dynamo import disable
 from dpcompile.errors import PrivacyError
+from dpcompile.runtime.sums import Delivered
 
 __all__ = ["Delivery", "through_delivery", "warn_of_lost_examples"]
 
 
 def through_delivery(
     delivery: Delivery, parameters: Sequence[Tensor], narrow: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Stand-ins for the parameters, for the norms and for float32 sums that a compiled graph may take.
 
     What the graph's backward returns for them goes to ``delivery`` and nowhere else.
@@ -30,11 +31,13 @@ def through_delivery(
         narrow: those among them whose sum is wider than they are.
 
     Returns:
-        The input whose gradient is the norms, ``[B]``; an alias of every parameter; for every narrow one an input of
-        its shape, without memory of its own, whose gradient is its sum.
+        The input whose gradient is the norms, ``[B]``, and the bounds of the clip groups, if there are several; an
+        alias of every parameter; for every narrow one an input of its shape, without memory of its own, whose gradient
+        is its sum.
     """
-    norms, *rest = _Deliver.apply(delivery, len(narrow), *parameters, *narrow)  # type: ignore[misc]
-    return norms, list(rest[: len(parameters)]), list(rest[len(parameters) :])
+    norms, bounds, *rest = _Deliver.apply(delivery, len(narrow), *parameters, *narrow)  # type: ignore[misc]
+    given = [norms] if delivery.bounds is None else [norms, bounds]
+    return given, list(rest[: len(parameters)]), list(rest[len(parameters) :])
 
 
 @dataclass(slots=True)
@@ -44,7 +47,8 @@ class Delivery:
     Attributes:
         names: of the parameters, in the order of the graph's gradients.
         mask: float32 ``[B]``, 0 for padding, and for an example 1, or 1 over the scale of the loss.
-        keep: takes the norms, the mask and the named clipped sums, and the identity of the running backward.
+        keep: takes what the backward came to.
+        bounds: of several clip groups, ``[groups, B]``, float64, with their names; None of one.
         refused: why this forward may have no backward at all, or None.
         filters: what stands in for some of the parameters, by name; for the others they themselves.
         done: it had it.
@@ -52,13 +56,14 @@ class Delivery:
 
     names: list[str]
     mask: Tensor
-    keep: Callable[[Tensor | None, Tensor, list[tuple[str, Tensor]], int], None]
+    keep: Callable[[Delivered], None]
     refused: PrivacyError | None = None
     filters: Mapping[str, Tensor] = field(default_factory=dict)
+    bounds: tuple[tuple[str, ...], Tensor] | None = None
     done: bool = False
 
     @disable
-    def receive(self, norms: Tensor | None, sums: Sequence[Tensor | None]) -> None:
+    def receive(self, norms: Tensor | None, of_groups: Tensor | None, sums: Sequence[Tensor | None]) -> None:
         """Hand on what the backward returned; raise PrivacyError the second time."""
         if self.refused is not None:
             raise self.refused
@@ -69,7 +74,9 @@ class Delivery:
             )
         self.done = True
         named = [(n, s) for n, s in zip(self.names, sums, strict=True) if s is not None]
-        self.keep(norms, self.mask, named, current_backward())
+        groups = () if self.bounds is None or of_groups is None else self.bounds[0]
+        by_group = dict(zip(groups, () if of_groups is None else of_groups.unbind(), strict=True))
+        self.keep(Delivered(norms, self.mask, current_backward(), named, by_group))
         if norms is not None:
             warn_of_lost_examples(norms, self.mask)
 
@@ -102,10 +109,12 @@ class _Deliver(torch.autograd.Function):
         stands = (delivery.filters.get(n, p) for n, p in zip(delivery.names[:own], parameters[:own], strict=True))
         aliases = (p.detach() for p in stands)
         sums = (torch.zeros((), device=p.device).expand(p.shape) for p in parameters[own:])
-        return (torch.zeros_like(delivery.mask), *aliases, *sums)
+        norms = torch.zeros_like(delivery.mask)
+        bounds = norms.new_zeros(()) if delivery.bounds is None else delivery.bounds[1]
+        return (norms, bounds, *aliases, *sums)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, norms: Tensor | None, *sums: Tensor | None) -> Any:  # noqa: D102
-        ctx.delivery.receive(norms, sums)
+    def backward(ctx: Any, norms: Tensor | None, of_groups: Tensor | None, *sums: Tensor | None) -> Any:  # noqa: D102
+        ctx.delivery.receive(norms, of_groups, sums)
         return (None, None, *(None for _ in sums))

@@ -35,7 +35,7 @@ def run_empty(
     with torch.no_grad():
         result = module(*args, **kwargs)
     device = next((x.device for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)), None)
-    norms, _, _ = through_delivery(delivery(torch.zeros(0, device=device)), list(trained.values()), [])
+    (norms,), _, _ = through_delivery(delivery(torch.zeros(0, device=device)), list(trained.values()), [])
     nothing = norms.sum()
 
     def joined(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from dpcompile.pipeline import Transformed, privatize
 from dpcompile.planning.parts import asked_parts
 from dpcompile.proof.unowned import guarded
 from dpcompile.runtime.base import Engine, with_own_code
+from dpcompile.runtime.bound import bounds_of
 from dpcompile.runtime.changing_numbers import constants_where_needed
 from dpcompile.runtime.delivery import Delivery, through_delivery
 from dpcompile.runtime.empty import run_empty
@@ -124,15 +125,21 @@ class GraphEngine(Engine):
         whole.filters.clear()  # the parts hold them
         return joined(results, labels)
 
-    def delivery(self, forward: Forward, names: list[str], like: Tensor, dim: int) -> Delivery:
-        """For a forward on examples along ``dim`` of ``like``."""
+    def delivery(
+        self, forward: Forward, names: list[str], like: Tensor, dim: int, transformed: Transformed | None = None
+    ) -> Delivery:
+        """For a forward on examples along ``dim`` of ``like``, of this graph; of none, if it is empty."""
         awaited = self.await_backward(forward, like.shape[dim], like.device)
 
-        def keep(norms: Tensor | None, mask: Tensor, sums: list[tuple[str, Tensor]], graph_task: int) -> None:
-            awaited.sums.add("", lying_like(self._parameters, sums))
-            self.deliver(awaited, Delivered(norms, mask, graph_task, awaited.sums.finish()))
+        def keep(found: Delivered) -> None:
+            awaited.sums.add("", lying_like(self._parameters, found.sums))
+            self.deliver(awaited, replace(found, sums=awaited.sums.finish()))
 
-        return Delivery(names, awaited.mask, keep, forward.batch.refused, forward.batch.filters)
+        bounds = None
+        if transformed is not None and transformed.groups:
+            given = self.clip.in_graph(forward.batch.bound).of(transformed.present)
+            bounds = transformed.groups, bounds_of(given, transformed.groups, awaited.mask)
+        return Delivery(names, awaited.mask, keep, forward.batch.refused, forward.batch.filters, bounds)
 
     def ran(self, forward: Forward, transformed: Transformed | None, outputs: Sequence[Any]) -> None:
         """A compiled graph returned these outputs."""
@@ -182,7 +189,8 @@ class GraphEngine(Engine):
         if self.options.memory_budget is None and self.options.backend == "inductor":
             keep_freed_memory()
         forward = self.running.now
-        roles = assign_roles(gm, inputs, names, self.leaves(self.example_dims(forward.call)))
+        leaves = self.leaves(self.example_dims(forward.call))
+        roles = assign_roles(gm, inputs, names, leaves, clipping=self.options.clipping)
         graph = _RunningGraph(self, roles, reads_of(self.module), roles.outside)
         extended, extra = extend(gm, roles)
         parts = forward.batch.parts if forward.batch.parts > 1 else None
@@ -241,14 +249,14 @@ class _RunningGraph:
         self.engine.check_parameters((name, inputs[p]) for p, name in self.roles.parameters.items())
         names = [*self.roles.parameters.values(), *(self.roles.parameters[p] for p in self.roles.narrow)]
         filters = shared_by_parts(forward.batch.filters, self.filters, inputs)
-        delivery = self.engine.delivery(forward, names, inputs[position], dim)
+        delivery = self.engine.delivery(forward, names, inputs[position], dim, self.transformed)
         live, narrow = ([inputs[p] for p in positions] for positions in (self.roles.parameters, self.roles.narrow))
         apart = self.engine.replicas.apart
-        norms, aliases, sums = through_delivery(delivery, apart(live), apart(narrow))
+        given, aliases, sums = through_delivery(delivery, apart(live), apart(narrow))
         arguments = [filters.get(p, x) for p, x in enumerate(inputs)]
         for p, alias in zip(self.roles.parameters, aliases, strict=True):
             arguments[p] = alias
-        outputs = self.compiled(*arguments, delivery.mask, norms, *sums)
+        outputs = self.compiled(*arguments, delivery.mask, *given, *sums)
         Unscaling(delivery.mask).before_backward_of(outputs)
         if self.transformed is not None:
             outputs = guarded(outputs, self.transformed.unowned)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpcompile._torch import pytree
-from dpcompile.clipping.groups import group_bound, group_of
+from dpcompile.clipping.groups import Bounds, clip_groups
 from dpcompile.clipping.weights import clip_weights, unscaled
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.graph.labels import Examples, Label, Summed
@@ -59,19 +59,17 @@ class FirstStep:
             if output.requires_grad:
                 output.register_hook(lambda g, position=position: self._cotangents.__setitem__(position, g.detach()))
 
-    def compare(self, norms: Tensor, mask: Tensor, sums: Sequence[tuple[str, Tensor]], max_grad_norm: float) -> None:
+    def compare(self, norms: Tensor, mask: Tensor, sums: Sequence[tuple[str, Tensor]], bounds: Bounds) -> None:
         """Raise PrivacyError if the norms or the clipped sums, clipped to C, differ from what vmap gives."""
         each = self._per_example(len(mask))
         squared = {n: g.to(accumulation_dtype(g.dtype)).square().reshape(len(mask), -1).sum(1) for n, g in each.items()}
         scale = unscaled(mask)
         expected = torch.stack(list(squared.values())).sum(0).sqrt() * scale
         _same("the gradient norms", norms, expected.to(norms.dtype))
-        groups: dict[str, list[str]] = {}
-        for name in squared:
-            groups.setdefault(group_of(self._options.clipping, name), []).append(name)
-        bound = group_bound(max_grad_norm, len(groups))
+        groups = clip_groups(squared, self._options.clipping)
         actual = dict(sums)
-        for members in groups.values():
+        for group, bound in bounds.of(groups).items():
+            members = groups[group]
             total = torch.stack([squared[n] for n in members]).sum(0)
             weights = clip_weights(total, mask, clipping=self._options.clipping, bound=bound, scale=scale)
             for name in members:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from dpcompile.capture.roles import Roles
 from dpcompile.graph.compile import compile_joint
 from dpcompile.options import Options
 from dpcompile.pipeline import Transformed, privatize
+from dpcompile.runtime.bound import bounds_of
 from dpcompile.runtime.verify import Verifier
 
 __all__ = ["GradientGraph", "Gradients", "gradient_graph"]
@@ -30,6 +31,7 @@ class Gradients:
         counts: bool ``[B]``, False for rows that are padding.
         mask: float32 ``[B]``, 1 for an example and 0 for padding; of users ``[U]``.
         norms: ``[B]``, before clipping.
+        by_group: of several clip groups, the same of each.
         sums: parameter name -> its clipped sum, float32 or wider.
         transformed: plan, certificate and graph.
     """
@@ -38,6 +40,7 @@ class Gradients:
     counts: Tensor
     mask: Tensor
     norms: Tensor
+    by_group: dict[str, Tensor]
     sums: dict[str, Tensor]
     transformed: Transformed
 
@@ -49,7 +52,8 @@ class GradientGraph:
     Attributes:
         run: the graph, compiled.
         sources: for every input of it its position among the captured graph's; None for the losses' cotangent.
-        mask: the position of the mask among the captured graph's inputs, and what follows it only receives gradients.
+        mask: the position of the mask among the captured graph's inputs; behind the next one are the bounds of several
+            clip groups, and the rest only receives gradients.
         returned: where the captured graph's outputs stand among its outputs.
         slots: parameter name -> the position of its clipped sum; missing if that is zero.
         transformed: plan, certificate and graph.
@@ -65,15 +69,21 @@ class GradientGraph:
     examples_per_user: int = 1
 
     @torch.no_grad()
-    def __call__(self, values: Sequence[Any], mask: Tensor, rows: Tensor | None = None) -> tuple[list[Any], Gradients]:
+    def __call__(
+        self, values: Sequence[Any], mask: Tensor, bounds: Mapping[str, float], rows: Tensor | None = None
+    ) -> tuple[list[Any], Gradients]:
         """The captured graph's outputs, and the gradients.
 
         Args:
             values: the captured graph's inputs.
             mask: float32 ``[B]``, or of users ``[U]``.
+            bounds: of several clip groups, those that have a gradient.
             rows: bool, of all rows, if some are left out of the losses of users; else None.
         """
         every = dict(enumerate(values)) | {self.mask: mask}
+        groups, slot = self.transformed.groups, self.transformed.group_slot
+        if slot is not None:
+            every[self.mask + 2] = bounds_of(bounds, groups, mask)
         counts = (mask > 0).repeat_interleave(self.examples_per_user)
         losses = torch.ones_like(counts, dtype=mask.dtype)  # the cotangent of every row's own loss
         if rows is not None:
@@ -83,7 +93,8 @@ class GradientGraph:
         returned = [outputs[i] for i in self.returned]
         sums = {name: _wide(outputs[slot]) for name, slot in self.slots.items()}
         norms = outputs[self.transformed.norm_slot]
-        return returned, Gradients(returned[0], counts, mask, norms, _apart(sums), self.transformed)
+        by_group = {} if slot is None else dict(zip(groups, outputs[slot].unbind(), strict=True))
+        return returned, Gradients(returned[0], counts, mask, norms, by_group, _apart(sums), self.transformed)
 
 
 def gradient_graph(gm: fx.GraphModule, inputs: Sequence[Any], roles: Roles, options: Options) -> GradientGraph:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpcompile._torch import pytree
+from dpcompile.clipping.groups import Bounds
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.graph.labels import Examples, Label
 
@@ -29,7 +30,7 @@ class WholeBatch:
         parts: how many there are.
         mask: ``[B]`` weights of the whole batch, once a part asked for them.
         rows: bool, of all rows, if some are left out of the losses of users whose other rows count; else None.
-        bound: C that it is clipped to, known with the mask.
+        bound: C that it is clipped to, and that of its clip groups, known with the mask.
         refused: why the call may have no backward, known with the mask; or None.
         norms: ``[B]`` of the whole batch, as far as parts had their backward; None before the first.
         filters: parameters by name, as the compiled parts take them; they share one copy.
@@ -39,7 +40,7 @@ class WholeBatch:
     parts: int = 1
     mask: Tensor | None = None
     rows: Tensor | None = None
-    bound: float = math.inf
+    bound: Bounds = field(default_factory=lambda: Bounds(math.inf))
     refused: PrivacyError | None = None
     norms: Tensor | None = None
     filters: dict[str, Tensor] = field(default_factory=dict)

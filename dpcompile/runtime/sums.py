@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -28,12 +28,14 @@ class Delivered:
         mask: ``[B]``, of the same rows.
         graph_task: the identity of the backward.
         sums: ``(parameter name, clipped sum)``; of sharded parameters the local parts of the sums over all ranks.
+        by_group: clip group -> ``[B]``, its norms; of one group, and of groups without a gradient, it need not be told.
     """
 
     norms: Tensor | None
     mask: Tensor
     graph_task: int
     sums: Named
+    by_group: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Sums(Protocol):

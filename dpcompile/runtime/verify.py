@@ -94,7 +94,7 @@ class Verifier:
     def __init__(self, place: str, lowered: LoweredBackward | None = None) -> None:
         self._place, self._lowered = place, lowered
         self._cut: Cut | None = None
-        self._norms: int | None = None
+        self._norms: set[int] = set()
         self._mask = ""
         self._sums: dict[int, str] = {}
         self._reference: Reference | None = None
@@ -113,7 +113,8 @@ class Verifier:
 
     def describe(self, transformed: Transformed) -> None:
         """What stands where in the joint graph; before :meth:`take`."""
-        self._norms, self._mask, self._cut = transformed.norm_slot, transformed.mask, transformed.cut
+        self._mask, self._cut = transformed.mask, transformed.cut
+        self._norms = {slot for slot in (transformed.norm_slot, transformed.group_slot) if slot is not None}
         self._sums = {slot: name for name, slot in transformed.sum_slots.items()}
 
     def forward(self, gm: fx.GraphModule) -> Callable[[Boxed], Boxed]:
@@ -289,7 +290,7 @@ class Verifier:
         scales = {}
         for i, value in enumerate(wanted):
             if isinstance(value, Tensor):
-                scales[i] = norms_scale(value) if i == self._norms else scale_of(value, top if i in sums else 0.0)
+                scales[i] = norms_scale(value) if i in self._norms else scale_of(value, top if i in sums else 0.0)
         return scales
 
     def _errors(
@@ -334,8 +335,8 @@ class Verifier:
     def _fault(self, wrong: Mapping[int, float], errors: Mapping[int, float]) -> PrivacyError:
         assert self._reference is not None
         outputs = self._reference.outputs
-        told = {i for i in wrong if i != self._norms} or set(wrong)
-        right = [outputs[i] for i in errors if i not in wrong and i != self._norms]
+        told = {i for i in wrong if i not in self._norms} or set(wrong)
+        right = [outputs[i] for i in errors if i not in wrong and i not in self._norms]
         nodes = suspects([outputs[i] for i in told], right)
         listed = ", ".join(f"{self._called(i)} by {error:.1g}" for i, error in list(wrong.items())[:5])
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -349,7 +350,7 @@ class Verifier:
         )
 
     def _called(self, slot: int) -> str:
-        if slot == self._norms:
+        if slot in self._norms:
             return "the norms"
         if slot in self._sums:
             return f"the clipped sum of '{self._sums[slot]}'"

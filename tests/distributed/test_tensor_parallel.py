@@ -20,7 +20,8 @@ pytestmark = pytest.mark.full  # launches of several ranks
 CHECKS = {
     "gradients of MLP", "gradients of attention", "gradients of GPT", "clipping by layer", "inductor",
     "gradients of a block twice", "a block twice, by layer",
-    "frozen parameters", "one example", "training with noise", "C by a quantile", "secure noise", "loading",
+    "frozen parameters", "one example", "training with noise", "C by a quantile", "secure noise",
+    "C of each layer by a quantile", "loading",
     "checkpoints", "communication", "refusals", "other rates", "users",
 }  # fmt: skip
 
@@ -39,6 +40,7 @@ def test_what_layers_that_are_cut_twice_do_otherwise(tmp_path: Path) -> None:
         "clipping by layer",
         "training with noise",
         "C by a quantile",
+        "C of each layer by a quantile",
         "communication",
         "refusals",
     }

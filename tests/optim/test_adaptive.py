@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpcompile import AdaptiveClip, DPOptimizer, PrivacyAccountant, PrivacyError, compile_step, dp_compile, make_private
+from dpcompile.clipping.groups import Bounds
 from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
 from dpcompile.noise.counter import Stream
 from dpcompile.noise.normal import gaussian
@@ -172,13 +173,17 @@ def test_votes_are_dropped_with_the_sums(drop: Callable[[Any, DPOptimizer], None
 
 def test_padding_has_no_vote_and_nan_votes_for_more() -> None:
     norms = torch.tensor([0.5, 1.0, 1.5, math.nan, math.inf, 0.0])
-    assert int(votes_within(norms, torch.ones(6), 1.0)) == 3 - 3
-    assert int(votes_within(norms, torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 2.0]), 1.0)) == 2 - 2
-    assert int(votes_within(norms, torch.zeros(6), 1.0)) == 0
+
+    def votes(mask: Tensor) -> int:
+        return int(votes_within({"": norms}, mask, Bounds(1.0, {"": 1.0})))
+
+    assert votes(torch.ones(6)) == 3 - 3
+    assert votes(torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 2.0])) == 2 - 2
+    assert votes(torch.zeros(6)) == 0
     for i in range(6):  # one example more moves the sum by one
         mask = torch.ones(6)
         mask[i] = 0
-        assert abs(int(votes_within(norms, mask, 1.0)) - int(votes_within(norms, torch.ones(6), 1.0))) == 1
+        assert abs(votes(mask) - votes(torch.ones(6))) == 1
 
 
 def test_the_quantile_is_found() -> None:
@@ -258,18 +263,18 @@ def test_the_split_of_the_noise_as_published() -> None:
 
 def test_the_noise_of_the_count_has_its_size_and_is_drawn_once() -> None:
     mechanism = AdaptiveGaussianMechanism(1.0, 1.0, 100.0, 5, clip=AdaptiveClip(learning_rate=1.0, count_noise=7.0))
-    found = np.array([-100 * math.log(mechanism.next_bound(0, step)) for step in range(4000)])
+    found = np.array([-100 * math.log(mechanism.next_bounds([0], step).total) for step in range(4000)])
     assert found.mean() == pytest.approx(0, abs=0.4) and found.std() == pytest.approx(7.0, rel=0.05)
     assert abs(np.corrcoef(found[1:], found[:-1])[0, 1]) < 0.05
-    assert mechanism.next_bound(0, 3) == mechanism.next_bound(0, 3)
+    assert mechanism.next_bounds([0], 3) == mechanism.next_bounds([0], 3)
     secure = AdaptiveGaussianMechanism(1.0, 1.0, 100.0, 5, True, AdaptiveClip(count_noise=7.0))
-    assert secure.next_bound(0, 3) != mechanism.next_bound(0, 3)
+    assert secure.next_bounds([0], 3) != mechanism.next_bounds([0], 3)
 
 
 def test_c_stays_within_reach() -> None:
     for rate, votes in ((1e6, 1e6), (1e6, -1e6)):
         mechanism = AdaptiveGaussianMechanism(1.0, 1.0, 1.0, 0, clip=AdaptiveClip(learning_rate=rate))
-        assert mechanism.next_bound(votes, 0) in (2.0**-30, 2.0**30)
+        assert mechanism.next_bounds([votes], 0).total in (2.0**-30, 2.0**30)
 
 
 @pytest.mark.parametrize(

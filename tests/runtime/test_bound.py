@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpcompile import DPOptimizer, PrivacyError, compile_step, dp_compile, make_private
+from dpcompile.clipping.groups import Bounds
 from dpcompile.module import engine_of
 from dpcompile.runtime.bound import ClipBound
 from dpcompile.runtime.sums import Delivered
@@ -195,9 +196,9 @@ def test_bounds_that_cannot_be_are_refused() -> None:
 def test_the_ratio_is_not_rounded_down(bound: float) -> None:
     """Then a sum of norm C0 in the graph has norm C at most."""
     clipped = ClipBound("flat", COMPILED)
-    clipped.move(bound, under_way=False)
+    clipped.move(Bounds(bound), under_way=False)
     found = Delivered(None, torch.ones(1), 0, [("w", torch.tensor([COMPILED], dtype=torch.float64))])
-    ((_, total),) = clipped.out_of(found, bound).sums
+    ((_, total),) = clipped.out_of(found, Bounds(bound)).sums
     assert bound * (1 - 1e-6) < float(total) <= bound
     mask = clipped.into(torch.tensor([1.0, 0.0]))
     assert float(mask[1]) == 0 and math.isclose(float(mask[0]), COMPILED / bound, rel_tol=1e-6)

@@ -23,7 +23,7 @@ CHECKS = {
     "regions with a tied head",
     "gradients in buckets", "training with noise", "micro-batches", "loading", "loading of users", "unused parameters",
     "refusals",
-    "C by a quantile",
+    "C by a quantile", "C of each layer by a quantile",
     "mesh of replicas", "parts", "make_private", "a cap on draws", "a rank that skips", "replicate", "offloaded",
     "checkpoints", "numbers by the step",
 }  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpcompile.batches.draws import Draws
+from dpcompile.clipping.groups import Bounds
 from dpcompile.errors import PrivacyError
 from dpcompile.runtime.ledger import GradientLedger
 
@@ -18,19 +19,23 @@ _tasks = itertools.count(-(10**9), -1)  # no numbers of backwards of autograd, w
 
 class FakeEngine:
     sharded = distributed = False
-    options = SimpleNamespace(examples_per_user=1)
+    options = SimpleNamespace(examples_per_user=1, clipping="flat")
 
     def __init__(self, model: nn.Module, max_grad_norm: float = 1.0) -> None:
         self.model = self.module = model
-        self.max_grad_norm = max_grad_norm
+        self.clip = SimpleNamespace(now=Bounds(max_grad_norm))
         self.ledger = GradientLedger(self.parameters())
         self.feed: Any = None
         self.steps: int | None = None
         self.numbers = 0
         self.replicas = SimpleNamespace(rounding=None)
 
-    def move_max_grad_norm(self, value: float) -> None:
-        self.max_grad_norm = value
+    @property
+    def max_grad_norm(self) -> float:
+        return self.clip.now.total
+
+    def move_bounds(self, bounds: Bounds) -> None:
+        self.clip.now = bounds
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())

@@ -99,14 +99,16 @@ def training(**options: Any) -> None:
         torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def quantile() -> None:
+def quantile(clipping: str = "flat") -> None:
     """C moves by the votes of all ranks' examples, of replicas and of shards, and of micro-batches under no_sync()."""
     batches = [torch.randint(0, V, (BATCH, T)) for _ in range(4)]
     clip = AdaptiveClip(learning_rate=1.0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for model in (replicated(gpt), dp_compile(shard(made(gpt), mesh), max_grad_norm=C, backend="eager")):
+    options: dict[str, Any] = {"backend": "eager", "clipping": clipping}
+    sharded = dp_compile(shard(made(gpt), mesh), max_grad_norm=C, **options)
+    for model in (replicated(gpt, clipping=clipping), sharded):
         optimizer = optimizer_of(model, adaptive_clip=clip)
-        single = dp_compile(made(gpt), max_grad_norm=C, backend="eager")
+        single = dp_compile(made(gpt), max_grad_norm=C, **options)
         alone = optimizer_of(single, adaptive_clip=clip)
         bounds = {C}
         for x in batches:
@@ -117,8 +119,12 @@ def quantile() -> None:
                 optimizer.step()
                 optimizer.accumulating = False
             weights_after(model, optimizer, [part(x)[1:]], lambda x: x)
-            assert optimizer.max_grad_norm == alone.max_grad_norm
+            assert optimizer.engine.clip.now == alone.engine.clip.now
             bounds.add(alone.max_grad_norm)
+        assert clipping == "flat" or len(set(alone.engine.clip.now.shares.values())) > 2
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, optimizer.engine.clip.now)
+        assert all(bounds == everywhere[0] for bounds in everywhere)
         assert len(bounds) == 5
         agree(model)
 
@@ -486,6 +492,7 @@ def main() -> None:
         "gradients in buckets": lambda: gradients("GPT", gradient_as_bucket_view=True),
         "training with noise": training,
         "C by a quantile": quantile,
+        "C of each layer by a quantile": lambda: quantile("per_layer"),
         "micro-batches": micro_batches,
         "loading": loading,
         "loading of users": lambda: loading([i % 17 for i in range(40)], examples_per_user=2),

@@ -32,8 +32,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 import dpcompile
-from dpcompile import DPOptimizer, PoissonLoader, PrivacyAccountant, PrivacyError, UnsupportedGraphError
+from dpcompile import (
+    AdaptiveClip,
+    DPOptimizer,
+    PoissonLoader,
+    PrivacyAccountant,
+    PrivacyError,
+    UnsupportedGraphError,
+)
 from dpcompile.checkpoint import load_checkpoint, save_checkpoint
+from dpcompile.clipping.groups import Bounds
 from dpcompile.module import engine_of
 
 dp_compile: Any = dpcompile.dp_compile
@@ -246,6 +254,38 @@ def checkpoints(mesh: DeviceMesh, directory: Path) -> None:
     found = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
     if dist.get_rank() == 0:
         torch.save(found, directory / f"resumed_{dist.get_world_size()}.pt")
+
+
+def bounds_of_blocks(mesh: DeviceMesh, directory: Path) -> None:
+    """Each block's C by its own quantile: a checkpoint after two of four steps, resumed on other ranks."""
+    batches = [torch.randint(0, V, (BATCH, T)) for _ in range(4)]
+    options: dict[str, Any] = {"max_grad_norm": C, "backend": "eager", "clipping": "per_block"}
+    clip, path = AdaptiveClip(learning_rate=1.0), directory / "blocks"
+    model = dp_compile(shard(made(gpt), mesh), **options)
+    optimizer = optimizer_of(model, adaptive_clip=clip)
+    if dist.get_world_size() == 2 and not path.exists():
+        weights_after(model, optimizer, batches[:2], part)
+        dist.barrier()
+        save_checkpoint(path, model, optimizer)
+        dist.barrier()
+    else:
+        load_checkpoint(path, model, optimizer)
+    weights_after(model, optimizer, batches[2:], part)
+    single = dp_compile(made(gpt), **options)
+    alone = optimizer_of(single, adaptive_clip=clip)
+    weights_after(single, alone, batches, lambda x: x)
+    assert optimizer.engine.clip.now == alone.engine.clip.now
+    assert len(set(alone.engine.clip.now.shares.values())) > 2
+    found = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
+    for name, p in single.named_parameters():
+        torch.testing.assert_close(found[name], p.detach(), rtol=1e-5, atol=1e-5, msg=name)
+    if dist.get_world_size() > 1:
+        if dist.get_rank():  # C as a whole is the same
+            shares = optimizer.engine.clip.now.shares
+            optimizer.move_bounds(
+                Bounds(optimizer.max_grad_norm, dict(zip(shares, [*shares.values()][::-1], strict=True)))
+            )
+        raises(PrivacyError, "or moved C or the noise otherwise", lambda: step(model, part(batches[0])))
 
 
 def disagreement(mesh: DeviceMesh) -> None:
@@ -472,6 +512,7 @@ def main() -> None:
         "training with noise": lambda: training(mesh, Path(sys.argv[1])),
         "loading": lambda: loading(mesh, Path(sys.argv[1])),
         "checkpoints": lambda: checkpoints(mesh, Path(sys.argv[1])),
+        "bounds of blocks": lambda: bounds_of_blocks(mesh, Path(sys.argv[1])),
         "mixed precision": lambda: mixed_precision(mesh),
         "noise": lambda: noise(mesh, Path(sys.argv[1])),
         "refusals": lambda: refused(mesh),

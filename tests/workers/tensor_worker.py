@@ -240,19 +240,19 @@ def optimizer_of(model: Any, **options: Any) -> DPOptimizer:
     return DPOptimizer(inner, model, noise_multiplier=0.5, expected_batch_size=B, seed=7, **options)
 
 
-def training(mesh: DeviceMesh, few: int = 4, **options: Any) -> None:
+def training(mesh: DeviceMesh, few: int = 4, clipping: str = "flat", **options: Any) -> None:
     """Weights after steps with noise, and C where it moves, are those of one process; copies stay copies."""
     batches = [torch.randint(0, V, (B, T)) for _ in range(few)]
     single = made(GPT)
-    private = dp_compile(single, max_grad_norm=C, backend="eager")
-    model = dp_compile(placed(GPT, mesh), max_grad_norm=C, backend="eager")
+    private = dp_compile(single, max_grad_norm=C, backend="eager", clipping=clipping)
+    model = dp_compile(placed(GPT, mesh), max_grad_norm=C, backend="eager", clipping=clipping)
     optimizers = [(private, optimizer_of(private, **options)), (model, optimizer_of(model, **options))]
     for x in batches:
         for trained, optimizer in optimizers:
             step(trained, part(x, mesh) if trained is model else x)
             optimizer.step()
             optimizer.zero_grad()
-        assert optimizers[0][1].max_grad_norm == optimizers[1][1].max_grad_norm
+        assert optimizers[0][1].engine.clip.now == optimizers[1][1].engine.clip.now
     same_weights(model, single, 1e-5)
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, {n: whole(p.detach()) for n, p in model.named_parameters()})
@@ -523,6 +523,9 @@ def main() -> None:
     checks["one example"] = lambda: one_example(mesh)
     checks["training with noise"] = lambda: training(mesh)
     checks["C by a quantile"] = lambda: training(mesh, adaptive_clip=AdaptiveClip(learning_rate=1.0))
+    checks["C of each layer by a quantile"] = lambda: training(
+        mesh, clipping="per_layer", adaptive_clip=AdaptiveClip(learning_rate=1.0)
+    )
     checks["other rates"] = lambda: other_rates(mesh)
     checks["secure noise"] = lambda: training(mesh, 2, secure=True)
     checks["loading"] = lambda: loading(mesh)
