@@ -11,8 +11,10 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from dp_accounting.dp_event import RepeatAndSelectDpEvent
@@ -38,7 +40,7 @@ DATASET_SIZE, CAPS = 1000, (1000, 32, 16, 10)  # 1000: no draw is truncated
 RUNS = 10  # of a tuning run, on average
 CANARIES = (100, 400, 1600, 6400)
 
-__all__ = ["attacks", "audits", "bands", "caps", "relations", "step", "tuned"]
+__all__ = ["attacks", "audits", "bands", "caps", "relations", "step", "strategies", "tuned"]
 
 
 def relations() -> dict[str, float]:
@@ -108,6 +110,35 @@ def in_turn(steps: int) -> dict[str, float]:
     return found
 
 
+def strategies(
+    banded: Sequence[tuple[int, int]] = ((2, 100), (8, 1000), (16, 1000), (32, 2000)),
+    passes: Sequence[int] = (64, 256, 1000),
+) -> dict[str, tuple[float, float | None]]:
+    """Errors of prefix sums, RMS in units of sigma C: our coefficients, and jax-privacy's (None: not installed).
+
+    Of bands and steps, and of buffers over passes, which take it a minute; without blocks.
+    """
+    found: dict[str, tuple[float, float | None]] = {}
+    for b, steps in banded:
+        ours = prefix_error(optimal_coefficients(b, steps, steps), steps, steps)
+        found[f"{b} bands, {steps} steps"] = ours, None
+    for steps in passes:
+        found[f"buffers, {steps} steps"] = optimal_powers(steps).error(steps, steps), None
+    try:
+        from jax_privacy.matrix_factorization import buffered_toeplitz, toeplitz  # type: ignore[import-not-found]
+    except ImportError:
+        return found
+    for b, steps in banded:
+        name, theirs = f"{b} bands, {steps} steps", toeplitz.optimize_banded_toeplitz(steps, b)
+        found[name] = found[name][0], prefix_error(np.asarray(theirs, dtype=float).tolist(), steps, steps)
+    for steps in passes:
+        name, matrix = f"buffers, {steps} steps", buffered_toeplitz.optimize(n=steps, error="mean")
+        scale, decay = (np.asarray(x, dtype=float) for x in (matrix.output_scale, matrix.buf_decay))
+        c = [1.0, *(decay ** np.arange(steps - 1)[:, None] @ scale).tolist()]
+        found[name] = found[name][0], prefix_error(c, steps, steps)
+    return found
+
+
 def caps() -> dict[int, float]:
     """Epsilon by the cap on draws."""
     found = {}
@@ -159,11 +190,16 @@ def main() -> None:
     parser.add_argument("--step", type=int, metavar="N", help="time the optimizer's step on N million parameters")
     parser.add_argument("--exact", type=int, metavar="N", help="the same with exact noise")
     parser.add_argument("--in-turn", action="store_true", help="errors of noise over a pass, by its steps")
+    parser.add_argument("--strategies", action="store_true", help="errors of our matrices and of jax-privacy's")
     parser.add_argument("--audit", action="store_true", help="audit some runs (a minute)")
     asked = parser.parse_args()
     if asked.in_turn:
         for steps in (8, 64, 256, 1024, 10_000):
             print(f"{steps:6} steps  " + ", ".join(f"{name} {e:.3f}" for name, e in in_turn(steps).items()))
+        return
+    if asked.strategies:
+        for name, (ours, theirs) in strategies().items():
+            print(f"{name:22} {ours:.6f}" + ("" if theirs is None else f", jax-privacy's {theirs:.6f}"))
         return
     if asked.audit:
         print("| canaries | of any mechanism | if independent | proved | noise at most |\n|---|---|---|---|---|")

@@ -19,6 +19,7 @@ from dpcompile.accounting.planned_steps import OnExceed
 from dpcompile.accounting.protocol import Accountant, check_accountant
 from dpcompile.accounting.truncation import check_truncated, no_bound_of_parts
 from dpcompile.api import dp_compile
+from dpcompile.data.calibrated import calibrated_noise
 from dpcompile.data.checks import refuse_cap_by_step
 from dpcompile.data.loader import PoissonLoader
 from dpcompile.data.making import private_loader_of
@@ -75,7 +76,9 @@ def make_private(
         loader: a DataLoader with torch's own sampler (its batch size becomes the expected one, of all ranks together),
             or a PoissonLoader.
         noise_multiplier: sigma. Either this or a target.
-        target_epsilon: the epsilon that all ``epochs`` or ``steps`` together may cost.
+        target_epsilon: the epsilon that all ``epochs`` or ``steps`` together may cost. A warning tells if it could be
+            had with far less noise in as much compute, or in far less compute, by another batch size
+            (:func:`dpcompile.accounting.batch_sizes.better_batch_size`).
         target_delta: with ``target_epsilon``; well below 1 / size of the dataset.
         epochs: passes over the loader that are planned; needed with a target, unless ``steps`` is given.
         steps: logical steps that are planned.
@@ -150,8 +153,7 @@ def make_private(
     _check_steps(private_loader, counted, noise)
     planned = length if noise_multiplier is None else None
     if noise_multiplier is None:
-        shape = {"bands": private_loader.bands, "schedule": noise, "truncation": private_loader.truncation}
-        noise_multiplier = calibrate_noise(**target, **counted, **shape)
+        noise_multiplier = calibrated_noise(private_loader, engine, noise, counted, target)
     numbers: dict[str, Any] = {"noise_multiplier": noise_multiplier, "seed": seed, "secure": secure}
     counts = _accountant(accountant, noise_multiplier, private_loader, relation)
     mechanism = _mechanism(engine, numbers, max_grad_norm, private_loader, length, exact, in_turn)

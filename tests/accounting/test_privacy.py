@@ -396,3 +396,29 @@ def test_the_table_of_bands():
     assert found[1][0] == pytest.approx(1.82824, abs=1e-5) and found[8][0] == pytest.approx(6.22838, abs=1e-5)
     sigmas, errors = ([row[i] for row in found.values()] for i in (1, 2))
     assert sigmas == sorted(sigmas) and errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rate", "steps", "relation"),
+    [
+        (0.4, 0.05, 300, "zero_out"),
+        (1.0, 0.01, 200_000, "zero_out"),
+        (20.0, 1.0, 40_000, "zero_out"),
+        (1.0, 0.1, 500, "replace_one"),
+        (1.0, 0.01, 100_000, "replace_one"),
+    ],
+)
+def test_a_large_epsilon_on_fewer_points_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, sigma: float, rate: float, steps: int, relation: Any
+) -> None:
+    found = composition.composed_epsilon([(sigma, rate, steps)], 1e-5, "pld", relation)
+    monkeypatch.setattr(composition, "_QUICK", math.inf)
+    fine = composition.composed_epsilon([(sigma, rate, steps)], 1e-5, "pld", relation)
+    assert fine > 20 and fine * (1 - 1e-6) <= found <= fine * 1.0005
+
+
+def test_many_steps_of_replaced_examples_are_amplified_too() -> None:
+    """By Rényi's bound, which knows of no samples here, it would be 880,111: how far losses reach is no such number."""
+    counted = PrivacyAccountant(noise_multiplier=0.5, sample_rate=0.001, relation="replace_one")
+    counted.step(100_000)
+    assert 13.02 < counted.epsilon(1e-5) < 17.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from benchmarks.mechanisms import strategies
 from dpcompile.errors import PrivacyError
 from dpcompile.kernels import gaussian as native
 from dpcompile.noise.banded import BandedMechanism
@@ -214,6 +216,22 @@ def test_optimal_coefficients_are_as_good_as_those_of_jax_privacy(bands: int, st
     c = optimal_coefficients(bands, steps, steps)
     assert prefix_error(c, steps, steps) == pytest.approx(error, rel=2e-5)
     assert error < prefix_error(square_root_coefficients(bands), steps, steps) < 1.2 * error
+
+
+@pytest.mark.slow
+def test_strategies_of_jax_privacy_where_it_is_installed() -> None:
+    """No better than ours; and its coefficients are taken as they are."""
+    pytest.importorskip("jax_privacy", reason="pip install dpcompile[audit]")
+    found = strategies(((8, 1000),), (64,))
+    assert len(found) == 2 and all(ours <= theirs * (1 + 1e-6) for ours, theirs in found.values() if theirs)
+    assert all(theirs for _, theirs in found.values())
+
+
+def test_what_strategies_prints_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax_privacy.matrix_factorization", None)
+    found = strategies(((2, 100),), (8,))
+    assert found["2 bands, 100 steps"] == (prefix_error(optimal_coefficients(2, 100, 100), 100, 100), None)
+    assert list(found) == ["2 bands, 100 steps", "buffers, 8 steps"]
 
 
 @pytest.mark.parametrize("bands", [2, 4, 8, 16])
