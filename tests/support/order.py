@@ -22,5 +22,6 @@ data extending schedules
 api step checkpoint
 private
 auditing
+integrations
 __init__
 """
