@@ -8,7 +8,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from torch import nn
 from torch.utils.data import DataLoader
 
 from dpcompile.data.loader import PoissonLoader
@@ -17,15 +16,13 @@ from dpcompile.errors import PrivacyError
 from dpcompile.integrations.stepped_together import SteppedTogether
 from dpcompile.integrations.what_is_private import (
     Routed,
-    normalisations_beside,
     private_part,
+    refuse_batchnorm_beside,
     refuse_parameters_beside,
-    refuse_training,
     without_frozen,
 )
 from dpcompile.module import engine_of
 from dpcompile.noise.counter import fresh_seed
-from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.private import make_private
 
 __all__ = ["DPStrategy"]
@@ -97,12 +94,11 @@ class DPStrategy(_pl.strategies.SingleDeviceStrategy):
         self._options, self._submodule = options, submodule
         self._delta: float | None = options.get("target_delta") if delta is None else delta
         self._routed: Routed | None = None
-        self._beside: dict[str, nn.Module] = {}
         self._draws: _Draws | None = None
         self._together: SteppedTogether | None = None
-        self._seed, self._calls, self._name = 0, 0, ""
+        self._seed, self._calls, self._part = 0, 0, ""
         self.private_model: Any = None
-        self.private_optimizer: DPOptimizer | None = None
+        self.private_optimizer: Any = None
 
     @property
     def private_loader(self) -> PoissonLoader | None:
@@ -154,13 +150,12 @@ class DPStrategy(_pl.strategies.SingleDeviceStrategy):
         options = {k: v for k, v in self._options.items() if k not in ("groups", "batch_size_schedule")}
         if "target_epsilon" in options and not {"epochs", "steps"} & options.keys():
             options["steps"] = _steps(trainer)
-        self._routed, self._name = Routed(part), f"self.{name}" if name else "self"
+        self._routed, self._part = Routed(part), name
         model, optimizer, _ = make_private(
             self._routed.plain, given, self._draws.loader, **{**options, "seed": self._seed}
         )
         self._routed.to(model)
         self.private_model, self.private_optimizer = model, optimizer
-        self._beside = normalisations_beside(module, part)
         self._together = SteppedTogether(optimizer, given) if len(given) > 1 else None
         self.optimizers = [optimizer] if self._together is None else [*self._together.handles]
 
@@ -199,7 +194,7 @@ class DPStrategy(_pl.strategies.SingleDeviceStrategy):
         """Of the LightningModule."""
         module = self.lightning_module
         _refuse_settings(module.trainer)
-        refuse_training(self._beside.items())
+        refuse_batchnorm_beside(module, module.get_submodule(self._part))
         if self._together is not None:
             self._together.check()
         self._calls = self._fed.calls
@@ -215,10 +210,10 @@ class DPStrategy(_pl.strategies.SingleDeviceStrategy):
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Of a loss that came through the private model."""
         if self._fed.calls == self._calls:
+            name = f"self.{self._part}" if self._part else "self"
             raise PrivacyError(
-                f"training_step has not called what is private, {self._name}(...): nothing would clip this loss's "
-                "gradients",
-                remedy=f"call {self._name}(...) there, with everything that is trained in its forward; or say what "
+                f"training_step has not called what is private, {name}(...): nothing would clip this loss's gradients",
+                remedy=f"call {name}(...) there, with everything that is trained in its forward; or say what "
                 "training_step calls, if that holds all that is trained: DPStrategy(submodule='name')",
             )
         return super().backward(closure_loss, *args, **kwargs)

@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dpcompile.batchnorm import batch_normalised
 from dpcompile.errors import ExampleMixingError, PrivacyError
 
 __all__ = [
     "Routed",
-    "normalisations_beside",
     "private_part",
+    "refuse_batchnorm_beside",
     "refuse_parameters_beside",
-    "refuse_training",
     "without_frozen",
 ]
 
@@ -43,20 +43,14 @@ def refuse_parameters_beside(module: nn.Module, name: str) -> None:
         )
 
 
-def normalisations_beside(module: nn.Module, part: nn.Module) -> dict[str, nn.Module]:
-    """BatchNorm layers by name that are outside of what is private, so that no proof sees them."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def refuse_batchnorm_beside(module: nn.Module, part: nn.Module) -> None:
+    """Raise ExampleMixingError if a BatchNorm outside of what is private, which no proof sees, is in training mode."""
     inside = {id(m) for m in part.modules()}
-    return {n: m for n, m in module.named_modules() if isinstance(m, kinds) and id(m) not in inside}
-
-
-def refuse_training(layers: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raise ExampleMixingError if one of these BatchNorm layers normalises by the batch."""
-    found = next((name for name, layer in layers if layer.training or layer.running_mean is None), None)
+    found = next((name for name, m in batch_normalised(module).items() if id(m) not in inside), None)
     if found is not None:
         raise ExampleMixingError(
             f"BatchNorm '{found}' is outside of what is private, and normalises by the batch: examples meet in it",
-            remedy=f"call self.{found}.eval() in training_step, before it is used, or replace it by GroupNorm",
+            remedy=f"call self.{found}.eval() in on_train_epoch_start, or dpcompile.replace_batchnorm on the module",
         )
 
 

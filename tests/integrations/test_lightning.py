@@ -136,7 +136,7 @@ def trainer(strategy: Any = None, **options: Any) -> Any:
 
 def plain_loop(kind: type[InOneChild], epochs: int = 3, **options: Any) -> nn.Module:
     """The ordinary loop on the same network; schedulers by hand."""
-    module = kind()
+    module: Any = kind()
     if kind is SeveralOptimizers:
         inner: Any = list(module.configure_optimizers())
     elif kind is ByTheStep:
@@ -259,7 +259,8 @@ def test_evaluation_is_not_touched():
     (tested,) = run.test(module, loader(), verbose=False)
     expected = F.cross_entropy(module.net(examples().tensors[0]), examples().tensors[1])
     assert tested["val"] == pytest.approx(expected.item(), rel=1e-5)
-    assert sum(len(y) for y in run.predict(module, DataLoader(examples().tensors[0], 10))) == 48
+    inputs: Any = examples().tensors[0]
+    assert sum(len(y) for y in run.predict(module, DataLoader(inputs, 10))) == 48
     assert trainer().validate(module, loader(), verbose=False)[0]["val"] == pytest.approx(tested["val"])
 
 

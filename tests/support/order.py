@@ -5,7 +5,7 @@ ORDER = """
 errors losses
 _torch
 accounting distributed
-privacy graph clipping
+privacy graph clipping batchnorm
 kernels options
 noise capture batches
 proof
@@ -20,6 +20,7 @@ reporting
 optim
 data extending schedules
 api step checkpoint
+validating
 private
 auditing
 integrations
