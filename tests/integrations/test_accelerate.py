@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
 from typing import Any
 
 import pytest
@@ -197,3 +199,17 @@ def test_clipping_by_hand_is_refused():
     own.clip_grad_norm_(model.parameters(), 0.1)
     with pytest.raises(PrivacyError, match="no clip_grad_norm_"):
         optimizer.step()
+
+
+def test_the_page():
+    """What the page says runs."""
+    page = (pathlib.Path(__file__).parents[2] / "docs/frameworks.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page.partition("## Accelerate")[2].partition("\n## ")[0], re.DOTALL)
+    net, optimizer, loader = parts()
+    given = {"model": net, "optimizer": optimizer, "loader": loader}
+    given["scheduler"] = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    exec(
+        block.replace("Accelerator()", "Accelerator(cpu=True)").replace("epochs=20", "epochs=20, backend='eager'"),
+        given,
+    )
+    train(given["model"], given["optimizer"], given["loader"], given["accelerator"], epochs=1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -134,8 +137,11 @@ def trainer(strategy: Any = None, **options: Any) -> Any:
     return L.Trainer(strategy=DPStrategy(**OPTIONS) if strategy is None else strategy, **{**quiet, **options})
 
 
+@functools.cache
 def plain_loop(kind: type[InOneChild], epochs: int = 3, **options: Any) -> nn.Module:
     """The ordinary loop on the same network; schedulers by hand."""
+    if kind in (CallsTheChild, Manual):
+        return plain_loop(InOneChild, epochs, **options)
     module: Any = kind()
     if kind is SeveralOptimizers:
         inner: Any = list(module.configure_optimizers())
@@ -406,3 +412,78 @@ print(strategy.private_optimizer.accountant.steps)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["8"], done.stderr
+
+
+class OwnData(InOneChild):
+    def train_dataloader(self):
+        return loader()
+
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self):
+        return loader()
+
+    def val_dataloader(self):
+        return loader(batch_size=10)
+
+
+class TwoNames(InOneChild):
+    def __init__(self) -> None:
+        super().__init__()
+        self.same, self.listed = self.net, [self.net]
+
+    def forward(self, x):
+        return self.listed[0](x)
+
+
+def test_where_data_come_from_and_the_network_is_held():
+    """A hook of the module, a datamodule; under two names, and called through a list that is no submodule."""
+    expected = plain_loop(InOneChild, epochs=2)
+    for kind, data in ((OwnData, None), (InOneChild, Data()), (TwoNames, Data())):
+        module = kind()
+        trainer(max_epochs=2).fit(module, datamodule=data)
+        assert same(module, expected), kind
+
+
+class BreaksOff(InOneChild):
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 2 else None
+
+
+def test_an_epoch_that_is_broken_off():
+    """The draw at hand is given up, and is no step; the next epoch goes on with the draws behind it."""
+    module, strategy = BreaksOff(), DPStrategy(**OPTIONS)
+    trainer(strategy, max_epochs=2).fit(module, loader())
+    assert strategy.private_optimizer.accountant.steps == 4 and strategy.private_loader.step == 6
+
+
+class Grows(InOneChild):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.late = nn.Parameter(torch.ones(3))
+            self.trainer.optimizers[0].add_param_group({"params": [self.late]})
+
+
+class StepsTheInner(Manual):
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.loss(batch))
+        self.optimizers().optimizer.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "kind, message", [(Grows, "the model does not hold"), (StepsTheInner, "its update would have no noise")]
+)
+def test_ways_around_are_refused(kind, message):
+    """A parameter that comes later, beside what is private; the optimizer inside."""
+    with pytest.raises(PrivacyError, match=message):
+        trainer().fit(kind(), loader())
+
+
+def test_the_page():
+    """What the page says runs."""
+    page = (pathlib.Path(__file__).parents[2] / "docs/frameworks.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page.partition("## Lightning")[2].partition("\n## ")[0], re.DOTALL)
+    block = block.replace("DPStrategy(", "DPStrategy(backend='eager', ").replace(
+        "max_epochs=20", "max_epochs=2, accelerator='cpu', logger=False, enable_checkpointing=False"
+    )
+    exec(block, {"module": InOneChild(), "DataLoader": DataLoader, "dataset": examples(300)})
