@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dpcompile.accounting.solving import solve
     from dpcompile.api import dp_compile
     from dpcompile.auditing.audit import audit
+    from dpcompile.batchnorm import replace_batchnorm
     from dpcompile.data.loader import PoissonLoader
     from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, PrivacyWarning, UnsupportedGraphError
     from dpcompile.extending import register_axis_rule, register_site
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from dpcompile.optim.optimizer import DPOptimizer
     from dpcompile.private import make_private
     from dpcompile.step import compile_step
+    from dpcompile.validating import validate
 
 __all__ = [
     "AdaptiveClip",
@@ -43,9 +45,11 @@ __all__ = [
     "plan_privacy",
     "register_axis_rule",
     "register_site",
+    "replace_batchnorm",
     "schedules",
     "set_mask",
     "solve",
+    "validate",
 ]
 
 # Module -> the names that are found there.
@@ -56,6 +60,7 @@ _PLACES = {
     "accounting.solving": ("solve",),
     "api": ("dp_compile",),
     "auditing.audit": ("audit",),
+    "batchnorm": ("replace_batchnorm",),
     "data.loader": ("PoissonLoader",),
     "errors": ("DPCompileError", "ExampleMixingError", "PrivacyError", "PrivacyWarning", "UnsupportedGraphError"),
     "extending": ("register_axis_rule", "register_site"),
@@ -64,6 +69,7 @@ _PLACES = {
     "optim.optimizer": ("DPOptimizer",),
     "private": ("make_private",),
     "step": ("compile_step",),
+    "validating": ("validate",),
 }
 
 

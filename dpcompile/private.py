@@ -19,6 +19,7 @@ from dpcompile.accounting.planned_steps import OnExceed
 from dpcompile.accounting.protocol import Accountant, check_accountant
 from dpcompile.accounting.truncation import check_truncated, no_bound_of_parts
 from dpcompile.api import dp_compile
+from dpcompile.batchnorm import refuse_batchnorm
 from dpcompile.data.calibrated import calibrated_noise
 from dpcompile.data.checks import refuse_cap_by_step
 from dpcompile.data.loader import PoissonLoader
@@ -123,6 +124,7 @@ def make_private(
         ``(model, optimizer, loader)`` for the loop.
 
     Raises:
+        ExampleMixingError: a BatchNorm layer in training mode.
         PrivacyError: not exactly one of ``noise_multiplier`` and ``target_epsilon``, an incomplete target, options for
             a model, a loader or an accountant that is made already and has others, or whatever the parts refuse.
 
@@ -170,6 +172,13 @@ def _check_in_turn(in_turn: Any) -> None:
 def _refuse_private(optimizer: Any) -> None:
     if isinstance(optimizer, DPOptimizer):
         raise PrivacyError("the optimizer is a DPOptimizer already", remedy="pass the plain torch optimizer")
+    for one in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
+        if isinstance(one, Optimizer) and isinstance(getattr(one, "optimizer", None), Optimizer):
+            raise PrivacyError(
+                f"the optimizer is a {type(one).__name__} around another one: a framework has prepared it already",
+                remedy="make the loop private first, and prepare what comes of it; or, with Accelerate, call "
+                "dpcompile.integrations.accelerate.make_private(accelerator, model, optimizer, loader, ...)",
+            )
 
 
 def _seed(engine: Engine, seed: int | None, secure: bool) -> int:
@@ -296,6 +305,7 @@ def _mechanism(
 def _private_model(
     model: nn.Module, max_grad_norm: float | AdaptiveClip | None, examples_per_user: int, options: dict[str, Any]
 ) -> Any:
+    refuse_batchnorm(inner_module(model))
     moves = isinstance(max_grad_norm, AdaptiveClip)
     if not isinstance(inner_module(model), PrivateModule):
         bound = max_grad_norm.initial if isinstance(max_grad_norm, AdaptiveClip) else max_grad_norm

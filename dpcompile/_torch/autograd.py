@@ -16,6 +16,7 @@ __all__ = [
     "enable_python_dispatcher",
     "after_backward",
     "current_backward",
+    "has_call_hooks",
     "has_gradient_hooks",
     "hooks_of",
     "in_functorch",
@@ -59,3 +60,8 @@ def has_gradient_hooks(parameter: torch.Tensor) -> bool:
     """Whether the user registered a hook on the parameter's gradient."""
     accumulated = getattr(parameter, "_post_accumulate_grad_hooks", None)
     return bool(parameter._backward_hooks) or bool(accumulated)
+
+
+def has_call_hooks(module: torch.nn.Module) -> bool:
+    """Whether hooks run before or after calls of this module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

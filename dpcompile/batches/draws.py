@@ -90,9 +90,11 @@ class Draws:
 
     Attributes:
         last: the logical step of the batch whose backward came last; None before the first.
+        calls: how many calls with gradients asked for a batch.
     """
 
     last: int | None = None
+    calls: int = 0
     _waiting: list[DrawnBatch] = field(default_factory=list)
     _used: deque[DrawnBatch] = field(default_factory=lambda: deque(maxlen=_USED))
     _fresh: DrawnBatch | None = None  # handed out, and no call came since
@@ -134,6 +136,7 @@ class Draws:
         Raises:
             PrivacyError: it could be one of several batches, is made of several, or has other rows than were drawn.
         """
+        self.calls += 1
         found = recognised(self._waiting, tensors)
         if found is None and not self._could_only_be_fresh():
             return Claim(None, refused=self._why_not(tensors))

@@ -21,7 +21,7 @@ def private_loader_of(
     batch_size_schedule: Callable[[int], float] | None,
     seed: int,
     secure: bool,
-    engine: Engine,
+    engine: Engine | None,
     numbers: Mapping[str, Any],
 ) -> PoissonLoader:
     """The user's own PoissonLoader, which must be as it was asked for, or one of the DataLoader's dataset.
@@ -33,7 +33,7 @@ def private_loader_of(
         batch_size_schedule: "
         seed: "
         secure: "
-        engine: of the model, which knows the ranks.
+        engine: of the model, which knows the ranks; None: there is one.
         numbers: options of a PoissonLoader, by name; None: not asked for.
 
     Raises:
@@ -44,7 +44,7 @@ def private_loader_of(
         options: dict[str, Any] = {**numbers, "seed": seed, "secure": secure, "padding_example": padding_example}
         options |= {} if sizes is None else {"expected_batch_size": sizes}
         options |= {"bands": 1 if numbers["bands"] is None else numbers["bands"], "groups": groups}
-        if engine.distributed:
+        if engine is not None and engine.distributed:
             if engine.data_ranks != world_size():
                 raise PrivacyError(
                     f"{world_size()} ranks are {engine.data_ranks} groups of tensor parallelism, and the one that this "

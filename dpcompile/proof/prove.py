@@ -113,7 +113,8 @@ def refusal(label: Mixed, target: str) -> DPCompileError:
             f"{inside[1].__name__} in training mode normalises every example by the statistics of the whole batch "
             f"(module {inside[0]}, operation `{operation}`)",
             where=place,
-            remedy="use GroupNorm or LayerNorm, or call .eval() on the BatchNorm layers to freeze their statistics",
+            remedy="use GroupNorm (dpcompile.replace_batchnorm) or LayerNorm, or call .eval() on the BatchNorm layers "
+            "to freeze their statistics",
         )
     verb = "mixes examples" if label.supported else "is not understood"
     remedy = label.remedy or (

@@ -108,7 +108,7 @@ class _Deliver(torch.autograd.Function):
         own = len(parameters) - narrow
         stands = (delivery.filters.get(n, p) for n, p in zip(delivery.names[:own], parameters[:own], strict=True))
         aliases = (p.detach() for p in stands)
-        sums = (torch.zeros((), device=p.device).expand(p.shape) for p in parameters[own:])
+        sums = (torch.zeros((), device=p.device, dtype=torch.float32).expand(p.shape) for p in parameters[own:])
         norms = torch.zeros_like(delivery.mask)
         bounds = norms.new_zeros(()) if delivery.bounds is None else delivery.bounds[1]
         return (norms, bounds, *aliases, *sums)

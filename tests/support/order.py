@@ -5,7 +5,7 @@ ORDER = """
 errors losses
 _torch
 accounting distributed
-privacy graph clipping
+privacy graph clipping batchnorm
 kernels options
 noise capture batches
 proof
@@ -20,7 +20,9 @@ reporting
 optim
 data extending rates schedules
 api step checkpoint
+validating
 private
 auditing
+integrations
 __init__
 """

@@ -1,0 +1,1 @@
+"""Training loops of other libraries; each file needs the library that it is named after."""

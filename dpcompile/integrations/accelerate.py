@@ -1,0 +1,139 @@
+"""Accelerate: ``make_private(accelerator, model, optimizer, loader, ...)`` in the place of ``accelerator.prepare``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from dpcompile.api import dp_compile
+from dpcompile.data.loader import PoissonLoader
+from dpcompile.errors import PrivacyError, UnsupportedGraphError
+from dpcompile.noise.adaptive import AdaptiveClip
+from dpcompile.private import make_private as _make_private
+
+__all__ = ["PlacedLoader", "make_private"]
+
+_COMPILED = set(inspect.signature(dp_compile).parameters) - {"model"}
+
+
+def make_private(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, loader: Any, **options: Any
+) -> tuple[Any, Any, PlacedLoader]:
+    """Make model, optimizer and loader private, and prepare them.
+
+    The loop stays as it is with Accelerate: ``accelerator.backward(loss)``, ``with accelerator.accumulate(model)``,
+    ``save_state`` and ``load_state``, which go on exactly. A state holds the seed: keep it as secret as the data.
+
+    Args:
+        accelerator: without gradient accumulation, on one device or several with DistributedDataParallel.
+        model: an ordinary one. What was prepared already, is taken back first: so are the others.
+        optimizer: of torch.
+        loader: a DataLoader, whose batch size is that of all processes together, or a PoissonLoader.
+        **options: of :func:`dpcompile.make_private`.
+
+    Returns:
+        ``(model, optimizer, loader)``, prepared. Learning-rate schedulers and other loaders go through
+        ``accelerator.prepare`` as ever.
+
+    Raises:
+        PrivacyError: gradient accumulation, or whatever :func:`dpcompile.make_private` refuses.
+        UnsupportedGraphError: other ways to distribute a model.
+
+    **Guarantee.** As of :func:`dpcompile.make_private`.
+    """
+    _refuse_settings(accelerator)
+    model, optimizer, loader = _unprepared(accelerator, model, optimizer, loader)
+    compiled = {name: value for name, value in options.items() if name in _COMPILED}
+    rest = {name: value for name, value in options.items() if name not in _COMPILED or name == "examples_per_user"}
+    bound = compiled.get("max_grad_norm")
+    if isinstance(bound, AdaptiveClip):
+        rest["max_grad_norm"] = bound
+        compiled["max_grad_norm"] = 1.0 if bound.initial is None else bound.initial
+    elif bound is None:
+        compiled.pop("max_grad_norm", None)
+    prepared = accelerator.prepare_model(dp_compile(model, **compiled))
+    private, private_optimizer, draws = _make_private(prepared, optimizer, loader, **rest)
+    placed = PlacedLoader(draws, accelerator)
+    accelerator.register_for_checkpointing(placed)
+    return private, accelerator.prepare_optimizer(private_optimizer), placed
+
+
+class PlacedLoader:
+    """A loader whose batches come on the accelerator's device.
+
+    Attributes:
+        loader: the PoissonLoader.
+    """
+
+    def __init__(self, loader: PoissonLoader, accelerator: Accelerator) -> None:
+        self.loader, self._accelerator = loader, accelerator
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            yield send_to_device(batch, self._accelerator.device)
+
+    @property
+    def dataset(self) -> Any:
+        """Of the loader."""
+        return self.loader.dataset
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the loader."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Of the loader; ``accelerator.load_state`` loads the optimizer before."""
+        self.loader.load_state_dict(state_dict)
+
+
+def _refuse_settings(accelerator: Accelerator) -> None:
+    steps = accelerator.gradient_accumulation_steps
+    if steps != 1:
+        raise PrivacyError(
+            f"gradient_accumulation_steps is {steps}: a step is one draw, not several",
+            remedy="leave it out, and give the DataLoader the batch size of a whole step; with physical_batch_size= a "
+            "draw runs in parts that fit into memory",
+        )
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise UnsupportedGraphError(
+            f"the accelerator distributes by {kind}",
+            remedy="DistributedDataParallel works through Accelerate; for FSDP2 call fully_shard and dpcompile's own "
+            "make_private, as docs/distributed.md has it",
+        )
+
+
+def _unprepared(accelerator: Any, model: Any, optimizer: Any, loader: Any) -> tuple[Any, Any, Any]:
+    """What ``accelerator.prepare`` made of them, taken back, and out of the accelerator's lists."""
+    for known, object in ((accelerator._models, model), (accelerator._optimizers, optimizer)):
+        known[:] = [x for x in known if x is not object]
+    accelerator._dataloaders[:] = [x for x in accelerator._dataloaders if x is not loader]
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    vars(model).pop("_is_accelerate_prepared", None)
+    if isinstance(optimizer, Optimizer) and type(optimizer).__module__.startswith("accelerate."):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    return model, optimizer, _plain_loader(loader)
+
+
+def _plain_loader(loader: Any) -> Any:
+    base = getattr(loader, "base_dataloader", None)
+    if base is None:
+        return loader
+    batches = getattr(base.batch_sampler, "batch_sampler", base.batch_sampler)  # of one process, if there are more
+    sampler = batches.sampler
+    whole = type(sampler) is SeedableRandomSampler and not sampler.replacement and len(sampler) == len(base.dataset)
+    names = ("collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+             "prefetch_factor", "persistent_workers")  # fmt: skip
+    options = {name: getattr(base, name) for name in names}
+    return DataLoader(base.dataset, batches.batch_size, sampler=None if whole else sampler, **options)
