@@ -38,6 +38,7 @@ from dpcompile.proof.scaling import check_scaling
 from dpcompile.proof.shared_outputs import labels_of_no_example
 from dpcompile.proof.sites import ParameterGradient, find_gradients
 from dpcompile.proof.unowned import erase_cotangents
+from dpcompile.proof.unsort import unsort
 from dpcompile.rewriting.rewrite import ClipOptions, rewrite
 
 __all__ = ["LABEL", "PRIVATIZE", "Transformed", "label_outputs", "privatize"]
@@ -86,6 +87,11 @@ def normalise(work: Work) -> None:
     fold_matrix_exp(work.module.graph)
     if work.roles.ranks is not None:
         slices_for_splits(work.module.graph)
+
+
+def unsort_rows(work: Work) -> None:
+    """Write what is done to sorted rows on the rows in their own order."""
+    unsort(work.module.graph)
 
 
 def name(work: Work) -> None:
@@ -161,7 +167,7 @@ def repair(work: Work) -> None:
 _PROVE = (check_returned, label, check_growth)
 
 PRIVATIZE = (
-    normalise, name, *_PROVE, find_sites, check_ranks, write_certificate, choose_rules, insert_clipping, repair,
+    normalise, unsort_rows, name, *_PROVE, find_sites, check_ranks, write_certificate, choose_rules, insert_clipping, repair,
 )  # fmt: skip
 LABEL = (*_PROVE, check_ranks)
 
@@ -259,6 +265,7 @@ def label_outputs(
     **Guarantee.** Outputs lie as labelled, and the gradient of every input with an example axis lies like the input if
     the cotangents of the outputs lie like the outputs.
     """
+    unsort(module.graph)
     joint = name_joint(module, roles, trained=False)
     if joint is None:
         refuse_ranks_own(module.graph, roles.ranks)
