@@ -21,6 +21,7 @@ from dpcompile.graph.normalise import (
     save_what_is_overwritten,
     slices_for_splits,
     split_convolution_bias,
+    sums_of_outer_products,
 )
 from dpcompile.graph.passes import run_passes
 from dpcompile.lowering.backward import Cut
@@ -85,6 +86,7 @@ def normalise(work: Work) -> None:
     """Write every sum over examples as one operation that says so."""
     split_convolution_bias(work.module.graph)
     fold_matrix_exp(work.module.graph)
+    sums_of_outer_products(work.module.graph)
     if work.roles.ranks is not None:
         slices_for_splits(work.module.graph)
 

@@ -33,6 +33,17 @@ def expert_sums(call: Call) -> Label:
     return Summed() if isinstance(found, Examples) else found
 
 
+@axis_rule("aten.histc", "aten.bincount")
+def count(call: Call) -> Label:
+    """How often each value is there, among all elements."""
+    return call.mixes(
+        "it counts values of all examples",
+        "losses of load balancing over the batch belong to no example: leave them out (Transformers: "
+        "output_router_logits=False), or return the router's logits in their place, and take one for every example, "
+        "outside the model: dpcompile.losses.per_example_load_balancing",
+    )
+
+
 def _along_rows(call: Call, *names: str) -> Label:
     """The example axis of operands that lie along each other with dimension 0."""
     axes = [x for n in names if isinstance(x := call.label(call[n]), Examples)]
