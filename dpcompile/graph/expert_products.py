@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["each_expert_sum", "expert_products", "expert_sums", "stretches"]
+__all__ = ["each_expert_sum", "expert_products", "expert_sums", "experts_of_examples", "stretches"]
 
 _TAGS = (torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)  # rows are counted
 
@@ -86,10 +86,19 @@ def each_expert_sum(left: Tensor, right: Tensor, expert: Tensor, count: int) -> 
     Returns:
         ``[B, E, P, D]``.
     """
+    batch, own = expert.shape[0], experts_of_examples(expert, count)
+    sums = torch.ops.dpcompile.expert_sums(left.flatten(0, 1), right.flatten(0, 1), own, batch * count)
+    return sums.unflatten(0, (batch, count))
+
+
+def experts_of_examples(expert: Tensor, count: int) -> Tensor:
+    """Experts ``[B, T]`` numbered anew, so that each example has E of its own: ``[B * T]``.
+
+    **Guarantee.** One that is none of E does not become another example's: it is none of B * E.
+    """
     batch = expert.shape[0]
     own = expert + count * torch.arange(batch, device=expert.device).unsqueeze(1)
-    sums = torch.ops.dpcompile.expert_sums(left.flatten(0, 1), right.flatten(0, 1), own.flatten(), batch * count)
-    return sums.unflatten(0, (batch, count))
+    return torch.where((expert >= 0) & (expert < count), own, batch * count).flatten()
 
 
 def stretches(expert: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpcompile.graph.expert_products import stretches
+from dpcompile.graph.expert_products import experts_of_examples, stretches
 from dpcompile.kernels.rounding import WIDE, gamma
 
 __all__ = ["expert_norms"]
@@ -36,11 +36,10 @@ def expert_norms(left: Tensor, right: Tensor, expert: Tensor, count: int) -> Ten
     Raises:
         IndexError: there is no such expert.
     """
-    batch, positions = expert.shape
-    own = expert + count * torch.arange(batch, device=expert.device).unsqueeze(1)
+    batch, own = expert.shape[0], experts_of_examples(expert, count)
     rows, cols = left.flatten(0, 1), right.flatten(0, 1)
     squared = left.new_zeros(batch, dtype=torch.float64)
-    for number, which in stretches(own.flatten(), batch * count):
+    for number, which in stretches(own, batch * count):
         squared[number // count] += _squared_norm(rows[which].double(), cols[which].double())
     return squared
 

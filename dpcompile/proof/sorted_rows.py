@@ -186,6 +186,8 @@ class SortedRows:
         return whole and not adds and self.places.get(index) == 1 and self._counts_from_zero(values)
 
     def _counts_from_zero(self, node: Any) -> bool:
+        while isinstance(node, fx.Node) and operation_name(node.target) in COPIES:
+            node = node.args[0]
         if not isinstance(node, fx.Node) or operation_name(node.target) not in ("iota", "arange"):
             return False
         a = named_arguments(node)

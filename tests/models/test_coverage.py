@@ -98,7 +98,7 @@ def test_model_through_inductor(case: Case, record: Record) -> None:
     right(case, "auto", record, backend="inductor")
 
 
-HEAVY = ("adapters", "architectures", "language", "speech", "vision")  # take long to compile
+HEAVY = ("adapters", "architectures", "experts", "language", "speech", "vision")  # take long to compile
 MENDED = {  # what Inductor gets wrong without us, under the rule that shows it
     "spatial/TutorialCNN": "redo",
     "spatial/AvgPool2d-ceil": "auto",
