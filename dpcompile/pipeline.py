@@ -169,7 +169,8 @@ def repair(work: Work) -> None:
 _PROVE = (check_returned, label, check_growth)
 
 PRIVATIZE = (
-    normalise, unsort_rows, name, *_PROVE, find_sites, check_ranks, write_certificate, choose_rules, insert_clipping, repair,
+    normalise, unsort_rows, name, *_PROVE, find_sites, check_ranks, write_certificate, choose_rules, insert_clipping,
+    repair,
 )  # fmt: skip
 LABEL = (*_PROVE, check_ranks)
 

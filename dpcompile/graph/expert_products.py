@@ -1,8 +1,8 @@
 """Products of rows with one matrix each, which an index chooses: what the experts of a mixture compute.
 
 Libraries sort the rows of all examples by expert, multiply each stretch with its matrix, and undo the sorting (Gale et
-al. 2022, arXiv:2211.15841, section 5). These operations take the rows where they lie, and sort them inside: row n of the
-result is made of row n alone, whatever the other rows are.
+al. 2022, arXiv:2211.15841, section 5). These operations take the rows where they lie, and sort them inside: row n of
+the result is made of row n alone, whatever the other rows are.
 """
 
 from __future__ import annotations

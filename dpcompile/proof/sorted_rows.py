@@ -12,7 +12,7 @@ from torch import fx
 from dpcompile._torch import pytree
 from dpcompile.graph.labels import Examples, Shared
 from dpcompile.graph.operations import COPIES, FILLED, ZEROS, operation_name
-from dpcompile.graph.sizes import is_one, same, shape_of, value_of
+from dpcompile.graph.sizes import is_one, same, shape_of
 from dpcompile.proof.rules.registry import Call, is_pointwise, named_arguments
 from dpcompile.proof.rules.rows import made_of
 from dpcompile.proof.rules.stripes import Stripes
@@ -113,9 +113,7 @@ class SortedRows:
 
     def _written(self, node: fx.Node) -> fx.Node | None:
         """The operation on the rows in their own order."""
-        args, kwargs = fx.map_arg(
-            (node.args, dict(node.kwargs)), lambda n: self.own[n][0] if n in self.own else n
-        )
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: self.own[n][0] if n in self.own else n)
         try:
             value = node.target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))  # type: ignore[operator]
         except (RuntimeError, ValueError):

@@ -20,7 +20,6 @@ from torch import fx
 
 from dpcompile.graph.operations import FILLED, ZEROS, operation_name
 from dpcompile.graph.sizes import divide, same, shape_of
-from dpcompile.proof.rules.reductions import reduced_dims
 from dpcompile.proof.rules.registry import named_arguments
 from dpcompile.proof.sorted_rows import SortedRows
 

@@ -21,9 +21,7 @@ def expert_products(call: Call) -> Label:
 @axis_rule(
     "dpcompile.expert_sums",
     growth=Product(("left", "right")),
-    site=SiteKind(
-        ("left", "right"), {"left": 0, "right": 0, "expert": 0}, per_example=each_expert_sum, form="experts"
-    ),
+    site=SiteKind(("left", "right"), {"left": 0, "right": 0, "expert": 0}, per_example=each_expert_sum, form="experts"),
 )
 def expert_sums(call: Call) -> Label:
     """Outer products of rows, added up by an index."""
