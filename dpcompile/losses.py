@@ -6,11 +6,13 @@ one example depends on the others, and its gradient is not its own. These divide
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["per_example_causal_lm", "per_example_cross_entropy"]
+__all__ = ["per_example_causal_lm", "per_example_cross_entropy", "per_example_load_balancing"]
 
 
 def per_example_cross_entropy(
@@ -65,3 +67,33 @@ def per_example_causal_lm(
     if labels.ndim != 2 or labels.shape[1] < 2:
         raise ValueError(f"labels must be [B, T] with T of 2 or more, not {list(labels.shape)}")
     return per_example_cross_entropy(logits[:, :-1], labels[:, 1:], ignore_index=ignore_index, divide_by=divide_by)
+
+
+def per_example_load_balancing(
+    router_logits: Tensor | Sequence[Tensor], batch: int, top_k: int, mask: Tensor | None = None
+) -> Tensor:
+    """How unevenly every example's own tokens are spread over the experts: ``[B]``, 1 where they are spread evenly.
+
+    The auxiliary loss of Fedus et al. 2022 (arXiv:2101.03961, equation 4), for ``top_k`` experts a token, with the
+    fractions f and P taken over the tokens of one example in place of the batch: E sum_e f_e P_e. Add its ``.mean()``,
+    times a factor, to the loss.
+
+    Args:
+        router_logits: ``[B * T, E]`` or ``[B, T, E]``, of one layer or a list of several, whose tokens count alike.
+        batch: B.
+        top_k: how many experts a token goes to.
+        mask: ``[B, T]``, 0 for tokens that do not count.
+
+    Raises:
+        ValueError: logits that are not those of ``batch`` examples.
+    """
+    layers = [router_logits] if isinstance(router_logits, Tensor) else list(router_logits)
+    if not layers or any(x.ndim < 2 or x.shape[:-1].numel() % batch for x in layers):
+        raise ValueError(f"router_logits must be [B * T, experts] of B = {batch} examples, of one layer or more")
+    logits = torch.cat([x.reshape(batch, -1, x.shape[-1]) for x in layers], 1).float()
+    experts = logits.shape[-1]
+    counts = torch.ones_like(logits[..., :1]) if mask is None else mask.repeat(1, len(layers)).unsqueeze(-1).float()
+    tokens = counts.sum(1).clamp_min(1)
+    probabilities = (logits.softmax(-1) * counts).sum(1) / tokens
+    chosen = torch.zeros_like(logits).scatter(-1, logits.topk(top_k, -1).indices, 1.0)
+    return experts * ((chosen * counts).sum(1) / tokens * probabilities).sum(1) / top_k

@@ -22,6 +22,7 @@ from dpcompile.graph.normalise import (
     save_what_is_overwritten,
     slices_for_splits,
     split_convolution_bias,
+    sums_of_outer_products,
 )
 from dpcompile.graph.passes import run_passes
 from dpcompile.lowering.backward import Cut
@@ -39,6 +40,7 @@ from dpcompile.proof.scaling import check_scaling
 from dpcompile.proof.shared_outputs import labels_of_no_example
 from dpcompile.proof.sites import ParameterGradient, find_gradients
 from dpcompile.proof.unowned import erase_cotangents
+from dpcompile.proof.unsort import unsort
 from dpcompile.rewriting.rewrite import ClipOptions, rewrite
 
 __all__ = ["LABEL", "PRIVATIZE", "Transformed", "label_outputs", "privatize"]
@@ -85,8 +87,14 @@ def normalise(work: Work) -> None:
     """Write every sum over examples as one operation that says so."""
     split_convolution_bias(work.module.graph)
     fold_matrix_exp(work.module.graph)
+    sums_of_outer_products(work.module.graph)
     if work.roles.ranks is not None:
         slices_for_splits(work.module.graph)
+
+
+def unsort_rows(work: Work) -> None:
+    """Write what is done to sorted rows on the rows in their own order."""
+    unsort(work.module.graph)
 
 
 def name(work: Work) -> None:
@@ -162,7 +170,8 @@ def repair(work: Work) -> None:
 _PROVE = (check_returned, label, check_growth)
 
 PRIVATIZE = (
-    normalise, name, *_PROVE, find_sites, check_ranks, write_certificate, choose_rules, insert_clipping, repair,
+    normalise, unsort_rows, name, *_PROVE, find_sites, check_ranks, write_certificate, choose_rules, insert_clipping,
+    repair,
 )  # fmt: skip
 LABEL = (*_PROVE, check_ranks)
 
@@ -269,6 +278,7 @@ def label_outputs(
     **Guarantee.** Outputs lie as labelled, and the gradient of every input with an example axis lies like the input if
     the cotangents of the outputs lie like the outputs.
     """
+    unsort(module.graph)
     joint = name_joint(module, roles, trained=False)
     if joint is None:
         refuse_ranks_own(module.graph, roles.ranks)

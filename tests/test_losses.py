@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dpcompile
 from dpcompile import DPOptimizer, ExampleMixingError, compile_step
-from dpcompile.losses import per_example_causal_lm, per_example_cross_entropy
+from dpcompile.losses import per_example_causal_lm, per_example_cross_entropy, per_example_load_balancing
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
 
@@ -148,3 +148,62 @@ def test_logs_do_not_break_the_graph(caplog: pytest.LogCaptureFixture) -> None:
     private = dp_compile(Talkative(3, 2), backend="eager")
     private(torch.randn(B, 3)).sum(1).mean().backward()
     assert private.grad_norms.shape == (B,)
+
+
+# --- load balancing ---------------------------------------------------------------------------------------------------
+
+
+def test_load_balancing_is_that_of_transformers_on_one_example() -> None:
+    """Of two layers and three examples, with tokens that do not count."""
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    torch.manual_seed(0)
+    layers = [torch.randn(3, 6, 4) for _ in range(2)]
+    mask = torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]])
+    for given in (None, mask):
+        each = per_example_load_balancing([x.flatten(0, 1) for x in layers], 3, 2, given)
+        for i in range(3):
+            own = None if given is None else given[i : i + 1]
+            whole = mixtral.load_balancing_loss_func(tuple(x[i] for x in layers), 4, 2, own)
+            torch.testing.assert_close(each[i], whole / 2)  # ours is 1 where tokens are spread evenly
+    even = torch.eye(4).repeat(2, 1)[None] * 1e4
+    torch.testing.assert_close(per_example_load_balancing(even, 1, 1), torch.ones(1))
+    with pytest.raises(ValueError, match=r"must be \[B \* T, experts\] of B = 4"):
+        per_example_load_balancing(torch.randn(6, 4), 4, 1)
+
+
+class Balanced(nn.Module):
+    """A mixture of experts of Transformers, and what is returned of it."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        pytest.importorskip("transformers")
+        from models.experts import EXPERTS
+        from models.pretrained import build
+
+        self.model = build("MixtralForCausalLM", num_local_experts=3, **EXPERTS | {"num_hidden_layers": 1})
+        self.inside = inside
+        with torch.no_grad():
+            self.model(torch.zeros(1, 2, dtype=torch.long), output_router_logits=True)
+
+    def forward(self, ids: Tensor) -> Any:
+        out = self.model(ids, output_router_logits=True)
+        return out.logits, (out.aux_loss if self.inside else out.router_logits[0])
+
+
+def test_load_balancing_over_the_batch_is_refused_and_its_remedy_works() -> None:
+    """The router's logits in place of the loss, and one loss for each example."""
+    torch.manual_seed(0)
+    ids = torch.randint(2, 11, (4, 5))
+    refused: Any = dpcompile.dp_compile(Balanced(inside=True), backend="eager")
+    with pytest.raises(ExampleMixingError, match=r"counts values of all examples[\s\S]*per_example_load_balancing"):
+        refused(ids)
+
+    def loss(out: Any, rows: slice) -> Tensor:
+        balance = per_example_load_balancing(out[1], out[0].shape[0], 2)
+        return per_example_causal_lm(out[0], ids[rows]) + balance
+
+    model = Balanced(inside=False)
+    gradients = per_example_gradients(model, (ids,), {}, loss)
+    private: Any = dpcompile.dp_compile(copy.deepcopy(model), max_grad_norm=0.5, backend="eager")
+    train_step(private, (ids,), {}, loss)
+    assert_right(private, clip(gradients, 0.5), 1e-4)

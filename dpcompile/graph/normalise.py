@@ -8,9 +8,17 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+import dpcompile.graph.expert_products  # noqa: F401  # registers the operations
 from dpcompile.graph.operations import WRITES_BY_INDEX
+from dpcompile.graph.sizes import is_one, shape_of
 
-__all__ = ["copy_expanded_bases", "save_what_is_overwritten", "slices_for_splits", "split_convolution_bias"]
+__all__ = [
+    "copy_expanded_bases",
+    "save_what_is_overwritten",
+    "slices_for_splits",
+    "split_convolution_bias",
+    "sums_of_outer_products",
+]
 
 aten = torch.ops.aten
 
@@ -31,6 +39,52 @@ def split_convolution_bias(graph: fx.Graph) -> None:
                 bias.meta = dict(result.meta)
                 result.replace_all_uses_with(bias)
                 graph.erase_node(result)
+
+
+def sums_of_outer_products(graph: fx.Graph) -> None:
+    """Outer products that are added up by an index are not made one by one, where nothing else needs them.
+
+    They are the gradient of matrices that every row looks up by its own index, which the look-up has found to be that
+    of one, from the front or from the back. Contract: equal values, up to rounding.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.index_put.default):
+        base, indices, values, *adds = node.args
+        if adds != [True] or len(indices) != 1 or values.users != {node: None} or not _is_zero(base):
+            continue
+        sides = _sides_of(values)
+        (index,) = indices
+        if sides is None or index.meta["val"].ndim != 1 or index.meta["val"].dtype == torch.bool:
+            continue
+        count = base.meta["val"].shape[0]
+        with graph.inserting_before(node):
+            left, right = (graph.call_function(aten.squeeze.dim, side) for side in sides)
+            for flat, (side, dim) in zip((left, right), sides, strict=True):
+                flat.meta = {**values.meta, "val": side.meta["val"].squeeze(dim)}
+            own = graph.call_function(aten.remainder.Scalar, (index, count))
+            own.meta = {**values.meta, "val": index.meta["val"]}
+            sums = graph.call_function(torch.ops.dpcompile.expert_sums.default, (left, right, own, count))
+        sums.meta = dict(node.meta)
+        node.replace_all_uses_with(sums)
+        graph.erase_node(node)
+        graph.erase_node(values)
+
+
+def _sides_of(values: fx.Node) -> tuple[tuple[fx.Node, int], tuple[fx.Node, int]] | None:
+    """The factors of ``[N, P, 1]`` times ``[N, 1, D]``, each with the dimension that it has not."""
+    if values.target not in (aten.mul.Tensor, aten.bmm.default):
+        return None
+    found = values.args if all(isinstance(a, fx.Node) for a in values.args) else ()
+    orders = [found, found[::-1]] if values.target is aten.mul.Tensor else [found]
+    for left, right in orders:
+        shapes = [shape_of(n.meta["val"]) for n in (left, right)]
+        if all(len(s) == 3 for s in shapes) and is_one(shapes[0][2]) and is_one(shapes[1][1]):
+            same_dtype = left.meta["val"].dtype == right.meta["val"].dtype == values.meta["val"].dtype
+            return ((left, 2), (right, 1)) if same_dtype and shapes[0][0] == shapes[1][0] else None
+    return None
+
+
+def _is_zero(base: fx.Node) -> bool:
+    return base.target is aten.full.default and base.args[1] == 0 and isinstance(base.meta["val"].shape[0], int)
 
 
 def save_what_is_overwritten(graph: fx.Graph) -> None:

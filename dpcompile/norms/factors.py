@@ -28,6 +28,7 @@ from dpcompile.norms.convolutions import (
     patch_columns,
     positions_in_rows,
 )
+from dpcompile.norms.experts import expert_blocks, expert_gradients, norms_of_experts, positions_of_an_expert
 from dpcompile.proof.site_kinds import Form
 from dpcompile.proof.sites import ParameterGradient, Site
 
@@ -228,6 +229,24 @@ def _index_put(site: Site, batch: Size) -> Factored | None:
     return Factored(site, (index, values), build, (1, positions, rows, table[1]), one_hot="rows")
 
 
+def _experts(site: Site, batch: Size) -> Factored:
+    """Blocks are the experts; T is what comes to one of them."""
+    left, right, expert = (site.operands[name] for name in ("left", "right", "expert"))
+    axis, (count, p, d) = next(iter(site.axes.values())), site.value.meta["val"].shape
+
+    def each(left: Tensor, right: Tensor, expert: Tensor, b: int, reuse: bool, kept: bool) -> tuple[Tensor, Tensor]:
+        return expert_gradients(left, right, expert, count, axis, b)
+
+    def build(left: Tensor, right: Tensor, expert: Tensor, b: int) -> tuple[Tensor, Tensor]:
+        return expert_blocks(left, right, expert, count, axis, b)
+
+    def norms(left: Tensor, right: Tensor, expert: Tensor, b: int) -> Tensor:
+        return norms_of_experts(left, right, expert, count, axis, b)
+
+    sizes = (count, positions_of_an_expert(product([axis.outer, axis.inner]), count), size(p), size(d))
+    return Factored(site, (left, right, expert), build, sizes, each=each, norms=norms, ghost=norms)
+
+
 _BLOCK = 16  # channels, in the layouts of oneDNN
 _NARROW = 64  # columns: patches of so few numbers (those of colours) are unfolded sooner than convolved in groups
 
@@ -287,4 +306,5 @@ _MAKERS: dict[Form, Callable[[Site, Size], Factored | None]] = {
     "product": _product,
     "table": _index_put,
     "filters": _convolution,
+    "experts": _experts,
 }

@@ -60,7 +60,8 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
             "the model branches on the values of tensors, or takes a size from them",
             where=user_place(error),
             remedy="use torch.where, or shapes that do not depend on values; pass what is known before the call as a "
-            "Python number; give layers no random depth (layerdrop=0)",
+            "Python number; give layers no random depth (layerdrop=0), and experts of Transformers "
+            "experts_implementation='grouped_mm'",
         )
     if isinstance(error, Unsupported):
         return UnsupportedGraphError(

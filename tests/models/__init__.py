@@ -21,6 +21,7 @@ from models.case import ALL, B, Case, D, T, V
 from models.modules import Block, LanguageModel
 
 if importlib.util.find_spec("transformers") is not None:
+    from models import experts as experts
     from models import language as language
     from models import speech as speech
     from models import vision as vision

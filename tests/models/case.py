@@ -32,6 +32,7 @@ class Case:
         refused: where it must be refused, what the message says (a regular expression).
         reason: why, in words, for the table.
         slow: whether only ``pytest tests -m slow`` runs it under every rule; else CI runs it under "auto" alone.
+        rare: whether only ``pytest tests -m slow`` runs it at all.
         tolerance: the largest relative error.
     """
 
@@ -45,6 +46,7 @@ class Case:
     refused: str | None = None
     reason: str = ""
     slow: bool = False
+    rare: bool = False
     tolerance: float = 1e-4
 
     @property

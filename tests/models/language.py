@@ -1,4 +1,4 @@
-"""Language models of Hugging Face Transformers: decoders, encoders, encoder-decoders, state spaces, experts."""
+"""Language models of Hugging Face Transformers: decoders, encoders, encoder-decoders, state spaces."""
 
 from __future__ import annotations
 
@@ -88,18 +88,6 @@ else:
              refused="cannot be compiled: AssertionError.*\n.*modeling_lfm2.py", reason="prepares its cache in forward",
              **GROUPED)
 
-# Experts: the fast ways sort the tokens of all examples by expert, or look which experts are wanted at all.
-EXPERTS = GROUPED | {"num_experts_per_tok": 2}
-SORTS = "`sort` mixes examples" if FIVE else BRANCHES
-language("MixtralForCausalLM", tokens, num_local_experts=3, refused=SORTS, reason="sorts tokens by expert", **EXPERTS)
-if FIVE:
-    language("MixtralForCausalLM", tokens, "MixtralLoop", num_local_experts=3, experts_implementation="eager",
-             refused=BRANCHES, reason="skips experts that nobody wants", **EXPERTS)
-    language("MixtralForCausalLM", tokens, "MixtralBatched", num_local_experts=3, experts_implementation="batched_mm",
-             **EXPERTS)
-    language("Qwen2MoeForCausalLM", tokens, num_experts=3, experts_implementation="batched_mm",
-             moe_intermediate_size=6, shared_expert_intermediate_size=6, **EXPERTS)
-
 # --- encoders ---------------------------------------------------------------------------------------------------------
 
 language("BertForSequenceClassification", tokens, quick=True, **ENCODER)
@@ -153,5 +141,3 @@ language("T5ForConditionalGeneration", pairs, "T5Gated", feed_forward_proj="gate
 language("BartForConditionalGeneration", pairs, **STILL, **BART)
 language("PegasusForConditionalGeneration", pairs, **STILL, **BART)
 language("MBartForConditionalGeneration", pairs, **STILL, **BART)
-language("SwitchTransformersForConditionalGeneration", pairs, num_experts=3, refused="raises TypeError|" + BRANCHES,
-         reason="skips experts that nobody wants", **T5)

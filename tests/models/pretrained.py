@@ -54,7 +54,7 @@ def case(family: str, architecture: str, inputs: Inputs, name: str | None = None
     ``called``: whether the model is called once before (it installs hooks then), and ``quick``: whether CI runs it
     under every rule.
     """
-    fields = {k: options.pop(k) for k in ("in_dims", "refused", "reason", "tolerance") if k in options}
+    fields = {k: options.pop(k) for k in ("in_dims", "refused", "reason", "tolerance", "rare") if k in options}
     called, quick = options.pop("called", False), options.pop("quick", False)
 
     def make() -> nn.Module:

@@ -57,7 +57,7 @@ def marks_of(case: Case, run: int, place: int) -> list[Any]:
     Of the forced rules one is not slow, by turns, and of every second model.
     """
     forced = 1 + place // 2 % 2 if place % 2 == 0 else 0
-    slow = run > 0 and (case.slow or run != forced)
+    slow = case.rare or (run > 0 and (case.slow or run != forced))
     return [pytest.mark.xdist_group(case.id), *([pytest.mark.slow] if slow else [])]
 
 
@@ -98,7 +98,7 @@ def test_model_through_inductor(case: Case, record: Record) -> None:
     right(case, "auto", record, backend="inductor")
 
 
-HEAVY = ("adapters", "architectures", "language", "speech", "vision")  # take long to compile
+HEAVY = ("adapters", "architectures", "experts", "language", "speech", "vision")  # take long to compile
 MENDED = {  # what Inductor gets wrong without us, under the rule that shows it
     "spatial/TutorialCNN": "redo",
     "spatial/AvgPool2d-ceil": "auto",

@@ -495,7 +495,7 @@ def test_what_to_do_about_backward_hooks() -> None:
 def sorted_by_expert(net: Net, x: Tensor) -> Any:
     h = net.layer(x)
     order = x.argmax(1).argsort()
-    return torch.empty_like(h).index_copy(0, order, h[order])
+    return torch.empty_like(h).index_copy(0, order, h)
 
 
 def experts_that_are_asked_for(net: Net, x: Tensor) -> Any:

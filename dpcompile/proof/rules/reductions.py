@@ -91,10 +91,17 @@ def _along(call: Call) -> Label:
     ndim = len(shape_of(node.meta["val"]))
     touched = touched_dims(call, ndim)
     if label.dim in touched:
-        return call.mixes(f"`{name}` runs along the examples")
+        return call.mixes(f"`{name}` runs along the examples", _SORTED if name == "sort" else None)
     if name == "prepare_softmax_online" and label.dim > min(touched):
         return call.unsupported("its result drops a dimension before the example axis")
     return call.any_by_row(call.operands, label, ndim) or label
+
+
+_SORTED = (
+    "rows may be sorted by a vector of numbers if each is handled by itself and comes back to its place: `rows = "
+    "x[order]`, .., `x.index_add(0, order, rows)` or `rows[order.argsort()]`; where each kind of rows ends must come "
+    "from torch.histc and cumsum; in Transformers: experts_implementation='grouped_mm' or 'batched_mm'"
+)
 
 
 def touched_dims(call: Call, ndim: int) -> set[int]:
