@@ -33,8 +33,8 @@ class PrivacyArguments:
             accumulated, else as in :class:`dpcompile.PoissonLoader`.
         max_batch_size: the cap on draws, see there.
         secure: ChaCha20 for noise and draws.
-        seed: of noise and draws, a secret: not ``TrainingArguments.seed``, which has a default that everybody knows.
-            None draws one.
+        noise_seed: of noise and draws, a secret: not ``TrainingArguments.seed``, which has a default that everybody
+            knows. None draws one.
         padding_example: an item of the dataset's kind that is no example, see :class:`dpcompile.PoissonLoader`.
         options: more keyword arguments of :func:`dpcompile.make_private`: check, dynamic, exact, memory_budget,
             noise_schedule, norm, regions, verify.
@@ -56,7 +56,7 @@ class PrivacyArguments:
     )
     max_batch_size: int | None = field(default=None, metadata={"help": "A cap on draws."})
     secure: bool = field(default=False, metadata={"help": "Cryptographic noise and draws."})
-    seed: int | None = field(default=None, metadata={"help": "Secret seed of noise and draws; by default drawn."})
+    noise_seed: int | None = field(default=None, metadata={"help": "Secret seed of noise and draws; by default drawn."})
     padding_example: Any = field(default=None, repr=False, metadata={"help": "An item that is no example."})
     options: dict = field(default_factory=dict, metadata={"help": "More arguments of make_private."})
 
@@ -76,9 +76,9 @@ class PrivacyArguments:
 
     def __repr__(self) -> str:
         """Without the seed."""
-        seed = "None" if self.seed is None else "given"
+        seed = "None" if self.noise_seed is None else "given"
         return (
             f"PrivacyArguments(target_epsilon={self.target_epsilon}, noise_multiplier={self.noise_multiplier}, "
             f"target_delta={self.target_delta}, accountant={self.accountant!r}, clipping={self.clipping!r}, "
-            f"secure={self.secure}, seed={seed})"
+            f"secure={self.secure}, noise_seed={seed})"
         )

@@ -44,61 +44,63 @@ class MarkedCollate:
 
 
 class DrawnStep(dict):  # type: ignore[type-arg]
-    """One logical step on its way through the Trainer's loop, which sees an empty batch."""
+    """One logical step on its way through the Trainer's loop, which sees an empty batch.
 
-    def __init__(self, draws: _Draws, index: int) -> None:
+    Args:
+        draws: of all steps.
+        of_pass: the physical batches of its pass, taken one after the other.
+        index: which step of the pass it is.
+    """
+
+    def __init__(self, draws: _Draws, of_pass: Iterator[Any], index: int) -> None:
         super().__init__()
-        self._draws, self._index = draws, index
+        self._draws, self._of_pass, self._index = draws, of_pass, index
 
     def parts(self) -> Iterator[dict[str, Any]]:
-        """The physical batches of the draw."""
-        return self._draws.take(self._index)
+        """The physical batches of the draw.
+
+        Raises:
+            PrivacyError: the pass has no draw left, or another has begun.
+        """
+        more = True
+        while more:
+            batch = next(self._of_pass, None)
+            if batch is None:
+                raise PrivacyError(
+                    f"step {self._index} of a pass over the training data, and the loader has no draw left for it",
+                    remedy="leave the loop to Trainer.train(); a checkpoint is resumed with resume_from_checkpoint",
+                )
+            more = self._draws.optimizer.accumulating
+            yield batch
+        if self._index == len(self._draws) - 1:  # let the loader know that the pass was taken whole
+            next(self._of_pass, None)
 
 
 class _Draws(Dataset):  # type: ignore[type-arg]
-    """The steps of one pass by number."""
+    """The steps of a pass by number."""
 
     def __init__(self, loader: PoissonLoader, optimizer: DPOptimizer) -> None:
-        self._loader, self._optimizer = loader, optimizer
-        self._batches: Iterator[Any] = iter(())
+        self.loader, self.optimizer = loader, optimizer
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self.loader)
 
-    def __getitem__(self, index: int) -> DrawnStep:
-        return DrawnStep(self, index)
-
-    def begin(self) -> None:
-        """A pass, or the rest of one that was resumed."""
-        self._batches = self._loader.parts()
-
-    def take(self, index: int) -> Iterator[dict[str, Any]]:
-        """The physical batches of the next draw, which is the step ``index`` of its pass."""
-        while True:
-            batch = next(self._batches, None)
-            if batch is None:
-                raise PrivacyError(
-                    f"step {index} of a pass over the training data, and the loader has no draw left for it",
-                    remedy="leave the loop to Trainer.train(); a checkpoint is resumed with resume_from_checkpoint",
-                )
-            more = self._optimizer.accumulating
-            yield batch
-            if not more:
-                break
-        if index == len(self) - 1:  # let the loader know that the pass was taken whole
-            next(self._batches, None)
+    def __getitem__(self, place: tuple[Iterator[Any], int]) -> DrawnStep:
+        return DrawnStep(self, *place)
 
 
-class _InTurn(Sampler[int]):
+class _InTurn(Sampler[Any]):
+    """Each iteration is a pass, or the rest of one that was resumed: of that the loop skips the numbers before it."""
+
     def __init__(self, draws: _Draws) -> None:
         self._draws = draws
 
     def __len__(self) -> int:
         return len(self._draws)
 
-    def __iter__(self) -> Iterator[int]:
-        self._draws.begin()
-        return iter(range(len(self._draws)))
+    def __iter__(self) -> Iterator[Any]:
+        of_pass = self._draws.loader.parts()
+        return iter([(of_pass, index) for index in range(len(self._draws))])
 
 
 def _only(items: Sequence[DrawnStep]) -> DrawnStep:

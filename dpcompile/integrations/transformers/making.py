@@ -109,7 +109,7 @@ def made_private(model: Any, inner: Any, data: DataLoader[Any], args: Any, priva
         physical_batch_size=physical,
         max_batch_size=privacy.max_batch_size,
         padding_example=privacy.padding_example,
-        seed=privacy.seed,
+        seed=privacy.noise_seed,
         secure=privacy.secure,
         clipping=privacy.clipping,
         backend=privacy.backend,

@@ -72,7 +72,7 @@ REFUSED = (
         "data_seed",
         lambda args: getattr(args, "data_seed", None) is not None,
         "draws are a secret",
-        "leave it out; PrivacyArguments(seed=) repeats an experiment",
+        "leave it out; PrivacyArguments(noise_seed=) repeats an experiment",
     ),
     Refused(
         "ignore_data_skip",

@@ -13,7 +13,7 @@ from dpcompile.integrations.transformers.draws import REAL
 
 __all__ = ["StepLosses"]
 
-_COMPARED = 2  # physical batches of a run; after the first step the weights are no longer those of an initialisation
+_COMPARED = 2  # steps of a run: after the first the weights are no longer those of an initialisation
 
 
 class StepLosses:
@@ -38,7 +38,7 @@ class StepLosses:
         source: str | None,
     ) -> None:
         self.model, self.label_names, self.per_example, self.source = model, label_names, per_example, source
-        self._checked = 0
+        self._compared, self._due = 0, True
         self._total, self._count, self._last = 0.0, 0, 0.0
 
     def of(self, private_model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
@@ -46,14 +46,14 @@ class StepLosses:
         inputs = dict(inputs)
         real: Tensor = inputs.pop(REAL)
         labels = {name: inputs.pop(name) for name in self.label_names if inputs.get(name) is not None}
-        checks = self._checked < _COMPARED and bool(real.any())
+        checks = self._due and bool(real.any())
         if checks and self.source is None:
             self._compare(inputs, labels, int(real.int().argmax()))
         outputs = private_model(**self._with_decoder_inputs(inputs, labels))
         values = losses.check_rows(self.per_example(outputs, labels), len(real), self.source or "per_example_loss")
         if checks and self.source is not None:
             losses.check_unmixed(values, outputs, self.source)
-        self._checked += checks
+        self._compared, self._due = self._compared + checks, self._due and not checks
         self._total += float(values.detach().double()[real].sum())
         self._count += int(real.sum())
         return values.where(real, 0.0).mean(), outputs  # a padding row's loss may be no number
@@ -62,7 +62,7 @@ class StepLosses:
         """The mean over the examples of the step that is over; of one without examples, of the step before."""
         if self._count:
             self._last = self._total / self._count
-        self._total, self._count = 0.0, 0
+        self._total, self._count, self._due = 0.0, 0, self._compared < _COMPARED
         return self._last
 
     def _compare(self, inputs: Mapping[str, Any], labels: Mapping[str, Tensor], row: int) -> None:

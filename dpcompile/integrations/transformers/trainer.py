@@ -39,7 +39,7 @@ class DPTrainerMixin(_Base):
 
     Args:
         *args: of the Trainer.
-        privacy: target, sigma, seed (:class:`PrivacyArguments`).
+        privacy: target or sigma, and the rest (:class:`PrivacyArguments`).
         **kwargs: of the Trainer.
 
     What of the Trainer means something else:
