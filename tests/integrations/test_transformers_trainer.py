@@ -504,7 +504,7 @@ def test_what_is_no_map_of_examples(trainer: Any) -> None:
 
 
 def test_what_a_subclass_may_not_replace(trainer: Any) -> None:
-    for name in ("compute_loss", "get_train_dataloader", "get_batch_samples"):
+    for name in ("compute_loss", "get_train_dataloader", "get_batch_samples", "training_step", "create_optimizer"):
         kind = type("Mine", (DPTrainer,), {name: lambda self, *args, **options: None})
         with pytest.raises(PrivacyError, match=f"Mine.{name} takes the place"):
             trainer(tiny(), Rows("classes"), kind=kind)
@@ -612,6 +612,40 @@ def test_two_runs_of_one_trainer_are_counted_together(trainer: Any) -> None:
     fresh.train()
     with pytest.raises(PrivacyError, match="a second run from model_init"):
         fresh.train()
+
+
+def test_what_changes_between_two_runs(trainer: Any) -> None:
+    def replaced(name: str, value: Any, owner: str | None = None) -> Any:
+        run = trainer(tiny(), Rows("classes"), max_steps=1)
+        run.train()
+        setattr(run if owner is None else getattr(run, owner), name, value)
+        return run
+
+    for name, value, owner in (
+        ("train_dataset", Rows("classes"), None),
+        ("model", tiny(), None),
+        ("data_collator", list, None),
+        ("compute_loss_func", of_each, None),
+        ("max_grad_norm", 2.0, "args"),
+        ("per_device_train_batch_size", 2, "args"),
+        ("noise_multiplier", 0.5, "privacy"),
+    ):
+        run = replaced(name, value, owner)
+        named = {"per_device_train_batch_size": "train_batch_size"}.get(name, "privacy" if owner == "privacy" else name)
+        with pytest.raises(PrivacyError, match=f"^{named} was changed after training began"):
+            run.train()
+    run = replaced("optimizer", None)
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    with pytest.raises(PrivacyError, match="optimizer was replaced by SGD: its steps would have no noise"):
+        run.train()
+
+
+def test_an_optimizer_of_ones_own(trainer: Any) -> None:
+    theirs, ours = tiny(), tiny()
+    trainer(theirs, Rows("classes")).train()
+    run = trainer(ours, Rows("classes"), given={"optimizers": (torch.optim.SGD(ours.parameters(), lr=0.5), None)})
+    run.train()
+    assert_same(weights(ours), weights(theirs))
 
 
 def test_callbacks_that_meddle(trainer: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import DataLoader, RandomSampler
 
 from dpcompile.data.loader import PoissonLoader
@@ -14,7 +15,7 @@ from dpcompile.integrations.transformers.draws import MarkedCollate, loader_of_s
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.private import make_private
 
-__all__ = ["Private", "made_private", "refuse_stream", "sampled"]
+__all__ = ["Private", "made_of", "made_private", "refuse_stream", "sampled"]
 
 
 class Private(NamedTuple):
@@ -26,6 +27,7 @@ class Private(NamedTuple):
         loader: of the draws.
         steps: the loader as the Trainer's loop knows it, an item for each draw.
         planned: how many steps the noise was calibrated for.
+        made_of: by name, what of the Trainer all this was made of.
     """
 
     model: Any
@@ -33,6 +35,17 @@ class Private(NamedTuple):
     loader: PoissonLoader
     steps: DataLoader[Any]
     planned: int
+    made_of: dict[str, Any]
+
+    def refuse_changed(self, made_of: dict[str, Any]) -> None:
+        """Raise PrivacyError if the Trainer's model, data or numbers are others by now."""
+        for name, value in made_of.items():
+            before = self.made_of[name]
+            if before is not value and not (isinstance(value, (int, float, dict)) and before == value):
+                raise PrivacyError(
+                    f"{name} was changed after training began: what is trained, and what epsilon counts, is as it was",
+                    remedy="make a new DPTrainer with it; on the same data epsilon is that of both runs together",
+                )
 
 
 def refuse_stream(dataset: Any) -> None:
@@ -66,6 +79,7 @@ def sampled(theirs: Any, args: Any, padding_example: Any) -> DataLoader[Any]:
         name: getattr(theirs, name)
         for name in ("num_workers", "timeout", "worker_init_fn", "multiprocessing_context", "persistent_workers")
     }
+    options["pin_memory"] = theirs.pin_memory and torch.cuda.is_available()
     if theirs.num_workers:
         options["prefetch_factor"] = theirs.prefetch_factor
     return DataLoader(
@@ -77,19 +91,33 @@ def sampled(theirs: Any, args: Any, padding_example: Any) -> DataLoader[Any]:
     )
 
 
-def made_private(model: Any, inner: Any, data: DataLoader[Any], args: Any, privacy: PrivacyArguments) -> Private:
+def made_of(trainer: Any, args: Any) -> dict[str, Any]:
+    """What of a Trainer its private training is made of.
+
+    Args:
+        trainer: it.
+        args: its ``TrainingArguments`` as they were given.
+    """
+    objects = {
+        name: getattr(trainer, name) for name in ("model", "train_dataset", "data_collator", "compute_loss_func")
+    }
+    numbers = ("max_grad_norm", "train_batch_size", "gradient_accumulation_steps")
+    return {**objects, **{name: getattr(args, name) for name in numbers}, "privacy": dict(vars(trainer.privacy))}
+
+
+def made_private(trainer: Any, inner: Any, data: DataLoader[Any], args: Any) -> Private:
     """What ``make_private`` makes of a Trainer's model, optimizer and data.
 
     Args:
-        model: the ordinary one.
+        trainer: it.
         inner: its optimizer.
         data: with the expected batch size (:func:`sampled`).
         args: ``TrainingArguments`` as they were given.
-        privacy: of the user.
 
     Raises:
         PrivacyError: what ``make_private`` refuses.
     """
+    privacy: PrivacyArguments = trainer.privacy
     assert data.batch_size is not None
     a_pass = math.ceil(len(data.dataset) / data.batch_size)  # type: ignore[arg-type]
     planned = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * a_pass)
@@ -97,7 +125,7 @@ def made_private(model: Any, inner: Any, data: DataLoader[Any], args: Any, priva
     if physical is None and args.gradient_accumulation_steps > 1:
         physical = args.train_batch_size
     model, optimizer, loader = make_private(
-        model,
+        trainer.model,
         inner,
         data,
         noise_multiplier=privacy.noise_multiplier,
@@ -115,4 +143,4 @@ def made_private(model: Any, inner: Any, data: DataLoader[Any], args: Any, priva
         backend=privacy.backend,
         **privacy.options,
     )
-    return Private(model, optimizer, loader, loader_of_steps(loader, optimizer), planned)
+    return Private(model, optimizer, loader, loader_of_steps(loader, optimizer), planned, made_of(trainer, args))

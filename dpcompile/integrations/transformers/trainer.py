@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
 from dpcompile.errors import PrivacyError
 from dpcompile.integrations.transformers import losses
 from dpcompile.integrations.transformers.arguments import PrivacyArguments
 from dpcompile.integrations.transformers.checkpoints import load_draws, save_draws
 from dpcompile.integrations.transformers.draws import DrawnStep
-from dpcompile.integrations.transformers.making import Private, made_private, refuse_stream, sampled
+from dpcompile.integrations.transformers.making import Private, made_of, made_private, refuse_stream, sampled
 from dpcompile.integrations.transformers.refusals import refuse_arguments, refuse_overridden
 from dpcompile.integrations.transformers.step_losses import StepLosses
 from dpcompile.module import PrivateModule
@@ -79,6 +79,9 @@ class DPTrainerMixin(_Base):
             )
         self.privacy = privacy
         refuse_overridden(self, DPTrainerMixin, _OVERRIDDEN)
+        for given in (*args, *kwargs.values()):  # before the Trainer takes them apart
+            if isinstance(given, TrainingArguments):
+                refuse_arguments(given)
         super().__init__(*args, **kwargs)
         refuse_arguments(self.args)
         if isinstance(self.model, PrivateModule):
@@ -137,18 +140,25 @@ class DPTrainerMixin(_Base):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """A step for each item; the first call makes model, optimizer and loader private."""
+        args = self.args if self._given is None else self._given
         if self._private is None:
             refuse_stream(self.train_dataset)
-            args = self.args if self._given is None else self._given
             data = sampled(super().get_train_dataloader(), args, self.privacy.padding_example)
-            self._private = made_private(self.model, super().create_optimizer(), data, args, self.privacy)
+            self._private = made_private(self, super().create_optimizer(), data, args)
             self.optimizer = self._private.optimizer
+        self._private.refuse_changed(made_of(self, args))
         return self._private.steps
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The private optimizer, around the one that ``TrainingArguments`` or ``optimizers=`` say."""
-        if self._private is None:
-            self.get_train_dataloader()
+        self.get_train_dataloader()
+        assert self._private is not None
+        private = self._private.optimizer
+        if self.optimizer is not private and getattr(self.optimizer, "optimizer", None) is not private:
+            raise PrivacyError(
+                f"the Trainer's optimizer was replaced by {type(self.optimizer).__name__}: its steps would have no noise",
+                remedy="give optimizers=(optimizer, None) to DPTrainer, which makes it private",
+            )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -238,7 +248,7 @@ class DPTrainerMixin(_Base):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in the Trainer, with ``epsilon`` while it trains."""
-        if self.is_in_train and self._private is not None:
+        if self._given is not None:
             logs["epsilon"] = self.epsilon
         super().log(logs, *args, **kwargs)
 
@@ -293,6 +303,8 @@ _OVERRIDDEN = {
     "compute_loss_func=",
     "get_train_dataloader": "give train_dataset= and data_collator=",
     "get_batch_samples": "leave it as DPTrainer has it",
+    "training_step": "override per_example_loss for another loss; a TrainerCallback sees every step",
+    "create_optimizer": "give optimizers=(optimizer, None), or optimizer_cls_and_kwargs=",
 }
 
 
