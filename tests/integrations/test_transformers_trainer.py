@@ -41,7 +41,7 @@ from transformers import (  # noqa: E402
 
 from dpcompile import DPCompileError, PoissonLoader, PrivacyError, dp_compile, make_private  # noqa: E402
 from dpcompile.integrations.transformers import DPSeq2SeqTrainer, DPTrainer, PrivacyArguments  # noqa: E402
-from dpcompile.integrations.transformers.refusals import refuse_arguments  # noqa: E402
+from dpcompile.integrations.transformers.refusals import REFUSED, refuse_arguments  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
 
@@ -773,6 +773,18 @@ def test_a_sequence_to_sequence_trainer(trainer: Any, tmp_path: pathlib.Path) ->
     run.train()
     assert_same(weights(ours), weights(theirs))
     assert run.predict(run.eval_dataset).predictions.shape[0] == 4
+
+
+def test_the_table_of_the_page_names_its_tests() -> None:
+    page = (pathlib.Path(__file__).parents[2] / "docs/frameworks.md").read_text()
+    section = page.partition("## Transformers\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (works|refused)(.*?) \| `(\w+)` \|$", section, re.MULTILINE)
+    assert len(rows) == section.count("\n| ") - 1  # but for the head
+    for feature, _, _, test in rows:
+        assert test in globals(), f"{feature}: there is no {test}"
+    refused = " ".join(feature for feature, outcome, _, _ in rows if outcome == "refused")
+    for argument in REFUSED:
+        assert argument.name in refused, argument.name
 
 
 @pytest.mark.slow

@@ -106,9 +106,7 @@ class DPTrainerMixin(_Base):
         """
         if self._private is None:
             raise PrivacyError("there is nothing to report before training", remedy="call train() first")
-        delta = self.privacy.target_delta if delta is None else delta
-        assert delta is not None
-        return self._private.optimizer.report(delta)
+        return self._private.optimizer.report(self.privacy.target_delta if delta is None else delta)  # type: ignore[arg-type]
 
     # The run: from TrainingArguments to make_private, once.
 
@@ -156,7 +154,8 @@ class DPTrainerMixin(_Base):
         private = self._private.optimizer
         if self.optimizer is not private and getattr(self.optimizer, "optimizer", None) is not private:
             raise PrivacyError(
-                f"the Trainer's optimizer was replaced by {type(self.optimizer).__name__}: its steps would have no noise",
+                f"the Trainer's optimizer was replaced by {type(self.optimizer).__name__}: its steps would have no "
+                "noise",
                 remedy="give optimizers=(optimizer, None) to DPTrainer, which makes it private",
             )
         return self.optimizer
