@@ -204,7 +204,7 @@ def test_clipping_by_hand_is_refused():
 def test_the_page():
     """What the page says runs."""
     page = (pathlib.Path(__file__).parents[2] / "docs/frameworks.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page.partition("## Accelerate")[2].partition("\n## ")[0], re.DOTALL)
+    (block,) = re.findall(r"```py\n(.*?)```", page.partition("## Accelerate")[2].partition("\n## ")[0], re.DOTALL)
     net, optimizer, loader = parts()
     given = {"model": net, "optimizer": optimizer, "loader": loader}
     given["scheduler"] = torch.optim.lr_scheduler.StepLR(optimizer, 3)

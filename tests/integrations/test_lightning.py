@@ -482,7 +482,7 @@ def test_ways_around_are_refused(kind, message):
 def test_the_page():
     """What the page says runs."""
     page = (pathlib.Path(__file__).parents[2] / "docs/frameworks.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page.partition("## Lightning")[2].partition("\n## ")[0], re.DOTALL)
+    (block,) = re.findall(r"```py\n(.*?)```", page.partition("## Lightning")[2].partition("\n## ")[0], re.DOTALL)
     block = block.replace("DPStrategy(", "DPStrategy(backend='eager', ").replace(
         "max_epochs=20", "max_epochs=2, accelerator='cpu', logger=False, enable_checkpointing=False"
     )

@@ -25,4 +25,5 @@ private
 auditing
 integrations
 __init__
+integrations
 """
