@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpcompile.accounting.accountant import PrivacyAccountant
-from dpcompile.accounting.arguments import Method, Relation, check_bands, check_plan
+from dpcompile.accounting.arguments import Method, Relation, check_bands, check_delta, check_plan, refuse_large_delta
 from dpcompile.accounting.by_step import ByStep
 from dpcompile.accounting.calibration import calibrate_noise
 from dpcompile.accounting.caps import smallest_cap
@@ -76,7 +76,7 @@ def make_private(
             or a PoissonLoader.
         noise_multiplier: sigma. Either this or a target.
         target_epsilon: the epsilon that all ``epochs`` or ``steps`` together may cost.
-        target_delta: with ``target_epsilon``; well below 1 / size of the dataset.
+        target_delta: with ``target_epsilon``; well below 1 / size of the dataset, where more is refused.
         epochs: passes over the loader that are planned; needed with a target, unless ``steps`` is given.
         steps: logical steps that are planned.
         max_grad_norm: C; None: 1.0, or what a model compiled already has. :class:`dpcompile.AdaptiveClip`: it follows a
@@ -108,7 +108,8 @@ def make_private(
             times the ranks, if that is not given) with which epsilon is at most 0.1 % above that of whole draws, at
             ``target_delta`` (else a tenth of 1 / size of the dataset) after the planned steps (else one pass).
         padding_example: see there.
-        on_exceed: with a target, what a step beyond the planned ones does: "raise", "warn" (once) or "ignore".
+        on_exceed: with a target, what a step beyond the planned ones does: "raise" (and a pass that begins when all are
+            taken is warned of), "warn" (once) or "ignore".
         seed: one secret for noise and draws, which take different streams of it (a PoissonLoader keeps its own for the
             draws). None draws one.
         secure: ChaCha20, likewise.
@@ -138,7 +139,7 @@ def make_private(
     options["examples_per_user"] = examples_per_user
     make_loader = partial(private_loader_of, loader, groups, padding_example, batch_size_schedule, seed, secure, engine)
     private_loader = make_loader({**options, "max_batch_size": None if max_batch_size == "auto" else max_batch_size})
-    refuse_rate_from_size(relation, private_loader)
+    _check_data(private_loader, relation, target_delta)
     counted = _counted(private_loader, accountant, relation)
     length = steps if steps is not None else (epochs or 0) * len(private_loader) or None
     target = {"target_epsilon": target_epsilon, "target_delta": target_delta, "steps": length}
@@ -158,6 +159,13 @@ def make_private(
     private_optimizer = DPOptimizer(optimizer, private_model, accountant=counts, **mechanism)
     private_optimizer.plan(planned, on_exceed, noise)
     return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)
+
+
+def _check_data(loader: PoissonLoader, relation: Relation, target_delta: float | None) -> None:
+    refuse_rate_from_size(relation, loader)
+    if target_delta is not None:
+        check_delta(target_delta)
+        refuse_large_delta(target_delta, loader.dataset_size)
 
 
 def _check_in_turn(in_turn: Any) -> None:

@@ -19,7 +19,7 @@ from dpcompile.accounting.planned_steps import OnExceed, PlannedSteps
 from dpcompile.accounting.protocol import Accountant
 from dpcompile.distributed.ranks import summed, world_size
 from dpcompile.distributed.shards import computing_device
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, running_line
 from dpcompile.module import Engine
 from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
@@ -117,6 +117,10 @@ class WrappingOptimizer(HookedOptimizer):
             noise = ByStep(noise, "noise_schedule")
         self._planned = PlannedSteps(steps, on_exceed, noise)
         self.watch_step()
+
+    def begin_pass(self) -> None:
+        """A pass over the attached loader begins: warn if no planned step is left for it."""
+        self._planned.begin_pass(self.logical_step)
 
     def watch_step(self) -> None:
         """Let every backward compare the numbers of its step with those of the other ranks, if they go by the step."""
@@ -326,6 +330,7 @@ def _only_from(owner: weakref.ref[WrappingOptimizer]) -> Callable[..., None]:
         if private is not None and not private._stepping:
             raise PrivacyError(
                 "the wrapped optimizer was stepped directly: its update would have no noise",
+                where=running_line(),
                 remedy="call step() of the DPOptimizer",
             )
 
