@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -127,7 +129,7 @@ def make_private(
     **Guarantee.** The returned loader samples at the rate that the accountant counts, the optimizer adds the noise that
     it counts, to the sums that the model clips, and once per draw of the loader.
     """
-    check_plan(noise_multiplier, target_epsilon, target_delta, epochs, steps)
+    _check_arguments(dp_compile_options, noise_multiplier, target_epsilon, target_delta, epochs, steps)
     secure = secure or exact
     relation = _relation(accountant, relation, target_epsilon)
     _refuse_private(optimizer)
@@ -159,6 +161,20 @@ def make_private(
     private_optimizer = DPOptimizer(optimizer, private_model, accountant=counts, **mechanism)
     private_optimizer.plan(planned, on_exceed, noise)
     return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)
+
+
+def _check_arguments(options: Mapping[str, Any], *plan: Any) -> None:
+    own, passed = inspect.signature(make_private).parameters, inspect.signature(dp_compile).parameters
+    known = sorted({*own, *passed} - {"dp_compile_options"})
+    for name in options:
+        if name not in passed:
+            close = [k for k in known if k.endswith(f"_{name}") or name.endswith(f"_{k}")]
+            close += difflib.get_close_matches(name, known, n=1)
+            raise TypeError(
+                f"make_private() got an unexpected keyword argument {name!r}"
+                + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+    check_plan(*plan)
 
 
 def _check_data(loader: PoissonLoader, relation: Relation, target_delta: float | None) -> None:

@@ -63,8 +63,8 @@ def refuse_large_delta(delta: float, size: int) -> None:
     """Below 1 / size of the dataset: with more, publishing one example at random would satisfy the promise."""
     if delta >= 1 / size:
         raise PrivacyError(
-            f"delta is {delta:g}, and there are {size} in the dataset: at 1 / {size} = {1 / size:.2g} or more, publishing "
-            "one of them at random would be private too",
+            f"delta is {delta:g}, and there are {size} in the dataset: at 1 / {size} = {1 / size:.2g} or more, "
+            "publishing one of them at random would be private too",
             where=running_line(),
             remedy=f"give a delta well below that, such as {0.1 / size:.1g}",
         )

@@ -287,6 +287,16 @@ class WrappingOptimizer(HookedOptimizer):
                 remedy="load what DPOptimizer.state_dict() returned, unchanged",
             ) from error
 
+    def epsilon(self, delta: float) -> float:
+        """What the steps so far cost at ``delta``: the accountant's; a PrivacyError without one."""
+        if self._accountant is None:
+            raise PrivacyError(
+                "the DPOptimizer has no accountant: nobody counted its steps",
+                remedy="make it with accountant=PrivacyAccountant(noise_multiplier=.., sample_rate=..), or by "
+                "make_private",
+            )
+        return self._accountant.epsilon(delta)
+
     def report(self, delta: float, *, audit: Any = None) -> Report:
         """A page for the person who must sign: what was trained, how, what it cost at ``delta``, what is not covered.
 
