@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["DPCompileError", "ExampleMixingError", "PrivacyError", "PrivacyWarning", "UnsupportedGraphError"]
+import linecache
+import os
+import sys
+import sysconfig
+
+__all__ = [
+    "DPCompileError",
+    "ExampleMixingError",
+    "PrivacyError",
+    "PrivacyWarning",
+    "UnsupportedGraphError",
+    "running_line",
+]
 
 
 class DPCompileError(Exception):
@@ -41,3 +53,21 @@ class PrivacyError(DPCompileError):
 
 class PrivacyWarning(UserWarning):
     """What is right for an experiment that is repeated, and wrong for models that are published."""
+
+
+_HERE = os.path.dirname(__file__) + os.sep
+_INSTALLED = tuple({sysconfig.get_path(k) + os.sep for k in ("purelib", "platlib", "stdlib", "platstdlib")})
+_TYPED_IN = ("<stdin>", "<string>", "<ipython")
+
+
+def running_line() -> str | None:
+    """``file:line, in function: source`` of the innermost frame outside this package and what is installed, or None."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file, line, function = frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
+        generated = file.startswith("<") and not file.startswith(_TYPED_IN)
+        if not generated and not file.startswith((_HERE, *_INSTALLED)):
+            source = linecache.getline(file, line, frame.f_globals).strip()
+            return f"{file}:{line}, in {function}" + (f": {source}" if source else "")
+        frame = frame.f_back
+    return None

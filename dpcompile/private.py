@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -11,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpcompile.accounting.accountant import PrivacyAccountant
-from dpcompile.accounting.arguments import Method, Relation, check_bands, check_plan
+from dpcompile.accounting.arguments import Method, Relation, check_bands, check_delta, check_plan, refuse_large_delta
 from dpcompile.accounting.by_step import ByStep
 from dpcompile.accounting.calibration import calibrate_noise
 from dpcompile.accounting.caps import smallest_cap
@@ -80,7 +82,7 @@ def make_private(
         target_epsilon: the epsilon that all ``epochs`` or ``steps`` together may cost. A warning tells if it could be
             had with far less noise in as much compute, or in far less compute, by another batch size
             (:func:`dpcompile.accounting.batch_sizes.better_batch_size`).
-        target_delta: with ``target_epsilon``; well below 1 / size of the dataset.
+        target_delta: with ``target_epsilon``; well below 1 / size of the dataset, where more is refused.
         epochs: passes over the loader that are planned; needed with a target, unless ``steps`` is given.
         steps: logical steps that are planned.
         max_grad_norm: C; None: 1.0, or what a model compiled already has. :class:`dpcompile.AdaptiveClip`: it follows a
@@ -112,7 +114,8 @@ def make_private(
             times the ranks, if that is not given) with which epsilon is at most 0.1 % above that of whole draws, at
             ``target_delta`` (else a tenth of 1 / size of the dataset) after the planned steps (else one pass).
         padding_example: see there.
-        on_exceed: with a target, what a step beyond the planned ones does: "raise", "warn" (once) or "ignore".
+        on_exceed: with a target, what a step beyond the planned ones does: "raise" (and a pass that begins when all are
+            taken is warned of), "warn" (once) or "ignore".
         seed: one secret for noise and draws, which take different streams of it (a PoissonLoader keeps its own for the
             draws). None draws one.
         secure: ChaCha20, likewise.
@@ -131,7 +134,7 @@ def make_private(
     **Guarantee.** The returned loader samples at the rate that the accountant counts, the optimizer adds the noise that
     it counts, to the sums that the model clips, and once per draw of the loader.
     """
-    check_plan(noise_multiplier, target_epsilon, target_delta, epochs, steps)
+    _check_arguments(dp_compile_options, noise_multiplier, target_epsilon, target_delta, epochs, steps)
     secure = secure or exact
     relation = _relation(accountant, relation, target_epsilon)
     _refuse_private(optimizer)
@@ -143,7 +146,7 @@ def make_private(
     options["examples_per_user"] = examples_per_user
     make_loader = partial(private_loader_of, loader, groups, padding_example, batch_size_schedule, seed, secure, engine)
     private_loader = make_loader({**options, "max_batch_size": None if max_batch_size == "auto" else max_batch_size})
-    refuse_rate_from_size(relation, private_loader)
+    _check_data(private_loader, relation, target_delta)
     counted = _counted(private_loader, accountant, relation)
     length = steps if steps is not None else (epochs or 0) * len(private_loader) or None
     target = {"target_epsilon": target_epsilon, "target_delta": target_delta, "steps": length}
@@ -162,6 +165,27 @@ def make_private(
     private_optimizer = DPOptimizer(optimizer, private_model, accountant=counts, **mechanism)
     private_optimizer.plan(planned, on_exceed, noise)
     return private_model, private_optimizer, private_loader.attach(private_model, private_optimizer)
+
+
+def _check_arguments(options: Mapping[str, Any], *plan: Any) -> None:
+    own, passed = inspect.signature(make_private).parameters, inspect.signature(dp_compile).parameters
+    known = sorted({*own, *passed} - {"dp_compile_options"})
+    for name in options:
+        if name not in passed:
+            close = [k for k in known if k.endswith(f"_{name}") or name.endswith(f"_{k}")]
+            close += difflib.get_close_matches(name, known, n=1)
+            raise TypeError(
+                f"make_private() got an unexpected keyword argument {name!r}"
+                + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+    check_plan(*plan)
+
+
+def _check_data(loader: PoissonLoader, relation: Relation, target_delta: float | None) -> None:
+    refuse_rate_from_size(relation, loader)
+    if target_delta is not None:
+        check_delta(target_delta)
+        refuse_large_delta(target_delta, loader.dataset_size)
 
 
 def _check_in_turn(in_turn: Any) -> None:

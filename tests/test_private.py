@@ -137,6 +137,7 @@ def test_a_target_is_met_at_the_end(length):
     assert 2.99 < accountant_of(optimizer).epsilon(1e-4) <= 3.0
 
 
+@pytest.mark.filterwarnings("ignore:all .* planned steps are taken")
 def test_more_steps_than_a_target_was_calibrated_for_are_refused():
     target = {"target_epsilon": 3.0, "target_delta": 1e-4, "epochs": 1, "accountant": "rdp"}
     for whole in (False, True):
@@ -398,6 +399,7 @@ def test_bands_of_one_are_what_was() -> None:
         assert torch.equal(p, q)
 
 
+@pytest.mark.filterwarnings("ignore:all .* planned steps are taken")
 def test_bands_for_a_target() -> None:
     target = {"target_epsilon": 3.0, "target_delta": 1e-5, "epochs": 2}
     model, optimizer, loader = private(None, bands=4, **target)

@@ -36,6 +36,7 @@ LONG_FUNCTIONS = {
 MUTABLE = {
     "extending.py:_registered": "registry of the rules that users gave",
     "optim/checks.py:_DRAWN": "registry of the noise that this process has drawn",
+    "optim/earlier_steps.py:_STEPPED": "registry, by module, of the steps that it took",
     "optim/checks.py:_WARNED": "what was told already",
     "runtime/bystanders.py:_LEDGERS": "registry of live ledgers",
     "runtime/bystanders.py:_TOLD": "what was told already",

@@ -15,6 +15,7 @@ __all__ = [
     "TorchDispatchMode",
     "enable_python_dispatcher",
     "after_backward",
+    "asks_for",
     "current_backward",
     "has_call_hooks",
     "has_gradient_hooks",
@@ -28,6 +29,15 @@ __all__ = [
 def current_backward() -> int:
     """Identify the running ``backward()`` call."""
     return torch._C._current_graph_task_id()
+
+
+def asks_for(leaf: Any) -> bool:
+    """Whether the running backward is a ``torch.autograd.grad`` that is to return the gradient of this leaf's node."""
+    try:
+        torch._C._will_engine_execute_node(leaf)  # type: ignore[attr-defined]
+    except RuntimeError as error:
+        return "autograd.grad()" in str(error)
+    return False
 
 
 def after_backward(function: Callable[[], None]) -> None:

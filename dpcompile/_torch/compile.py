@@ -14,13 +14,13 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner, record_original_output_strides
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dpcompile._torch import mended_inductor
+from dpcompile._torch.compilers import explained
 from dpcompile._torch.inductor_random import drawing_as_inductor
+from dpcompile._torch.later import Later
 
 __all__ = [
     "BackwardCompiler",
@@ -32,6 +32,8 @@ __all__ = [
     "make_boxed",
     "trace_like",
 ]
+
+_compile_fx, _decomposition = Later("torch._inductor.compile_fx"), Later("torch._inductor.decomposition")
 
 Decompositions = Mapping[Any, Callable[..., Any]]
 GraphPass = Callable[[fx.GraphModule], None]
@@ -64,7 +66,7 @@ def _decompositions(further: Decompositions) -> Iterator[dict[Any, Callable[...,
     cannot be done, and the cache would be off.
     """
     masked = torch.ops.aten._unsafe_masked_index_put_accumulate.default
-    table = select_decomp_table()
+    table = _decomposition.select_decomp_table()
     ours = {**further, masked: torch._decomp.global_decomposition_table["post_autograd"][masked]}
     before = {op: table[op] for op in ours if op in table}
     table.update(ours)
@@ -135,14 +137,15 @@ def compile_joint(
             patches = {"joint_custom_pre_pass": _Pass(_watched(transform, watcher), key)}
             plain = backward is None and watcher is None
             inner = _compile_graph if plain else _inner_compile(backward, watcher)
-            return cast(Any, compile_fx)(gm, list(inputs), config_patches=patches, inner_compile=inner)
+            with explained():
+                return _compile_fx.compile_fx(gm, list(inputs), config_patches=patches, inner_compile=inner)
         return _compile_eager(gm, inputs, transform, dict(table), backward)
 
 
 def _compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
     """Inductor's compiler of one graph, mended; a backward may come long after its forward."""
-    with mended_inductor.mended():
-        return cast(Any, compile_fx_inner)(gm, inputs, **options)
+    with explained(), mended_inductor.mended():
+        return _compile_fx.compile_fx_inner(gm, inputs, **options)
 
 
 def _watched(transform: GraphPass, watcher: Watcher | None) -> GraphPass:
@@ -185,7 +188,7 @@ def _compile_backward(
         output = gm.graph.output_node()
         values = cast(Sequence[Any], output.args[0])
         output.meta["user_visible_output_idxs"] = [i for i, v in enumerate(values) if isinstance(v, fx.Node)]
-        record_original_output_strides(gm)
+        _compile_fx.record_original_output_strides(gm)
         return _compile_graph(gm, list(inputs), **{**options, "static_input_idxs": ()})
 
     return make_boxed(backward(gm, part))

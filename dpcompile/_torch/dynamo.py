@@ -200,4 +200,18 @@ def user_place(error: BaseException) -> str | None:
     return f"{frame.filename}:{frame.lineno}, in {frame.name}: {(frame.line or '').strip()}"
 
 
+class _OfOthers(logging.Filter):
+    """Drops what torch logs of an operation that fails on fake tensors within our own calls: we raise what it says."""
+
+    def filter(self, record: logging.LogRecord) -> bool:  # noqa: D102
+        if not str(record.msg).startswith("failed while attempting to run meta for"):
+            return True
+        frame: types.FrameType | None = sys._getframe()
+        while frame is not None and not frame.f_globals.get("__name__", "").startswith("dpcompile.runtime."):
+            frame = frame.f_back
+        return frame is None
+
+
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(_OfOthers())
+
 _NOT_USERS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))

@@ -5,29 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch._decomp.decompositions
 import torch._dynamo
 from torch import fx
 from torch._inductor import inductor_prims
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.fx_passes.replace_random import replace_random_passes
-from torch._inductor.virtualized import V
 
 from dpcompile._torch.aot import plain_graph
+from dpcompile._torch.later import Later
 from dpcompile._torch.tensors import fake_mode_of
 
 __all__ = ["drawing_as_inductor", "drawn_by_inductor"]
+
+
+_compile_fx, _virtualized = Later("torch._inductor.compile_fx"), Later("torch._inductor.virtualized")
+_replace_random = Later("torch._inductor.fx_passes.replace_random")
 
 
 def drawing_as_inductor(module: fx.GraphModule) -> fx.GraphModule:
     """A copy that draws its random numbers as Inductor makes it do, behind its own passes."""
     copied = plain_graph(module)
     values = [n.meta.get("val") for n in copied.graph.nodes]
-    with V.set_fake_mode(fake_mode_of([v for v in values if isinstance(v, torch.Tensor)])):
-        replace_random_passes(copied)
+    with _virtualized.V.set_fake_mode(fake_mode_of([v for v in values if isinstance(v, torch.Tensor)])):
+        _replace_random.replace_random_passes(copied)
     return copied
 
 
@@ -74,7 +76,7 @@ def _row_of_numbers(
     graph.output((graph.call_function(prim, given, dict(options)),))
     example = torch.zeros((), dtype=torch.int64, device=device)
     with ThreadPoolExecutor(1) as own:  # of whatever mode the running backward is in, tracing must know nothing
-        compiled = own.submit(cast(Any, compile_fx), fx.GraphModule({}, graph), [example]).result()
+        compiled = own.submit(_compile_fx.compile_fx, fx.GraphModule({}, graph), [example]).result()
     return lambda arguments: compiled(*arguments)
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._decomp.decompositions
 import torch._dynamo
-from torch._inductor.loop_body import LoopBody
-from torch._inductor.scheduler import SchedulerNode
+
+from dpcompile._torch.later import Later
+
+if TYPE_CHECKING:
+    from torch._inductor.loop_body import LoopBody
+    from torch._inductor.scheduler import SchedulerNode
 
 __all__ = ["FORGETS_WRITES", "lstm_step_by_step", "mended"]
+
+_loop_body, _scheduler = Later("torch._inductor.loop_body"), Later("torch._inductor.scheduler")
 
 FORGETS_WRITES = torch.__version__ < "2.14"
 
@@ -51,13 +57,13 @@ def _read_or_nothing(before: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def mended() -> Iterator[None]:
     """Inductor without faults that meet ordinary models, while it compiles for us; other compilations keep theirs."""
-    recompute, read = SchedulerNode.recompute_size_and_body, LoopBody.get_read_expr
-    SchedulerNode.recompute_size_and_body = _recompute_with_names(recompute)
-    LoopBody.get_read_expr = _read_or_nothing(read)
+    node, body = _scheduler.SchedulerNode, _loop_body.LoopBody
+    recompute, read = node.recompute_size_and_body, body.get_read_expr
+    node.recompute_size_and_body, body.get_read_expr = _recompute_with_names(recompute), _read_or_nothing(read)
     try:
         yield
     finally:
-        SchedulerNode.recompute_size_and_body, LoopBody.get_read_expr = recompute, read
+        node.recompute_size_and_body, body.get_read_expr = recompute, read
 
 
 @contextlib.contextmanager

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 import pathlib
 import platform
-from typing import Any, cast
 
 import torch
 import torch._decomp.decompositions
 import torch._dynamo
-from torch._inductor.codecache import CppCodeCache
+
+from dpcompile._torch.later import Later
 
 __all__ = ["block_products", "compile_cpp", "onednn_matmul"]
+
+_codecache = Later("torch._inductor.codecache")
 
 
 def onednn_matmul() -> int | None:
@@ -60,7 +62,7 @@ def compile_cpp(source: str, *, contract: bool = False) -> ctypes.CDLL:
     native = (*gcc, "-mprefer-vector-width=512") if platform.machine() in ("x86_64", "AMD64") else gcc
     for flags in (native, plain):
         try:
-            return cast(Any, CppCodeCache).load(source, extra_flags=flags)
+            return _codecache.CppCodeCache.load(source, extra_flags=flags)
         except Exception:
             if flags is plain:
                 raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, TypeAlias, get_args
 
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, running_line
 
 __all__ = [
     "Method",
@@ -22,6 +22,7 @@ __all__ = [
     "check_steps",
     "check_target",
     "number",
+    "refuse_large_delta",
 ]
 
 Method: TypeAlias = Literal["pld", "rdp"]
@@ -55,6 +56,17 @@ def check_delta(delta: float) -> None:
     if not 0 < number(delta) < 1:
         raise PrivacyError(
             f"delta is {delta!r}, not in (0, 1)", remedy="give a number well below 1 / size of the dataset"
+        )
+
+
+def refuse_large_delta(delta: float, size: int) -> None:
+    """Below 1 / size of the dataset: with more, publishing one example at random would satisfy the promise."""
+    if delta >= 1 / size:
+        raise PrivacyError(
+            f"delta is {delta:g}, and there are {size} in the dataset: at 1 / {size} = {1 / size:.2g} or more, "
+            "publishing one of them at random would be private too",
+            where=running_line(),
+            remedy=f"give a delta well below that, such as {0.1 / size:.1g}",
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from dpcompile.accounting.arguments import Method, Relation, check_size, number
+from dpcompile.accounting.arguments import Method, Relation, check_delta, check_size, number, refuse_large_delta
 from dpcompile.accounting.calibration import calibrate_noise
 from dpcompile.accounting.caps import smallest_cap
 from dpcompile.accounting.solving import solve
@@ -129,6 +129,8 @@ def plan_privacy(
     **Guarantee.** Each row is what ``PrivacyAccountant`` with the same method and relation says of that run.
     """
     check_size(dataset_size)
+    check_delta(target_delta)
+    refuse_large_delta(target_delta, dataset_size)
     if (noise_multiplier is None) == (target_epsilon is None):
         raise PrivacyError(
             f"{'neither' if noise_multiplier is None else 'both'} of noise_multiplier and target_epsilon given",

@@ -6,7 +6,7 @@ import warnings
 from typing import Literal, TypeAlias, get_args
 
 from dpcompile.accounting.by_step import ByStep
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, PrivacyWarning, running_line
 
 __all__ = ["OnExceed", "PlannedSteps"]
 
@@ -69,6 +69,16 @@ class PlannedSteps:
                 "once per draw; or pass on_exceed='warn' to make_private and report what the accountant says",
             )
 
+    def begin_pass(self, taken: int) -> None:
+        """Another pass over the data begins when so many steps were ``taken``: warn where it has none left."""
+        if self.steps is not None and taken >= self.steps and self._on_exceed == "raise":
+            warnings.warn(
+                f"all {self.steps} planned steps are taken, and another pass over the loader begins: its first "
+                "optimizer.step() will be refused, as epsilon would be above the target",
+                PrivacyWarning,
+                stacklevel=5,
+            )
+
     def check(self, taken: int) -> None:
         """Before a step, when so many were ``taken``.
 
@@ -87,6 +97,6 @@ class PlannedSteps:
         if self._on_exceed == "ignore":
             return
         if self._on_exceed == "raise":
-            raise PrivacyError(what, remedy=remedy)
+            raise PrivacyError(what, where=running_line(), remedy=remedy)
         self._on_exceed = "ignore"
         warnings.warn(f"{what}; report what the accountant says", RuntimeWarning, stacklevel=5)

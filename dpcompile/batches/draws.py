@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpcompile.batches.matching import DrawnBatch, recognised, refuse_moved_rows
 from dpcompile.batches.seen_rows import SeenRows
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, running_line
 
 __all__ = ["Claim", "DrawnBatch", "Draws", "Given", "nothing"]
 
@@ -171,6 +171,7 @@ class Draws:
         elif self._step != batch.step:
             raise PrivacyError(
                 "the optimizer was not stepped after the last draw: an example in both draws would count twice",
+                where=running_line(),
                 remedy="call optimizer.step() after every batch of the loader (it waits by itself where a draw goes "
                 "on), or optimizer.discard() to skip one",
             )
@@ -220,6 +221,7 @@ class Draws:
             return PrivacyError(
                 "a backward on what is no batch of the loader, or on one a second time: the accountant counts its "
                 "draws, each once",
+                where=running_line(),
                 remedy="iterate over the loader that make_private returned, and call the model with gradients once per "
                 "batch (other calls under torch.no_grad()); for batches of your own use dp_compile and DPOptimizer "
                 "without attaching a loader",
@@ -227,6 +229,7 @@ class Draws:
         return PrivacyError(
             f"{len(self._waiting)} batches of the loader wait to be used, and this call's tensors are none of them: it "
             "cannot be told which rows are padding",
+            where=running_line(),
             remedy="where batches are taken ahead, call the model on the batch's own tensors or copies of them; "
             "compute new ones (normalise, augment) in the dataset, in collate_fn or in the model",
         )
@@ -235,6 +238,7 @@ class Draws:
 def _used_already() -> PrivacyError:
     return PrivacyError(
         "a second backward on one batch of the loader: its examples would count twice",
+        where=running_line(),
         remedy="call the model once per batch with gradients (other calls under torch.no_grad()), and iterate over the "
         "loader anew for every epoch",
     )
@@ -262,6 +266,7 @@ def _check_rows(batch: DrawnBatch, tensors: Iterable[tuple[Tensor, int]]) -> Non
             raise PrivacyError(
                 f"the batch of the loader has {len(batch.mask)} rows, and the model was called with "
                 f"{tensor.shape[dim]}",
+                where=running_line(),
                 remedy="call the model on the batch that the loader gave, whole (other calls under torch.no_grad()); "
                 "every view of an example is part of the example: give it a dimension of its own",
             )

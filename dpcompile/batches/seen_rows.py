@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpcompile.batches.matching import DrawnBatch, Located
 from dpcompile.batches.row_keys import row_keys
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, running_line
 
 __all__ = ["SeenRows"]
 
@@ -60,6 +60,7 @@ class SeenRows:
                 raise PrivacyError(
                     "a backward on rows that came with other batches of the loader: they are not those of the batch "
                     "that was drawn last, and the accountant counts its draws, each once",
+                    where=running_line(),
                     remedy="iterate over the loader that make_private returned, and call the model with gradients once "
                     "per batch, on this batch (other calls under torch.no_grad())",
                 )

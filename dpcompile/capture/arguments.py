@@ -6,10 +6,12 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from dpcompile._torch import pytree
+from dpcompile._torch.tensors import is_fake
 from dpcompile.capture.tensor_kinds import check_tensor
 from dpcompile.errors import DPCompileError, UnsupportedGraphError
 
@@ -62,9 +64,22 @@ def example_dims(
         listed = ", ".join(f"'{name}' has {n}" for n, name in sizes.items())
         raise DPCompileError(
             f"the inputs disagree about the number of examples: {listed}",
-            remedy="pass batches of one size; name inputs that have no example axis in in_dims with None",
+            remedy="pass batches of one size; name inputs that have no example axis in in_dims with None"
+            + next((_OF_BAGS.format(name) for name, t, _ in found if _is_offsets(t)), ""),
         )
     return found
+
+
+_OF_BAGS = (
+    "; if '{}' says where bags begin (EmbeddingBag), leave it out and pass ids as [B, T], filled up with padding_idx"
+)
+
+
+def _is_offsets(tensor: Tensor) -> bool:
+    """Whether these may be the places at which the examples' bags begin."""
+    if tensor.dtype not in (torch.int32, torch.int64) or tensor.ndim != 1 or len(tensor) < 2 or is_fake(tensor):
+        return False
+    return int(tensor[0]) == 0 and bool((tensor[1:] >= tensor[:-1]).all())
 
 
 def _leaves(

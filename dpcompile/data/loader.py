@@ -443,6 +443,7 @@ class PoissonLoader:
         engine, optimizer, draws = self._attached
         self._agree()
         _USED.check(engine.module, self)
+        optimizer.begin_pass()
         if not self._finished:  # part of a draw is no Poisson sample: one example more moves another out of it
             draws.new_pass()
             optimizer.discard()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from dpcompile.data.checks import taken_over
 from dpcompile.data.loader import PoissonLoader
 from dpcompile.distributed.ranks import rank, world_size
@@ -39,6 +41,11 @@ def private_loader_of(
     Raises:
         PrivacyError: a PoissonLoader with other numbers, or ranks that are not known to share batches out.
     """
+    if not isinstance(loader, (DataLoader, PoissonLoader)):
+        raise PrivacyError(
+            f"the loader is a {type(loader).__name__}",
+            remedy="give a torch.utils.data.DataLoader or a PoissonLoader: make_private(model, optimizer, loader, ...)",
+        )
     sizes = _sizes(loader, batch_size_schedule)
     if not isinstance(loader, PoissonLoader):
         options: dict[str, Any] = {**numbers, "seed": seed, "secure": secure, "padding_example": padding_example}

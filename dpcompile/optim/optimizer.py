@@ -25,6 +25,7 @@ from dpcompile.noise.mechanism import Mechanism
 from dpcompile.optim import carried_state, checks, correlated
 from dpcompile.optim.chained import as_one, parts_of
 from dpcompile.optim.common import chosen_mechanism
+from dpcompile.optim.earlier_steps import note_step
 from dpcompile.optim.exactness import check_rounding, let_round
 from dpcompile.optim.quantiles import refuse_other_groups
 from dpcompile.optim.step_numbers import numbers_of_step, refuse_other_schedule
@@ -91,6 +92,7 @@ class DPOptimizer(WrappingOptimizer):
     ... of another run, after steps that were counted   refused: the accountant would forget them
     ... without that of the loader, of the same seed    refused: draws would be used twice
     two optimizers of one seed                          the same noise: a warning
+    steps before by another, and a new accountant       a warning: its epsilon is that of the new steps alone
     an old checkpoint, two runs from it both published  not seen: give one of them another seed
     a scheduler stepped in the loop                     right if stepped only when not ``accumulating``
     copied or pickled                                   refused: two objects would draw the same noise
@@ -259,6 +261,7 @@ class DPOptimizer(WrappingOptimizer):
         if self.noise_multiplier > 0:
             stream = digest(self.seed)
             checks.refuse_used_noise(self, stream, secure=self.secure, step=used, correlated=bands > 1)
+        note_step(self, self.engine.module, self.accountant)
         self._logical_step = used + 1
         self.engine.steps = (self.engine.steps or 0) + 1
         if feed is not None and (bands > 1 or rate is not None):

@@ -18,7 +18,7 @@ from dpcompile.accounting.by_step import ByStep
 from dpcompile.accounting.planned_steps import OnExceed, PlannedSteps
 from dpcompile.accounting.protocol import Accountant
 from dpcompile.clipping.groups import Bounds
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, running_line
 from dpcompile.module import Engine
 from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
@@ -122,6 +122,10 @@ class WrappingOptimizer(HookedOptimizer):
     def noise_schedule(self) -> Callable[[int], float] | None:
         """What :attr:`noise_multiplier` is multiplied by at each step; None: 1."""
         return self._planned.noise
+
+    def begin_pass(self) -> None:
+        """A pass over the attached loader begins: warn if no planned step is left for it."""
+        self._planned.begin_pass(self.logical_step)
 
     def watch_step(self) -> None:
         """Let every backward compare the numbers of its step with those of the other ranks, if they go by the step."""
@@ -300,6 +304,16 @@ class WrappingOptimizer(HookedOptimizer):
                 remedy="load what DPOptimizer.state_dict() returned, unchanged",
             ) from error
 
+    def epsilon(self, delta: float) -> float:
+        """What the steps so far cost at ``delta``: the accountant's; a PrivacyError without one."""
+        if self._accountant is None:
+            raise PrivacyError(
+                "the DPOptimizer has no accountant: nobody counted its steps",
+                remedy="make it with accountant=PrivacyAccountant(noise_multiplier=.., sample_rate=..), or by "
+                "make_private",
+            )
+        return self._accountant.epsilon(delta)
+
     def report(self, delta: float, *, audit: Any = None) -> Report:
         """A page for the person who must sign: what was trained, how, what it cost at ``delta``, what is not covered.
 
@@ -343,6 +357,7 @@ def _only_from(owner: weakref.ref[WrappingOptimizer]) -> Callable[..., None]:
         if private is not None and not private._stepping:
             raise PrivacyError(
                 "the wrapped optimizer was stepped directly: its update would have no noise",
+                where=running_line(),
                 remedy="call step() of the DPOptimizer",
             )
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dpcompile.errors import PrivacyError, PrivacyWarning
+from dpcompile.errors import PrivacyError, PrivacyWarning, running_line
 from dpcompile.runtime.ledger import GradientLedger
 from dpcompile.runtime.optimizer_hooks import HookedOptimizer
 
@@ -66,7 +66,7 @@ def _refuse(ledger: GradientLedger, name: str, optimizer: Optimizer) -> None:
     what = f"{kind}.step() on the clipped sum of parameter '{name}': its update would have no noise"
     remedy = "step the DPOptimizer, and no other optimizer over the parameters of the private model"
     if ledger.owned:
-        raise PrivacyError(what, remedy=remedy)
+        raise PrivacyError(what, where=running_line(), remedy=remedy)
     if ledger not in _TOLD:
         _TOLD.add(ledger)
         warnings.warn(

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpcompile._torch.autograd import current_backward
+from dpcompile._torch.autograd import asks_for, current_backward
 from dpcompile._torch.dynamo import disable
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, running_line
 from dpcompile.runtime.sums import Delivered
 
 __all__ = ["Delivery", "through_delivery", "warn_of_lost_examples"]
@@ -116,5 +116,12 @@ class _Deliver(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, norms: Tensor | None, of_groups: Tensor | None, *sums: Tensor | None) -> Any:  # noqa: D102
+        if any(asks_for(node) for node, _ in ctx.next_functions if node is not None):
+            raise PrivacyError(
+                "torch.autograd.grad was asked for gradients of the private model's parameters, and they leave no such "
+                "way: what is clipped is written to p.grad",
+                where=running_line(),
+                remedy="call loss.backward() and read p.grad; torch.autograd.grad is for gradients of inputs",
+            )
         ctx.delivery.receive(norms, of_groups, sums)
         return (None, None, *(None for _ in sums))

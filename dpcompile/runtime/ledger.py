@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from dpcompile._torch.tensors import base_of
 from dpcompile.distributed.shards import as_gradient, local_part
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, running_line
 from dpcompile.kernels.content import different, fingerprints
+from dpcompile.runtime.ledger_faults import Change, foreign, second_step, taken, without_backward, zeroed
 from dpcompile.runtime.loss_scale import scales_of
 
 __all__ = ["GradientLedger"]
@@ -174,20 +175,13 @@ class GradientLedger:
             if self._stands(name, changed) or (entry is None and parameter.grad is None):
                 continue
             if self._is_spent(name, parameter):
-                raise PrivacyError(
-                    f"a second optimizer step on the same gradients (seen at parameter '{name}')",
-                    remedy="run forward, loss.backward() and optimizer.zero_grad() between two steps",
-                )
+                raise second_step(name)
             if parameter.grad is not None and local_part(parameter.grad).any():
                 raise self._foreign(name)
             if entry is not None:
-                raise self._zeroed(name) if self._kept else _taken(name)
+                raise zeroed(name) if self._kept else taken(name)
         if not self._deliveries:
-            raise PrivacyError(
-                "optimizer.step() without a clipped backward since the last step",
-                remedy="call loss.backward() on an output of the compiled model first; for an empty draw run the "
-                "padded batch that PoissonLoader gives",
-            )
+            raise without_backward()
 
     def total(self, name: str) -> Tensor | None:
         """The clipped sum of ``name`` in float32 or wider, or None if no backward reached it; after :meth:`verify`."""
@@ -218,7 +212,7 @@ class GradientLedger:
             total = entry.total.add_(clipped)
         elif grad is None or not local_part(grad).any():
             if entry is not None and self._kept:
-                self._fault = self._zeroed(name)
+                self._fault = zeroed(name)
                 raise self._fault
             total = clipped.clone() if base_of(clipped) is not None else clipped
         elif self._is_spent(name, parameter):
@@ -267,35 +261,10 @@ class GradientLedger:
         return spent is not None and spent() is not None and spent() is parameter.grad
 
     def _foreign(self, name: str) -> PrivacyError:
-        scaling = (
-            "; leave unscale_() of the gradient scaler out: the sums are those of the unscaled loss already"
-            if self.scales
-            else "; to scale the loss use torch.amp.GradScaler"
-        )
-        return PrivacyError(
-            f"the gradient of parameter '{name}' did not come out of the clipped backward alone",
-            remedy="train through the compiled model only: no backward of the undecorated model, no regulariser on "
-            f"parameters in the loss (use weight_decay), no clip_grad_norm_ or other change to p.grad{scaling}; then "
-            "call zero_grad()",
-        )
-
-    def _zeroed(self, name: str) -> PrivacyError:
-        return PrivacyError(
-            f"zero_grad() within a logical step: the sums of its earlier physical batches are gone (seen at parameter "
-            f"'{name}')",
-            remedy="call zero_grad() of the DPOptimizer, which waits for the end of the step, and not that of the "
-            "model or of the wrapped optimizer; optimizer.discard() gives the step up",
-        )
+        entry, grad = self._entries.get(name), self._parameters[name].grad
+        change: Change = "elsewhere" if entry is None else "in place" if grad is entry.grad else "replaced"
+        return foreign(name, change, scaled=bool(self.scales))
 
     def _fail(self, what: str, *, remedy: str) -> NoReturn:  # the fault stays until clear()
-        self._fault = PrivacyError(what, remedy=remedy)
+        self._fault = PrivacyError(what, where=running_line(), remedy=remedy)
         raise self._fault
-
-
-def _taken(name: str) -> PrivacyError:
-    return PrivacyError(
-        f"the clipped sum of parameter '{name}' was taken out of p.grad (it is None or zero) between backward and step",
-        remedy="call zero_grad() after optimizer.step() or before the forward, and call loss.backward(): what "
-        "torch.autograd.grad returns is not clipped and cannot stand in; to leave a parameter out, freeze it with "
-        "requires_grad_(False) before the forward",
-    )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from dpcompile._torch.dynamo import (
     BackendCompilerFailed,
@@ -13,7 +16,7 @@ from dpcompile._torch.dynamo import (
     recompile_reason,
     user_place,
 )
-from dpcompile.errors import DPCompileError, UnsupportedGraphError
+from dpcompile.errors import DPCompileError, UnsupportedGraphError, running_line
 
 __all__ = ["translated"]
 
@@ -46,8 +49,8 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
     if own is not None:
         return UnsupportedGraphError(
             f"the model fails on these inputs: {own['kind']}: {own['text']}",
-            where=user_place(error),
-            remedy="make sure that the plain model runs on them",
+            where=_place(error),
+            remedy=_PACKED if "'_Padded' object" in own["text"] else "make sure that the plain model runs on them",
         )
     if isinstance(error, Unsupported) and "a `lock` context manager" in str(error):
         return UnsupportedGraphError(
@@ -93,6 +96,13 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
     return None
 
 
+def _place(error: Exception) -> str | None:
+    """The line in the model that fails; in one that is made of torch's layers alone, the line that calls it."""
+    place = user_place(error)
+    installed = place is None or place.startswith(os.path.dirname(torch.__file__))
+    return running_line() or place if installed else place
+
+
 def _remedy(text: str) -> str:
     """What to do about a graph break."""
     return next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, text)), _SIDE_EFFECTS)
@@ -102,10 +112,12 @@ _SIDE_EFFECTS = (
     "keep Python side effects, prints and branches on tensor values out of forward; move them around the call of the "
     "model, or allow graph breaks with dp_compile(..., regions='breaks')"
 )
+_PACKED = (
+    "pack_padded_sequence, a recurrent layer and pad_packed_sequence work in forward, with lengths as a tensor of the "
+    "call; what works on packed rows (.data, batch_sizes): compute it on the padded tensor, masked by the lengths"
+)
 _REMEDIES = (
-    (r"pack_padded_sequence|pad_packed_sequence|pack_sequence|PackedSequence",
-     "pack_padded_sequence, a recurrent layer and pad_packed_sequence work in forward, with lengths as a tensor of the "
-     "call; what works on packed rows (.data, batch_sizes): compute it on the padded tensor, masked by the lengths"),
+    (r"pack_padded_sequence|pad_packed_sequence|pack_sequence|PackedSequence", _PACKED),
     (r"[Ss]parse", "compute with dense tensors in forward, or with indices and values (index_add, gather)"),
     (r"[Qq]uantize|torch\.ao\.|torch\.ops\.quantized",
      "dequantise frozen weights in forward (w_int8.float() * scale), or leave quantisation to the trained model"),
