@@ -1,8 +1,8 @@
 """``DPTrainer``: ``transformers.Trainer`` whose steps are private.
 
 The Trainer keeps its loop. What it trains is a private view of the model, as a model under DistributedDataParallel
-would be: ``model_wrapped`` is the view, ``model`` the ordinary one, that is evaluated, saved and loaded. One item of its
-DataLoader is one logical draw, and one optimizer step.
+would be: ``model_wrapped`` is the view, ``model`` the ordinary one, that is evaluated, saved and loaded. One item of
+its DataLoader is one logical draw, and one optimizer step.
 """
 
 from __future__ import annotations
