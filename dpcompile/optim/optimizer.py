@@ -47,8 +47,7 @@ class DPOptimizer(WrappingOptimizer):
         noise_multiplier: sigma; the noise has standard deviation ``sigma * max_grad_norm`` before the division. 0 is
             allowed: no noise, epsilon infinite.
         expected_batch_size: sample rate times size of the dataset: the constant that divides the sums.
-        seed: of the noise, a secret; None draws one (rank 0 does, for all ranks of a sharded or replicated model). See
-            :func:`dpcompile.noise.fresh_seed`.
+        seed: of the noise, a secret (:func:`dpcompile.noise.fresh_seed`); None: rank 0 draws one, for all ranks.
         secure: cryptographic noise (ChaCha20).
         accountant: stepped once per logical step: any :class:`dpcompile.accounting.protocol.Accountant`.
         mechanism: what releases the sums instead of the Gaussian mechanism, for the model's C and with numbers and seed
@@ -252,9 +251,9 @@ class DPOptimizer(WrappingOptimizer):
     def use_noise(self, rate: float | None = None) -> int:
         """Use up one draw of noise and account for it; returns the logical step to draw it for.
 
-        ``rate`` is that of the draw, where every draw has one of its own.
-        Counted before it is drawn: if the update fails half-way, this noise must not be drawn again. With correlated
-        noise, so are the rows of draws that were left out (:func:`dpcompile.optim.correlated.next_row`).
+        ``rate`` is the draw's, where each has its own. Counted before it is drawn: if the update fails half-way, this
+        noise must not be drawn again. With correlated noise, so are the rows of draws that were left out
+        (:func:`dpcompile.optim.correlated.next_row`).
         """
         bands, before, feed = self.mechanism.bands, self.logical_step, self.engine.feed
         used = correlated.next_row(self.mechanism, feed, before)

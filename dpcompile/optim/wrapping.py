@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import struct
 import weakref
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,17 +15,15 @@ from torch.optim import Optimizer
 from dpcompile.accounting.by_step import ByStep
 from dpcompile.accounting.planned_steps import OnExceed, PlannedSteps
 from dpcompile.accounting.protocol import Accountant
-from dpcompile.clipping.groups import Bounds
 from dpcompile.errors import PrivacyError, running_line
 from dpcompile.module import Engine
-from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism
 from dpcompile.optim.carried_state import mark_groups
 from dpcompile.optim.chained import parts_of
 from dpcompile.optim.checks import refuse_bad_numbers, refuse_foreign_parameters
 from dpcompile.optim.common import refuse_other_ranks
 from dpcompile.optim.correlated import refuse_move
-from dpcompile.optim.quantiles import refuse_other_groups, votes_of_all
+from dpcompile.optim.moving_bounds import MovesBounds
 from dpcompile.optim.step_numbers import numbers_at, refuse_moved_size, refuse_rows, saved_schedule
 from dpcompile.reporting.facts import report_of
 from dpcompile.reporting.report import Report
@@ -36,7 +32,7 @@ from dpcompile.runtime.optimizer_hooks import HookedOptimizer
 __all__ = ["WrappingOptimizer"]
 
 
-class WrappingOptimizer(HookedOptimizer):
+class WrappingOptimizer(MovesBounds, HookedOptimizer):
     """What :class:`dpcompile.DPOptimizer` shows of the optimizer and the mechanism that it is made of.
 
     Args:
@@ -94,7 +90,7 @@ class WrappingOptimizer(HookedOptimizer):
         if self._accountant is not None:
             self._accountant.move_noise_multiplier(value)
         self.mechanism.noise_multiplier = value
-        self._note_numbers()
+        self.note_numbers()
 
     def plan(
         self, steps: int | None, on_exceed: OnExceed = "raise", noise_schedule: Callable[[int], float] | None = None
@@ -145,67 +141,6 @@ class WrappingOptimizer(HookedOptimizer):
     def saved_schedule(self) -> Mapping[str, Any]:
         """What tells the noise schedule, in a state and for the comparison with other ranks."""
         return saved_schedule(self._planned.noise, self._planned.steps, self.logical_step)
-
-    @property
-    def max_grad_norm(self) -> float:
-        """C, that the model clips to and the mechanism adds noise for; a new one counts from the next forward on."""
-        return self.engine.max_grad_norm
-
-    @max_grad_norm.setter
-    def max_grad_norm(self, value: float) -> None:
-        self.move_max_grad_norm(value)
-
-    def move_max_grad_norm(self, value: float) -> None:
-        """Take another C, of model and noise, from the next forward on; nothing is compiled for it.
-
-        Raises:
-            PrivacyError: within a logical step, or a C that cannot be (:class:`dpcompile.runtime.bound.ClipBound`).
-        """
-        refuse_move(self.mechanism, self.logical_step, "max_grad_norm", self.engine.max_grad_norm, value)
-        self.move_bounds(self.engine.clip.now.times(value))
-
-    def move_bounds(self, bounds: Bounds) -> None:
-        """The same, with that of each clip group."""
-        self.engine.move_bounds(bounds)
-        self.mechanism.max_grad_norm = self.engine.max_grad_norm
-        if isinstance(self.mechanism, AdaptiveGaussianMechanism):
-            self.mechanism.shares = self.engine.clip.now.shares
-        self._note_numbers()
-
-    def follow_mechanism(self) -> None:
-        """Take C as a mechanism has it that loaded a state."""
-        bounds, mechanism = self.engine.clip.now.times(self.mechanism.max_grad_norm), self.mechanism
-        if isinstance(mechanism, AdaptiveGaussianMechanism):
-            bounds = mechanism.bounds
-        if bounds != self.engine.clip.now:
-            self.move_bounds(bounds)
-
-    def watch_quantile(self) -> None:
-        """Let examples vote on C, if the mechanism moves it; else clip groups have equal parts of it.
-
-        Raises:
-            PrivacyError: the model's clipping is not a function of norms over C, or of other groups.
-        """
-        now, self.engine.votes = self.engine.clip.now, isinstance(self.mechanism, AdaptiveGaussianMechanism)
-        if isinstance(self.mechanism, AdaptiveGaussianMechanism):
-            refuse_other_groups(self.mechanism, self.engine)
-            first = self.mechanism.clip.initial
-            self.move_bounds(self.mechanism.bounds.times(now.total if first is None else first))
-            self.mechanism.first = self.mechanism.max_grad_norm
-        elif now.shares:
-            self.engine.move_bounds(Bounds(now.total))
-
-    def adapt(self, votes: Tensor | None, step: int) -> None:
-        """After a step, whose examples voted like this (None: there was none): take the next C, if it moves."""
-        if isinstance(self.mechanism, AdaptiveGaussianMechanism):
-            every = votes_of_all(self.engine, votes, len(self.mechanism.shares))
-            self.move_bounds(self.mechanism.next_bounds(every, step))
-
-    def _note_numbers(self) -> None:
-        """For the comparison with other ranks, which every backward makes."""
-        bounds = self.engine.clip.now
-        numbers = (bounds.total, self.noise_multiplier, *bounds.shares.values())
-        self.engine.numbers = zlib.crc32(struct.pack(f"<{len(numbers)}d", *numbers))
 
     @property
     def expected_batch_size(self) -> float:
