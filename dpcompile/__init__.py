@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from dpcompile.data.loader import PoissonLoader
     from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, PrivacyWarning, UnsupportedGraphError
     from dpcompile.extending import register_axis_rule, register_site
-    from dpcompile.module import set_mask
+    from dpcompile.module import PrivateModule, set_mask
     from dpcompile.noise.adaptive import AdaptiveClip
     from dpcompile.optim.optimizer import DPOptimizer
     from dpcompile.private import make_private
     from dpcompile.step import compile_step
     from dpcompile.validating import validate
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveClip",
@@ -35,6 +37,7 @@ __all__ = [
     "PrivacyAccountant",
     "PrivacyError",
     "PrivacyWarning",
+    "PrivateModule",
     "UnsupportedGraphError",
     "audit",
     "calibrate_noise",
@@ -64,7 +67,7 @@ _PLACES = {
     "data.loader": ("PoissonLoader",),
     "errors": ("DPCompileError", "ExampleMixingError", "PrivacyError", "PrivacyWarning", "UnsupportedGraphError"),
     "extending": ("register_axis_rule", "register_site"),
-    "module": ("set_mask",),
+    "module": ("PrivateModule", "set_mask"),
     "noise.adaptive": ("AdaptiveClip",),
     "optim.optimizer": ("DPOptimizer",),
     "private": ("make_private",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from torch import nn
 
@@ -12,9 +12,12 @@ from dpcompile.capture.arguments import InDims
 from dpcompile.clipping.groups import Clipping, validate_clipping
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.module import PrivateModule, private_class, private_view
-from dpcompile.options import Options
+from dpcompile.options import CompileOptions, Options
 from dpcompile.planning.modes import NORM_MODES
 from dpcompile.runtime.replicas import refuse_wrapped
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["dp_compile"]
 
@@ -22,11 +25,11 @@ Model = TypeVar("Model", bound="nn.Module | type[nn.Module]")
 
 
 @overload
-def dp_compile(model: Model, **options: Any) -> Model: ...
+def dp_compile(model: Model, **options: Unpack[CompileOptions]) -> Model: ...
 
 
 @overload
-def dp_compile(model: None = None, **options: Any) -> Callable[[Model], Model]: ...
+def dp_compile(model: None = None, **options: Unpack[CompileOptions]) -> Callable[[Model], Model]: ...
 
 
 def dp_compile(  # type: ignore[misc]
@@ -87,7 +90,8 @@ def dp_compile(  # type: ignore[misc]
 
     Returns:
         A module of the model's own class and signature with, in addition, ``grad_norms``, ``plan``, ``graph``,
-        ``certificate`` and ``trace``.
+        ``certificate`` and ``trace``; type checkers know these behind ``assert isinstance(model,
+        dpcompile.PrivateModule)``.
 
     Raises:
         PrivacyError: a clipping bound or rule that makes no sense.

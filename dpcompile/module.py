@@ -14,6 +14,8 @@ from dpcompile.distributed.shards import is_distributed
 from dpcompile.errors import DPCompileError, PrivacyError, UnsupportedGraphError
 from dpcompile.options import Options
 from dpcompile.pipeline import Transformed
+from dpcompile.planning.plan import Plan
+from dpcompile.proof.certificate import Certificate
 from dpcompile.regions.compiled import RegionPlans
 from dpcompile.regions.engine import RegionEngine
 from dpcompile.regions.units import is_sharded
@@ -57,7 +59,7 @@ class PrivateModule:
         return norms
 
     @property
-    def plan(self) -> Any:
+    def plan(self) -> Plan | RegionPlans:
         """The rule of every gradient site; print it. Of a model in regions: of each region, equal ones once."""
         transformed, engine = _transformed(self), engine_of(self)
         return RegionPlans(engine.plans, engine.lowering) if isinstance(engine, RegionEngine) else transformed.plan
@@ -68,7 +70,7 @@ class PrivateModule:
         return _transformed(self).graph
 
     @property
-    def certificate(self) -> Any:
+    def certificate(self) -> Certificate:
         """The proof that examples never mix; print it."""
         return _transformed(self).certificate
 

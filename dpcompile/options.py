@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from dpcompile.clipping.groups import Clipping
 
-__all__ = ["AT_ONCE", "DEFERRED", "TWO_PASS", "Lowering", "Options"]
+__all__ = ["AT_ONCE", "DEFERRED", "TWO_PASS", "CompileOptions", "Lowering", "Options", "PassedOptions"]
+
+
+class PassedOptions(TypedDict, total=False):
+    """Keywords of :func:`dpcompile.dp_compile` that :func:`dpcompile.make_private` hands on."""
+
+    clipping: Clipping
+    norm: str
+    in_dims: Any
+    loss_reduction: str
+    backend: str
+    dynamic: bool | None
+    memory_budget: float | int | None
+    check: bool
+    regions: str | None
+    verify: bool
+
+
+class CompileOptions(PassedOptions, total=False):
+    """All keywords of :func:`dpcompile.dp_compile`."""
+
+    max_grad_norm: float
+    examples_per_user: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -35,13 +35,19 @@ from dpcompile.optim.checks import refuse_other_rate, refuse_rate_from_size
 from dpcompile.optim.common import banded_mechanism, exact_mechanism, mechanism_in_turn
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.optim.step_numbers import refuse_rows
+from dpcompile.options import PassedOptions
 from dpcompile.runtime.replicas import inner_module
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["make_private"]
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def make_private(
-    model: nn.Module,
+    model: Model,
     optimizer: Optimizer | Sequence[Optimizer],
     loader: DataLoader[Any] | PoissonLoader,
     *,
@@ -66,8 +72,8 @@ def make_private(
     seed: int | None = None,
     secure: bool = False,
     exact: bool = False,
-    **dp_compile_options: Any,
-) -> tuple[Any, DPOptimizer, PoissonLoader]:
+    **dp_compile_options: Unpack[PassedOptions],
+) -> tuple[Model, DPOptimizer, PoissonLoader]:
     """Make an ordinary training loop private.
 
     The loop stays as it is; ``optimizer.accountant.epsilon(delta)`` tells what it has cost so far.
@@ -139,7 +145,7 @@ def make_private(
     relation = _relation(accountant, relation, target_epsilon)
     _refuse_private(optimizer)
     of_user = examples_per_user if examples_per_user is not None else getattr(loader, "examples_per_user", 1)
-    private_model = _private_model(model, max_grad_norm, of_user, dp_compile_options)
+    private_model = _private_model(model, max_grad_norm, of_user, cast(Any, dp_compile_options))
     engine = engine_of(private_model)
     seed = _seed(engine, seed, secure)
     options = {"physical_batch_size": physical_batch_size, "bands": bands, "in_turn": in_turn is not None or None}

@@ -120,7 +120,7 @@ def train(settings: Settings, saved: dict[str, Any] | None, backend: str, stop_a
             part.load_state_dict(saved[name])
         history = saved["history"]
 
-    model.trace(test_images[: loader.physical_batch_size])
+    model.trace(test_images[: loader.physical_batch_size])  # type: ignore[operator]
     print(model.plan)
     print(f"noise multiplier {optimizer.noise_multiplier:.3f}, {settings.epochs} epochs of {len(loader)} steps")
 

@@ -75,6 +75,7 @@ def by_hand(run: Run) -> None:
     for x, y in run.loader:
         F.cross_entropy(run.model(x), y).backward()
         for p in run.model.parameters():
+            assert p.grad is not None
             p.data -= 0.1 * p.grad
         run.model.zero_grad()
 

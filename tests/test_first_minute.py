@@ -113,7 +113,7 @@ def test_what_is_no_loader(loader: Any) -> None:
 def test_epsilon_of_an_optimizer_without_an_accountant() -> None:
     model = dp_compile(nn.Linear(5, 3), backend="eager")
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    numbers = {"noise_multiplier": 1.0, "expected_batch_size": 8}
+    numbers: Any = {"noise_multiplier": 1.0, "expected_batch_size": 8}
     with pytest.raises(PrivacyError, match="has no accountant: nobody counted its steps"):
         DPOptimizer(inner, model, **numbers).epsilon(1e-5)
     counted = DPOptimizer(
@@ -127,7 +127,7 @@ def test_epsilon_of_an_optimizer_without_an_accountant() -> None:
 
 @pytest.mark.parametrize("of", ["all", "the last", "all, or None"])
 def test_autograd_grad_of_parameters(of: str) -> None:
-    model = dp_compile(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), backend="eager")
+    model: Any = dp_compile(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), backend="eager")
     x = torch.randn(8, 5, requires_grad=True)
     wanted = list(model.parameters()) if of != "the last" else [model[1].bias]
     with pytest.raises(PrivacyError, match="autograd.grad was asked for gradients of the private model's") as caught:
@@ -197,7 +197,7 @@ def test_rows_of_packed_sequences() -> None:
 def test_bags_given_by_offsets(mode: str) -> None:
     bags = [[1, 2, 3], [4], [5, 6]]
     flat, offsets = torch.tensor(sum(bags, [])), torch.tensor([0, 3, 4])
-    model = dp_compile(nn.EmbeddingBag(10, 3, mode=mode, padding_idx=0), backend="eager", loss_reduction="sum")
+    model: Any = dp_compile(nn.EmbeddingBag(10, 3, mode=mode, padding_idx=0), backend="eager", loss_reduction="sum")
     with pytest.raises(
         DPCompileError, match="'offsets' says where bags begin .EmbeddingBag., leave it out and pass ids"
     ):
@@ -226,6 +226,7 @@ def limited(model: Any) -> None:
 
 def copied(model: Any) -> None:
     for p in model.parameters():
+        assert p.grad is not None
         p.grad = 2 * p.grad
 
 
@@ -274,6 +275,10 @@ class Sized(Rows):
 
 def loader_of(dataset: Any = None, **options: Any) -> DataLoader[Any]:
     return DataLoader(Sized() if dataset is None else dataset, **{"batch_size": 8, **options})
+
+
+def eager() -> Any:
+    return dp_compile(nn.Linear(5, 3), backend="eager")
 
 
 def with_loader(loader: Any, **options: Any) -> Any:
@@ -433,10 +438,10 @@ REMEDIES: list[tuple[str, str, Callable[[], Any], Callable[[], Any]]] = [
      lambda: private()),
     ("there are no gradient norms yet", r"call loss.backward\(\) first",
      lambda: dp_compile(nn.Linear(5, 3)).grad_norms,
-     lambda: (m := dp_compile(nn.Linear(5, 3), backend="eager"))(torch.randn(8, 5)).mean().backward() or m.grad_norms),
+     lambda: (m := eager())(torch.randn(8, 5)).mean().backward() or m.grad_norms),
     ("nothing is compiled yet", r"or model.trace\(",
      lambda: dp_compile(nn.Linear(5, 3)).plan,
-     lambda: (m := dp_compile(nn.Linear(5, 3), backend="eager")).trace(torch.randn(8, 5)) or m.plan),
+     lambda: (m := eager()).trace(torch.randn(8, 5)) or m.plan),
     ("cannot be exported", "build it again and load_state_dict",
      lambda: torch.export.export(dp_compile(nn.Linear(5, 3), backend="eager"), (torch.randn(8, 5),)),
      lambda: torch.export.export(_built_again(dp_compile(nn.Linear(5, 3), backend="eager")), (torch.randn(8, 5),))),

@@ -38,8 +38,9 @@ def parts(batch_size: int = 8, **loader_options):
     return model, torch.optim.SGD(model.parameters(), lr=0.5), DataLoader(dataset, batch_size, **loader_options)
 
 
-def private(noise_multiplier: float | None = 1.0, **options):
-    return make_private(*parts(), **{"noise_multiplier": noise_multiplier, "seed": 3, "backend": "eager", **options})
+def private(noise_multiplier: float | None = 1.0, **options) -> Any:
+    options = {"noise_multiplier": noise_multiplier, "seed": 3, "backend": "eager", **options}
+    return make_private(*parts(), **options)
 
 
 def accountant_of(optimizer: DPOptimizer) -> PrivacyAccountant:

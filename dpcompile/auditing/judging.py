@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtri
 
 from dpcompile.auditing.statistics import ErrorRates, rate_at_most
 
@@ -94,13 +93,15 @@ def error_rates(scores: Mapping[str, np.ndarray], inside: np.ndarray, significan
     half counted. Where the scores of the second half are independent given which are in, the bounds hold with a
     probability of at least ``1 - significance``.
     """
+    from scipy import special
+
     half = len(inside) // 2
     best = (-math.inf, "", 0.0)
     for attack, values in scores.items():
         level = _level(attack, scores, significance)
         for threshold in np.unique(np.quantile(values[:half], _THRESHOLDS)):
             rates = _rates(values[:half] > threshold, inside[:half], level)
-            power = -float(ndtri(rates.false_positive) + ndtri(rates.false_negative))
+            power = -float(special.ndtri(rates.false_positive) + special.ndtri(rates.false_negative))
             best = max(best, (power, attack, float(threshold)))
     _, attack, threshold = best
     taken = scores[attack][half:] > threshold

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.special import ndtri
 
 from dpcompile.accounting.composition import Composed
 from dpcompile.accounting.runs import History
@@ -71,7 +70,9 @@ def _most_of_gaussian(history: History, rates: ErrorRates) -> float:
     Its mean is 1 over the noise; those of several steps add up as squares. Source: Dong, Roth, Su 2022
     (arXiv:1905.02383), definition 2.6 and corollary 3.3.
     """
-    seen = -float(ndtri(rates.false_positive) + ndtri(rates.false_negative))
+    from scipy import special
+
+    seen = -float(special.ndtri(rates.false_positive) + special.ndtri(rates.false_negative))
     if not seen > 0 or any(sigma == 0 for sigma, _, _ in history):
         return math.inf
     return max(math.sqrt(sum(steps / sigma**2 for sigma, _, steps in history)) / seen, 2.0**_LEAST)

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import betaincinv, expit
-from scipy.stats import binom
 
 __all__ = ["ErrorRates", "first_crossing", "one_run_epsilon", "one_run_p_value", "rate_at_most"]
 
@@ -37,7 +35,9 @@ def one_run_p_value(canaries: int, guesses: int, right: int, *, epsilon: float, 
     without knowing the coins, the result is at most p with a probability of at most p: whatever the mechanism is, and
     however the guesses depend on each other. Source: Steinke et al. 2023, the main theorem for approximate privacy.
     """
-    chance = expit(epsilon)
+    from scipy import special, stats
+
+    chance, binom = special.expit(epsilon), stats.binom
     alone = float(binom.sf(right - 1, guesses, chance))
     if delta == 0 or right == 0:
         return alone
@@ -87,7 +87,9 @@ def rate_at_most(events: int, trials: int, significance: float) -> float:
 
     **Guarantee.** At least the probability, with a probability of at least ``1 - significance``.
     """
-    return 1.0 if events >= trials else float(betaincinv(events + 1, trials - events, 1 - significance))
+    from scipy import special
+
+    return 1.0 if events >= trials else float(special.betaincinv(events + 1, trials - events, 1 - significance))
 
 
 @dataclass(frozen=True, slots=True)

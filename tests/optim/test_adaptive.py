@@ -33,7 +33,8 @@ CLIP = AdaptiveClip(quantile=0.4, learning_rate=0.5, initial=0.3, count_noise=2.
 def wrapped(
     module: nn.Module, clip: AdaptiveClip = CLIP, sigma: float = SIGMA, **options: Any
 ) -> tuple[Any, DPOptimizer]:
-    model = dp_compile(module, **{"backend": "eager", **options})
+    options.setdefault("backend", "eager")
+    model = dp_compile(module, **options)
     inner = torch.optim.SGD(module.parameters(), lr=0.1)
     accountant = PrivacyAccountant(noise_multiplier=sigma, sample_rate=0.1)
     return model, DPOptimizer(

@@ -39,7 +39,8 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def wrapped(module: nn.Module, **options: Any) -> tuple[Any, DPOptimizer]:
-    model = dp_compile(module, max_grad_norm=COMPILED, **{"backend": "eager", **options})
+    options.setdefault("backend", "eager")
+    model = dp_compile(module, max_grad_norm=COMPILED, **options)
     inner = torch.optim.SGD(module.parameters(), lr=0.1)
     return model, DPOptimizer(inner, model, noise_multiplier=0.0, expected_batch_size=B)
 

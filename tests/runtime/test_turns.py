@@ -35,7 +35,8 @@ def data() -> TensorDataset:
 
 
 def private(net: nn.Module, physical: int, **options: Any) -> tuple[Any, DPOptimizer, PoissonLoader]:
-    model = dp_compile(net, max_grad_norm=C, **{"backend": "eager", **options})
+    options.setdefault("backend", "eager")
+    model = dp_compile(net, max_grad_norm=C, **options)
     inner = torch.optim.SGD(net.parameters(), lr=1.0)
     optimizer = DPOptimizer(inner, model, noise_multiplier=0.0, expected_batch_size=8)
     loader = PoissonLoader(data(), expected_batch_size=8, physical_batch_size=physical, seed=1)
