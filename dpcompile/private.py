@@ -15,14 +15,12 @@ from torch.utils.data import DataLoader
 from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.arguments import Method, Relation, check_bands, check_delta, check_plan, refuse_large_delta
 from dpcompile.accounting.by_step import ByStep
-from dpcompile.accounting.calibration import calibrate_noise
-from dpcompile.accounting.caps import smallest_cap
 from dpcompile.accounting.planned_steps import OnExceed
 from dpcompile.accounting.protocol import Accountant, check_accountant
-from dpcompile.accounting.truncation import check_truncated, no_bound_of_parts
+from dpcompile.accounting.truncation import check_truncated
 from dpcompile.api import dp_compile
 from dpcompile.batchnorm import refuse_batchnorm
-from dpcompile.data.calibrated import calibrated_noise
+from dpcompile.data.calibrated import calibrated_cap, calibrated_noise
 from dpcompile.data.checks import refuse_cap_by_step
 from dpcompile.data.loader import PoissonLoader
 from dpcompile.data.making import private_loader_of
@@ -158,7 +156,7 @@ def make_private(
     target = {"target_epsilon": target_epsilon, "target_delta": target_delta, "steps": length}
     if max_batch_size == "auto":
         refuse_cap_by_step(noise_schedule, private_loader.schedule)
-        cap = _cap(private_loader, accountant, noise_multiplier, physical_batch_size, counted, target)
+        cap = calibrated_cap(private_loader, accountant, noise_multiplier, physical_batch_size, counted, target)
         private_loader = make_loader({**options, "max_batch_size": cap})
     noise = None if noise_schedule is None else ByStep(noise_schedule, "noise_schedule")
     _check_steps(private_loader, counted, noise)
@@ -261,38 +259,6 @@ def _check_steps(loader: PoissonLoader, counted: Mapping[str, Any], noise: BySte
     refuse_rows(1 if noise is None else loader.bands)
     check_bands(loader.bands, counted["relation"])
     check_truncated(loader.truncation, counted["method"], counted["relation"])
-
-
-def _cap(
-    loader: PoissonLoader,
-    accountant: Method | Accountant,
-    noise_multiplier: float | None,
-    physical_batch_size: int | None,
-    counted: Mapping[str, Any],
-    target: Mapping[str, Any],
-) -> int:
-    """The cap of "auto", for a loader that has none yet; the same on all ranks."""
-    if not isinstance(accountant, str):
-        raise PrivacyError(
-            "max_batch_size is 'auto', and the accountant is made already: it counts draws of one cap, or whole ones",
-            remedy="give max_batch_size the number that accountant.truncation has, or accountant='pld'",
-        )
-    if loader.bands > 1:
-        raise no_bound_of_parts("'auto'", loader.bands)
-    check_truncated((loader.dataset_size, 1), counted["method"], counted["relation"])
-    if noise_multiplier is None:
-        noise_multiplier = calibrate_noise(**target, **counted)
-    steps, delta = target["steps"], target["target_delta"]
-    cap = smallest_cap(
-        noise_multiplier=noise_multiplier,
-        sample_rate=loader.sample_rate,
-        dataset_size=loader.dataset_size,
-        steps=len(loader) if steps is None else steps,
-        target_delta=0.1 / loader.dataset_size if delta is None else delta,
-        relation=counted["relation"],
-        multiple=loader.world_size * (physical_batch_size or 8),
-    )
-    return cap if loader.world_size == 1 else from_first(cap)  # machines may round differently
 
 
 def _mechanism(
