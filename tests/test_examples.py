@@ -26,7 +26,7 @@ def digits(monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     module = importlib.import_module("train_digits")
     monkeypatch.setattr(sys, "argv", ["train_digits.py", *OPTIONS, *options])
-    monkeypatch.setattr("dpcompile.private.calibrate_noise", calibrate_once)
+    monkeypatch.setattr("dpcompile.data.calibrated.calibrate_noise", calibrate_once)
     module.main()
     return module
 
