@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from block_models import GPT, ids
 from dp_accounting import ComposedDpEvent, GaussianDpEvent, SelfComposedDpEvent
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import per_example_gradients
+from oracle import PseudoLoss, per_example_gradients, train_step
 from small_models import labelled, net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpcompile
 from dpcompile import AdaptiveClip, DPOptimizer, PrivacyAccountant, PrivacyError, compile_step, dp_compile, make_private
-from dpcompile.clipping.groups import Bounds
+from dpcompile.clipping.groups import Bounds, clip_groups
+from dpcompile.module import engine_of
 from dpcompile.noise.adaptive import AdaptiveGaussianMechanism
 from dpcompile.noise.counter import Stream
 from dpcompile.noise.normal import gaussian
@@ -564,3 +566,18 @@ def test_an_optimizer_with_one_c_begins_with_equal_parts() -> None:
     F.cross_entropy(model(x), y).backward()
     assert plain.engine.ledger.votes is None
     plain.step()
+
+
+def test_a_region_of_several_groups_clips_each_to_its_own_bound() -> None:
+    found, model, x = [], GPT(2), ids()
+    ways: list[dict[str, Any]] = [{}, {"regions": "blocks"}]
+    for options in ways:
+        private = dp_compile(model, clipping="per_layer", backend="eager", **options)
+        engine = engine_of(private)
+        groups = clip_groups(engine.trainable(), "per_layer")
+        engine.move_bounds(Bounds.each({group: 0.01 * 1.2**i for i, group in enumerate(groups)}))
+        private.zero_grad()
+        train_step(private, (x,), {}, PseudoLoss(len(x)))
+        found.append({n: p.grad.clone() for n, p in private.named_parameters() if p.grad is not None})
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-6, msg=name)
