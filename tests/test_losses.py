@@ -180,7 +180,8 @@ class Balanced(nn.Module):
         from models.experts import EXPERTS
         from models.pretrained import build
 
-        self.model = build("MixtralForCausalLM", num_local_experts=3, **EXPERTS | {"num_hidden_layers": 1})
+        config: Any = EXPERTS | {"num_hidden_layers": 1}
+        self.model = build("MixtralForCausalLM", num_local_experts=3, **config)
         self.inside = inside
         with torch.no_grad():
             self.model(torch.zeros(1, 2, dtype=torch.long), output_router_logits=True)

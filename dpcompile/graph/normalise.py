@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
+_MASKS = (torch.bool, torch.uint8)
 
 
 def split_convolution_bias(graph: fx.Graph) -> None:
@@ -51,9 +52,9 @@ def sums_of_outer_products(graph: fx.Graph) -> None:
         base, indices, values, *adds = node.args
         if adds != [True] or len(indices) != 1 or values.users != {node: None} or not _is_zero(base):
             continue
-        sides = _sides_of(values)
-        (index,) = indices
-        if sides is None or index.meta["val"].ndim != 1 or index.meta["val"].dtype == torch.bool:
+        (index,), (shape, written) = indices, (shape_of(n.meta["val"]) for n in (base, values))
+        sides = _sides_of(values) if len(shape) == 3 and shape[1:] == written[1:] else None
+        if sides is None or shape_of(index.meta["val"]) != written[:1] or index.meta["val"].dtype in _MASKS:
             continue
         count = base.meta["val"].shape[0]
         with graph.inserting_before(node):
@@ -69,22 +70,23 @@ def sums_of_outer_products(graph: fx.Graph) -> None:
         graph.erase_node(values)
 
 
-def _sides_of(values: fx.Node) -> tuple[tuple[fx.Node, int], tuple[fx.Node, int]] | None:
+def _sides_of(values: fx.Node) -> list[tuple[fx.Node, int]] | None:
     """The factors of ``[N, P, 1]`` times ``[N, 1, D]``, each with the dimension that it has not."""
-    if values.target not in (aten.mul.Tensor, aten.bmm.default):
+    factors = [n for n in values.args if isinstance(n, fx.Node)]
+    if values.target not in (aten.mul.Tensor, aten.bmm.default) or len(factors) != 2:
         return None
-    found = values.args if all(isinstance(a, fx.Node) for a in values.args) else ()
-    orders = [found, found[::-1]] if values.target is aten.mul.Tensor else [found]
-    for left, right in orders:
-        shapes = [shape_of(n.meta["val"]) for n in (left, right)]
-        if all(len(s) == 3 for s in shapes) and is_one(shapes[0][2]) and is_one(shapes[1][1]):
-            same_dtype = left.meta["val"].dtype == right.meta["val"].dtype == values.meta["val"].dtype
-            return ((left, 2), (right, 1)) if same_dtype and shapes[0][0] == shapes[1][0] else None
+    if any(n.meta["val"].dtype != values.meta["val"].dtype for n in factors):
+        return None
+    for left, right in (factors, factors[::-1]) if values.target is aten.mul.Tensor else (factors,):
+        first, second = (shape_of(n.meta["val"]) for n in (left, right))
+        if len(first) == len(second) == 3 and first[0] == second[0] and is_one(first[2]) and is_one(second[1]):
+            return [(left, 2), (right, 1)]
     return None
 
 
 def _is_zero(base: fx.Node) -> bool:
-    return base.target is aten.full.default and base.args[1] == 0 and isinstance(base.meta["val"].shape[0], int)
+    filled = base.target is aten.full.default and bool(base.args[1] == 0)
+    return filled and isinstance(base.meta["val"].shape[0], int)
 
 
 def save_what_is_overwritten(graph: fx.Graph) -> None:

@@ -33,13 +33,15 @@ def expert_gradients(
     left: Tensor, right: Tensor, expert: Tensor, count: int, axis: Examples, batch: int
 ) -> tuple[Tensor, Tensor]:
     """Every example's gradient ``[B, E, P, D]``, and its squared norm ``[B]``."""
-    each = each_expert_sum(*(in_front(x, axis, batch) for x in (left, right, expert)), count)
+    rows, cols, own = (in_front(x, axis, batch) for x in (left, right, expert))
+    each = each_expert_sum(rows, cols, own, count)
     return each, squared_norms(each)
 
 
 def norms_of_experts(left: Tensor, right: Tensor, expert: Tensor, count: int, axis: Examples, batch: int) -> Tensor:
     """The norms of :func:`expert_gradients`, without the gradients: ``[B]``, float64."""
-    return expert_norms(*(in_front(x, axis, batch) for x in (left, right, expert)), count)
+    rows, cols, own = (in_front(x, axis, batch) for x in (left, right, expert))
+    return expert_norms(rows, cols, own, count)
 
 
 def positions_of_an_expert(positions: Size, count: int) -> Size:

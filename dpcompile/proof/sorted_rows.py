@@ -171,8 +171,9 @@ class SortedRows:
     def _is_inverse(self, node: fx.Node) -> bool:
         """``back[place] = arange``, or the places sorted."""
         name, a = operation_name(node.target), named_arguments(node)
+        index: Any
         if node.target is operator.getitem:
-            return node.args[0] in self._resorted and node.args[1] == 1
+            return bool(node.args[0] in self._resorted and node.args[1] == 1)
         if name == "index_put":
             index, values = (a["indices"][0] if len(a["indices"]) == 1 else None), a["values"]
         elif name in ("index_copy", "scatter"):
@@ -180,7 +181,7 @@ class SortedRows:
         else:
             return False
         whole = len(shape_of(node.meta["val"])) == 1 and same(shape_of(node.meta["val"])[0], self.count)
-        adds = a.get("accumulate") or a.get("reduce") is not None
+        adds = bool(a.get("accumulate")) or a.get("reduce") is not None
         return whole and not adds and self.places.get(index) == 1 and self._counts_from_zero(values)
 
     def _counts_from_zero(self, node: Any) -> bool:

@@ -120,6 +120,7 @@ def _sizes(rows: SortedRows, node: fx.Node, source: fx.Node, *first: int) -> lis
 def _write(rows: SortedRows, node: fx.Node, a: dict[str, Any]) -> bool:
     """Writes and accumulations at the places of rows, or at numbers that every row has of its own."""
     base, values = a["self"], a["values"] if "values" in a else a["source"]
+    index: Any
     if "indices" in a:
         index, adds = (a["indices"][0] if len(a["indices"]) == 1 else None), a["accumulate"]
     else:
