@@ -119,6 +119,19 @@ class DPStrategy(_pl.strategies.SingleDeviceStrategy):
             )
         self._root_device = devices[0]
 
+    @property
+    def num_nodes(self) -> int:
+        """One."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, number: int) -> None:
+        if number != 1:
+            raise PrivacyError(
+                f"DPStrategy, and {number} nodes: each would train a model of its own",
+                remedy="Trainer(num_nodes=1); on several, the loop of docs/distributed.md",
+            )
+
     # --- fit ---------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any) -> None:

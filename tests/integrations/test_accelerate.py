@@ -84,7 +84,7 @@ def test_weights_are_those_of_the_plain_loop(order, physical):
     else:
         given: Any = (net, optimizer, loader)
         given = own.prepare(*given) if order == "prepared before" else given
-        private = make_private(own, *given, **options)
+        private = make_private(own, *given, **options)  # type: ignore[call-arg]
     train(*private, own)
     assert private[1].optimizer.accountant.steps == 12
     assert same(net, plain(physical_batch_size=physical))

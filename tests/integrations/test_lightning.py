@@ -137,8 +137,7 @@ def trainer(strategy: Any = None, **options: Any) -> Any:
     return L.Trainer(strategy=DPStrategy(**OPTIONS) if strategy is None else strategy, **{**quiet, **options})
 
 
-@functools.cache
-def plain_loop(kind: type[InOneChild], epochs: int = 3, **options: Any) -> nn.Module:
+def _plain_loop(kind: type[InOneChild], epochs: int = 3, **options: Any) -> nn.Module:
     """The ordinary loop on the same network; schedulers by hand."""
     if kind in (CallsTheChild, Manual):
         return plain_loop(InOneChild, epochs, **options)
@@ -168,6 +167,9 @@ def plain_loop(kind: type[InOneChild], epochs: int = 3, **options: Any) -> nn.Mo
     return module
 
 
+plain_loop: Any = functools.cache(_plain_loop)
+
+
 def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
@@ -193,17 +195,13 @@ def test_a_checkpoint_goes_on_exactly(kind, options, tmp_path):
     saves = L.pytorch.callbacks.ModelCheckpoint(
         tmp_path / "saved", save_top_k=-1, every_n_train_steps=1, filename="{step}"
     )
-    target = {
-        "target_epsilon": 3.0,
-        "target_delta": 1e-3,
-        "physical_batch_size": 7,
-        "accountant": "rdp",
-        "backend": "eager",
-    }
+    given: dict[str, Any] = {"physical_batch_size": 7, "backend": "eager", "accountant": "rdp"}
+    target = {"target_epsilon": 3.0, "target_delta": 1e-3}
+    given |= {"noise_multiplier": 1.0} if options else target
     whole, steps, per_batch = kind(), 12 if options else 18, 2 if kind is SeveralOptimizers else 1
-    trainer(DPStrategy(**target, seed=5), callbacks=[saves], enable_checkpointing=True, **options).fit(whole, loader())
+    trainer(DPStrategy(**given, seed=5), callbacks=[saves], enable_checkpointing=True, **options).fit(whole, loader())
     for step in (3, steps // 3):
-        module, strategy = kind(), DPStrategy(**target)
+        module, strategy = kind(), DPStrategy(**given)
         trainer(strategy, **options).fit(module, loader(), ckpt_path=tmp_path / f"saved/step={step * per_batch}.ckpt")
         assert same(module, whole), step
         assert strategy.private_optimizer.accountant.steps == steps
@@ -374,6 +372,8 @@ def test_other_loaders_and_devices():
         trainer().fit(InOneChild(), [torch.zeros(8, 6)])
     with pytest.raises(PrivacyError, match="2 devices"):
         trainer(devices=2)
+    with pytest.raises(PrivacyError, match="2 nodes: each would train a model of its own"):
+        trainer(num_nodes=2)
     with pytest.raises(PrivacyError, match="does not hold all that is trained: net.2.weight"):
         trainer(DPStrategy(**OPTIONS, submodule="net.0")).fit(InOneChild(), loader())
 
@@ -454,7 +454,8 @@ def test_an_epoch_that_is_broken_off():
     """The draw at hand is given up, and is no step; the next epoch goes on with the draws behind it."""
     module, strategy = BreaksOff(), DPStrategy(**OPTIONS)
     trainer(strategy, max_epochs=2).fit(module, loader())
-    assert strategy.private_optimizer.accountant.steps == 4 and strategy.private_loader.step == 6
+    assert strategy.private_optimizer.accountant.steps == 4
+    assert strategy.private_loader is not None and strategy.private_loader.step == 6
 
 
 class Grows(InOneChild):
