@@ -545,7 +545,9 @@ def test_a_batch_is_used_once(other):
     backward(model, x)
     optimizer.step()
     optimizer.zero_grad()
-    with pytest.raises(PrivacyError, match=r"a second backward on one batch of the loader(.*\n)+.*anew for every epoch"):
+    with pytest.raises(
+        PrivacyError, match=r"a second backward on one batch of the loader(.*\n)+.*anew for every epoch"
+    ):
         backward(model, other(x))
 
 

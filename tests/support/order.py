@@ -18,7 +18,7 @@ regions
 module
 reporting
 optim
-data extending schedules
+data extending schedules viz
 api step checkpoint
 private
 auditing
