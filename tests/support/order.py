@@ -18,12 +18,11 @@ regions
 module
 reporting
 optim
-data extending rates schedules
+data extending rates schedules viz
 api step checkpoint
 validating
 private
 auditing
 integrations
 __init__
-integrations
 """
