@@ -6,6 +6,8 @@ one example depends on the others, and its gradient is not its own. These divide
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,12 @@ __all__ = ["per_example_causal_lm", "per_example_cross_entropy"]
 
 
 def per_example_cross_entropy(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, divide_by: float | None = None
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    divide_by: float | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Cross entropy of every example, a mean over its own positions: ``[B]``, in float32 or wider.
 
@@ -27,6 +34,7 @@ def per_example_cross_entropy(
         ignore_index: what marks a position that does not count. An example in which none counts has loss 0.
         divide_by: a public constant to divide each example's sum by, in place of its own number of positions; then
             long examples weigh more, as in a mean over all tokens.
+        label_smoothing: as in ``F.cross_entropy``.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -38,7 +46,8 @@ def per_example_cross_entropy(
         )
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
-    flat = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none")
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
+    flat = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
     total = flat.reshape(labels.shape[0], -1).sum(1)
     if divide_by is not None:
         return total / divide_by
@@ -46,7 +55,12 @@ def per_example_cross_entropy(
 
 
 def per_example_causal_lm(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, divide_by: float | None = None
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    divide_by: float | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Next-token cross entropy of every example, a mean over its own tokens: ``[B]``.
 
@@ -58,10 +72,12 @@ def per_example_causal_lm(
         labels: ``[B, T]``, most often the input tokens, with ``ignore_index`` for padding.
         ignore_index: as in :func:`per_example_cross_entropy`.
         divide_by: as in :func:`per_example_cross_entropy`.
+        label_smoothing: as in ``F.cross_entropy``.
 
     Raises:
         ValueError: shapes that do not belong together, or fewer than two positions.
     """
     if labels.ndim != 2 or labels.shape[1] < 2:
         raise ValueError(f"labels must be [B, T] with T of 2 or more, not {list(labels.shape)}")
-    return per_example_cross_entropy(logits[:, :-1], labels[:, 1:], ignore_index=ignore_index, divide_by=divide_by)
+    options: dict[str, Any] = {"divide_by": divide_by, "label_smoothing": label_smoothing}
+    return per_example_cross_entropy(logits[:, :-1], labels[:, 1:], ignore_index=ignore_index, **options)

@@ -23,4 +23,5 @@ api step checkpoint
 private
 auditing
 __init__
+integrations
 """
