@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -168,8 +167,8 @@ def remeasure(device: torch.device) -> None:
 def settled(device: torch.device) -> bool:
     """Whether the figures that are kept of this device and setting are final."""
     setting = os.environ.get(VARIABLE, "")
-    kept = {} if setting == "typical" else read(Path(setting) if setting else place_of("rates"))
-    return setting == "typical" or _tries(kept.get(_name(device.type))) >= _ENOUGH
+    place = Path(setting) if setting else place_of("rates")
+    return setting == "typical" or _kept(place, _name(device.type))[0] >= _ENOUGH
 
 
 def _measured(kind: str, place: Path) -> dict[str, float]:
@@ -178,26 +177,25 @@ def _measured(kind: str, place: Path) -> dict[str, float]:
     They are final once the quickest runs of everything agreed, or after :data:`_ENOUGH` processes tried.
     """
     name = _name(kind)
-    entry = read(place).get(name)
-    tries = _tries(entry)
+    tries, kept = _kept(place, name)
     if tries >= _ENOUGH:
-        return entry["paces"]
+        return kept
     stopwatch = Stopwatch()
     with real_tensors():
         found = paces(torch.device(kind), stopwatch)
-    if tries:
-        found = least(found, entry["paces"])
+    found = least(found, kept)
     write(place, name, {"format": _FORMAT, "tries": tries + 1 if stopwatch.busy else _ENOUGH, "paces": found})
     return found
 
 
-def _tries(entry: Any) -> int:
-    """How often an entry was measured; 0 where it says nothing, or is of another version."""
+def _kept(place: Path, name: str) -> tuple[int, dict[str, float]]:
+    """How often it was measured, and what was found; 0 where the file says nothing, or is of another version."""
+    entry = read(place).get(name)
     if not isinstance(entry, dict) or entry.get("format") != _FORMAT:
-        return 0
-    figures, tries = entry.get("paces"), entry.get("tries")
-    good = isinstance(figures, dict) and set(figures) >= _NEEDED and _positive(figures.values())
-    return tries if good and isinstance(tries, int) and tries > 0 else 0
+        return 0, {}
+    found, tries = entry.get("paces"), entry.get("tries")
+    good = isinstance(found, dict) and set(found) >= _NEEDED and _positive(found.values())
+    return (tries, found) if good and isinstance(tries, int) and tries > 0 else (0, {})
 
 
 def _name(kind: str) -> str:
