@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,6 +40,7 @@ PAGES = (
     "docs/sharp_edges.md",
     "docs/auditing.md",
     "docs/extending.md",
+    "docs/frameworks.md",
     "docs/plan.md",
     "docs/design.md",
 )
@@ -53,8 +55,9 @@ def run_page(page: str) -> Iterator[tuple[re.Match[str], str]]:
     module = types.ModuleType("__page__")  # Dynamo looks functions up by the name of their module
     namespace: dict[str, Any] = module.__dict__
     namespace.update(_given(page))
-    with _uncompiled(), pytest.MonkeyPatch.context() as patch:
+    with _uncompiled(), pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setitem(sys.modules, module.__name__, module)
+        patch.chdir(folder)  # where runs are saved
         for block in _BLOCK.finditer((ROOT / page).read_text()):
             yield block, _run(block["code"], namespace)
 
@@ -80,6 +83,11 @@ def _uncompiled() -> Iterator[None]:
         for name in ("dp_compile", "make_private"):
             function: Callable[..., Any] = getattr(dpcompile, name)
             patch.setattr(dpcompile, name, functools.partial(function, backend="eager"))
+        with contextlib.suppress(ImportError):
+            from dpcompile.integrations import transformers
+
+            uncompiled = functools.partial(transformers.PrivacyArguments, backend="eager")
+            patch.setattr(transformers, "PrivacyArguments", uncompiled)
         yield
 
 
