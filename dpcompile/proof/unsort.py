@@ -159,12 +159,12 @@ def _is_zero(node: Any) -> bool:
 def _sum(rows: SortedRows, node: fx.Node, a: dict[str, Any]) -> bool:
     """A sum over the rows, in whatever order."""
     source = node.all_input_nodes[0]
-    if source not in rows.own or rows.own[source][1] not in reduced_dims_of(node, a):
+    if node.kwargs or source not in rows.own or rows.own[source][1] not in _reduced_dims(node, a):
         return False
     return _instead(rows, node, rows.write(node, node.target, rows.own[source][0], *node.args[1:]))
 
 
-def reduced_dims_of(node: fx.Node, a: dict[str, Any]) -> set[int]:
+def _reduced_dims(node: fx.Node, a: dict[str, Any]) -> set[int]:
     """The dimensions that a reduction takes away."""
     ndim = node.all_input_nodes[0].meta["val"].ndim
     dims = a.get("dim")
