@@ -82,10 +82,11 @@ def test_weights_are_those_of_the_plain_loop(order, physical):
     if order == "prepared after":
         private: Any = own.prepare(*dpcompile.make_private(net, optimizer, loader, **options))
     else:
-        given: Any = (net, optimizer, loader)
-        given = own.prepare(*given) if order == "prepared before" else given
-        private = make_private(own, *given, **options)  # type: ignore[call-arg]
-    train(*private, own)
+        if order == "prepared before":
+            net_too, optimizer, loader = own.prepare(net, optimizer, loader)
+            assert net_too is net
+        private = make_private(own, net, optimizer, loader, **options)
+    train(*private, own)  # type: ignore[call-arg]
     assert private[1].optimizer.accountant.steps == 12
     assert same(net, plain(physical_batch_size=physical))
     assert list(own.unwrap_model(private[0]).state_dict()) == list(net.state_dict())
