@@ -12,7 +12,7 @@ import argparse
 import torch
 
 from dpcompile.kernels.fused_rates import unfused_direct, unfused_ghost
-from dpcompile.kernels.measured import seconds
+from dpcompile.kernels.measured import Stopwatch
 from dpcompile.kernels.norms import direct_norm, ghost_norm
 from dpcompile.kernels.product_op import product_norms
 from dpcompile.norms.ghost import Sides, ghost
@@ -30,8 +30,7 @@ SHAPES = [  # B, T, P, D
 def main() -> None:
     """Print one row per rule, dtype and shape."""
     parser = argparse.ArgumentParser(description="Norm operators against plain matrix products.")
-    parser.add_argument("--runs", type=int, default=5, help="calls per measurement; the fastest counts")
-    runs = parser.parse_args().runs
+    parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, times in ms")
@@ -49,7 +48,7 @@ def main() -> None:
                 answers = [f(rows, cols) for f in functions]
                 for answer in answers[1:]:
                     torch.testing.assert_close(answer, answers[0].double(), rtol=1e-2, atol=0)
-                times = [1e3 * seconds(lambda f=f: f(rows, cols), device, runs) for f in functions]  # noqa: B023
+                times = [1e3 * Stopwatch().seconds(lambda f=f: f(rows, cols), device) for f in functions]  # noqa: B023
                 shape, kind = f"{b} x {t} x {p} x {d}", str(dtype).removeprefix("torch.")
                 print(
                     f"{rule:7s} {kind:9s} {shape:20s} {times[0]:8.2f}  {times[1]:16.2f}  {times[2]:8.2f}"

@@ -160,13 +160,12 @@ class DPStrategy(_pl.strategies.SingleDeviceStrategy):
         part = module.get_submodule(name)
         refuse_parameters_beside(module, name)
         given = list(without_frozen(self.optimizers, part))
-        options = {k: v for k, v in self._options.items() if k not in ("groups", "batch_size_schedule")}
+        options: dict[str, Any] = {k: v for k, v in self._options.items() if k not in ("groups", "batch_size_schedule")}
         if "target_epsilon" in options and not {"epochs", "steps"} & options.keys():
             options["steps"] = _steps(trainer)
         self._routed, self._part = Routed(part), name
-        model, optimizer, _ = make_private(
-            self._routed.plain, given, self._draws.loader, **{**options, "seed": self._seed}
-        )
+        options["seed"] = self._seed
+        model, optimizer, _ = make_private(self._routed.plain, given, self._draws.loader, **options)
         self._routed.to(model)
         self.private_model, self.private_optimizer = model, optimizer
         self._together = SteppedTogether(optimizer, given) if len(given) > 1 else None

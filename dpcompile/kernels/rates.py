@@ -194,8 +194,9 @@ def _kept(place: Path, name: str) -> tuple[int, dict[str, float]]:
     if not isinstance(entry, dict) or entry.get("format") != _FORMAT:
         return 0, {}
     found, tries = entry.get("paces"), entry.get("tries")
-    good = isinstance(found, dict) and set(found) >= _NEEDED and _positive(found.values())
-    return (tries, found) if good and isinstance(tries, int) and tries > 0 else (0, {})
+    if not isinstance(found, dict) or not set(found) >= _NEEDED or not _positive(found.values()):
+        return 0, {}
+    return (tries, found) if isinstance(tries, int) and tries > 0 else (0, {})
 
 
 def _name(kind: str) -> str:

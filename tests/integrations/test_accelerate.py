@@ -78,7 +78,7 @@ def plain(epochs: int = 2, **options: Any) -> nn.Module:
 @pytest.mark.parametrize("order", ["prepared before", "prepared after", "in one call"])
 def test_weights_are_those_of_the_plain_loop(order, physical):
     own, (net, optimizer, loader) = accelerator(), parts()
-    options = {**OPTIONS, "physical_batch_size": physical}
+    options: dict[str, Any] = {**OPTIONS, "physical_batch_size": physical}
     if order == "prepared after":
         private: Any = own.prepare(*dpcompile.make_private(net, optimizer, loader, **options))
     else:
@@ -86,10 +86,11 @@ def test_weights_are_those_of_the_plain_loop(order, physical):
             net_too, optimizer, loader = own.prepare(net, optimizer, loader)
             assert net_too is net
         private = make_private(own, net, optimizer, loader, **options)
-    train(*private, own)  # type: ignore[call-arg]
-    assert private[1].optimizer.accountant.steps == 12
+    model, optimizer, loader = private
+    train(model, optimizer, loader, own)
+    assert optimizer.optimizer.accountant.steps == 12
     assert same(net, plain(physical_batch_size=physical))
-    assert list(own.unwrap_model(private[0]).state_dict()) == list(net.state_dict())
+    assert list(own.unwrap_model(model).state_dict()) == list(net.state_dict())
 
 
 @pytest.mark.full  # a launch of two ranks

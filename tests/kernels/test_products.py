@@ -172,20 +172,6 @@ def test_one_position() -> None:
     assert_right(private, truth, 1e-5)
 
 
-def test_the_library_is_chosen_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """OneDNN has to win both with one large product and with many small ones."""
-    seconds = {"large": 1.0, "batched": 1.0, "onednn": 0.5, "each": 0.5}
-
-    def timed(each: float) -> rates.Rates:
-        order = iter([seconds["large"], seconds["batched"], seconds["onednn"], each, *[1.0] * 10])
-        monkeypatch.setattr(rates, "seconds", lambda run, device: next(order))
-        return rates.measure(torch.device("cpu"))
-
-    quicker, slower = timed(0.5), timed(0.95)
-    assert quicker.summed == 2 * quicker.large and slower.summed == slower.large
-    assert quicker.batched == 2 * slower.batched
-
-
 @pytest.mark.usefixtures("quick")
 def test_a_plan_may_expect_less_time_than_without_privacy(monkeypatch: pytest.MonkeyPatch) -> None:
     typical = rates.rates_for(torch.device("cpu"))

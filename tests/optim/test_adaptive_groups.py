@@ -37,7 +37,8 @@ BLOCKS = {"0": LAYERS["0"], "2": LAYERS["2.0"], "3": LAYERS["3"]}
 
 
 def wrapped(module: nn.Module, clip: AdaptiveClip = CLIP, **options: Any) -> tuple[Any, DPOptimizer]:
-    model = dp_compile(module, **{"backend": "eager", "clipping": "per_layer", **options})
+    options = {"backend": "eager", "clipping": "per_layer", **options}
+    model = dp_compile(module, **options)
     accountant = PrivacyAccountant(noise_multiplier=SIGMA, sample_rate=0.1)
     optimizer = DPOptimizer(
         torch.optim.SGD(module.parameters(), lr=0.1),

@@ -47,7 +47,8 @@ def alone() -> nn.Module:
     """One process, on the draws of all: the loader is told that there is one."""
     net, optimizer, loader = parts()
     draws = dpcompile.PoissonLoader.from_dataloader(loader, physical_batch_size=4, seed=5, rank=0, world_size=1)
-    train(*dpcompile.make_private(net, optimizer, draws, **{**OPTIONS, "physical_batch_size": None}), None, 12)
+    options: dict[str, Any] = {**OPTIONS, "physical_batch_size": None}
+    train(*dpcompile.make_private(net, optimizer, draws, **options), None, 12)
     return net
 
 
