@@ -1,10 +1,10 @@
 """How long a unit of each kind of work takes on this machine: one run for every rate of a plan.
 
 Kinds: products of large matrices by torch ("large") and by oneDNN ("large, own"), and of bfloat16 ("narrow");
-products of one example each likewise ("each", "each, own", "each, narrow"); a convolution, one that makes every
-example's filter gradients, and our kernel for these ("convolution", "grouped", "filters"); a pointwise kernel, a write
-to memory that is mapped and to memory that is not ("moved", "written", "written, fresh"); the start of a kernel
-("call").
+products of one example each likewise ("each", "each, own", "each, narrow"), and of bfloat16 made float32 first ("each,
+widened"); a convolution, one that makes every example's filter gradients, and our kernel for these ("convolution",
+"grouped", "filters"); a pointwise kernel, a write to memory that is mapped and to memory that is not ("moved",
+"written", "written, fresh"); the start of a kernel ("call").
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpcompile.kernels.filter_op import filter_gradients, grouped_convolution
 from dpcompile.kernels.measured import Stopwatch
-from dpcompile.kernels.narrow import narrow_products
+from dpcompile.kernels.narrow import has_narrow, narrow_products
 from dpcompile.kernels.onednn import has_onednn, multiply_
 
 __all__ = ["least", "paces"]
@@ -58,14 +58,11 @@ def _products(device: torch.device) -> Iterator[Run]:
         yield "each, own", lambda: multiply_(rows.mT, cols, each), flops
     narrow = [x.bfloat16() for x in (a, b, rows, cols)]
     yield "narrow", lambda: torch.mm(narrow[0], narrow[1]), large
-    yield "each, narrow", lambda: _each_narrow(narrow[2], narrow[3], each), flops
-
-
-def _each_narrow(rows: Tensor, cols: Tensor, out: Tensor) -> None:
-    if rows.device.type != "cpu":
-        torch.bmm(rows.mT, cols, out_dtype=torch.float32, out=out)
-    elif narrow_products(rows, cols, out) is None:
-        torch.bmm(rows.float().mT, cols.float(), out=out)
+    yield "each, widened", lambda: torch.bmm(narrow[2].float().mT, narrow[3].float(), out=each), flops
+    if device.type != "cpu":
+        yield "each, narrow", lambda: torch.bmm(narrow[2].mT, narrow[3], out_dtype=torch.float32, out=each), flops
+    elif has_narrow(torch.bfloat16):
+        yield "each, narrow", lambda: narrow_products(narrow[2], narrow[3], each), flops
 
 
 def _convolutions(device: torch.device) -> Iterator[Run]:

@@ -15,6 +15,7 @@ from dpcompile.kernels.exact import norms_of, rounded_again, sizes_of
 from dpcompile.kernels.narrow import narrow_products
 from dpcompile.kernels.norms_torch import direct_norm
 from dpcompile.kernels.products import product_
+from dpcompile.kernels.rates import rates_for
 from dpcompile.kernels.workspace import kept_gradients
 
 __all__ = ["product_norms", "product_with_norms"]
@@ -49,11 +50,12 @@ def product_with_norms(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor,
     products = kept_gradients.take(shape, rows, dtype) if reuse and on_cpu else rows.new_empty(shape, dtype=dtype)
     result = products.view(batch, blocks, *shape[1:])
     left, right = rows.flatten(0, 1), cols.flatten(0, 1)
-    norms = narrow_products(left, right, products)
+    narrow = dtype != rows.dtype and rates_for(rows.device).narrow_products
+    norms = narrow_products(left, right, products) if narrow else None
     if norms is not None:
         norms = norms.view(batch, blocks).sum(1)
     else:
-        if dtype != rows.dtype and not on_cpu:
+        if narrow and not on_cpu:
             torch.bmm(left.mT, right, out_dtype=dtype, out=products)
         else:
             product_(left.mT.to(dtype), right.to(dtype), products)

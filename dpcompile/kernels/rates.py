@@ -29,7 +29,7 @@ _NEEDED = {
     "large",
     "each",
     "narrow",
-    "each, narrow",
+    "each, widened",
     "convolution",
     "grouped",
     "moved",
@@ -49,7 +49,8 @@ class Rates:
         summed: FLOP/s of a product over all examples, by the library that is quicker.
         convolution: FLOP/s of a convolution.
         narrow: FLOP/s of a large matrix product in bfloat16.
-        narrow_batched: FLOP/s of many products of one example each, of bfloat16 numbers into float32.
+        narrow_batched: FLOP/s of many products of one example each, of bfloat16 numbers into float32, at the quickest.
+        widened: the same of numbers that are made float32 first.
         grouped: FLOP/s of a convolution that makes every example's filter gradients.
         filters: FLOP/s of our kernel for these.
         traffic: bytes/s read or written by pointwise kernels.
@@ -62,6 +63,7 @@ class Rates:
     summed: float
     narrow: float
     narrow_batched: float
+    widened: float
     convolution: float
     grouped: float
     filters: float
@@ -73,6 +75,11 @@ class Rates:
     def own_products(self) -> bool:
         """Whether another library than torch's own was quicker."""
         return self.summed > self.large
+
+    @property
+    def narrow_products(self) -> bool:
+        """Whether products of narrow numbers are quicker than those of numbers that are widened first."""
+        return self.narrow_batched > self.widened
 
     def own_filters(self, full: float) -> bool:
         """Whether our kernel makes filter gradients that fill its tiles so far."""
@@ -86,6 +93,7 @@ _TYPICAL = {
         summed=2e11,
         narrow=4e11,
         narrow_batched=3.6e11,
+        widened=1.8e11,
         convolution=2e11,
         grouped=1e11,
         filters=1.8e11,
@@ -99,6 +107,7 @@ _TYPICAL = {
         summed=4e13,
         narrow=4e14,
         narrow_batched=3e14,
+        widened=3e13,
         convolution=3e13,
         grouped=3e13,
         filters=3e13,
@@ -146,12 +155,16 @@ def rates_from(paces: Mapping[str, float]) -> Rates:
         own, each = 1 / paces["large, own"], 1 / paces["each, own"]
         if own > _QUICKER * large and each > _QUICKER * batched:
             batched, summed = each, own
+    widened = 1 / paces["each, widened"]
+    narrow_batched = 1 / paces.get("each, narrow", paces["each, widened"])
+    if narrow_batched <= _QUICKER * widened:
+        narrow_batched = widened
     fresh = max(paces["written, fresh"] - paces["written"], 1e-3 * paces["written"])
     return Rates(
         large=large, batched=batched, summed=summed, narrow=1 / paces["narrow"],
-        narrow_batched=1 / paces["each, narrow"], convolution=1 / paces["convolution"], grouped=1 / paces["grouped"],
-        filters=1 / paces.get("filters", paces["grouped"]), traffic=1 / paces["moved"], fresh=1 / fresh,
-        call=paces["call"],
+        narrow_batched=narrow_batched, widened=widened, convolution=1 / paces["convolution"],
+        grouped=1 / paces["grouped"], filters=1 / paces.get("filters", paces["grouped"]), traffic=1 / paces["moved"],
+        fresh=1 / fresh, call=paces["call"],
     )  # fmt: skip
 
 

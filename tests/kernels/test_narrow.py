@@ -1,6 +1,7 @@
 """Products of bfloat16 and float16 matrices into float32, with their norms."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpcompile.kernels import build, narrow
+from dpcompile.kernels import build, narrow, product_op
 from dpcompile.kernels.narrow import NARROW, has_narrow, narrow_products
 from dpcompile.kernels.product_op import product_with_norms
+from dpcompile.kernels.rates import rates_for
 from dpcompile.kernels.rounding import gamma, unit_of
 
 here = pytest.mark.skipif(not has_narrow(torch.bfloat16), reason="this processor has no narrow products")
@@ -107,6 +109,19 @@ def test_terms_that_cancel_are_added_again(dtype: torch.dtype) -> None:
     each, squared = product_with_norms(rows, cols, False)
     assert torch.equal(each.double(), (rows.double().mT @ cols.double()))
     assert (squared >= each.double().square().sum((1, 2, 3))).all()
+
+
+@here
+@pytest.mark.parametrize("quicker", [True, False])
+def test_narrow_products_are_made_where_they_were_measured_to_be_quicker(
+    quicker: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, asked = rates_for(torch.device("cpu")), []
+    monkeypatch.setattr(product_op, "rates_for", lambda device: replace(known, widened=1e12 if not quicker else 1.0))
+    monkeypatch.setattr(product_op, "narrow_products", lambda *given: asked.append(given) or narrow_products(*given))
+    rows, cols = draw(2, 1, 5, 4, dtype=torch.bfloat16), draw(2, 1, 5, 3, dtype=torch.bfloat16)
+    each, _ = product_with_norms(rows, cols, False)
+    assert bool(asked) is quicker and within(each.squeeze(1), rows.squeeze(1), cols.squeeze(1))
 
 
 @here

@@ -18,7 +18,8 @@ from dpcompile.kernels.measured import Stopwatch
 
 CPU = torch.device("cpu")
 PACES = {
-    "large": 1.0, "each": 1.0, "narrow": 0.5, "each, narrow": 0.5, "convolution": 1.0, "grouped": 2.0, "filters": 1.0,
+    "large": 1.0, "each": 1.0, "narrow": 0.5, "each, narrow": 0.5, "each, widened": 1.0,
+    "convolution": 1.0, "grouped": 2.0, "filters": 1.0,
     "moved": 3.0, "written": 3.0, "written, fresh": 5.0, "call": 7.0,
 }  # fmt: skip
 
@@ -142,6 +143,14 @@ def test_a_machine_that_is_always_busy_is_measured_some_times(place: pathlib.Pat
 def test_another_library_is_taken_where_it_is_quicker_for_both(own: float, each: float, taken: bool) -> None:
     found = rates.rates_from({**PACES, "large, own": own, "each, own": each})
     assert found.own_products is taken and found.batched == (1 / each if taken else 1.0)
+
+
+@pytest.mark.parametrize(("narrow", "taken"), [(0.5, True), (0.95, False), (None, False)])
+def test_narrow_products_are_taken_where_they_are_quicker(narrow: float | None, taken: bool) -> None:
+    """Not where the processor only imitates them, or torch has none."""
+    known = {name: pace for name, pace in PACES.items() if name != "each, narrow"}
+    found = rates.rates_from(known if narrow is None else {**known, "each, narrow": narrow})
+    assert found.narrow_products is taken and found.narrow_batched == (2.0 if taken else 1.0) and found.widened == 1.0
 
 
 def test_the_least_of_every_kind() -> None:
