@@ -55,7 +55,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault], None]:
 
             return torch_compile.make_boxed(run)
 
-        monkeypatch.setattr(torch_compile, "compile_fx_inner", compile_graph)
+        monkeypatch.setattr(torch_compile._compile_fx, "compile_fx_inner", compile_graph)
 
     return use
 
@@ -296,7 +296,7 @@ def test_what_is_decided_by_rounding_is_no_harm(monkeypatch: pytest.MonkeyPatch,
 
         return torch_compile.make_boxed(run)
 
-    monkeypatch.setattr(torch_compile, "compile_fx_inner", compile_graph)
+    monkeypatch.setattr(torch_compile._compile_fx, "compile_fx_inner", compile_graph)
     errors: list[float] = []
     before = Verifier._errors
     monkeypatch.setattr(Verifier, "_errors", lambda *a: (found := before(*a), errors.append(max(found.values())))[0])
