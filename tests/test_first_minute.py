@@ -407,7 +407,7 @@ REMEDIES: list[tuple[str, str, Callable[[], Any], Callable[[], Any]]] = [
     ("BatchNorm1d in training mode", r"or call .eval\(\) on the BatchNorm layers",
      lambda: backward_of(with_batch_norm(), torch.randn(8, 5)),
      lambda: backward_of(frozen(with_batch_norm()), torch.randn(8, 5))),
-    ("BatchNorm1d in training mode", "use GroupNorm or LayerNorm",
+    ("BatchNorm1d in training mode", r"use GroupNorm \(dpcompile.replace_batchnorm\) or LayerNorm",
      lambda: backward_of(with_batch_norm(), torch.randn(8, 5)),
      lambda: backward_of(nn.Sequential(nn.Linear(5, 4), nn.GroupNorm(2, 4)), torch.randn(8, 5))),
     ("`sub` mixes examples", "compute it for every example by itself",

@@ -14,7 +14,7 @@ from dpcompile import AdaptiveClip, PoissonLoader, PrivacyAccountant, compile_st
 from dpcompile.accounting.caps import smallest_cap
 from dpcompile.accounting.truncation import TruncatedRate
 from dpcompile.data.sampling import kept, poisson_draw
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import PrivacyError, PrivacyWarning
 from dpcompile.module import engine_of
 from dpcompile.noise.normal import gaussian
 from dpcompile.schedules import NoiseSchedule
@@ -134,7 +134,10 @@ def test_a_target() -> None:
     assert 2.9 < optimizer.accountant.epsilon(1e-3) <= 3.0
     whole = private(noise_multiplier=None, max_batch_size=None, **target)[1]
     assert optimizer.noise_multiplier > whole.noise_multiplier
-    with pytest.raises(PrivacyError, match="step 11 of a run whose noise is calibrated for 10"):
+    with (
+        pytest.warns(PrivacyWarning, match="all 10 planned steps are taken"),
+        pytest.raises(PrivacyError, match="step 11 of a run whose noise is calibrated for 10"),
+    ):
         train(model, optimizer, loader)
 
 

@@ -18,6 +18,7 @@ from dpcompile import (
     PoissonLoader,
     PrivacyAccountant,
     PrivacyError,
+    PrivacyWarning,
     calibrate_noise,
     compile_step,
     dp_compile,
@@ -446,7 +447,10 @@ def test_a_target_calibrates_the_scale_of_a_schedule() -> None:
     assert optimizer.accountant.history == [(scale * factor_of(t), 0.1, 1) for t in range(10)]
     assert 5.9 < optimizer.accountant.epsilon(DELTA) <= 6.0
     same(model, by_hand(list(range(10)), lambda t: scale * factor_of(t), lambda t: 4.0))
-    with pytest.raises(PrivacyError, match=r"step 11 of a run whose noise is calibrated for 10"):
+    with (
+        pytest.warns(PrivacyWarning, match="all 10 planned steps are taken"),
+        pytest.raises(PrivacyError, match=r"step 11 of a run whose noise is calibrated for 10"),
+    ):
         train(model, optimizer, loader)
 
 
