@@ -1,14 +1,15 @@
 """A drawn batch larger than the physical one: several forwards behind one call, each run again in the backward.
 
 The call returns what the forwards return, put together; nothing else of them is kept. When the cotangents arrive, each
-part runs forward again, with the same random numbers, and then backward. So the memory of activations is that of one
-physical batch, whatever was drawn, for the price of one forward more (activation checkpointing, Chen et al. 2016,
-arXiv:1604.06174, with the physical batch as the segment).
+part runs forward again, with the same random numbers and under the same autocast, and then backward. So the memory of
+activations is that of one physical batch, whatever was drawn, for the price of one forward more (activation
+checkpointing, Chen et al. 2016, arXiv:1604.06174, with the physical batch as the segment).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from dpcompile._torch import pytree
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.labels import Examples, Label, Shared, Summed, Whole
+from dpcompile.runtime.autocast import Autocast
 from dpcompile.runtime.loss_scale import scaled_like_this
 from dpcompile.runtime.parts import split_call
 from dpcompile.runtime.random_state import RandomState
@@ -94,6 +96,7 @@ class _Turns:
     begin: Callable[[], None]
     end: Callable[[], None]
     states: list[RandomState] = field(default_factory=list)
+    autocast: Autocast | None = None
     structure: Any = None
     leaves: list[Any] = field(default_factory=list)
     labels: list[Label | None] = field(default_factory=list)
@@ -104,6 +107,7 @@ class _Turns:
     def run(self) -> list[Tensor]:
         """Every part's forward; returns the differentiable leaves of the result."""
         columns: list[list[Any]] = []
+        self.autocast = Autocast.now(self._tensors(0))
         for index, (args, kwargs) in enumerate(self.pieces):
             self.states.append(RandomState.now(self._tensors(index)))
             before = {name: b._version for name, b in self.module.named_buffers()}
@@ -134,7 +138,8 @@ class _Turns:
         for index, (args, kwargs) in enumerate(self.pieces):
             args, kwargs, inputs = _leaves_of_their_own(args, kwargs)
             with self.states[index].replayed(), torch.enable_grad():
-                ran = self.forward(index, args, kwargs, True)
+                with nullcontext() if self.autocast is None else self.autocast.again():
+                    ran = self.forward(index, args, kwargs, True)
                 leaves = pytree.tree_leaves(ran.result)
                 self._refuse_other_result(index, leaves)
                 pairs = [
@@ -199,7 +204,8 @@ class _Turns:
                 continue
             sizes = self.sizes[place]
             before = whole.narrow(label.dim, sum(sizes[:index]), sizes[index])
-            if not torch.allclose(now.detach(), before, rtol=1e-3, atol=1e-5, equal_nan=True):
+            alike = now.dtype == before.dtype and now.shape == before.shape
+            if not alike or not torch.allclose(now.detach(), before, rtol=1e-3, atol=1e-5, equal_nan=True):
                 raise UnsupportedGraphError(
                     "a draw larger than the physical batch runs forward twice, and the second time the model returned "
                     "something else: it depends on what changes from call to call (a counter, a generator of its own)",

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from dpcompile import DPOptimizer, PoissonLoader, dp_compile
 from dpcompile.errors import UnsupportedGraphError
+from dpcompile.runtime.autocast import Autocast
 
 N, C = 40, 0.3
 
@@ -72,6 +73,63 @@ def test_every_draw_gives_what_one_backward_per_example_gives(physical: int, opt
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.logical_step == len(loader)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
+@pytest.mark.parametrize("options", [{}, {"regions": "blocks"}, {"backend": "inductor"}], ids=str)
+def test_autocast_is_the_same_when_a_part_runs_again(options: dict[str, Any], inside: bool) -> None:
+    """Wherever the loop calls backward: what is returned, and the weights, are those of physical batches one by one."""
+    ends = []
+    for parts in (False, True):
+        net = Net()
+        torch.manual_seed(3)
+        for p in net.parameters():
+            p.data.normal_()
+        model, optimizer, loader = private(net, 4, **options)
+        for x, y in loader.parts() if parts else loader:
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model(x)
+                loss = F.cross_entropy(output.float(), y)
+                if inside:
+                    loss.backward()
+            if not inside:
+                loss.backward()
+            assert output.dtype == torch.bfloat16
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(*ends, rtol=2e-2, atol=2e-2)  # means over other numbers round otherwise
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_again(enabled: bool) -> None:
+    """Of another dtype, in and out of other states; what is outside comes back."""
+    with torch.autocast("cpu", torch.float16, enabled=enabled, cache_enabled=False):
+        state = Autocast.now([torch.ones(1), torch.ones(1, device="meta"), None])
+    for outside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            with state.again():
+                assert Autocast.now([]) == state and torch.is_autocast_enabled("cpu") is enabled
+            assert torch.is_autocast_enabled("cpu") is outside and torch.get_autocast_dtype("cpu") == torch.bfloat16
+            assert torch.is_autocast_cache_enabled()
+
+
+class Widens(Net):
+    widens = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = super().forward(x)
+        return result.double() if self.widens else result
+
+
+def test_another_dtype_the_second_time_is_refused() -> None:
+    net = Widens()
+    model, _, loader = private(net, 3)
+    x, y = next(iter(loader))
+    loss = F.cross_entropy(model(x), y)
+    net.widens = True
+    with pytest.raises(UnsupportedGraphError, match=r"returned something else.*\n.*loader.parts\(\)"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
