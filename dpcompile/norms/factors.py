@@ -29,10 +29,11 @@ from dpcompile.norms.convolutions import (
     positions_in_rows,
 )
 from dpcompile.norms.experts import expert_blocks, expert_gradients, norms_of_experts, positions_of_an_expert
+from dpcompile.norms.heads import HeadRows, head_each, head_sides, norms_of_head
 from dpcompile.proof.site_kinds import Form
 from dpcompile.proof.sites import ParameterGradient, Site
 
-__all__ = ["Factored", "alone", "factored", "oriented"]
+__all__ = ["Factored", "alone", "factored", "norms_by_parts", "oriented"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +248,55 @@ def _experts(site: Site, batch: Size) -> Factored:
     return Factored(site, (left, right, expert), build, sizes, each=each, norms=norms, ghost=norms)
 
 
+def _head(site: Site, batch: Size) -> Factored:
+    """Rows are the logits' gradients: they are all of them only where sides are asked for."""
+    names = ("cotangent", "hidden", "weight", "bias", "labels", "totals")
+    operands = tuple(site.operands[n] for n in names if n in site.operands)
+    axis, of_bias = next(iter(site.axes.values())), bool(site.operation.args[6])
+
+    def build(*values: Any) -> tuple[Tensor, Tensor]:
+        return head_sides(HeadRows(values[:-1], axis, values[-1]), of_bias)
+
+    def norms(*values: Any) -> Tensor:
+        return norms_of_head([HeadRows(values[:-1], axis, values[-1])], of_bias)
+
+    def each(*values: Any) -> tuple[Tensor, Tensor]:
+        *given, b, _, _ = values
+        return head_each(HeadRows(given, axis, b), of_bias)
+
+    shape = shape_of(site.value.meta["val"])
+    sizes = (1, product([axis.outer, axis.inner]), shape[0], 1 if of_bias else shape[1])
+    return Factored(site, operands, build, sizes, each=each, norms=norms, ghost=norms)
+
+
+def norms_by_parts(forms: Sequence[Factored]) -> Callable[..., Tensor] | None:
+    """The norms of heads of one matrix, and of tables tied to it, without the logits; None if it is something else.
+
+    Returns:
+        From the values of all forms' operands, one after the other, and B to ``[B]``, float64.
+    """
+    heads = [f for f in forms if f.site.form == "head"]
+    shared = {(f.site.operands["weight"], f.site.operands.get("bias"), f.site.operation.args[6]) for f in heads}
+    tables = [f for f in forms if f not in heads]
+    if len(shared) != 1 or any(f.one_hot != "rows" for f in tables):
+        return None
+    of_bias = bool(heads[0].site.operation.args[6])
+
+    def norms(*values: Any) -> Tensor:
+        *remaining, b = values
+        rows, looked_up = [], []
+        for form in forms:
+            own = [remaining.pop(0) for _ in form.operands]
+            if form in heads:
+                rows.append(HeadRows(own, next(iter(form.site.axes.values())), b))
+            else:
+                index, cotangents = form.build(*own, b)
+                looked_up.append((index, cotangents.squeeze(1)))
+        return norms_of_head(rows, of_bias, looked_up)
+
+    return norms
+
+
 _BLOCK = 16  # channels, in the layouts of oneDNN
 _NARROW = 64  # columns: patches of so few numbers (those of colours) are unfolded sooner than convolved in groups
 
@@ -307,4 +357,5 @@ _MAKERS: dict[Form, Callable[[Site, Size], Factored | None]] = {
     "table": _index_put,
     "filters": _convolution,
     "experts": _experts,
+    "head": _head,
 }

@@ -19,7 +19,7 @@ from dpcompile.kernels.kept import FEW, norms_of_vectors, squared_norms
 from dpcompile.kernels.narrow import NARROW
 from dpcompile.kernels.product_op import product_norms, product_with_norms
 from dpcompile.kernels.products import product
-from dpcompile.norms.factors import alone, factored
+from dpcompile.norms.factors import alone, factored, norms_by_parts
 from dpcompile.norms.fused import fused_norm, fusible
 from dpcompile.norms.ghost import Sides, ghost, merge, outer
 from dpcompile.norms.per_example import per_example_site, tail_inputs, through_tail
@@ -113,7 +113,8 @@ def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
     dtype = None if fused else sum_dtype(choice.gradient)
 
     def compute(mask: Tensor, *values: Tensor) -> Tensor:
-        if rule == "ghost" and len(forms) == 1 and (of_form := forms[0].ghost) is not None:
+        of_form = (forms[0].ghost if len(forms) == 1 else norms_by_parts(forms)) if rule == "ghost" else None
+        if of_form is not None:
             return of_form(*(widened(v, sum_dtype(choice.gradient)) for v in values), mask.shape[0])
         sides = _sides(choice, values, mask.shape[0], dtype)
         if fused:
