@@ -1,8 +1,8 @@
 """Cross entropy of a linear layer's outputs that never exist as a whole: the head of a language model.
 
-Logits ``[N, V]`` are the largest tensor of a fine-tune. Here they are made for a part of the V classes at a time, in the
-forward for the logarithm of their sum, and in the backward anew for what is made of them (as in Wijmans et al. 2025,
-arXiv:2411.09009, and Hsu et al. 2024, arXiv:2410.10989, sections 3 and 3.2). Row n stands by itself.
+Logits ``[N, V]`` are the largest tensor of a fine-tune. Here they are made for a part of the V classes at a time, in
+the forward for the logarithm of their sum, and in the backward anew for what is made of them (the idea of Wijmans et
+al. 2025, arXiv:2411.09009). Row n stands by itself.
 
 Shape letters: N rows, D columns, V classes.
 """
@@ -20,7 +20,16 @@ from dpcompile.kernels.narrow import narrow_products
 from dpcompile.kernels.products import product, product_
 from dpcompile.kernels.rates import rates_for
 
-__all__ = ["class_parts", "head_gradients", "head_hidden", "head_losses", "head_sums", "multiplied", "slopes", "whole_slopes"]
+__all__ = [
+    "class_parts",
+    "head_gradients",
+    "head_hidden",
+    "head_losses",
+    "head_sums",
+    "multiplied",
+    "slopes",
+    "whole_slopes",
+]
 
 _AT_ONCE = {"cpu": 2**24}  # logits that exist at once
 _ON_DEVICES = 2**27
@@ -149,7 +158,7 @@ def head_gradients(
     totals: Tensor,
     of_bias: bool,
 ) -> Tensor:
-    """:func:`head_sums` of every example by itself, for tracing: ``[B, V, D]`` or ``[B, V]``, of rows ``[B, T, ..]``."""
+    """:func:`head_sums` of every example by itself, for tracing: rows ``[B, T, ..]`` to ``[B, V, D]`` or ``[B, V]``."""
     slope, columns = whole_slopes(cotangent, hidden, weight, bias, labels, totals)
     return slope.sum(1) if of_bias else product(slope.mT, columns)
 

@@ -40,8 +40,8 @@ def head_norms(
 ) -> Tensor:
     """Squared norms of every example's :func:`dpcompile.kernels.head.head_sums`: ``[B]``, float64.
 
-    By Gram matrices (Li et al. 2022, arXiv:2110.05679, section 4), those of the logits' gradients added up part by part,
-    with the cross terms of a table that is the same parameter. Memory is that of a part's logits.
+    By Gram matrices (Li et al. 2022, arXiv:2110.05679, section 4), those of the logits' gradients added up part by
+    part, with the cross terms of a table that is the same parameter. Memory is that of a part's logits.
 
     Where an example has more positions than columns, by its gradient, a part at a time.
 
@@ -64,7 +64,7 @@ def head_norms(
     squared = torch.empty(batch, dtype=torch.float64, device=hidden.device)
     longest = squares_of(weight).amax().sqrt()
     if bias is not None:
-        longest = longest + bias.abs().amax()
+        longest = longest + bias.masked_fill(bias.isinf(), 0.0).abs().amax()  # a class may be masked
     for own in _groups(batch, positions, index):
         table = None if index is None or looked_up is None else (index[own], looked_up[own])
         rows = _Rows(cotangent[own], hidden[own], weight, bias, labels[own], totals[own], of_bias, table)

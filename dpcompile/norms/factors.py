@@ -33,7 +33,7 @@ from dpcompile.norms.heads import HeadRows, head_each, head_sides, norms_of_head
 from dpcompile.proof.site_kinds import Form
 from dpcompile.proof.sites import ParameterGradient, Site
 
-__all__ = ["Factored", "alone", "factored", "norms_by_parts", "oriented"]
+__all__ = ["Factored", "alone", "factored", "oriented"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,34 +267,6 @@ def _head(site: Site, batch: Size) -> Factored:
     shape = shape_of(site.value.meta["val"])
     sizes = (1, product([axis.outer, axis.inner]), shape[0], 1 if of_bias else shape[1])
     return Factored(site, operands, build, sizes, each=each, norms=norms, ghost=norms)
-
-
-def norms_by_parts(forms: Sequence[Factored]) -> Callable[..., Tensor] | None:
-    """The norms of heads of one matrix, and of tables tied to it, without the logits; None if it is something else.
-
-    Returns:
-        From the values of all forms' operands, one after the other, and B to ``[B]``, float64.
-    """
-    heads = [f for f in forms if f.site.form == "head"]
-    shared = {(f.site.operands["weight"], f.site.operands.get("bias"), f.site.operation.args[6]) for f in heads}
-    tables = [f for f in forms if f not in heads]
-    if len(shared) != 1 or any(f.one_hot != "rows" for f in tables):
-        return None
-    of_bias = bool(heads[0].site.operation.args[6])
-
-    def norms(*values: Any) -> Tensor:
-        *remaining, b = values
-        rows, looked_up = [], []
-        for form in forms:
-            own = [remaining.pop(0) for _ in form.operands]
-            if form in heads:
-                rows.append(HeadRows(own, next(iter(form.site.axes.values())), b))
-            else:
-                index, cotangents = form.build(*own, b)
-                looked_up.append((index, cotangents.squeeze(1)))
-        return norms_of_head(rows, of_bias, looked_up)
-
-    return norms
 
 
 _BLOCK = 16  # channels, in the layouts of oneDNN

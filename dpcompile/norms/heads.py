@@ -46,9 +46,7 @@ def head_each(heads: HeadRows, of_bias: bool) -> tuple[Tensor, Tensor]:
     return each, squared_norms(each)
 
 
-def norms_of_head(
-    heads: Sequence[HeadRows], of_bias: bool, tables: Sequence[tuple[Tensor, Tensor]] = ()
-) -> Tensor:
+def norms_of_head(heads: Sequence[HeadRows], of_bias: bool, tables: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
     """Squared norms of the sum of the gradients, without the gradients: ``[B]``, float64.
 
     Args:

@@ -23,6 +23,8 @@ class SiteKind:
         lies_along: operand -> the dimension that runs along the examples, where its place in the operation tells.
         form: how the summed outer products are found: "product", "filters", "table", "experts" or "head"; None: by no
             general way.
+        widens: it takes bfloat16 and float16 as they are, and adds up in float32 or wider; what others are given is
+            widened first.
         per_example: the same for each example by itself: operands with the examples in front to ``[B, *shape]``; None
             leaves it to ``torch.vmap``.
     """
@@ -31,6 +33,7 @@ class SiteKind:
     lies_along: Mapping[str, int] = field(default_factory=dict)
     per_example: Callable[..., Tensor] | None = None
     form: Form | None = None
+    widens: bool = False
 
 
 _OWN: dict[str, SiteKind] = {}

@@ -28,12 +28,24 @@ def head_hidden(call: Call) -> Label:
 @axis_rule(
     "dpcompile.head_sums",
     growth=Linear("cotangent"),
-    site=SiteKind(("cotangent",), _BY_ROW, per_example=head_gradients, form="head"),
+    site=SiteKind(("cotangent",), _BY_ROW, per_example=head_gradients, form="head", widens=True),
 )
 def head_sums(call: Call) -> Label:
     """The sum of all rows' gradients of the matrix, or of the bias."""
     found = _own_rows(call, *_BY_ROW)
     return Summed() if isinstance(found, Examples) else found
+
+
+@axis_rule("torch_nn._linear_cross_entropy_batch_chunked", "torch_nn._linear_cross_entropy_batch_chunked_no_reduction")
+def chunked(call: Call) -> Labels:
+    """Torch's own, whose backward cannot be taken apart."""
+    refusal = call.unsupported(
+        "torch's chunked linear cross entropy is one operation forward and backward, and gives no example's gradient",
+        "call dpcompile.losses.per_example_linear_cross_entropy, which does not hold the logits either, or leave out "
+        "options=",
+    )
+    value = call.node.meta["val"]
+    return tuple(refusal for _ in value) if isinstance(value, (tuple, list)) else refusal
 
 
 def _own_rows(call: Call, *names: str) -> Label:
