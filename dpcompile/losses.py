@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["per_example_causal_lm", "per_example_cross_entropy", "per_example_load_balancing"]
+from dpcompile.kernels.head import head_losses
+
+__all__ = [
+    "per_example_causal_lm",
+    "per_example_cross_entropy",
+    "per_example_linear_causal_lm",
+    "per_example_linear_cross_entropy",
+    "per_example_load_balancing",
+]
 
 
 def per_example_cross_entropy(
@@ -48,7 +56,13 @@ def per_example_cross_entropy(
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
-    flat = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
+    return _of_examples(
+        F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options), labels, ignore_index, divide_by
+    )
+
+
+def _of_examples(flat: Tensor, labels: Tensor, ignore_index: int, divide_by: float | None) -> Tensor:
+    """From the losses of all positions, one after the other, to those of examples."""
     total = flat.reshape(labels.shape[0], -1).sum(1)
     if divide_by is not None:
         return total / divide_by
@@ -82,6 +96,88 @@ def per_example_causal_lm(
         raise ValueError(f"labels must be [B, T] with T of 2 or more, not {list(labels.shape)}")
     options: dict[str, Any] = {"divide_by": divide_by, "label_smoothing": label_smoothing}
     return per_example_cross_entropy(logits[:, :-1], labels[:, 1:], ignore_index=ignore_index, **options)
+
+
+def per_example_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    divide_by: float | None = None,
+) -> Tensor:
+    """``per_example_cross_entropy(F.linear(hidden, weight, bias), labels)`` without the logits: ``[B]``.
+
+    Logits of a large vocabulary are the largest tensor of a fine-tune. Here they are made for a part of the classes at
+    a time, forward and backward, and so are the norm and the clipped sum of ``weight``'s gradient, which may be tied to
+    an embedding. To be called within the private model, as ``weight`` is a parameter of it. Memory is won, and time
+    lost: a private step makes the logits four times in place of once.
+
+    Under autocast the product is in its dtype. Logits are added up in float32.
+
+    Args:
+        hidden: ``[B, *positions, D]``, what the last layer is given.
+        weight: ``[classes, D]``, of the last layer.
+        labels: ``[B, *positions]``, class numbers; positions with ``ignore_index`` do not count.
+        bias: ``[classes]``, of the last layer.
+        ignore_index: as in :func:`per_example_cross_entropy`.
+        divide_by: as in :func:`per_example_cross_entropy`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
+        IndexError: a label that is no class, on CPUs; elsewhere the example's loss is NaN.
+    """
+    if hidden.ndim != labels.ndim + 1 or hidden.shape[:-1] != labels.shape or not labels.ndim:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} do not belong together: hidden has the "
+            "features as one more, last dimension"
+        )
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and the layer {tuple(weight.shape)} do not belong together: weight is "
+            "[classes, features], bias [classes]"
+        )
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    elif hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one of them, or use autocast")
+    flat, _ = head_losses(hidden.flatten(0, -2), weight, bias, labels.flatten(), ignore_index)
+    return _of_examples(flat, labels, ignore_index, divide_by)
+
+
+def per_example_linear_causal_lm(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    divide_by: float | None = None,
+) -> Tensor:
+    """:func:`per_example_causal_lm` without the logits: ``[B]``.
+
+    For a Hugging Face decoder ``lm``, in a module that is made private as a whole:
+    ``per_example_linear_causal_lm(lm.model(ids).last_hidden_state, lm.get_output_embeddings().weight, ids)``.
+
+    Args:
+        hidden: ``[B, T, D]``.
+        weight: ``[vocabulary, D]``; it may be the embedding's.
+        labels: ``[B, T]``, as in :func:`per_example_causal_lm`.
+        bias: as in :func:`per_example_linear_cross_entropy`.
+        ignore_index: as in :func:`per_example_cross_entropy`.
+        divide_by: as in :func:`per_example_cross_entropy`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together, or fewer than two positions.
+        IndexError: see :func:`per_example_linear_cross_entropy`.
+    """
+    if labels.ndim != 2 or labels.shape[1] < 2:
+        raise ValueError(f"labels must be [B, T] with T of 2 or more, not {list(labels.shape)}")
+    shifted = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+    options: dict[str, Any] = {"bias": bias, "divide_by": divide_by}
+    return per_example_linear_cross_entropy(hidden, weight, shifted, ignore_index=ignore_index, **options)
 
 
 def per_example_load_balancing(

@@ -29,6 +29,7 @@ from dpcompile.norms.convolutions import (
     positions_in_rows,
 )
 from dpcompile.norms.experts import expert_blocks, expert_gradients, norms_of_experts, positions_of_an_expert
+from dpcompile.norms.heads import HeadRows, head_each, head_sides, norms_of_head
 from dpcompile.proof.site_kinds import Form
 from dpcompile.proof.sites import ParameterGradient, Site
 
@@ -247,6 +248,27 @@ def _experts(site: Site, batch: Size) -> Factored:
     return Factored(site, (left, right, expert), build, sizes, each=each, norms=norms, ghost=norms)
 
 
+def _head(site: Site, batch: Size) -> Factored:
+    """Rows are the logits' gradients: they are all of them only where sides are asked for."""
+    names = ("cotangent", "hidden", "weight", "bias", "labels", "totals")
+    operands = tuple(site.operands[n] for n in names if n in site.operands)
+    axis, of_bias = next(iter(site.axes.values())), bool(site.operation.args[6])
+
+    def build(*values: Any) -> tuple[Tensor, Tensor]:
+        return head_sides(HeadRows(values[:-1], axis, values[-1]), of_bias)
+
+    def norms(*values: Any) -> Tensor:
+        return norms_of_head([HeadRows(values[:-1], axis, values[-1])], of_bias)
+
+    def each(*values: Any) -> tuple[Tensor, Tensor]:
+        *given, b, _, _ = values
+        return head_each(HeadRows(given, axis, b), of_bias)
+
+    shape = shape_of(site.value.meta["val"])
+    sizes = (1, product([axis.outer, axis.inner]), shape[0], 1 if of_bias else shape[1])
+    return Factored(site, operands, build, sizes, each=each, norms=norms, ghost=norms)
+
+
 _BLOCK = 16  # channels, in the layouts of oneDNN
 _NARROW = 64  # columns: patches of so few numbers (those of colours) are unfolded sooner than convolved in groups
 
@@ -307,4 +329,5 @@ _MAKERS: dict[Form, Callable[[Site, Size], Factored | None]] = {
     "table": _index_put,
     "filters": _convolution,
     "experts": _experts,
+    "head": _head,
 }

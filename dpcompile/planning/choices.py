@@ -91,9 +91,11 @@ class _Options:
         shape = _together(forms, self._value, self._element, hints)
         allowed = {"outer"} if is_one(shape.t) else {"ghost"}
         allowed |= {"keep", "redo"} | ({"direct"} if all(f.one_hot is None for f in forms) else set())
+        if shape.head:  # anything else holds what its logits were taken apart for
+            allowed = {"ghost"}
         _, t, p, d = (hinted(n, hints) for n in (1, shape.t, shape.p, shape.d))
         fits = mode.wanted(t, p, d)
-        wanted = [r for r in mode.rules if r in allowed and fits(r)] or [_fallback(mode)]
+        wanted = [r for r in mode.rules if r in allowed and fits(r)] or [_fallback(mode, shape)]
         table = costs(shape, situation.batch, reuse=situation.reuse)
         if self._later:
             rule = "keep" if mode.rules == ("keep",) else "later"
@@ -145,14 +147,16 @@ class _Options:
 
     def _is_fused(self, rule: str, shape: Shape) -> bool:
         fused, hints = self._situation.fused, self._situation.hints
-        if fused is None or rule not in ("ghost", "direct"):
+        if fused is None or rule not in ("ghost", "direct") or shape.head:
             return False
         t, p, d = (hinted(n, hints) for n in (shape.t, shape.p, shape.d))
         return fused.faster(rule, t, p, d, self._value.dtype)
 
 
-def _fallback(mode: Mode) -> str:
-    return "redo" if mode.drop else "keep"
+def _fallback(mode: Mode, shape: Shape) -> str:
+    if not mode.drop:
+        return "keep"
+    return "ghost" if shape.head else "redo"
 
 
 def _together(forms: Sequence[Factored], value: torch.Tensor, element: int, hints: Mapping[sympy.Symbol, int]) -> Shape:
@@ -176,6 +180,7 @@ def _together(forms: Sequence[Factored], value: torch.Tensor, element: int, hint
         alone=alone(forms) is not None,
         panels=panels_of(hinted(t, hints)),
         products=element == 4 and all(f.site.form == "product" and f.one_hot is None for f in forms),
+        head=any(f.site.form == "head" for f in forms),
         narrow=all(o.meta["val"].dtype in NARROW for f in forms for o in f.operands),
     )  # fmt: skip
 
@@ -187,7 +192,7 @@ def panels_of(positions: float) -> int:
 
 def _grams(forms: Sequence[Factored], shape: Shape, batch: Size) -> dict[Hashable, Cost]:
     """The two Gram matrices of a ghost norm, by what they are of; none, where sums by an index take their place."""
-    if shape.indexed:
+    if shape.indexed or shape.head:
         return {}
     _, _, p, d = forms[0].sizes
     operands = list(zip(*(f.operands for f in forms), strict=True))  # of all sites: first operands, second operands

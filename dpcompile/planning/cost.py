@@ -122,6 +122,7 @@ class Shape:
         grouped: per-example gradients are too, with the examples among its groups.
         filled: how full the tiles of our filter kernel are, which makes them; 0 where it does not.
         alone: their norms come without them.
+        head: one of the sites makes its logits a part of the classes at a time, and makes them anew for the norm.
         panels: parts of a Gram matrix.
         products: the clipped sum is a matrix product, and so ours where the plain step's was torch's.
         narrow: the operands are bfloat16 or float16, which the plain step multiplies as they are, and rule "keep" too;
@@ -140,6 +141,7 @@ class Shape:
     grouped: bool = False
     filled: float = 0.0
     alone: bool = False
+    head: bool = False
     panels: int = 1
     products: bool = False
     narrow: bool = False
@@ -178,6 +180,9 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     if shape.indexed:
         copied = product([batch, shape.copied]) * e
         ghost = _cost(traffic=2 * sides + 2 * copied, calls=2, fresh=copied, memory=copied)
+    if shape.head:
+        each_gram = product([batch, t, t, p + d]) * _WIDER[e]
+        ghost = _cost(large=2 * weights * t, batched=each_gram, traffic=3 * product([batch, t, p]) * e, memory=grams)
     return {
         "outer": scaled + _cost(traffic=sides, calls=2),
         "ghost": scaled + ghost,

@@ -60,6 +60,11 @@ class Site:
         """How its outer products are found; None: by no general way."""
         return None if self.known is None else self.known.form
 
+    @property
+    def widens(self) -> bool:
+        """Whether it takes narrow numbers as they are, and adds up in float32 or wider."""
+        return self.known is not None and self.known.widens
+
 
 @dataclass(frozen=True, slots=True)
 class ParameterGradient:

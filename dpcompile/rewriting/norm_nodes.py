@@ -19,10 +19,11 @@ from dpcompile.kernels.kept import FEW, norms_of_vectors, squared_norms
 from dpcompile.kernels.narrow import NARROW
 from dpcompile.kernels.product_op import product_norms, product_with_norms
 from dpcompile.kernels.products import product
-from dpcompile.norms.factors import alone, factored
+from dpcompile.norms.factors import Factored, alone, factored
 from dpcompile.norms.fused import fused_norm, fusible
 from dpcompile.norms.ghost import Sides, ghost, merge, outer
 from dpcompile.norms.per_example import per_example_site, tail_inputs, through_tail
+from dpcompile.norms.tied_heads import norms_by_parts
 from dpcompile.planning.choices import Choice
 from dpcompile.planning.plan import Plan
 from dpcompile.proof.sites import ParameterGradient
@@ -113,8 +114,9 @@ def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
     dtype = None if fused else sum_dtype(choice.gradient)
 
     def compute(mask: Tensor, *values: Tensor) -> Tensor:
-        if rule == "ghost" and len(forms) == 1 and (of_form := forms[0].ghost) is not None:
-            return of_form(*(widened(v, sum_dtype(choice.gradient)) for v in values), mask.shape[0])
+        of_form = (forms[0].ghost if len(forms) == 1 else norms_by_parts(forms)) if rule == "ghost" else None
+        if of_form is not None:
+            return of_form(*_taken(forms, values, sum_dtype(choice.gradient)), mask.shape[0])
         sides = _sides(choice, values, mask.shape[0], dtype)
         if fused:
             return fused_norm(rule, sides)
@@ -132,14 +134,18 @@ def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
 def _sides(choice: Choice, values: Sequence[Tensor], batch: int, dtype: torch.dtype | None) -> list[Sides]:
     """The forms' sides in ``dtype``, or in their own."""
     assert choice.forms is not None
-    remaining = list(values)
+    remaining = _taken(choice.forms, values, dtype)
     sides = []
     for form in choice.forms:
         own = [remaining.pop(0) for _ in form.operands]
-        if dtype is not None:
-            own = [widened(v, dtype) for v in own]
         sides.append(Sides(*form.build(*own, batch), one_hot=form.one_hot))
     return sides
+
+
+def _taken(forms: Sequence[Factored], values: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    """The operands of all forms, as they are taken: in ``dtype``, or in their own."""
+    sites = [f.site for f in forms for _ in f.operands]
+    return [v if dtype is None or s.widens else widened(v, dtype) for s, v in zip(sites, values, strict=True)]
 
 
 def _instantiation(
@@ -152,7 +158,7 @@ def _instantiation(
     gradient, forms, dtype = choice.gradient, choice.forms, sum_dtype(choice.gradient)
     single = alone(forms) if forms is not None and choice.rule == "redo" else None
     if single is not None and (norms := single.norms) is not None:
-        return list(single.operands), lambda batch, values: (norms(*(widened(v, dtype) for v in values), batch), None)
+        return list(single.operands), lambda batch, values: (norms(*_taken([single], values, dtype), batch), None)
     if choice.rule == "redo" and forms is not None and all(f.one_hot == (forms[0].one_hot or "") for f in forms):
 
         def looked_up(batch: int, values: Sequence[Any]) -> tuple[Tensor, None]:
@@ -177,9 +183,11 @@ def _instantiation(
         dtype = torch.float64  # the sum is another than the one whose norm is taken: that is one of the real numbers
 
     def through_sites(batch: int, values: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        known = {n: widened(v, dtype) for n, v in zip(operands, values, strict=True)}
+        narrow = dict(zip(operands, values, strict=True))
+        wide = {n: widened(v, dtype) for n, v in narrow.items()}
         sites, squared = [], []
         for site, form in zip(gradient.sites, own_forms, strict=True):
+            known = narrow if site.widens else wide
             if form is None or form.one_hot is not None:
                 sites.append(per_example_site(site, known, batch, dtype))
             elif form.each is not None:
@@ -190,7 +198,7 @@ def _instantiation(
             else:
                 rows, cols = form.build(*(known[n] for n in form.operands), batch)
                 sites.append(product(rows.mT, cols).reshape(batch, *site.value.meta["val"].shape))
-        each = through_tail(gradient, sites, known, dtype)
+        each = through_tail(gradient, sites, wide, dtype)
         if forms is not None and len(forms) == len(squared) == 1:  # no tail, or one that norms do not see
             return squared[0], each
         return squared_norms(each), each

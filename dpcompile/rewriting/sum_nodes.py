@@ -127,13 +127,14 @@ def _redone_sum(
     dtype = sum_dtype(gradient)
 
     def redo(w: Tensor, *values: Any) -> Tensor:
-        known = {n: widened(v, dtype) for n, v in zip(operands, values, strict=True)}
+        narrow = dict(zip(operands, values, strict=True))
+        wide = {n: widened(v, dtype) for n, v in narrow.items()}
         sums = {}
         for site in gradient.sites:
             reweighted = any(n in second for n in site.operation.all_input_nodes)
             own = (w != 0).to(w.dtype) if reweighted else w
-            sums[site.value] = _weighted_site(site, joint.batch, known, own, dtype)
-        return run_tail(gradient, sums, known, dtype).to(wanted)
+            sums[site.value] = _weighted_site(site, joint.batch, narrow if site.widens else wide, own, dtype)
+        return run_tail(gradient, sums, wide, dtype).to(wanted)
 
     nodes = [weights, *(second.get(n, n) for n in operands)]
     return insert(joint.graph, behind(joint.graph, nodes), redo, nodes)

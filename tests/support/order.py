@@ -2,7 +2,7 @@
 
 # One floor a line. Lower never imports higher, and neighbours on one floor never import each other.
 ORDER = """
-errors losses
+errors
 _torch
 accounting distributed
 privacy graph clipping batchnorm
@@ -18,7 +18,7 @@ regions
 module
 reporting
 optim
-data extending rates schedules viz
+data extending losses rates schedules viz
 api step checkpoint
 validating
 private

@@ -9,13 +9,15 @@ from dpcompile.proof.rules.registry import Call, axis_rule
 from dpcompile.proof.rules.stripes import Behind, Stripes, row_wise
 from dpcompile.proof.site_kinds import SiteKind
 
+__all__ = ["along_rows"]
+
 
 @axis_rule("dpcompile.expert_products", growth=Product(("rows", "matrices")))
 def expert_products(call: Call) -> Label:
     """Every row's product with the matrix that its index chooses."""
     if call.summed() or isinstance(call.label(call["matrices"]), Examples):
         return call.mixes("it multiplies every example's rows with matrices that depend on all of them")
-    return _along_rows(call, "rows", "expert")
+    return along_rows(call, "rows", "expert")
 
 
 @axis_rule(
@@ -27,7 +29,7 @@ def expert_sums(call: Call) -> Label:
     """Outer products of rows, added up by an index."""
     if call.summed():
         return call.mixes("it multiplies a sum over all examples with other values")
-    found = _along_rows(call, "left", "right", "expert")
+    found = along_rows(call, "left", "right", "expert")
     return Summed() if isinstance(found, Examples) else found
 
 
@@ -42,7 +44,7 @@ def count(call: Call) -> Label:
     )
 
 
-def _along_rows(call: Call, *names: str) -> Label:
+def along_rows(call: Call, *names: str) -> Label:
     """The example axis of operands that lie along each other with dimension 0."""
     axes = [x for n in names if isinstance(x := call.label(call[n]), Examples)]
     if any(x.dim != 0 or not x.same_layout(axes[0]) for x in axes):
