@@ -42,6 +42,14 @@ CHECKS = [
     "steps: one launch for each group",
     "steps: nothing waits for the device",
     "steps: numbers on the device are left to torch",
+    "sums: weighted sums never read an example of weight 0",
+    "sums: weighted sums of nothing are zeros",
+    "sums: norms of vectors",
+    "sums: squares of all shapes and strides",
+    "sums: memory beyond two to the 31",
+    "sums: a model of many vectors",
+    "sums: nothing waits for the device",
+    "sums: without the kernels torch does it and waits for nothing",
 ]
 interpreted = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),

@@ -154,7 +154,7 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """Calls that start every kernel, in the tiles and dtypes that are used."""
-    return {**_noise(), **_norms()}
+    return {**_noise(), **_sums(), **_norms()}
 
 
 def _noise() -> dict[str, Case]:
@@ -172,6 +172,21 @@ def _noise() -> dict[str, Case]:
             found[f"{kind}, noise {way}, {name}"] = Case(call, often)
         more: Any = {**place, "factors": (1.0, 0.5), "seed": 1, "first": 0, "made": 0, "more": 1}
         found[f"rows of noise, {name}"] = Case(partial(noise_rows.rows_, [x[None]], **more), dtype == torch.float32)
+    return found
+
+
+def _sums() -> dict[str, Case]:
+    from dpcompile.kernels.triton import kept, squares
+
+    found = {}
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        x, name, often = torch.zeros(8, 64, dtype=dtype), str(dtype).removeprefix("torch."), dtype == torch.float32
+        if dtype.itemsize > 2:
+            call = partial(kept.weighted_sums, torch.zeros(1, 8, dtype=dtype), [0], [x])
+            found[f"weighted sums, {name}"] = Case(call, often)
+        found[f"norms of vectors, {name}"] = Case(partial(squares.norms_of_vectors, [x]), often)
+        for rows, value in (("short", x), ("long", torch.zeros(1, 4096, dtype=dtype))):
+            found[f"squares of {rows} rows, {name}"] = Case(partial(squares.squares_of, value), often)
     return found
 
 

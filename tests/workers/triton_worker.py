@@ -16,12 +16,13 @@ import numpy as np
 import torch
 import triton_noise
 import triton_steps
+import triton_sums
 
 from dpcompile.kernels import on_gpu
 
 CHECKS: dict[str, Callable[[], None]] = {
     f"{module.__name__.removeprefix('triton_')}: {name.removeprefix('check_').replace('_', ' ')}": check
-    for module in (triton_noise, triton_steps)
+    for module in (triton_noise, triton_steps, triton_sums)
     for name, check in vars(module).items()
     if name.startswith("check_")
 }

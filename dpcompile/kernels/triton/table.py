@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpcompile.kernels.on_gpu import captured
+
 __all__ = ["NUMBERS", "number", "numbers_table", "place_of", "pointer", "programs_of"]
 
 NUMBERS = tl.constexpr(16)  # that stand before the rows
@@ -33,7 +35,8 @@ def numbers_table(
 ) -> Tensor:
     """Integers and float64 numbers, rows of one integer for each tensor, and more numbers; waits for no device.
 
-    The copy comes from pinned memory, which torch keeps until it is done.
+    The copy comes from pinned memory, which torch keeps until it is done. In a CUDA graph, whose replays would read
+    that memory again, numbers are arguments of kernels.
 
     Args:
         integers: of all tensors.
@@ -46,6 +49,10 @@ def numbers_table(
     room = NUMBERS.value - len(head)
     assert room >= 0, "the head is as long as the kernels take it"
     values = [*head, *[0] * room, *(x for row in rows for x in row), *map(_bits, tail)]
+    if captured():
+        whole = torch.zeros(len(values), dtype=torch.int64, device=device)
+        torch._foreach_add_(list(whole.unbind()), values)  # type: ignore[reportPrivateImportUsage]
+        return whole
     whole = torch.tensor(values, dtype=torch.int64)
     return whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole
 
