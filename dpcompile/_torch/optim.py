@@ -10,7 +10,7 @@ import torch._decomp.decompositions
 import torch._dynamo
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-__all__ = ["adam_state", "add_one_", "is_stepped_as_made", "mark_stepped", "scale_tensor"]
+__all__ = ["adam_state", "add_one_", "is_stepped_as_made", "mark_stepped", "scale_tensor", "sgd_state"]
 
 
 def scale_tensor(scaler: torch.amp.GradScaler) -> torch.Tensor:
@@ -48,6 +48,15 @@ def adam_state(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple
     params, grads, means, squares, largest, steps = [], [], [], [], [], []
     cast(Any, optimizer)._init_group(group, params, grads, means, squares, largest, steps)
     return params, grads, means, squares, steps
+
+
+def sgd_state(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any]
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor | None]]:
+    """Parameters, gradients and momentum buffers of a group of SGD: none without momentum, None where there is none."""
+    params, grads, buffers = [], [], []
+    cast(Any, optimizer)._init_group(group, params, grads, buffers)
+    return params, grads, buffers
 
 
 def add_one_(tensors: list[torch.Tensor]) -> None:

@@ -1,38 +1,49 @@
-"""The C++ kernel of `kernels/cpp/gaussian.cpp`: compiled at first use, called on whole lists of tensors.
+"""Kernels that draw noise: `kernels/cpp/gaussian.cpp` on CPUs, `kernels/triton` on GPUs, on whole lists of tensors.
 
-Where there is no compiler, or it fails, one warning says so and the same values, but for their last bits, come from
-torch operations (`noise`).
+Both make the same operations of IEEE 754 in the same order. They are compiled at first use. Where there is no compiler,
+or it fails, one warning says so and the same values, but for their last bits, come from torch operations (`noise`).
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from dpcompile._torch.tensors import is_fake
 from dpcompile.kernels.build import kernel
+from dpcompile.kernels.on_gpu import captured, proven, runs_triton
 
-__all__ = ["adam_", "mean_", "rows_", "takes"]
+__all__ = ["adam_", "mean_", "rows_", "sgd_", "takes"]
+
+
+class _Numbers(TypedDict):
+    std: float
+    divisor: float
+    seed: int
+    step: int
 
 
 def takes(tensors: Iterable[Tensor]) -> bool:
-    """Whether the kernel can work on these: real contiguous tensors of one kind, float32 or float64, on the CPU.
+    """Whether a kernel can work on these: real contiguous tensors of one kind, float32 or float64, on one device.
 
-    False while a graph is traced, and where the kernel cannot be compiled.
+    False while a graph is traced or a CUDA graph captured, and where the kernel cannot be compiled.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or captured():
         return False
     tensors = list(tensors)
-    kinds = {t.dtype for t in tensors}
+    if len({(t.dtype, t.device) for t in tensors}) != 1:
+        return False
+    dtype, device = tensors[0].dtype, tensors[0].device
     return (
-        len(kinds) == 1
-        and kinds <= {torch.float32, torch.float64}
-        and all(t.device.type == "cpu" and t.is_contiguous() and type(t.detach()) is Tensor for t in tensors)
+        dtype in (torch.float32, torch.float64)
+        and (device.type == "cpu" or runs_triton(device))
+        and all(t.is_contiguous() and type(t.detach()) is Tensor for t in tensors)
         and not any(is_fake(t) for t in tensors)
-        and _library() is not None
+        and (_draws_on(device) if runs_triton(device) else _library() is not None)
     )
 
 
@@ -57,7 +68,11 @@ def mean_(
         seed: in [0, 2**64).
         step: in [0, 2**32).
     """
-    _call("dp_mean", *_spans(tensors, tensors, tags, starts), *_numbers(tensors[0], std, divisor, seed, step))
+    numbers: _Numbers = {"std": std, "divisor": divisor, "seed": seed, "step": step}
+    if runs_triton(tensors[0].device):
+        _steps().step_("mean", tensors, tags=tags, starts=starts, **numbers)
+    else:
+        _call("dp_mean", *_spans(tensors, tensors, tags, starts), *_numbers(tensors[0], **numbers))
     torch.autograd.graph.increment_version(tensors)
 
 
@@ -91,10 +106,51 @@ def adam_(
         drawn: noise, of the totals' kind and sizes, in the place of what seed and step give.
     """
     everything = [*totals, *weights, *means, *squares]
-    arguments = [*_spans(totals, everything, tags), *_numbers(totals[0], std, divisor, seed, step)]
-    noise = None if drawn is None else (ctypes.c_void_p * len(drawn))(*(t.data_ptr() for t in drawn))
-    _call("dp_adam", *arguments, (ctypes.c_double * len(rates))(*rates), noise)
+    numbers: _Numbers = {"std": std, "divisor": divisor, "seed": seed, "step": step}
+    if runs_triton(totals[0].device):
+        decay, l2, beta1, beta2, step_size, root, eps = rates
+        own = (decay, l2, 1 - beta1, beta2, 1 - beta2, step_size, 1 / root, eps)
+        others, begin = [weights, means, squares], [0] * len(totals)
+        _steps().step_("adam", totals, others, tags=tags, starts=begin, rates=own, drawn=drawn, **numbers)
+    else:
+        arguments = [*_spans(totals, everything, tags), *_numbers(totals[0], **numbers)]
+        noise = None if drawn is None else (ctypes.c_void_p * len(drawn))(*(t.data_ptr() for t in drawn))
+        _call("dp_adam", *arguments, (ctypes.c_double * len(rates))(*rates), noise)
     torch.autograd.graph.increment_version(everything)
+
+
+def sgd_(
+    totals: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    *,
+    tags: Sequence[int],
+    std: float,
+    divisor: float,
+    seed: int,
+    step: int,
+    rates: Sequence[float],
+    drawn: Sequence[Tensor] | None = None,
+) -> None:
+    """:func:`mean_` of the totals, and SGD's update with the result, in the same pass; on GPUs.
+
+    Args:
+        totals: clipped sums, which become private means.
+        weights: the parameters.
+        buffers: of momentum; none without it.
+        tags: see :func:`mean_`, as for what follows.
+        std: see there.
+        divisor: see there.
+        seed: see there.
+        step: see there.
+        rates: step size, L2 penalty; with momentum also momentum, one less dampening, whether the buffers are new and
+            hold nothing yet, whether it is Nesterov's.
+        drawn: see :func:`adam_`.
+    """
+    kind, others = ("momentum", [weights, buffers]) if buffers else ("sgd", [weights])
+    numbers: _Numbers = {"std": std, "divisor": divisor, "seed": seed, "step": step}
+    _steps().step_(kind, totals, others, tags=tags, starts=[0] * len(totals), rates=rates, drawn=drawn, **numbers)
+    torch.autograd.graph.increment_version([*totals, *weights, *buffers])
 
 
 def rows_(
@@ -120,7 +176,13 @@ def rows_(
         made: rows that the block has.
         more: to make.
     """
-    _call("dp_rows", *_rows(rings, tags, starts, factors, seed, first, made, more))
+    if runs_triton(rings[0].device):
+        from dpcompile.kernels.triton import noise_rows
+
+        place = {"seed": seed, "first": first, "made": made, "more": more}
+        noise_rows.rows_(rings, tags=tags, starts=starts, factors=factors, **place)
+    else:
+        _call("dp_rows", *_rows(rings, tags, starts, factors, seed, first, made, more))
     torch.autograd.graph.increment_version(rings)
 
 
@@ -144,6 +206,34 @@ def _library(library: ctypes.CDLL) -> bool:
     library.dp_rows(*arguments, threads)
     row = 2 * known - 0.5 * 3 - 0.25 * 5
     return all(torch.allclose(a, b, rtol=0, atol=1e-13) for a, b in ((values, known + 0.5), (ring[1], row)))
+
+
+@proven("noise", else_told="the same noise is drawn by torch operations")
+def _draws_on(device: torch.device) -> bool:
+    """The same of the Triton kernels, of both dtypes; of noise that is drawn in an update too."""
+    from dpcompile.kernels.triton import noise_rows
+
+    known = torch.tensor(_KNOWN, dtype=torch.float64)
+    place: Any = {"tags": [_TAG], "starts": [0]}
+    for dtype, close in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
+        values = torch.ones(len(_KNOWN), dtype=dtype, device=device)
+        total, weight = values.clone(), torch.zeros_like(values)
+        numbers: Any = {"std": 2.0, "divisor": 2.0, "seed": _SEED, "step": _STEP}
+        _steps().step_("mean", [values], **place, **numbers)
+        _steps().step_("sgd", [total], [[weight]], rates=(1.0, 0.0), **place, **numbers)
+        ring = torch.tensor([[3.0], [5.0]], dtype=dtype, device=device).repeat(1, len(_KNOWN))
+        more: Any = {"first": _STEP - 1, "made": 1, "more": 1}
+        noise_rows.rows_([ring], factors=(2.0, 0.5, 0.25), seed=_SEED, **place, **more)
+        found = ((values, known + 0.5), (weight, -known - 0.5), (ring[1], 2 * known - 0.5 * 3 - 0.25 * 5))
+        if not all(torch.allclose(a.cpu().double(), b, rtol=0, atol=close) for a, b in found):
+            return False
+    return True
+
+
+def _steps() -> Any:
+    from dpcompile.kernels.triton import steps
+
+    return steps
 
 
 def _call(name: str, *arguments: object) -> None:

@@ -1,7 +1,7 @@
-"""Norms and weighted sums of per-example gradients that were kept, as operations, for CPUs.
+"""Norms and weighted sums of per-example gradients that were kept, as operations.
 
 A model has two of these loops for every bias and norm layer, and one for every matrix. As Inductor's code each is
-compiled anew for every model; here they are compiled already.
+compiled anew for every model, and on a GPU each is a launch; here they are compiled already, and one launch for all.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpcompile.graph.slices import order_in_memory
+from dpcompile.graph.labels import Examples
+from dpcompile.graph.slices import order_in_memory, scaled
 from dpcompile.kernels.build import kernel
 from dpcompile.kernels.exact import norms_of
-from dpcompile.kernels.squares import squares_of
+from dpcompile.kernels.on_gpu import proven, runs_triton
+from dpcompile.kernels.squares import squares_of, squares_run_on
 
-__all__ = ["FEW", "norms_of_vectors", "squared_norms", "weighted_sums"]
+__all__ = ["FEW", "has_operations", "norms_of_vectors", "squared_norms", "weighted_sums"]
 
 FEW = 4  # so many vectors are left to Inductor, which fuses their loops with what makes them
+
+
+def has_operations(device: torch.device) -> bool:
+    """Whether these operations are for tensors of this device."""
+    return device.type == "cpu" or runs_triton(device)
 
 
 @torch.library.custom_op("dpcompile::norms_of_vectors", mutates_args=())
@@ -32,6 +39,10 @@ def norms_of_vectors(each: Sequence[Tensor]) -> Tensor:
     Returns:
         ``[k, B]``, float64.
     """
+    if squares_run_on(each[0].device):
+        from dpcompile.kernels.triton import squares
+
+        return squares.norms_of_vectors(each)
     return torch.stack([squares_of(vectors) for vectors in each])
 
 
@@ -46,7 +57,7 @@ def squared_norms(each: Tensor) -> Tensor:
 
     **Guarantee.** No square is lost or overflows: those of float32 numbers lie within float64.
     """
-    if each.ndim < 3 or each.device.type != "cpu":
+    if each.ndim < 3 or not has_operations(each.device):
         return each.double().square().reshape(each.shape[0], -1).sum(1)
     return norms_of_rows(each.flatten(2))
 
@@ -84,6 +95,8 @@ def weighted_sums(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) 
     Returns:
         The sums, each of the shape of one example's gradient, contiguous.
     """
+    if runs_triton(weights.device):
+        return _on_gpu(weights, rows, each)
     used = [row.nonzero().flatten() for row in weights]
     values = [row[places] for row, places in zip(weights, used, strict=True)]
     return [_weighted_sum(values[row], used[row], gradients) for row, gradients in zip(rows, each, strict=True)]
@@ -95,17 +108,38 @@ def _(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) -> list[Tens
     return [gradients.new_empty(gradients.shape[1:]) for gradients in each]
 
 
-def _weighted_sum(weights: Tensor, used: Tensor, each: Tensor) -> Tensor:
+def _on_gpu(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) -> list[Tensor]:
+    """In one launch, or by torch's operations, which wait for nothing either."""
+    if not _sums_run_on(weights.device):
+        pairs = zip(rows, each, strict=True)
+        return [scaled(gradients, Examples(0), weights[row]).sum(0).contiguous() for row, gradients in pairs]
+    from dpcompile.kernels.triton import kept
+
+    lying = [_lying(gradients) for gradients in each]
+    totals = kept.weighted_sums(weights, rows, [flat for flat, _, _ in lying])
+    return [_put_back(total, order, shape) for total, (_, order, shape) in zip(totals, lying, strict=True)]
+
+
+def _lying(each: Tensor) -> tuple[Tensor, list[int], torch.Size]:
+    """``[B, n]``, with the elements of an example as they lie in memory; their axes' order, and the shape in it."""
     order = order_in_memory(each[0])
     lying = each.permute(0, *(i + 1 for i in order))
-    flat = lying.reshape(each.shape[0], -1)
+    return lying.reshape(each.shape[0], -1), order, lying.shape[1:]
+
+
+def _put_back(total: Tensor, order: Sequence[int], shape: torch.Size) -> Tensor:
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return total.view(shape).permute(back).contiguous()
+
+
+def _weighted_sum(weights: Tensor, used: Tensor, each: Tensor) -> Tensor:
+    flat, order, shape = _lying(each)
     library = _library() if flat.dtype == torch.float32 and flat.is_contiguous() else None
     if library is None:
         total = torch.mv((flat if len(used) == len(flat) else flat[used]).T, weights)
     else:
         total = _sum(library, flat, used, weights)
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return total.view(lying.shape[1:]).permute(back).contiguous()
+    return _put_back(total, order, shape)
 
 
 def _sum(library: ctypes.CDLL, rows: Tensor, used: Tensor, weights: Tensor) -> Tensor:
@@ -126,3 +160,16 @@ def _library(library: ctypes.CDLL) -> bool:
     wanted = weights @ rows[used]
     rows[3] = torch.nan
     return torch.equal(_sum(library, rows, used, weights), wanted)
+
+
+@proven("weighted sums", else_told="they are made by torch operations")
+def _sums_run_on(device: torch.device) -> bool:
+    """The same of the Triton kernel."""
+    from dpcompile.kernels.triton import kept
+
+    rows, others = torch.arange(7.0 * 300).remainder(11).reshape(7, 300), torch.arange(35.0).reshape(5, 7).T
+    weights = torch.tensor([[3.0, 0.0, 1.0, 2.0, 0.0, 5.0, 4.0], [1.0] * 7])
+    wanted = [weights[1] @ others, weights[0] @ rows]
+    rows[1], rows[4] = torch.inf, torch.nan
+    found = kept.weighted_sums(weights.to(device), [1, 0], [others.to(device), rows.to(device)])
+    return all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))

@@ -8,13 +8,11 @@ any floating dtype, and they need not have the same one. There is no derivative.
 
 from __future__ import annotations
 
-import importlib.util
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from dpcompile.kernels import norms_torch
+from dpcompile.kernels.on_gpu import has_triton
 
 __all__ = ["direct_norm", "ghost_norm", "ghost_norm_one_hot", "triton_runs"]
 
@@ -127,12 +125,7 @@ def _(index: Tensor, cols: Tensor) -> Tensor:
 def triton_runs(*operands: Tensor) -> bool:
     """Whether the Triton kernels take these operands: Triton is installed, and none of them is wider than float32."""
     narrow = (torch.float32, torch.bfloat16, torch.float16)
-    return _has_triton() and all(o.dtype in narrow for o in operands)
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return has_triton() and all(o.dtype in narrow for o in operands)
 
 
 def _zeros(*operands: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Normal and uniform numbers out of counter blocks, drawn and added to tensors.
 
-This file defines the values. On a CPU :func:`add_gaussian_` takes them, where it can, from `native`: a C++ kernel with
+This file defines the values. :func:`add_gaussian_` takes them, where it can, from `native`: a C++ or Triton kernel with
 the same counters, the same 53-bit uniforms and the same formulas in float64, whose logarithm and cosine may differ in
-the last bits. Which of the two draws is no part of the counter, so taking one or the other never repeats noise.
+the last bits. Which of them draws is no part of the counter, so taking one or the other never repeats noise.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpcompile.errors import PrivacyError
 from dpcompile.kernels import gaussian as native
+from dpcompile.kernels.on_gpu import captured
 from dpcompile.noise import chacha, philox
 from dpcompile.noise.counter import MASK, STEPS, Span, Stream, check_range, check_seed, counter_tag, refuse_twice
 
@@ -111,7 +112,7 @@ def add_gaussian_(
 ) -> None:
     """Add ``std`` times :func:`gaussian` to parameters, in place, without ever holding all of the noise.
 
-    On a CPU contiguous tensors are done in one pass over memory (`native`), unless ``secure``.
+    Contiguous tensors are done in one pass over memory, on a GPU in one launch (`native`), unless ``secure``.
 
     Args:
         tensors: float32 or float64, all on one device and of one dtype; element ``i`` in row-major order gets element
@@ -229,7 +230,15 @@ def _pieces(
     stream: Stream = Stream.GRADIENT,
     convert: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield ``(index of the span, offset in it, float64 values)``; spans are drawn together as scratch allows."""
+    """Yield ``(index of the span, offset in it, float64 values)``; spans are drawn together as scratch allows.
+
+    **Guarantee.** Nothing is drawn into a CUDA graph: each of its replays would have the same numbers.
+    """
+    if device.type == "cuda" and captured():
+        raise PrivacyError(
+            "random numbers were asked for while a CUDA graph is captured: its replays would all draw the same ones",
+            remedy="leave optimizer.step() out of torch.cuda.graph, or call it without; forward and backward may be in",
+        )
     check_seed(seed, secure=secure)
     check_range("logical step", step, STEPS)
     convert = convert or box_muller

@@ -1,5 +1,7 @@
 """Noise, division and Adam's update in one pass over memory, where the inner optimizer is plain Adam or AdamW.
 
+On a GPU it is one launch for each parameter group.
+
 Source: Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2 (decoupled weight decay).
 """
 
@@ -19,7 +21,7 @@ from dpcompile.noise.exact import ExactMechanism
 from dpcompile.noise.mechanism import GaussianMechanism, Mechanism, Release
 from dpcompile.runtime.bystanders import refuse_bystander
 
-__all__ = ["update_"]
+__all__ = ["drawn_with", "on_host", "update_"]
 
 _OFF = ("amsgrad", "maximize", "capturable", "differentiable")
 
@@ -53,7 +55,8 @@ def update_(
     a subclass, another ``step``, hooks on the inner optimizer     not done here
     amsgrad, maximize, capturable, differentiable                  not done here
     another mechanism, exact or cryptographic noise                released first, then one pass
-    weights narrower than float32, not contiguous, on a GPU        not done here
+    weights narrower than float32, not contiguous                  not done here
+    a GPU, and ``fused=True`` or numbers that lie there            not done here: it would wait for the device
     a learning-rate scheduler on the inner optimizer               done here
     =============================================================  ============
     """
@@ -68,14 +71,9 @@ def update_(
     held = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq") if name in state]
     if not native.takes([*weights, *totals, *held]):
         return False
-    std, divisor, drawn = 0.0, 1.0, None
-    if isinstance(mechanism, GaussianMechanism) and not (mechanism.secure or isinstance(mechanism, ExactMechanism)):
-        std, divisor = mechanism.std, mechanism.expected_batch_size
-    elif isinstance(mechanism, BandedMechanism) and mechanism.bands > 1 and mechanism.std > 0:
-        std, divisor = mechanism.std, mechanism.expected_batch_size
-        drawn = {id(total): row for total, row in mechanism.noise(release)}
-    else:
-        mechanism.release(release)
+    if any(not on_host(state.get("step")) for state in states) or any(_waits(group, weights[0]) for group in groups):
+        return False
+    std, divisor, drawn = drawn_with(mechanism, release)
     for w, total in zip(weights, totals, strict=True):
         w.grad = total
     index = {id(w): parameter for w, parameter in zip(weights, release.parameters, strict=True)}
@@ -100,6 +98,32 @@ def update_(
             )
     mark_stepped(optimizer)
     return True
+
+
+def drawn_with(mechanism: Mechanism, release: Release) -> tuple[float, float, dict[int, Tensor] | None]:
+    """What is left for the pass of the update to do: a standard deviation, a divisor, and rows of noise.
+
+    Returns:
+        The noise's standard deviation, what to divide by, and, where noise is not drawn in the pass, the noise for each
+        total by its ``id``. Where nothing is left to do, 0, 1, and None: the totals are released.
+    """
+    if isinstance(mechanism, GaussianMechanism) and not (mechanism.secure or isinstance(mechanism, ExactMechanism)):
+        return mechanism.std, mechanism.expected_batch_size, None
+    if isinstance(mechanism, BandedMechanism) and mechanism.bands > 1 and mechanism.std > 0:
+        rows = {id(total): row for total, row in mechanism.noise(release)}
+        return mechanism.std, mechanism.expected_batch_size, rows
+    mechanism.release(release)
+    return 0.0, 1.0, None
+
+
+def on_host(*numbers: object) -> bool:
+    """Whether none of these has to be waited for."""
+    return all(not isinstance(x, Tensor) or x.device.type == "cpu" for x in numbers)
+
+
+def _waits(group: dict, weight: Tensor) -> bool:
+    on_device = bool(group.get("fused")) and weight.device.type != "cpu"  # its counts of steps lie there
+    return on_device or not on_host(group["lr"], *group["betas"])
 
 
 def _rates(decoupled: bool, group: dict, count: int) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from dpcompile.distributed.shards import as_gradient, local_part, local_runs
 from dpcompile.module import Engine
 from dpcompile.noise.mechanism import Mechanism, Release
-from dpcompile.optim import fused_adam
+from dpcompile.optim import fused_adam, fused_sgd
 
 __all__ = ["update_"]
 
@@ -41,7 +41,7 @@ def update_(optimizer: Optimizer, engine: Engine, mechanism: Mechanism, names: S
     release = Release(totals, [index[name] for name in names], step)
     weights = [parameters[name] for name in names]
     whole = not engine.distributed  # the fused step starts every parameter at its element 0
-    if whole and fused_adam.update_(optimizer, weights, release, mechanism):
+    if whole and any(f.update_(optimizer, weights, release, mechanism) for f in (fused_adam, fused_sgd)):
         return
     runs = [local_runs(w) for w in weights]
     totals = [t if len(r) == 1 else t.contiguous() for t, r in zip(totals, runs, strict=True)]

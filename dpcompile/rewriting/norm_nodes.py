@@ -15,7 +15,7 @@ from dpcompile.graph.joint import JointGraph
 from dpcompile.graph.locate import where
 from dpcompile.graph.sizes import Size
 from dpcompile.graph.slices import accumulation_dtype
-from dpcompile.kernels.kept import FEW, norms_of_vectors, squared_norms
+from dpcompile.kernels.kept import FEW, has_operations, norms_of_vectors, squared_norms
 from dpcompile.kernels.narrow import NARROW
 from dpcompile.kernels.product_op import product_norms, product_with_norms
 from dpcompile.kernels.products import product
@@ -74,7 +74,7 @@ def find_norms(joint: JointGraph, plan: Plan) -> list[Norm]:
 
 
 def _is_vector(each: Tensor) -> bool:
-    return each.ndim == 2 and each.device.type == "cpu"
+    return each.ndim == 2 and has_operations(each.device)
 
 
 def _norm(joint: JointGraph, choice: Choice, later_than: Sequence[fx.Node]) -> Norm:

@@ -15,7 +15,7 @@ from dpcompile.graph.labels import Examples
 from dpcompile.graph.sizes import Size
 from dpcompile.graph.slices import scaled
 from dpcompile.kernels.by_index import clipped_sums_by_index, has_sums_by_index
-from dpcompile.kernels.kept import FEW, weighted_sums
+from dpcompile.kernels.kept import FEW, has_operations, weighted_sums
 from dpcompile.kernels.products import product
 from dpcompile.norms.factors import factored
 from dpcompile.norms.per_example import run_operation, run_tail, tail_inputs
@@ -57,7 +57,7 @@ def clipped_sums(
     rows = _narrowed(joint, norms, weights)
     for norm, row in zip(norms, rows, strict=True):
         value = None if norm.kept is None else norm.kept.meta["val"]
-        if value is None or value.device.type != "cpu" or value.dtype != row.meta["val"].dtype:
+        if value is None or not has_operations(value.device) or value.dtype != row.meta["val"].dtype:
             yield norm, _clipped_sum(joint, norm, row, second)
         elif value.ndim == 2:
             together.setdefault(value.dtype, []).append((norm, row))

@@ -223,7 +223,7 @@ def ghost_norm(rows: Tensor, cols: Tensor) -> Tensor:
 
 def ghost_norm_one_hot(index: Tensor, cols: Tensor) -> Tensor:
     """See :func:`dpcompile.kernels.norms.ghost_norm_one_hot`, and :func:`ghost_norm` for the guarantee."""
-    tile, warps = _tile(cols)
+    tile, warps = _tile(cols, most=64)
     _, blocks, positions, d_size = cols.shape
     products = precision(cols)
     sums = _sums(cols, blocks, positions, tile)
@@ -253,12 +253,13 @@ def ghost_norm_one_hot(index: Tensor, cols: Tensor) -> Tensor:
     return _settled(sums, lost, sizes, lambda which: norms_torch.ghost_norm(None, cols[which], index[which]))
 
 
-def _tile(*sides: Tensor) -> tuple[int, int]:
-    """Positions per tile, and warps, from the sizes and dtypes alone."""
+def _tile(*sides: Tensor, most: int = 128) -> tuple[int, int]:
+    """Positions per tile, and warps, from the sizes and dtypes alone: so many that no register is spilled."""
     positions = sides[0].shape[2]
-    if positions >= 512 and all(s.element_size() == 2 for s in sides):
-        return 128, 2 * WARPS
-    return power(positions, 64), WARPS
+    if positions >= 512 and most >= 128 and all(s.element_size() == 2 for s in sides):
+        return 128, 4 * WARPS
+    tile = power(positions, 64)
+    return tile, 2 * WARPS if tile == 64 else WARPS
 
 
 def _features(*sides: Tensor) -> int:
