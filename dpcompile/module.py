@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, ClassVar
 
 from torch import Tensor, fx, nn
@@ -44,9 +45,34 @@ class PrivateModule:
             refuse_returned(pytree.tree_leaves(result))
         return result
 
-    def trace(self, *args: Any, **kwargs: Any) -> None:
-        """Compile for these arguments without running, so that plan, graph and certificate can be read."""
-        engine_of(self).trace(*args, **kwargs)
+    def trace(self, *args: Any, rates: str | None = None, **kwargs: Any) -> Plan | RegionPlans | None:
+        """Compile for these arguments without running, so that plan, graph and certificate can be read.
+
+        Args:
+            *args: of a call.
+            rates: None; or the name of a machine that need not be there
+                (:data:`dpcompile.kernels.data_sheets.MACHINES`: "a100", "h100", "h200"). Then nothing is compiled and
+                :attr:`plan` stays what it was: the plan for that machine is returned, by rates of its data sheet, with
+                the predicted time and peak of memory. Model and arguments may be on any device, the meta device too. A
+                model whose forward has an argument ``rates`` itself cannot be traced so.
+            **kwargs: of a call.
+
+        Returns:
+            The plan; None if nothing is trained.
+
+        Raises:
+            DPCompileError: there is no machine of this name, or the model is refused.
+        """
+        engine = engine_of(self)
+        if rates is not None and "rates" not in inspect.signature(engine.module.forward).parameters:
+            if not isinstance(engine, GraphEngine):
+                raise DPCompileError(
+                    "plans for another machine are made of models in one graph, on one rank",
+                    remedy="leave regions, fully_shard and parallelize_module out, or plan for a block by itself",
+                )
+            return engine.plan_for(rates, args, kwargs)
+        engine.trace(*args, **kwargs, **({} if rates is None else {"rates": rates}))
+        return None if engine.transformed is None else self.plan
 
     @property
     def grad_norms(self) -> Tensor:

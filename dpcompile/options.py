@@ -34,7 +34,12 @@ class CompileOptions(PassedOptions, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user asked of :func:`dpcompile.dp_compile`; its docstring explains each."""
+    """What the user asked of :func:`dpcompile.dp_compile`; its docstring explains each.
+
+    Attributes:
+        machine: plans are for this one (:mod:`dpcompile.kernels.data_sheets`), and nothing is compiled; None: for the
+            one at hand.
+    """
 
     max_grad_norm: float
     clipping: Clipping
@@ -48,6 +53,7 @@ class Options:
     regions: str | None = None
     verify: bool = True
     examples_per_user: int = 1
+    machine: str | None = None
 
 
 DEFERRED, AT_ONCE, TWO_PASS = "deferred", "at once", "two passes"

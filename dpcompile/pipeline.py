@@ -27,6 +27,7 @@ from dpcompile.graph.normalise import (
 from dpcompile.graph.passes import run_passes
 from dpcompile.lowering.backward import Cut
 from dpcompile.options import Options
+from dpcompile.planning.elsewhere import Planned, moved
 from dpcompile.planning.modes import MODES
 from dpcompile.planning.parts import InParts
 from dpcompile.planning.plan import Plan, make_plan
@@ -92,6 +93,12 @@ def normalise(work: Work) -> None:
         slices_for_splits(work.module.graph)
 
 
+def move_elsewhere(work: Work) -> None:
+    """For a machine that need not be there: let every value lie on its GPU."""
+    if work.options.machine is not None:
+        moved(work.module.graph)
+
+
 def unsort_rows(work: Work) -> None:
     """Write what is done to sorted rows on the rows in their own order."""
     unsort(work.module.graph)
@@ -149,6 +156,8 @@ def choose_rules(work: Work) -> None:
     work.plan = make_plan(work.gradients, situation)
     if work.parts is None and work.plan.parts > 1:
         raise InParts(work.plan.parts)
+    if options.machine is not None:
+        raise Planned(work.plan)
     if roles.lowering is not None and options.memory_budget is not None:
         work.memory = region_memory(work.joint, work.proof, work.plan, roles.hints)
 
@@ -170,8 +179,8 @@ def repair(work: Work) -> None:
 _PROVE = (check_returned, label, check_growth)
 
 PRIVATIZE = (
-    normalise, unsort_rows, name, *_PROVE, find_sites, check_ranks, write_certificate, choose_rules, insert_clipping,
-    repair,
+    normalise, move_elsewhere, unsort_rows, name, *_PROVE, find_sites, check_ranks, write_certificate, choose_rules,
+    insert_clipping, repair,
 )  # fmt: skip
 LABEL = (*_PROVE, check_ranks)
 
@@ -230,6 +239,7 @@ def privatize(
 
     Raises:
         InParts: the plan asks for parts.
+        Planned: the plan is for another machine.
         DPCompileError: the model is refused.
     """
     work = run_passes(PRIVATIZE, Work(module, roles, options, parts, copied))

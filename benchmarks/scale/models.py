@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import Block, cross_entropy, token_cross_entropy
 
-__all__ = ["CASES", "Classifier", "LanguageModel", "Llama", "Large", "Lora"]
+__all__ = ["CASES", "Classifier", "LanguageModel", "Llama", "LlamaBlock", "Large", "Lora"]
 
 _TWO_PASSES = ("two_pass", "two_pass_again")
 _ALONE = ("plain", "ours", *_TWO_PASSES, "twice")
@@ -92,16 +92,19 @@ class Lora(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """Attention with grouped keys and rotary positions, and a gated MLP; adapters on the four projections."""
+    """Attention with grouped keys and rotary positions, and a gated MLP.
+
+    With adapters on the four projections, which alone are trained; or, with ``rank`` 0, without, and all is trained.
+    """
 
     def __init__(self, width: int, heads: int, groups: int, inside: int, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.heads, self.groups, self.size = heads, groups, width // heads
-        self.norm1, self.norm2 = (nn.RMSNorm(width, dtype=dtype).requires_grad_(False) for _ in range(2))
-        self.q, self.o = (Lora(width, width, rank, dtype) for _ in range(2))
-        self.k, self.v = (Lora(width, groups * self.size, rank, dtype) for _ in range(2))
-        self.gate, self.up = (nn.Linear(width, inside, bias=False, dtype=dtype).requires_grad_(False) for _ in range(2))
-        self.down = nn.Linear(inside, width, bias=False, dtype=dtype).requires_grad_(False)
+        self.norm1, self.norm2 = (nn.RMSNorm(width, dtype=dtype).requires_grad_(not rank) for _ in range(2))
+        self.q, self.o = (_projection(width, width, rank, dtype) for _ in range(2))
+        self.k, self.v = (_projection(width, groups * self.size, rank, dtype) for _ in range(2))
+        self.gate, self.up = (_linear(width, inside, dtype).requires_grad_(not rank) for _ in range(2))
+        self.down = _linear(inside, width, dtype).requires_grad_(not rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, width]`` to the same."""
@@ -112,6 +115,14 @@ class LlamaBlock(nn.Module):
         x = x + self.o(mixed.transpose(1, 2).flatten(2))
         y = self.norm2(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+def _linear(inside: int, outside: int, dtype: torch.dtype) -> nn.Linear:
+    return nn.Linear(inside, outside, bias=False, dtype=dtype)
+
+
+def _projection(inside: int, outside: int, rank: int, dtype: torch.dtype) -> nn.Module:
+    return Lora(inside, outside, rank, dtype) if rank else _linear(inside, outside, dtype)
 
 
 def _rotated(x: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ def compiled_like(outer: Any, module: nn.Module, *, more_arguments: bool) -> Any
         object.__setattr__(private, "__dict__", module.__dict__)
         engine_of(private).move_bounds(engine.clip.now)
     else:
-        private = dp_compile(module, **{f.name: getattr(options, f.name) for f in fields(options)})
+        names = (f.name for f in fields(options) if f.name != "machine")  # that is no option of a model that runs
+        private = dp_compile(module, **{name: getattr(options, name) for name in names})
     return DistributedDataParallel(private) if isinstance(outer, DistributedDataParallel) else private
 
 

@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import fx
 
-__all__ = ["Size", "divide", "hinted", "is_one", "product", "same", "shape_of", "size", "value_of"]
+__all__ = ["Size", "divide", "hinted", "is_one", "product", "same", "shape_of", "short", "size", "value_of"]
 
 Size: TypeAlias = "int | sympy.Expr"
 
@@ -101,3 +101,12 @@ def _divide(a: sympy.Expr, b: sympy.Expr) -> Size | None:
         return None
     quotient = quotient.xreplace({v: k for k, v in stand_ins.items()})
     return int(quotient) if quotient.is_Integer else quotient
+
+
+def short(number: float) -> str:
+    """A number with three digits and a prefix."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}P"

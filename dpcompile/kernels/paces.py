@@ -1,10 +1,11 @@
 """How long a unit of each kind of work takes on this machine: one run for every rate of a plan.
 
-Kinds: products of large matrices by torch ("large") and by oneDNN ("large, own"), and of bfloat16 ("narrow");
-products of one example each likewise ("each", "each, own", "each, narrow"), and of bfloat16 made float32 first ("each,
-widened"); a convolution, one that makes every example's filter gradients, and our kernel for these ("convolution",
-"grouped", "filters"); a pointwise kernel, a write to memory that is mapped and to memory that is not ("moved",
-"written", "written, fresh"); the start of a kernel ("call").
+Kinds: products of large matrices by torch ("large"), in full precision where less is allowed ("large, exact"), by
+oneDNN ("large, own"), and of bfloat16 ("narrow"); products of one example each, in full precision, likewise ("each",
+"each, own", "each, narrow"), of bfloat16 made float32 first ("each, widened"), and in float64 ("each, wide"); a
+convolution, one that makes every example's filter gradients, and our kernel for these ("convolution", "grouped",
+"filters"); a pointwise kernel, a write to memory that is mapped and to memory that is not ("moved", "written",
+"written, fresh"); the start of a kernel ("call").
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from dpcompile.kernels.filter_op import filter_gradients, grouped_convolution
 from dpcompile.kernels.measured import Stopwatch
 from dpcompile.kernels.narrow import has_narrow, narrow_products
 from dpcompile.kernels.onednn import has_onednn, multiply_
+from dpcompile.kernels.precision import full_precision
+from dpcompile.kernels.rounding import FMA, products_on
 
 __all__ = ["least", "paces"]
 
@@ -39,6 +42,11 @@ def least(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, flo
     return {name: min(p[name] for p in (one, other) if name in p) for name in {**one, **other}}
 
 
+def _exactly(run: Callable[..., object], *args: Tensor, **kwargs: Tensor) -> None:
+    with full_precision():
+        run(*args, **kwargs)
+
+
 def _draw(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(*shape, device=device, generator=torch.Generator(device).manual_seed(0))
 
@@ -51,15 +59,18 @@ def _products(device: torch.device) -> Iterator[Run]:
     each = torch.empty(sizes[0], sizes[2], sizes[2], device=device)
     large, flops = 2.0 * size**3, 2.0 * rows.numel() * sizes[2]
     yield "large", lambda: torch.mm(a, b), large
-    yield "each", lambda: torch.bmm(rows.mT, cols, out=each), flops
+    if products_on(device) != FMA:
+        yield "large, exact", lambda: _exactly(torch.mm, a, b), large
+    yield "each", lambda: _exactly(torch.bmm, rows.mT, cols, out=each), flops
     if device.type == "cpu" and has_onednn():
         product = torch.empty_like(a)
         yield "large, own", lambda: multiply_(a, b, product), large
         yield "each, own", lambda: multiply_(rows.mT, cols, each), flops
     narrow = [x.bfloat16() for x in (a, b, rows, cols)]
     yield "narrow", lambda: torch.mm(narrow[0], narrow[1]), large
-    yield "each, widened", lambda: torch.bmm(narrow[2].float().mT, narrow[3].float(), out=each), flops
+    yield "each, widened", lambda: _exactly(torch.bmm, narrow[2].float().mT, narrow[3].float(), out=each), flops
     if device.type != "cpu":
+        yield "each, wide", lambda: torch.bmm(rows.double().mT, cols.double()), flops
         yield "each, narrow", lambda: torch.bmm(narrow[2].mT, narrow[3], out_dtype=torch.float32, out=each), flops
     elif has_narrow(torch.bfloat16):
         yield "each, narrow", lambda: narrow_products(narrow[2], narrow[3], each), flops

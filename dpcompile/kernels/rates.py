@@ -51,6 +51,7 @@ class Rates:
         narrow: FLOP/s of a large matrix product in bfloat16.
         narrow_batched: FLOP/s of many products of one example each, of bfloat16 numbers into float32, at the quickest.
         widened: the same of numbers that are made float32 first.
+        wide: the same in float64, of float32 numbers.
         grouped: FLOP/s of a convolution that makes every example's filter gradients.
         filters: FLOP/s of our kernel for these.
         traffic: bytes/s read or written by pointwise kernels.
@@ -64,6 +65,7 @@ class Rates:
     narrow: float
     narrow_batched: float
     widened: float
+    wide: float
     convolution: float
     grouped: float
     filters: float
@@ -94,6 +96,7 @@ _TYPICAL = {
         narrow=4e11,
         narrow_batched=3.6e11,
         widened=1.8e11,
+        wide=9e10,
         convolution=2e11,
         grouped=1e11,
         filters=1.8e11,
@@ -108,6 +111,7 @@ _TYPICAL = {
         narrow=4e14,
         narrow_batched=3e14,
         widened=3e13,
+        wide=1.5e13,
         convolution=3e13,
         grouped=3e13,
         filters=3e13,
@@ -150,7 +154,8 @@ def rates_from(paces: Mapping[str, float]) -> Rates:
 
     Another library than torch's own is taken where it is quicker for both kinds of products.
     """
-    large, batched, summed = (1 / paces[k] for k in ("large", "each", "large"))
+    large, batched = 1 / paces["large"], 1 / paces["each"]
+    summed = 1 / paces.get("large, exact", paces["large"])
     if "large, own" in paces:
         own, each = 1 / paces["large, own"], 1 / paces["each, own"]
         if own > _QUICKER * large and each > _QUICKER * batched:
@@ -162,7 +167,8 @@ def rates_from(paces: Mapping[str, float]) -> Rates:
     fresh = max(paces["written, fresh"] - paces["written"], 1e-3 * paces["written"])
     return Rates(
         large=large, batched=batched, summed=summed, narrow=1 / paces["narrow"],
-        narrow_batched=narrow_batched, widened=widened, convolution=1 / paces["convolution"],
+        narrow_batched=narrow_batched, widened=widened, wide=1 / paces.get("each, wide", 2 / batched),
+        convolution=1 / paces["convolution"],
         grouped=1 / paces["grouped"], filters=1 / paces.get("filters", paces["grouped"]), traffic=1 / paces["moved"],
         fresh=1 / fresh, call=paces["call"],
     )  # fmt: skip

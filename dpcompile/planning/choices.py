@@ -165,6 +165,7 @@ def _together(forms: Sequence[Factored], value: torch.Tensor, element: int, hint
         p, d = d, p
     t = sum((f.sizes[1] for f in forms), start=0)  # type: ignore[misc]
     filled = min(f.filled for f in forms)
+    products = [f for f in forms if f.one_hot is None]
     indexed = all(f.one_hot is not None for f in forms)
     copied: Size = sum((f.unfolded for f in forms), start=0)  # type: ignore[misc]
     if indexed and not has_sums_by_index(value.device, accumulation_dtype(value.dtype)):
@@ -179,9 +180,10 @@ def _together(forms: Sequence[Factored], value: torch.Tensor, element: int, hint
         filled=filled,
         alone=alone(forms) is not None,
         panels=panels_of(hinted(t, hints)),
-        products=element == 4 and all(f.site.form == "product" and f.one_hot is None for f in forms),
+        products=element == 4 and all(f.site.form == "product" for f in products),
         head=any(f.site.form == "head" for f in forms),
-        narrow=all(o.meta["val"].dtype in NARROW for f in forms for o in f.operands),
+        narrow=all(o.meta["val"].dtype in NARROW for f in products for o in f.operands),
+        multiplied=sum((f.sizes[1] for f in products), start=0),  # type: ignore[misc]
     )  # fmt: skip
 
 

@@ -18,7 +18,6 @@ from dpcompile.kernels.rates import Rates
 __all__ = ["DIRECT_TILES", "Cost", "Shape", "costs", "gram_cost", "summed_cost"]
 
 DIRECT_TILES = 8  # how many parts of a gradient the direct rule makes, one after the other
-_WIDER = {4: 2, 8: 1}  # how many float32 products take the time of one in float64, in which Gram matrices are made
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +27,7 @@ class Cost:
     Attributes:
         large: floating point operations in large matrix products (negative: the plain step's, which the rule replaces).
         batched: the same in products of one example each.
+        wide: the same in float64, of float32 numbers.
         summed: the same in the products of clipped sums.
         narrow: the same in large products in bfloat16 or float16.
         narrow_batched: the same in products of one example each of such numbers.
@@ -43,6 +43,7 @@ class Cost:
 
     large: sympy.Expr = sympy.S.Zero
     batched: sympy.Expr = sympy.S.Zero
+    wide: sympy.Expr = sympy.S.Zero
     summed: sympy.Expr = sympy.S.Zero
     narrow: sympy.Expr = sympy.S.Zero
     narrow_batched: sympy.Expr = sympy.S.Zero
@@ -70,6 +71,7 @@ class Numbers:
 
     large: float
     batched: float
+    wide: float
     summed: float
     narrow: float
     narrow_batched: float
@@ -84,8 +86,8 @@ class Numbers:
 
     @property
     def flops(self) -> float:
-        """Operations that the plain step does not have."""
-        products = self.large + self.batched + self.summed + self.narrow + self.narrow_batched
+        """Operations that the plain step does not have; one in float64 counts for two."""
+        products = self.large + self.batched + 2 * self.wide + self.summed + self.narrow + self.narrow_batched
         return products + self.convolved + self.grouped + self.filtered
 
     def seconds(self, rates: Rates) -> float:
@@ -93,6 +95,7 @@ class Numbers:
         return (
             self.large / rates.large
             + self.batched / rates.batched
+            + self.wide / rates.wide
             + self.summed / rates.summed
             + self.narrow / rates.narrow
             + self.narrow_batched / rates.narrow_batched
@@ -125,8 +128,9 @@ class Shape:
         head: one of the sites makes its logits a part of the classes at a time, and makes them anew for the norm.
         panels: parts of a Gram matrix.
         products: the clipped sum is a matrix product, and so ours where the plain step's was torch's.
-        narrow: the operands are bfloat16 or float16, which the plain step multiplies as they are, and rule "keep" too;
-            all other products of ours are of float32 numbers.
+        narrow: the operands are bfloat16 or float16, which the plain step multiplies as they are, and rule "keep" too
+            where all sites are products; all other products of ours are of float32 numbers.
+        multiplied: positions of those sites that are products, where others look up; None: all.
     """
 
     k: Size
@@ -145,6 +149,12 @@ class Shape:
     panels: int = 1
     products: bool = False
     narrow: bool = False
+    multiplied: Size | None = None
+
+    @property
+    def terms(self) -> Size:
+        """Positions that are multiplied; the rows of the others are an index."""
+        return self.t if self.multiplied is None else self.multiplied
 
 
 def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
@@ -161,17 +171,19 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     small = product([batch, k, t, d if shape.one_hot else sympy.Min(p, d)]) * e  # the operand that is scaled
     sides = product([batch, k, t, d if shape.one_hot else p + d]) * e
     weights = product([batch, k, p, d])  # one gradient per example
-    flops = 0 if shape.one_hot else 2 * weights * t
+    flops = 2 * weights * shape.terms
     each = _cost(grouped=flops) if shape.grouped else _cost(batched=flops)
     if shape.filled:
         each = _cost(filtered=flops, idle=sympy.sympify(flops) * (1 / shape.filled - 1))
     plain = "convolved" if shape.convolution else "narrow" if shape.narrow else "large"  # the plain step's products
     saved = _cost(**{plain: -sympy.sympify(flops)})
-    kept = _cost(narrow_batched=flops) if shape.narrow and each.batched else each
+    kept = _cost(narrow_batched=flops) if shape.narrow and not shape.one_hot and each.batched else each
     fresh = 0 if reuse else weights * e
     # Written, read for the norm and for the sum; made for a few examples at a time; or their norm taken at once.
     passes = 5 if shape.grouped else 2 if shape.filled else 3
-    norms = _cost(traffic=2 * weights * e, fresh=fresh, calls=3, memory=weights * e)
+    mixed = shape.one_hot and not shape.indexed  # dropped products of these are in float64
+    dropped = weights * (8 if mixed else e)
+    norms = _cost(traffic=2 * dropped, fresh=0 if reuse else dropped, calls=3, memory=dropped)
     grams = product([batch, k, t, t]) * 8  # float64
     tile = weights * e * sympy.Rational(1, DIRECT_TILES)
     redone = flops if shape.products else 0
@@ -181,13 +193,14 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
         copied = product([batch, shape.copied]) * e
         ghost = _cost(traffic=2 * sides + 2 * copied, calls=2, fresh=copied, memory=copied)
     if shape.head:
-        each_gram = product([batch, t, t, p + d]) * _WIDER[e]
-        ghost = _cost(large=2 * weights * t, batched=each_gram, traffic=3 * product([batch, t, p]) * e, memory=grams)
+        inner = 2 * product([batch, t, t, p + d]) / 2  # of both Gram matrices, half of each by symmetry
+        products = _cost(batched=inner) if e == 8 else _cost(wide=inner)
+        ghost = products + _cost(large=flops, traffic=3 * product([batch, t, p]) * e, memory=grams)
     return {
         "outer": scaled + _cost(traffic=sides, calls=2),
         "ghost": scaled + ghost,
         "keep": kept + saved + _cost(traffic=passes * weights * e, fresh=fresh, calls=3, memory=weights * e),
-        "redo": scaled + each + (_cost(calls=1) if shape.alone else norms),
+        "redo": scaled + (_cost(wide=flops) if mixed else each) + (_cost(calls=1) if shape.alone else norms),
         # Its memory is that of all tiles: the compiler may make them all before it takes their norms.
         "direct": scaled
         + _cost(batched=flops, traffic=2 * weights * e + sides, fresh=tile, calls=3 * DIRECT_TILES, memory=weights * e),
@@ -201,15 +214,17 @@ def gram_cost(shape: Shape, batch: Size, width: Size, *, index: bool, copied: Si
         shape: of the sites.
         batch: B.
         width: P or D.
-        index: the vectors are one-hot: equality instead of products.
+        index: the vectors of sites that look up are one-hot: equality instead of products.
         copied: elements per example of the copy that it needs (see :class:`Shape`).
     """
     k, t, e = shape.k, shape.t, shape.element
     part = sympy.Rational(shape.panels + 1, 2 * shape.panels)
     grams, copy = product([batch, k, t, t]), product([batch, copied]) * e
-    flops = 0 if index else 2 * grams * width * part * _WIDER[e]
-    traffic = 2 * grams * 8 * part + product([batch, k, t, 1 if index else width]) * e + 2 * copy
-    return _cost(batched=flops, traffic=traffic, fresh=copy, calls=2 * shape.panels, memory=copy)
+    terms = shape.terms if index else t
+    flops = 2 * product([batch, k, terms, terms]) * width * part
+    traffic = 2 * grams * 8 * part + product([batch, k, terms, width]) * e + 2 * copy
+    products = _cost(batched=flops) if e == 8 else _cost(wide=flops)  # Gram matrices are in float64
+    return products + _cost(traffic=traffic, fresh=copy, calls=2 * shape.panels, memory=copy)
 
 
 def summed_cost(batch: Size, elements: Size, element: int, *, fresh: bool = False) -> Cost:

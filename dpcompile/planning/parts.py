@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import fx
 
 from dpcompile.graph.joint import JointGraph
@@ -9,7 +11,9 @@ from dpcompile.graph.labels import Examples
 from dpcompile.graph.sizes import is_one
 from dpcompile.proof.prove import Proof
 
-__all__ = ["InParts", "allowed_parts", "asked_parts"]
+__all__ = ["InParts", "allowed_parts", "asked_parts", "behind"]
+
+E = TypeVar("E", bound=BaseException)
 
 
 class InParts(Exception):
@@ -22,10 +26,16 @@ class InParts(Exception):
 
 def asked_parts(error: BaseException | None) -> int | None:
     """What an :class:`InParts` behind this error asked for, or None."""
+    found = behind(error, InParts)
+    return None if found is None else found.parts
+
+
+def behind(error: BaseException | None, kind: type[E]) -> E | None:
+    """The error of this kind that this one came of, or None."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, InParts):
-            return error.parts
+        if isinstance(error, kind):
+            return error
         seen.add(id(error))
         error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
     return None

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import sympy
 
-from dpcompile.graph.sizes import Size, is_one, product, shape_of
+from dpcompile.graph.sizes import Size, is_one, product, shape_of, short
 from dpcompile.planning.choices import Choice, options_of
 from dpcompile.planning.modes import MODES
 from dpcompile.planning.search import Candidate, choose, fastest, seconds_of
 from dpcompile.planning.situation import Situation
 from dpcompile.proof.sites import ParameterGradient
 
-__all__ = ["Plan", "Prediction", "make_plan", "short"]
+__all__ = ["Plan", "Prediction", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,7 @@ class Plan:
         parts: in how many parts the batch runs, one after the other.
         untouched: parameters whose gradient is zero for every example.
         second_backward: whether clipped sums come from a second backward (:mod:`dpcompile.rewriting.second_backward`).
+        machine: what to print of the machine that it is for, if it is not the one at hand.
     """
 
     choices: tuple[Choice, ...]
@@ -62,6 +63,7 @@ class Plan:
     parts: int = 1
     untouched: tuple[str, ...] = ()
     second_backward: bool = False
+    machine: str = ""
 
     def rules(self) -> dict[str, str]:
         """Parameter name -> rule."""
@@ -113,6 +115,8 @@ class Plan:
             )
         if self.parts > 1:
             lines.append(f"memory: the batch runs in {self.parts} parts of {self.batch}")
+        if self.machine:
+            lines.append(f"for {self.machine}: by its data sheet, nothing was measured")
         return "\n".join(lines)
 
 
@@ -157,6 +161,7 @@ def make_plan(gradients: Sequence[ParameterGradient], situation: Situation) -> P
         outcome.parts,
         situation.untouched,
         MODES[situation.mode].second_backward,
+        situation.machine,
     )
 
 
@@ -176,12 +181,3 @@ def _reason(candidates: Sequence[Candidate], pick: int, quickest: int) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
-
-
-def short(number: float) -> str:
-    """A number with three digits and a prefix."""
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(number) < 1000:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g}P"

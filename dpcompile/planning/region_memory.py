@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import sympy
 
 from dpcompile.graph.joint import JointGraph
-from dpcompile.planning.plan import Plan, short
+from dpcompile.graph.sizes import short
+from dpcompile.planning.plan import Plan
 from dpcompile.planning.replay import bytes_of, replay, storage_of
 from dpcompile.proof.prove import Proof
 

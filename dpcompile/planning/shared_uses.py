@@ -185,6 +185,7 @@ def _shape(sides: Sequence[Sides], use: Use) -> Shape:
         use.dtype.itemsize,
         one_hot=hot,
         indexed=all(s.one_hot is not None for s in sides),
+        multiplied=sum(s.rows.shape[2] for s in sides if s.one_hot is None),
         panels=panels_of(positions),
     )
 

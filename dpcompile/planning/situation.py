@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,9 +12,11 @@ import torch
 from dpcompile._torch.tensors import real_tensors
 from dpcompile.capture.roles import Roles
 from dpcompile.graph.joint import JointGraph
-from dpcompile.graph.sizes import Size
+from dpcompile.graph.sizes import Size, short
+from dpcompile.kernels.data_sheets import machine_of, rates_of
 from dpcompile.kernels.fused_rates import FusedRates, measure_fused_rates
 from dpcompile.kernels.rates import Rates, rates_for
+from dpcompile.kernels.rounding import products_on
 from dpcompile.options import TWO_PASS, Options
 from dpcompile.planning.modes import without_keeping
 from dpcompile.planning.parts import allowed_parts
@@ -42,6 +45,7 @@ class Situation:
         limit: of memory.
         untouched: trainable parameters whose gradient is identically zero.
         shared: parameters that other regions use too (:mod:`dpcompile.planning.shared_uses`).
+        machine: what to print of the machine, if it is not the one at hand.
     """
 
     batch: Size
@@ -55,6 +59,7 @@ class Situation:
     limit: Limit | None = None
     untouched: tuple[str, ...] = ()
     shared: Collection[str] = ()
+    machine: str = ""
 
 
 def situation_of(
@@ -80,7 +85,7 @@ def situation_of(
     """
     device = joint.mask.meta["val"].device
     agree_on_rates(device, roles.ranks)
-    rates = rates_for(device)
+    rates, machine = _rates(device, options.machine)
     twice = roles.lowering is not None and roles.lowering.kind == TWO_PASS
     return Situation(
         batch=joint.batch,
@@ -90,15 +95,25 @@ def situation_of(
         clipping=options.clipping if isinstance(options.clipping, str) else "a function of the user",
         plain_seconds=plain_seconds(joint.graph, roles.hints, rates),
         reuse=options.memory_budget is None and device.type == "cpu",
-        fused=_fused_on(device),
-        limit=None if roles.lowering else _limit(options.memory_budget, joint, proof, roles, rates, parts, copied),
+        fused=_fused_on(device) if options.machine is None else None,
+        limit=None if roles.lowering else _limit(options, joint, proof, roles, rates, parts, copied),
         untouched=tuple(untouched),
         shared=roles.shared,
+        machine=machine,
     )
 
 
+def _rates(device: torch.device, named: str | None) -> tuple[Rates, str]:
+    """The rates to plan with, and what to print of a machine that is named."""
+    if named is None:
+        return rates_for(device), ""
+    machine, tf32 = machine_of(named), products_on(device) == "tf32"
+    products = "TF32" if tf32 else "float32"
+    return rates_of(machine, tf32=tf32), f"{machine.title}, {short(machine.memory)}B, float32 products as {products}"
+
+
 def _limit(
-    budget: float | int | None,
+    options: Options,
     joint: JointGraph,
     proof: Proof,
     roles: Roles,
@@ -106,14 +121,17 @@ def _limit(
     parts: int | None,
     copied: int,
 ) -> Limit | None:
-    """The budget in bytes, and what it is compared with."""
-    if budget is None:
+    """The budget in bytes, and what it is compared with; of another machine the memory is told without a budget too."""
+    budget = options.memory_budget
+    if budget is None and options.machine is None:
         return None
     part = replay(joint, proof, roles.hints)
     part = replace(part, standing=part.standing + copied)
     plain = part.plain_peak(parts or 1)
     calls = sum(n.op == "call_function" and not is_fused(n) for n in joint.graph.nodes)
     overhead = 2 * calls * rates.call + 3 * part.gradients / rates.traffic
+    if budget is None:
+        return Limit(part, math.inf, [parts or 1], overhead, parts or 1)
     allowed = allowed_parts(joint, proof) if parts is None else [parts]
     return Limit(part, budget * plain if isinstance(budget, float) else float(budget), allowed, overhead, parts or 1)
 

@@ -23,12 +23,15 @@ from dpcompile.lowering.cache_key import cache_key
 from dpcompile.lowering.layouts import copied_bytes, filters_of, inputs_to_compile, shared_by_parts
 from dpcompile.options import Options
 from dpcompile.pipeline import Transformed, privatize
+from dpcompile.planning.elsewhere import Planned, plan_behind
 from dpcompile.planning.parts import asked_parts
+from dpcompile.planning.plan import Plan
 from dpcompile.proof.unowned import guarded
 from dpcompile.runtime.base import Engine, with_own_code
 from dpcompile.runtime.bound import bounds_of
 from dpcompile.runtime.changing_numbers import constants_where_needed
 from dpcompile.runtime.delivery import Delivery, through_delivery
+from dpcompile.runtime.elsewhere import plan_elsewhere
 from dpcompile.runtime.empty import run_empty
 from dpcompile.runtime.forward import Forward, Running
 from dpcompile.runtime.kept_numbers import Reads, reads_of
@@ -70,6 +73,15 @@ class GraphEngine(Engine):
         except _TraceOnly:
             pass
 
+    def plan_for(self, machine: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+        """The plan of this call on another machine; nothing is compiled, nor is anything of the engine changed."""
+        self.example_dims((args, kwargs))
+
+        def trace(module: nn.Module, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            GraphEngine(module, options).trace(*args, **kwargs)
+
+        return plan_elsewhere(trace, self.module, self.options, (args, kwargs), machine)
+
     def _run(self, forward: Forward) -> Any:
         """One call of the compiled module."""
         try:
@@ -80,7 +92,9 @@ class GraphEngine(Engine):
         except _TraceOnly:
             raise
         except Exception as error:
-            parts = asked_parts(error)
+            parts, plan = asked_parts(error), plan_behind(error)
+            if plan is not None:
+                raise Planned(plan) from None
             if parts is None:
                 refusal = translated(error, partial(self.example_dims, forward.call))
                 if refusal is None:
