@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dpcompile.accounting.calibration import calibrate_noise
     from dpcompile.accounting.plan import plan_privacy
     from dpcompile.accounting.solving import solve
+    from dpcompile.advising.advise import advise
     from dpcompile.api import dp_compile
     from dpcompile.auditing.audit import audit
     from dpcompile.batchnorm import replace_batchnorm
@@ -39,6 +40,7 @@ __all__ = [
     "PrivacyWarning",
     "PrivateModule",
     "UnsupportedGraphError",
+    "advise",
     "audit",
     "calibrate_noise",
     "compile_step",
@@ -61,6 +63,7 @@ _PLACES = {
     "accounting.calibration": ("calibrate_noise",),
     "accounting.plan": ("plan_privacy",),
     "accounting.solving": ("solve",),
+    "advising.advise": ("advise",),
     "api": ("dp_compile",),
     "auditing.audit": ("audit",),
     "batchnorm": ("replace_batchnorm",),

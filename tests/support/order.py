@@ -20,7 +20,7 @@ reporting
 optim
 data extending rates schedules viz
 api step checkpoint
-validating
+validating advising
 private
 auditing
 integrations
