@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dpcompile.module import PrivateModule, set_mask
     from dpcompile.noise.adaptive import AdaptiveClip
     from dpcompile.optim.optimizer import DPOptimizer
+    from dpcompile.per_example import per_example_gradients
     from dpcompile.private import make_private
     from dpcompile.step import compile_step
     from dpcompile.validating import validate
@@ -47,6 +48,7 @@ __all__ = [
     "dp_compile",
     "losses",
     "make_private",
+    "per_example_gradients",
     "plan_privacy",
     "register_axis_rule",
     "register_site",
@@ -73,6 +75,7 @@ _PLACES = {
     "module": ("PrivateModule", "set_mask"),
     "noise.adaptive": ("AdaptiveClip",),
     "optim.optimizer": ("DPOptimizer",),
+    "per_example": ("per_example_gradients",),
     "private": ("make_private",),
     "step": ("compile_step",),
     "validating": ("validate",),

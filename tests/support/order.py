@@ -19,7 +19,7 @@ module
 reporting
 optim
 data extending rates schedules viz
-api step checkpoint
+api step checkpoint per_example
 validating advising
 private
 auditing
