@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dpcompile.accounting.calibration import calibrate_noise
     from dpcompile.accounting.plan import plan_privacy
     from dpcompile.accounting.solving import solve
+    from dpcompile.advising.advise import advise
     from dpcompile.api import dp_compile
     from dpcompile.auditing.audit import audit
     from dpcompile.batchnorm import replace_batchnorm
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dpcompile.module import PrivateModule, set_mask
     from dpcompile.noise.adaptive import AdaptiveClip
     from dpcompile.optim.optimizer import DPOptimizer
+    from dpcompile.per_example import per_example_gradients
     from dpcompile.private import make_private
     from dpcompile.step import compile_step
     from dpcompile.validating import validate
@@ -39,12 +41,14 @@ __all__ = [
     "PrivacyWarning",
     "PrivateModule",
     "UnsupportedGraphError",
+    "advise",
     "audit",
     "calibrate_noise",
     "compile_step",
     "dp_compile",
     "losses",
     "make_private",
+    "per_example_gradients",
     "plan_privacy",
     "register_axis_rule",
     "register_site",
@@ -61,6 +65,7 @@ _PLACES = {
     "accounting.calibration": ("calibrate_noise",),
     "accounting.plan": ("plan_privacy",),
     "accounting.solving": ("solve",),
+    "advising.advise": ("advise",),
     "api": ("dp_compile",),
     "auditing.audit": ("audit",),
     "batchnorm": ("replace_batchnorm",),
@@ -70,6 +75,7 @@ _PLACES = {
     "module": ("PrivateModule", "set_mask"),
     "noise.adaptive": ("AdaptiveClip",),
     "optim.optimizer": ("DPOptimizer",),
+    "per_example": ("per_example_gradients",),
     "private": ("make_private",),
     "step": ("compile_step",),
     "validating": ("validate",),

@@ -1,28 +1,31 @@
-"""Figures of a plan, of epsilon and of gradient norms: each one call giving a matplotlib ``Figure``.
+"""Figures of a plan, of epsilon and of gradient norms, each a matplotlib ``Figure``; and the graph as a page.
 
 ``pip install "dpcompile[viz]"`` brings matplotlib, which is imported when a figure is made.
 """
 
 from __future__ import annotations
 
+import pathlib
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.accounting.arguments import check_delta
 from dpcompile.accounting.composition import composed_epsilon
 from dpcompile.errors import DPCompileError, PrivacyError
+from dpcompile.module import engine_of
 from dpcompile.planning.plan import Plan
 from dpcompile.regions.compiled import RegionPlans
+from dpcompile.reporting.graph_page import graph_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["NormSummary", "plot_epsilon", "plot_norms", "plot_plan", "summary"]
+__all__ = ["NormSummary", "page", "plot_epsilon", "plot_norms", "plot_plan", "summary"]
 
 _POINTS = 24  # of a curve
 _SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -81,6 +84,36 @@ def plot_plan(plan: Plan | RegionPlans) -> Figure:
         axes.set(title=f"{title} that privacy adds", yticks=range(len(modules)), yticklabels=modules)
     figure.axes[0].invert_yaxis()
     return figure
+
+
+def page(model: nn.Module, path: str | pathlib.Path) -> pathlib.Path:
+    """The rewritten graph as one HTML file that needs no other, to be explored by module and by line of source.
+
+    Every node with its operands, its shape, how examples lie in it by the proof, and what it is for: norm, clip and
+    clipped-sum nodes are marked. Above it the plan, a row for each gradient site; below it the proof. It depends on
+    shapes and code alone, as ``model.graph`` does. Of a model in regions it shows the one that was compiled last.
+
+    Args:
+        model: a private model that was called, or traced.
+        path: of the file; one that is there is written over.
+
+    Returns:
+        The path.
+
+    Raises:
+        PrivacyError: a model that is not private.
+        DPCompileError: nothing is compiled yet.
+    """
+    transformed = engine_of(model).transformed
+    if transformed is None:
+        raise DPCompileError(
+            "nothing is compiled yet", remedy="call the model once, or model.trace(*example_inputs), then look"
+        )
+    path = pathlib.Path(path)
+    path.write_text(
+        graph_page(transformed, transformed.plan.rows(), f"Private graph of {type(model).__name__}"), "utf-8"
+    )
+    return path
 
 
 def plot_epsilon(accountant: PrivacyAccountant, delta: float, target: float | None = None) -> Figure:

@@ -38,6 +38,7 @@ PAGES = (
     "README.md",
     "docs/how_it_works.md",
     "docs/sharp_edges.md",
+    "docs/choosing.md",
     "docs/auditing.md",
     "docs/extending.md",
     "docs/frameworks.md",

@@ -10,7 +10,9 @@ from torch import fx
 
 from dpcompile.graph.compile import trace_like
 
-__all__ = ["behind", "insert", "last_of"]
+__all__ = ["JOB", "behind", "insert", "last_of"]
+
+JOB = "dpcompile"  # in a node's ``meta``: "norm", "clip" or "sum", of what was written into a graph
 
 
 def insert(graph: fx.Graph, after: fx.Node, function: Callable[..., Any], operands: Sequence[fx.Node]) -> Any:

@@ -193,7 +193,7 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
         copied = product([batch, shape.copied]) * e
         ghost = _cost(traffic=2 * sides + 2 * copied, calls=2, fresh=copied, memory=copied)
     if shape.head:
-        inner = 2 * product([batch, t, t, p + d]) / 2  # of both Gram matrices, half of each by symmetry
+        inner = product([batch, t, t, p + d])  # of both Gram matrices, half of each by symmetry
         products = _cost(batched=inner) if e == 8 else _cost(wide=inner)
         ghost = products + _cost(large=flops, traffic=3 * product([batch, t, p]) * e, memory=grams)
     return {

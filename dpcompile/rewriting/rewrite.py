@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 
 from dpcompile.clipping.groups import Clipping, group_of
 from dpcompile.clipping.weights import clip_group, own_norms
-from dpcompile.graph.insert import behind, insert, last_of
+from dpcompile.graph.insert import JOB, behind, insert, last_of
 from dpcompile.graph.joint import JointGraph
 from dpcompile.options import Lowering
 from dpcompile.planning.plan import Plan
@@ -50,7 +51,8 @@ def rewrite(
     :func:`dpcompile.clipping.weights.clip_weights` for the norm over all parameters of its group, in float32 or wider;
     no other gradient of a parameter is returned.
     """
-    norms = find_norms(joint, plan)
+    with _marked(joint.graph, "norm"):
+        norms = find_norms(joint, plan)
     if lowering is not None:
         _rewrite_region(joint, norms, options, lowering)
         return
@@ -65,16 +67,29 @@ def rewrite(
         options = replace(options, clipping=clipping)
     totals: dict[str, fx.Node] = {}
     for group, members in groups.items():
-        totals[group], weights = _clip(joint, members, options, group)
-        second = repeated(joint, plan, proof, members, weights)
-        for norm, value in clipped_sums(joint, members, [weights] * len(members), second):
-            outputs[joint.sum_slots[norm.choice.gradient.name]] = value
-    outputs[joint.norm_slot] = _reported(joint, list(totals.values()), options)
-    if joint.group_slot is not None:
-        outputs[joint.group_slot] = _of_groups(joint, totals, options)
+        with _marked(joint.graph, "clip"):
+            totals[group], weights = _clip(joint, members, options, group)
+        with _marked(joint.graph, "sum"):
+            second = repeated(joint, plan, proof, members, weights)
+            for norm, value in clipped_sums(joint, members, [weights] * len(members), second):
+                outputs[joint.sum_slots[norm.choice.gradient.name]] = value
+    with _marked(joint.graph, "norm"):
+        outputs[joint.norm_slot] = _reported(joint, list(totals.values()), options)
+        if joint.group_slot is not None:
+            outputs[joint.group_slot] = _of_groups(joint, totals, options)
     joint.graph.output_node().args = (type(joint.graph.output_node().args[0])(outputs),)  # type: ignore[call-arg]
     _prune(joint.graph)
     joint.module.recompile()
+
+
+@contextmanager
+def _marked(graph: fx.Graph, job: str) -> Iterator[None]:
+    """Nodes that are written meanwhile say what they are for: :data:`dpcompile.graph.insert.JOB` in their ``meta``."""
+    before = set(graph.nodes)
+    yield
+    for node in graph.nodes:
+        if node not in before:
+            node.meta[JOB] = job
 
 
 def _rewrite_region(joint: JointGraph, norms: Sequence[Norm], options: ClipOptions, lowering: Lowering) -> None:
@@ -97,18 +112,20 @@ def _rewrite_region(joint: JointGraph, norms: Sequence[Norm], options: ClipOptio
         return torch.stack([by_name[name].to(given.dtype) if name in by_name else zero for name in rows])
 
     nodes = [given, *known.values()]
-    outputs[joint.norm_slot] = insert(joint.graph, behind(joint.graph, nodes), stack, nodes)
+    with _marked(joint.graph, "norm"):
+        outputs[joint.norm_slot] = insert(joint.graph, behind(joint.graph, nodes), stack, nodes)
     names = [n.choice.gradient.name for n in norms]
-    if lowering.groups:
-        assert len(known) == len(names), "a parameter that other regions use too is clipped at once"
-        weights = _weights_at_once(joint, norms, options, given, lowering.groups, [rows[n] for n in names])
-    else:
-        weights = [
-            insert(joint.graph, behind(joint.graph, [given]), lambda w, i=rows[name]: w[i], [given]) for name in names
-        ]
-    for norm, value in clipped_sums(joint, norms, weights, {}):
-        total = _handed_out(joint, norm, value) if norm.choice.shared else value
-        outputs[joint.sum_slots[norm.choice.gradient.name]] = total
+    with _marked(joint.graph, "clip"):
+        if lowering.groups:
+            assert len(known) == len(names), "a parameter that other regions use too is clipped at once"
+            weights = _weights_at_once(joint, norms, options, given, lowering.groups, [rows[n] for n in names])
+        else:
+            point = behind(joint.graph, [given])
+            weights = [insert(joint.graph, point, lambda w, i=rows[name]: w[i], [given]) for name in names]
+    with _marked(joint.graph, "sum"):
+        for norm, value in clipped_sums(joint, norms, weights, {}):
+            total = _handed_out(joint, norm, value) if norm.choice.shared else value
+            outputs[joint.sum_slots[norm.choice.gradient.name]] = total
     joint.graph.output_node().args = (type(joint.graph.output_node().args[0])(outputs),)  # type: ignore[call-arg]
     _prune(joint.graph)
     joint.module.recompile()

@@ -19,8 +19,8 @@ module
 reporting
 optim
 data extending losses rates schedules viz
-api step checkpoint
-validating
+api step checkpoint per_example
+validating advising
 private
 auditing
 integrations
