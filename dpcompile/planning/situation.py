@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import sympy
 import torch
+import torch.distributed as dist
 
 from dpcompile._torch.tensors import real_tensors
 from dpcompile.capture.roles import Roles
@@ -42,6 +43,7 @@ class Situation:
         limit: of memory.
         untouched: trainable parameters whose gradient is identically zero.
         shared: parameters that other regions use too (:mod:`dpcompile.planning.shared_uses`).
+        ranks: how many share the work on the same examples.
     """
 
     batch: Size
@@ -55,6 +57,7 @@ class Situation:
     limit: Limit | None = None
     untouched: tuple[str, ...] = ()
     shared: Collection[str] = ()
+    ranks: int = 1
 
 
 def situation_of(
@@ -94,6 +97,7 @@ def situation_of(
         limit=None if roles.lowering else _limit(options.memory_budget, joint, proof, roles, rates, parts, copied),
         untouched=tuple(untouched),
         shared=roles.shared,
+        ranks=1 if roles.ranks is None else dist.get_world_size(roles.ranks.group),
     )
 
 
