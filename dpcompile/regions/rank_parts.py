@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -15,9 +16,10 @@ from dpcompile.distributed.tensor_parallel import Compared, TensorParallel, chec
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.joint import OverRanks
 from dpcompile.graph.labels import Examples, Label, Shared, Whole
+from dpcompile.graph.sizes import is_one
 from dpcompile.regions.region import CompiledRegion, Scope
 
-__all__ = ["RankParts", "memory_holder", "plain_inputs", "refuse_outputs_of_ranks"]
+__all__ = ["RankParts", "memory_holder", "plain_inputs", "refuse_outputs_of_ranks", "wrapped_outputs"]
 
 
 class RankParts:
@@ -84,6 +86,33 @@ def plain_inputs(local: Localised, live: Sequence[Any], stand_ins: StandIns, sco
         if name is not None:
             scope.parameters[id(value)] = name
     return values
+
+
+def wrapped_outputs(local: Localised, values: Sequence[Any], scope: Scope, *, turns: bool) -> list[Any]:
+    """What a captured graph returns, with ``DTensor`` where it has them, which lie like what they are made of.
+
+    Every rank computes with its own part of such a value, and may have another cotangent for it: the proof has them so.
+
+    Raises:
+        UnsupportedGraphError: the examples do not have a dimension of their own, or the model runs in several turns.
+    """
+    found = list(values)
+    for position, wrap in local.wrapped.items():
+        value = values[position]
+        label = scope.label(value)
+        found[position] = wrap(value)
+        if label is None or isinstance(label, Shared):
+            continue
+        own = isinstance(label, Examples) and value.shape[label.dim] == found[position].shape[label.dim]
+        if turns or not own or not (is_one(label.outer) and is_one(label.inner)):  # type: ignore[union-attr]
+            raise UnsupportedGraphError(
+                f"output {position} is a DTensor"
+                + (", and the draw is larger than the physical batch" if turns else f", and it is {label}"),
+                remedy="return a batch with a dimension of its own that is not cut, and train on loader.parts(); or "
+                "compute the loss in the model",
+            )
+        scope.note(found[position], f"output {position}", replace(label, own=""))
+    return found
 
 
 def refuse_outputs_of_ranks(labels: Sequence[Label]) -> None:

@@ -7,9 +7,21 @@ from launching import launch, passed
 
 pytestmark = pytest.mark.full  # launches of several ranks
 
-FEW = {"GPT", "regions", "training", "communication", "refusals"}
-BOTH = {"GPT", "by layer", "a norm twice", "masked", "users", "frozen", "training"}
-ALONE = {"regions", "tied", "tied in blocks", "one example", "inductor", "communication", "exchanges", "refusals"}
+FEW = {"GPT", "regions", "training", "communication", "refusals", "loss in the model", "loss parallel, a mean"}
+BOTH = {"GPT", "by layer", "a norm twice", "masked", "users", "frozen", "training", "loss parallel"}
+ALONE = {
+    "loss in the model",
+    "loss parallel, a mean",
+    "loss parallel in blocks",
+    "regions",
+    "tied",
+    "tied in blocks",
+    "one example",
+    "inductor",
+    "communication",
+    "exchanges",
+    "refusals",
+}
 
 
 def test_norms_of_what_is_cut_over_tokens() -> None:

@@ -19,16 +19,19 @@ from tensor_worker import Block, gradients_of, optimizer_of, part, same, same_we
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     SequenceParallel,
+    loss_parallel,
     parallelize_module,
 )
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import dpcompile
-from dpcompile import UnsupportedGraphError
+from dpcompile import PoissonLoader, UnsupportedGraphError
 from dpcompile.module import engine_of
 
 dp_compile: Any = dpcompile.dp_compile
@@ -91,14 +94,32 @@ class Tied(GPT):
         self.head.weight = self.tok.weight
 
 
+class Lossy(GPT):
+    """Returns the loss of each example, of logits that may be cut over the vocabulary."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]  # noqa: D102
+        return losses(super().forward(x), y)
+
+
+class Apart(GPT):
+    """Returns logits that are cut over the vocabulary."""
+
+
+def losses(logits: Tensor, y: Tensor) -> Tensor:
+    each: Any = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+    return whole(each).view(y.shape).mean(1)
+
+
 def cut_tokens(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """The plan of torchtitan's kind: norms see cut tokens, layers between them gather and scatter."""
     tied = isinstance(model, Tied)
+    parallel = isinstance(model, (Lossy, Apart))
+    logits = {"output_layouts": Shard(-1), "use_local_output": False} if parallel else {"output_layouts": Replicate()}
     ends: dict[str, Any] = {
         "tok": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "norm": SequenceParallel(),
         "gate": SequenceParallel(),
-        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+        "head": ColwiseParallel(input_layouts=Shard(1), **logits),  # type: ignore[arg-type]
     }
     parallelize_module(model, mesh, {n: s for n, s in ends.items() if hasattr(model, n)})
     if tied:
@@ -240,13 +261,35 @@ def communication(mesh: DeviceMesh) -> None:
         with Collectives() as counter:
             step(model, x)
         found.append({k: n for k, n in counter.seen.items() if "wait_tensor" not in k and "wrap_tensor" not in k})
+    plans: Any = engine_of(private).plans  # type: ignore[attr-defined]
     more = {k: n - found[0].get(k, 0) for k, n in found[1].items() if n > found[0].get(k, 0)}
     assert more == {
         "_c10d_functional.all_reduce.default": 10,  # which the plain step leaves to whoever reads the gradients
-        "_c10d_functional.all_reduce.default bytes": sum(plan.exchanged() for plan in engine_of(private).plans),
+        "_c10d_functional.all_reduce.default bytes": sum(plan.exchanged() for plan in plans),
         "c10d.allreduce_.default": 1,
         "c10d.allreduce_.default bytes": 8 * (2 * len(x) + 8),
     }, (more, private.plan)
+
+
+def vocabulary(mesh: DeviceMesh, make: type[GPT], reduction: str = "none", **options: Any) -> None:
+    """A cross entropy of logits that are cut over the vocabulary, outside of the model or in it."""
+    x, y = tokens(), tokens()
+    single = made(GPT)
+    private = dp_compile(single, max_grad_norm=C, backend="eager")
+    losses(private(x), y).mean().backward()
+    model = dp_compile(placed(make, mesh), max_grad_norm=C, backend="eager", **options)
+    own = part(x, mesh), part(y, mesh)
+    with loss_parallel():
+        if make is Lossy:
+            loss = model(*own).mean()
+        else:
+            logits = model(own[0])
+            assert isinstance(logits, DTensor) and tuple(logits.placements) == (Shard(2),)
+            flat = logits.flatten(0, 1), own[1].flatten()
+            loss = losses(logits, own[1]).mean() if reduction == "none" else F.cross_entropy(*flat)
+        loss.backward()
+    same(gradients_of(model), gradients_of(single))
+    torch.testing.assert_close(model.grad_norms, part(private.grad_norms, mesh), rtol=1e-5, atol=1e-6)
 
 
 def refused(mesh: DeviceMesh) -> None:
@@ -280,6 +323,10 @@ def refused(mesh: DeviceMesh) -> None:
         biased = lambda: cut_tokens(made(BiasedGPT), mesh)  # noqa: E731
         refuses(biased, "bias' whole, and its gradient is another one on each", regions=regions)
     refuses(whole_output, "output 0 of the model is another one on each rank")
+    turned = dp_compile(cut_tokens(made(Apart), mesh), max_grad_norm=C, backend="eager")
+    loader = PoissonLoader(TensorDataset(tokens(rows=40)), expected_batch_size=B, physical_batch_size=2, seed=3)
+    (batch,) = next(iter(loader.attach(turned, optimizer_of(turned))))
+    raises(UnsupportedGraphError, "the draw is larger than the physical batch", lambda: turned(batch))
     refuses(lambda: cut_tokens(made(GPT), mesh), "do not compile the same graph", tokens(5))
 
 
@@ -297,6 +344,7 @@ def main() -> None:
         "users": lambda: users(mesh),
         "frozen": lambda: frozen(mesh),
         "training": lambda: training(mesh),
+        "loss parallel": lambda: vocabulary(mesh, Apart),
     }
     if alone:
         checks |= {
@@ -305,6 +353,9 @@ def main() -> None:
             "tied in blocks": lambda: gradients(Tied, mesh, tokens(), regions="blocks"),
             "one example": lambda: gradients(GPT, mesh, tokens(rows=1)),
             "inductor": lambda: gradients(Routed, mesh, tokens(), backend="inductor"),
+            "loss in the model": lambda: vocabulary(mesh, Lossy),
+            "loss parallel, a mean": lambda: vocabulary(mesh, Apart, "mean"),
+            "loss parallel in blocks": lambda: vocabulary(mesh, Apart, regions="blocks"),
             "communication": lambda: communication(mesh),
             "exchanges": lambda: exchanges(mesh),
             "refusals": lambda: refused(mesh),

@@ -17,7 +17,7 @@ _AFTER_THE_SUM = (
     "it up: the norm of a rank's share says nothing of the norm of the whole"
 )
 _REMEDY = (
-    "let parameters that every rank holds see whole activations, or use SequenceParallel, which adds their gradients up; "
+    "let parameters that every rank holds see whole activations, or use SequenceParallel, which adds up; "
     "a parameter that is cut should be used as it is cut"
 )
 
