@@ -15,7 +15,7 @@ from dpcompile.capture.joint import check_outputs, name_joint
 from dpcompile.capture.roles import Roles
 from dpcompile.clipping.groups import clip_groups
 from dpcompile.graph.joint import JointGraph
-from dpcompile.graph.labels import Label
+from dpcompile.graph.labels import Label, as_ranks_own
 from dpcompile.graph.matrix_exp import fold_matrix_exp
 from dpcompile.graph.normalise import (
     copy_expanded_bases,
@@ -72,11 +72,18 @@ class Work:
     certificate: Certificate = field(init=False)
     plan: Plan = field(init=False)
     memory: RegionMemory | None = field(init=False, default=None)
+    ranks_own: Mapping[int, str] = field(init=False)
 
     @property
     def mean(self) -> bool:
         """Whether the loss is a mean over the batch."""
         return self.options.loss_reduction == "mean"
+
+    @property
+    def output_labels(self) -> tuple[Label, ...]:
+        """Of the forward outputs, in the order of the captured graph, as another graph must know them."""
+        own = self.ranks_own
+        return tuple(as_ranks_own(self.proof.leaving(n), own.get(i, "")) for i, n in enumerate(self.joint.outputs))
 
     @property
     def mean_of(self) -> int | None:
@@ -138,7 +145,7 @@ def find_sites(work: Work) -> None:
 
 def check_ranks(work: Work) -> None:
     """Refuse gradients of copied parameters that are not the same on all ranks of tensor parallelism."""
-    check_replication(work.joint, work.proof, work.roles.ranks)
+    work.ranks_own = check_replication(work.joint, work.proof, work.roles.ranks)
 
 
 def write_certificate(work: Work) -> None:
@@ -248,7 +255,7 @@ def privatize(
         fx.GraphModule(module, copy_graph(module.graph)),
         plan,
         work.certificate,
-        tuple(work.proof.leaving(n) for n in joint.outputs),
+        work.output_labels,
         joint.sum_slots,
         joint.norm_slot,
         work.unowned,
@@ -297,4 +304,4 @@ def label_outputs(
     work.joint = joint
     run_passes(LABEL, work)
     module.recompile()
-    return tuple(work.proof.leaving(n) for n in joint.outputs), work.unowned
+    return work.output_labels, work.unowned

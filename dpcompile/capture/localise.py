@@ -7,7 +7,7 @@ does between them (slices, collectives) is in the graph, where the proof sees it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -20,6 +20,7 @@ from dpcompile._torch.parallel import inner_tensor
 from dpcompile.distributed.shards import is_distributed
 from dpcompile.distributed.tensor_parallel import TensorParallel
 from dpcompile.errors import UnsupportedGraphError
+from dpcompile.graph.locate import where
 
 __all__ = ["Localised", "StandIns", "localise"]
 
@@ -60,10 +61,12 @@ class Localised:
     Attributes:
         graph: the graph.
         kept: positions of its inputs among those of the captured graph; meshes are left out.
+        wrapped: position of an output that the captured graph has as a ``DTensor`` -> makes it of what lies here.
     """
 
     graph: fx.GraphModule
     kept: tuple[int, ...]
+    wrapped: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def inputs(self, live: Sequence[Any], stand_ins: StandIns) -> list[Any]:
         """Its inputs, from those of the captured graph."""
@@ -95,8 +98,9 @@ def localise(gm: fx.GraphModule, live: Sequence[Any], parallel: TensorParallel |
         if is_distributed(value):
             _check(node, value, parallel)
             _wrap(copied.graph, node, value)
+    wrapped = _unwrap_outputs(copied.graph, live, parallel)
     copied.recompile()
-    return Localised(copied, tuple(kept))
+    return Localised(copied, tuple(kept), wrapped)
 
 
 def _is_mesh(value: Any) -> bool:
@@ -129,6 +133,48 @@ def _wrap(graph: fx.Graph, node: fx.Node, value: Any) -> None:
         wrapped.meta = {**node.meta, "example_value": fake}
         user.replace_input_with(node, wrapped)
     node.meta = {**node.meta, "example_value": local}
+
+
+def _unwrap_outputs(
+    graph: fx.Graph, live: Sequence[Any], parallel: TensorParallel | None
+) -> dict[int, Callable[[Tensor], Tensor]]:
+    """Outputs that are ``DTensor`` leave as what lies on this rank; by position, what makes them whole again."""
+    output, found = graph.output_node(), {}
+    values: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    for position, node in enumerate(values):
+        fake: Any = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+        if not is_distributed(fake):
+            continue
+        placements = tuple(fake.placements)
+        mesh = _mesh_like(fake.device_mesh, live, parallel)  # the one of a fake tensor may be fake
+        if mesh is None or {type(p).__name__ for p in placements} - {"Shard", "Replicate"}:
+            raise UnsupportedGraphError(
+                f"the model returns a DTensor with the placements {placements}"
+                + (" on other ranks than those of its parameters" if mesh is None else ""),
+                where=where(node),
+                remedy="return it whole or cut, on the mesh of parallelize_module (Replicate(), Shard(dim)), or as a "
+                "plain tensor",
+            )
+        found[position] = _wrapper(mesh, placements, tuple(fake.shape), tuple(fake.stride()))
+        with graph.inserting_before(output):
+            local = graph.call_function(_to_local, (node,))
+        value = inner_tensor(fake).detach().requires_grad_(fake.requires_grad)
+        local.meta = {**node.meta, "example_value": value}
+        values[position] = local
+    output.args = (tuple(values),)
+    return found
+
+
+def _mesh_like(mesh: Any, live: Sequence[Any], parallel: TensorParallel | None) -> Any:
+    """The mesh that ``mesh`` is, or stands for, if it is that of tensor parallelism."""
+    known = [x if _is_mesh(x) else x.device_mesh for x in live if _is_mesh(x) or is_distributed(x)]
+    if parallel is None or mesh.ndim != 1 or mesh.get_group(0).group_name != parallel.name:
+        return None
+    return next((m for m in known if m.ndim == 1 and m.get_group(0).group_name == parallel.name), None)
+
+
+def _to_local(value: Any) -> Tensor:
+    return value.to_local()
 
 
 def _bind(graph: fx.Graph, mesh_node: fx.Node, mesh: Any) -> None:

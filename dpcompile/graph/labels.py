@@ -23,7 +23,7 @@ from torch import fx
 
 from dpcompile.graph.sizes import Size, divide, is_one, product, same
 
-__all__ = ["Examples", "Label", "Mixed", "Shared", "Summed", "Whole", "reshape_axis"]
+__all__ = ["Examples", "Label", "Mixed", "Shared", "Summed", "Whole", "as_ranks_own", "reshape_axis"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +36,18 @@ class Shared:
         cotangent: made from the cotangent of a sum over examples (a loss reduced inside the model), so that
             broadcasting it over the example axis hands every example its own cotangent.
         alike: of a value that passes from one graph to another: along these dimensions all its positions are the same.
+        own: of such a value, that it may be another one on each rank of tensor parallelism, and why; "" if not.
     """
 
     zero: bool = False
     counts: int | None = None
     cotangent: bool = False
     alike: tuple[int, ...] = ()
+    own: str = ""
 
     def __str__(self) -> str:
-        return f"shared, the same along dim {', '.join(map(str, self.alike))}" if self.alike else "shared"
+        text = f"shared, the same along dim {', '.join(map(str, self.alike))}" if self.alike else "shared"
+        return text + _OWN * bool(self.own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,13 @@ class Examples:
     """Slices along ``dim`` belong to single examples.
 
     The dimension has size ``outer * B * inner`` and position ``(o * B + b) * inner + i`` belongs to example ``b``:
-    ``[B, T]`` flattened has ``inner == T``, ``[T, B]`` flattened has ``outer == T``.
+    ``[B, T]`` flattened has ``inner == T``, ``[T, B]`` flattened has ``outer == T``. ``own``: as in :class:`Shared`.
     """
 
     dim: int
     outer: Size = 1
     inner: Size = 1
+    own: str = ""
 
     def same_layout(self, other: Examples) -> bool:
         """Whether both dimensions enumerate the examples in the same order."""
@@ -69,7 +73,8 @@ class Examples:
 
     def __str__(self) -> str:
         layout = "B" if is_one(self.outer) else f"{self.outer}·B"
-        return f"examples on dim {self.dim} ({layout if is_one(self.inner) else f'{layout}·{self.inner}'})"
+        lies = layout if is_one(self.inner) else f"{layout}·{self.inner}"
+        return f"examples on dim {self.dim} ({lies})" + _OWN * bool(self.own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +87,12 @@ class Summed:
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """The batch is one example: every element belongs to it."""
+    """The batch is one example: every element belongs to it. ``own``: as in :class:`Shared`."""
+
+    own: str = ""
 
     def __str__(self) -> str:
-        return "the only example"
+        return "the only example" + _OWN * bool(self.own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +116,13 @@ class Mixed:
 
 
 Label: TypeAlias = "Shared | Examples | Summed | Whole | Mixed"
+_OWN = ", another on each rank"
+
+
+def as_ranks_own(label: Label, reason: str) -> Label:
+    """The label of a value that leaves a graph and may be another one on each rank; ``""``: is the same on all."""
+    assert not reason or isinstance(label, (Shared, Examples, Whole)), label
+    return replace(label, own=reason) if isinstance(label, (Shared, Examples, Whole)) else label
 
 
 def reshape_axis(axis: Examples, old: Sequence[Size], new: Sequence[Size], batch: Size) -> Examples | None:

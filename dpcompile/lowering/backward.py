@@ -26,6 +26,10 @@ from dpcompile.planning.replay import storage_of
 __all__ = ["Cut", "lower_backward"]
 
 
+_WAIT = torch.ops._c10d_functional.wait_tensor.default  # impure to torch, so that it is not left out
+_BESIDE = (operator.getitem, _WAIT)
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """Where a rewritten joint graph is cut, by position in its outputs and by name.
@@ -179,8 +183,9 @@ def _in_two_parts(backward: _Backward, compile_graph: GraphCompiler, lowered: Lo
     first = _ancestors(v for v in early if isinstance(v, fx.Node))
     first |= _ancestors(n for nodes in handed.values() for n in nodes)
     first |= _ancestors(n for n in gm.graph.nodes if _must_run_once(n))
-    # Of an operation with several results each crosses by itself: there is no value that is all of them.
-    first |= {n for n in gm.graph.nodes if n.target is operator.getitem and n.args[0] in first}
+    # Of an operation with several results each crosses by itself: there is no value that is all of them. And nothing
+    # crosses that other ranks are still at.
+    first |= {n for n in gm.graph.nodes if n.target in _BESIDE and n.args[0] in first}
     assert weights not in first, "the first part of a backward depends on the clip weights"
     late = [n for n in backward.sums if isinstance(n, fx.Node)]
     second = _ancestors(late) - first
@@ -224,7 +229,8 @@ def _call(function: Any, arguments: list[Any]) -> Sequence[Any]:
 def _must_run_once(node: fx.Node) -> bool:
     """Whether a node writes, or draws random numbers: it belongs to the first part."""
     return node.op == "call_function" and (
-        node.is_impure() or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        (node.is_impure() and node.target is not _WAIT)
+        or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     )
 
 

@@ -7,7 +7,7 @@ positions of the filter. A one-hot side (an embedding's rows) is kept as its ind
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -98,17 +98,22 @@ def factored(site: Site, batch: Size) -> Factored | None:
     return None if site.form is None else _MAKERS[site.form](site, batch)
 
 
-def oriented(gradient: ParameterGradient, batch: Size) -> list[Factored] | None:
+def oriented(gradient: ParameterGradient, batch: Size, through: Collection[str] = ()) -> list[Factored] | None:
     """All sites of a parameter as outer products in one common orientation, or None.
 
     Each site must reach the gradient through a chain of its own of norm-preserving operations, joined by plain adds,
     and the chains must place rows and columns alike (a transposed chain exchanges them).
+
+    Args:
+        gradient: of the parameter.
+        batch: B.
+        through: names of operations that chains may have besides; the forms are without them.
     """
     forms = []
     reference: object = None
     for site in gradient.sites:
         form = factored(site, batch)
-        chain = _chain(site.value, gradient)
+        chain = _chain(site.value, gradient, through)
         if form is None or chain is None or site.value.meta["val"].dtype.is_complex:
             return None
         if chain == ("transposed",):
@@ -126,7 +131,7 @@ def alone(forms: Sequence[Factored]) -> Factored | None:
     return forms[0] if len(forms) == 1 and forms[0].norms is not None else None
 
 
-def _chain(value: fx.Node, gradient: ParameterGradient) -> tuple[Any, ...] | None:
+def _chain(value: fx.Node, gradient: ParameterGradient, through: Collection[str]) -> tuple[Any, ...] | None:
     """What the tail does to one site's value: a tuple that is equal for equal rearrangements, or None.
 
     None where the tail scales, slices or combines it otherwise than by adding it once.
@@ -143,7 +148,7 @@ def _chain(value: fx.Node, gradient: ParameterGradient) -> tuple[Any, ...] | Non
         if name == "add":
             if node.kwargs.get("alpha", 1) != 1 or node.args[0] is node.args[1] or not _same_shapes(node):
                 return None
-        elif name not in REARRANGES | COPIES | {"getitem"}:
+        elif name not in REARRANGES | COPIES | {"getitem", *through}:
             return None
         elif name in REARRANGES:
             moves.append(_move(node, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,11 @@ from dpcompile.graph.operations import operation_name
 from dpcompile.graph.slices import in_front
 from dpcompile.proof.sites import ParameterGradient, Site
 
-__all__ = ["per_example_site", "run_operation", "run_tail", "tail_inputs", "through_tail"]
+__all__ = ["OVER_RANKS", "per_example_site", "run_operation", "run_tail", "tail_inputs", "through_tail"]
 
 aten = torch.ops.aten
+# Operations that add up over ranks, element by element: those of all examples at once are those of each.
+OVER_RANKS = ("_c10d_functional::all_reduce", "_c10d_functional::wait_tensor")
 
 
 def run_operation(node: fx.Node, values: Mapping[fx.Node, Any], dtype: torch.dtype) -> Any:
@@ -221,8 +224,28 @@ def through_tail(
     if not gradient.tail:
         return sites[0]
     values = [s.value for s in gradient.sites]
+    if any(operation_name(n.target) in OVER_RANKS for n in gradient.tail):
+        return _step_by_step(gradient, dict(zip(values, sites, strict=True)), shared, dtype)
 
     def one(*slices: Tensor) -> Tensor:
         return run_tail(gradient, dict(zip(values, slices, strict=True)), shared, dtype)
 
     return torch.vmap(one)(*sites)
+
+
+def _step_by_step(
+    gradient: ParameterGradient, sites: dict[fx.Node, Any], shared: Mapping[fx.Node, Any], dtype: torch.dtype
+) -> Tensor:
+    """The same where ranks add up in between, which they do for all examples at once."""
+    values: dict[fx.Node, Any] = dict(sites)
+    for node in gradient.tail:
+        own = [n for n in node.all_input_nodes if n in values]
+        if node.target is operator.getitem or operation_name(node.target) in OVER_RANKS:
+            values[node] = node.target(*fx.map_arg(node.args, lambda n: values[n]), **node.kwargs)  # type: ignore[operator]
+            continue
+
+        def one(*slices: Tensor, node: fx.Node = node, own: Sequence[fx.Node] = own) -> Any:
+            return run_operation(node, {**shared, **dict(zip(own, slices, strict=True))}, dtype)
+
+        values[node] = torch.vmap(one)(*(values[n] for n in own))
+    return values[gradient.gradient]

@@ -14,6 +14,7 @@ from dpcompile.kernels.by_index import has_sums_by_index
 from dpcompile.kernels.narrow import NARROW
 from dpcompile.norms.factors import Factored, alone, oriented
 from dpcompile.planning.cost import Cost, Shape, costs, gram_cost, summed_cost
+from dpcompile.planning.exchanges import Exchange, exchange_of
 from dpcompile.planning.modes import MODES, Mode
 from dpcompile.planning.replay import Holding, bytes_of, storage_of
 from dpcompile.planning.search import Candidate
@@ -40,6 +41,7 @@ class Choice:
         holding: what it holds until the clip.
         shared: other regions use the parameter too.
         late: kept gradients are made when the backward is over, to fit a budget.
+        exchange: what ranks do first, of a gradient that is a sum over them; None of any other.
         fused: whether rule "direct" or "ghost" is one operator, where there is one (:mod:`dpcompile.norms.fused`).
     """
 
@@ -54,6 +56,7 @@ class Choice:
     holding: Holding = Holding({}, (), 0.0, 0.0, 0.0)
     shared: bool = False
     late: bool = False
+    exchange: Exchange | None = None
 
 
 def options_of(gradient: ParameterGradient, situation: Situation) -> list[tuple[Choice, Candidate]]:
@@ -70,6 +73,7 @@ class _Options:
         self._element = 8 if self._value.dtype == torch.float64 else 4
         self._weight = product(shape_of(self._value))
         self._later = gradient.name in situation.shared
+        self._exchange: Exchange | None = None
 
     def all(self) -> list[tuple[Choice, Candidate]]:
         """See :func:`options_of`."""
@@ -77,9 +81,14 @@ class _Options:
         if sites[0].kind == "whole":
             cost = summed_cost(1, self._weight, self._element)
             return [self._option("whole", cost, "one example: the sum is its gradient")]
-        forms = oriented(self._gradient, self._situation.batch)
+        found = exchange_of(self._gradient, self._situation)
+        if found is None:
+            forms = oriented(self._gradient, self._situation.batch)
+        else:
+            self._exchange, forms = found
         if forms is None:
             why = "its sites are sums" if all(s.kind == "sum" for s in sites) else "through the tail"
+            why = why if self._exchange is None else str(self._exchange)
             rule = "redo" if mode == "redo" and not self._later else "keep"
             cost = summed_cost(self._situation.batch, self._weight, self._element, fresh=True)
             return [self._option(rule, cost, f"per-example gradients, {why}")]
@@ -135,6 +144,7 @@ class _Options:
             fused=shape is not None and self._is_fused(rule, shape),
             shared=self._later,
             late=late,
+            exchange=self._exchange,
         )
         held = _holding(choice, total.at(hints).memory, hints, self._element, self._weight)
         if late:

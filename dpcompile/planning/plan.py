@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import sympy
 
-from dpcompile.graph.sizes import Size, is_one, product, shape_of, short
+from dpcompile.graph.sizes import Size, hinted, is_one, product, shape_of, short
 from dpcompile.planning.choices import Choice, options_of
 from dpcompile.planning.modes import MODES
 from dpcompile.planning.search import Candidate, choose, fastest, seconds_of
@@ -69,6 +69,10 @@ class Plan:
         """Parameter name -> rule."""
         return {c.gradient.name: c.rule for c in self.choices}
 
+    def exchanged(self) -> float:
+        """Bytes that each rank hands over before the clip, for gradients that are sums over ranks."""
+        return float(sum(hinted(c.exchange.sent, self.hints) for c in self.choices if c.exchange is not None))
+
     def rows(self) -> list[dict[str, str]]:
         """One row per site: parameter, operation, B, T, p, d, rule, FLOPs, bytes, why."""
         rows = []
@@ -112,6 +116,13 @@ class Plan:
         if expected.peak is not None and expected.plain_peak is not None:
             lines[-1] += (
                 f"; peak {short(expected.peak)}B, {expected.peak / expected.plain_peak:.2f} of the plain step's"
+            )
+        if sums := [c.exchange for c in self.choices if c.exchange is not None]:
+            gathered = sum(e.gathered for e in sums)
+            lines.append(
+                f"between ranks: {len(sums)} gradients are sums over them; before the clip each rank hands over "
+                f"{short(self.exchanged())}B: rows and columns of {gathered}, every example's gradients of "
+                f"{len(sums) - gathered}"
             )
         if self.parts > 1:
             lines.append(f"memory: the batch runs in {self.parts} parts of {self.batch}")

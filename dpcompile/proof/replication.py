@@ -55,27 +55,33 @@ def refuse_ranks_own(graph: fx.Graph, ranks: OverRanks | None) -> None:
             )
 
 
-def check_replication(joint: JointGraph, proof: Proof, ranks: OverRanks | None) -> None:
+def check_replication(joint: JointGraph, proof: Proof, ranks: OverRanks | None) -> dict[int, str]:
     """Prove of every value whether it is the same on all ranks, and refuse what the norms cannot stand on.
 
     Every rank calls this on its own graph at the same time: the graphs are compared, and what stands otherwise in
     another rank's graph (a slice that begins elsewhere) is that rank's own.
 
+    Returns:
+        Positions of the outputs that may be others on each rank, and why. So may their cotangents, then.
+
     **Guarantee.** If this returns, then the gradient of every trainable parameter that all ranks hold whole is the same
-    on all, as long as they are given the same examples and cotangents; so is every output, and every gradient of an
-    input. Every collective is one over these ranks, who see the same examples in the same order.
+    on all, as long as they are given the same examples, and the same cotangents of outputs that are the same; so is
+    the gradient of every input that is. Every collective is one over these ranks, who see the same examples in the same
+    order.
 
     ====================================================  ===========================================================
     edge case                                             outcome
     ====================================================  ===========================================================
-    gradient of a whole parameter that is a rank's share  refused
-    output, or gradient of an input, that is one          refused
+    gradient of a whole parameter that is a rank's share  refused; added up over the ranks: right
+    output that is another one on each rank               its cotangent is taken for another one on each
+    gradient of an input that is another one on each      refused, if the input is the same on all
     collective over other ranks, or of another kind       refused
     any collective, without tensor parallelism            refused
     random numbers drawn in the graph                     each rank's own
     a buffer that is not the same on all ranks            each rank's own
     graphs that are not built alike                       refused
-    sums over ranks behind the sum over the examples      refused by the proof of the example axis
+    sums over ranks behind the sum over the examples      right; anything else there is refused by the proof
+                                                          of the example axis
     ====================================================  ===========================================================
 
     Raises:
@@ -83,7 +89,7 @@ def check_replication(joint: JointGraph, proof: Proof, ranks: OverRanks | None) 
     """
     if ranks is None:
         refuse_ranks_own(joint.graph, None)
-        return
+        return {}
     for node in joint.graph.nodes:
         if _is_collective(node):
             _check_collective(node, ranks)
@@ -96,20 +102,13 @@ def check_replication(joint: JointGraph, proof: Proof, ranks: OverRanks | None) 
                 f"every rank of tensor parallelism holds parameter '{name}' whole, and its gradient is another one on "
                 f"each ({own[gradient]})",
                 where=where(gradient),
-                remedy="let it see whole activations: no SequenceParallel, no random numbers in forward (dropout), no "
-                "plain parameter on what ColwiseParallel returns (cut it too: distribute_tensor), or freeze it",
-            )
-    for position, node in enumerate(joint.outputs):
-        if node in own:
-            raise UnsupportedGraphError(
-                f"output {position} of a compiled graph is another one on each rank of tensor parallelism "
-                f"({own[node]}), and what is computed from it would not be known",
-                where=where(node),
-                remedy="return whole values (RowwiseParallel, or ColwiseParallel(output_layouts=Replicate())); no loss "
-                "parallelism, no random numbers in forward (dropout), and units of FSDP that hold whole blocks",
+                remedy="let it see whole activations, or give its module the style that adds the ranks' shares up "
+                "(SequenceParallel, for what is cut over tokens); no random numbers in forward on whole activations "
+                "(dropout), no plain parameter on what ColwiseParallel returns (cut it too: distribute_tensor); or "
+                "freeze it",
             )
     for node, gradient in joint.input_gradients.items():
-        if gradient in own and not isinstance(proof.of(gradient), Shared):
+        if gradient in own and node not in own and not isinstance(proof.of(gradient), Shared):
             raise UnsupportedGraphError(
                 f"the gradient of input '{joint.input_name(node)}' is another one on each rank of tensor parallelism "
                 f"({own[gradient]}): it was not added up",
@@ -123,6 +122,7 @@ def check_replication(joint: JointGraph, proof: Proof, ranks: OverRanks | None) 
                 where=where(source),
                 remedy="write to no buffer in forward",
             )
+    return {i: own[node] for i, node in enumerate(joint.outputs) if node in own}
 
 
 def agree_on_rates(device: torch.device, ranks: OverRanks | None) -> None:
@@ -142,13 +142,15 @@ def _ranks_own(joint: JointGraph, ranks: OverRanks) -> dict[fx.Node, str]:
     """The values that may be others on other ranks, and why."""
     own: dict[fx.Node, str] = {}
     different = _differences(joint, ranks)
-    for node in joint.graph.nodes:
+    for node in _outputs_before_cotangents(joint):
         if node.op == "output":
             continue
         name = operation_name(node.target) if node.op == "call_function" else ""
         if node.op == "placeholder":
             if _position(node) in ranks.cut:
                 own[node] = f"{joint.input_name(node)} is not the same on all"
+            elif (output := joint.tangent_of.get(node)) in own:
+                own[node] = own[output]
         elif _is_collective(node) and name.rpartition("::")[2] in _TOGETHER:
             continue
         elif _is_collective(node) and not _is_wait(node):
@@ -162,6 +164,15 @@ def _ranks_own(joint: JointGraph, ranks: OverRanks) -> dict[fx.Node, str]:
             if inherited is not None:
                 own[node] = own[inherited]
     return own
+
+
+def _outputs_before_cotangents(joint: JointGraph) -> list[fx.Node]:
+    """The nodes in an order in which each comes behind its operands, and a cotangent behind the output it is of."""
+    late: dict[fx.Node, None] = {}
+    for node in joint.graph.nodes:
+        if node in joint.tangent_of or any(n in late for n in node.all_input_nodes):
+            late[node] = None
+    return [*(n for n in joint.graph.nodes if n not in late), *late]
 
 
 def _is_collective(node: fx.Node) -> bool:

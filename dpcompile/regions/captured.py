@@ -19,7 +19,7 @@ from dpcompile.options import Options
 from dpcompile.regions.checkpoints import unwrap_units, unwrap_whole
 from dpcompile.regions.compiled import CompiledRegions
 from dpcompile.regions.graph_breaks import check_inputs_between
-from dpcompile.regions.rank_parts import RankParts, plain_inputs
+from dpcompile.regions.rank_parts import RankParts, plain_inputs, wrapped_outputs
 from dpcompile.regions.region import CompiledRegion
 from dpcompile.regions.run import RegionForward
 from dpcompile.regions.skeleton import Piece, Skeleton, holds_units, whole_piece
@@ -93,10 +93,10 @@ class CapturedCalls:
             return _Late(graph, gm, skeleton, whole_piece(local.graph))
         if whole:
             skeleton = Skeleton(local.graph)
-            return lambda *live: self._running.now.run_skeleton(skeleton, graph.inputs(live))
+            return lambda *live: graph.outputs(self._running.now.run_skeleton(skeleton, graph.inputs(live)))
         values = graph.inputs(inputs)
         region = forward.region(local.graph, values, lambda: values)
-        return lambda *live: self._running.now.run_region(region, graph.inputs(live), graph.recompute)
+        return lambda *live: graph.outputs(self._running.now.run_region(region, graph.inputs(live), graph.recompute))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +127,13 @@ class _Captured:
         """Its own inputs, from those of Dynamo's graph."""
         self.look(live)
         return plain_inputs(self.local, live, self.running.now.stand_ins, self.running.now.frame.scope)
+
+    def outputs(self, values: Sequence[Any]) -> Sequence[Any]:
+        """What Dynamo's graph returns, from its own outputs."""
+        if not self.local.wrapped:
+            return values
+        forward = self.running.now
+        return wrapped_outputs(self.local, values, forward.frame.scope, turns=forward.forward.given.reduces is not None)
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -14,9 +15,11 @@ from dpcompile.distributed.shards import is_distributed
 from dpcompile.distributed.tensor_parallel import Compared, TensorParallel, check_copies
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.joint import OverRanks
+from dpcompile.graph.labels import Examples, Label, Shared, Whole
+from dpcompile.graph.sizes import is_one
 from dpcompile.regions.region import CompiledRegion, Scope
 
-__all__ = ["RankParts", "memory_holder", "plain_inputs"]
+__all__ = ["RankParts", "memory_holder", "plain_inputs", "refuse_outputs_of_ranks", "wrapped_outputs"]
 
 
 class RankParts:
@@ -41,12 +44,12 @@ class RankParts:
         """The graph with plain tensors for inputs."""
         return localise(gm, live, self.parallel)
 
-    def over_ranks(self, live: Sequence[Any], stand_ins: StandIns, roles: Roles) -> OverRanks | None:
+    def over_ranks(self, live: Sequence[Any], stand_ins: StandIns, scope: Scope, roles: Roles) -> OverRanks | None:
         """What a graph's inputs, with what stands in for them in this forward, are on the other ranks."""
         if self.parallel is None:
             return None
         assert self._compared is not None
-        parts = {p for p, value in enumerate(live) if stand_ins.is_cut(value)}
+        parts = {p for p, value in enumerate(live) if stand_ins.is_cut(value) or scope.is_ranks_own(value)}
         compared = {p: self._compared.same(live[p]) for p in roles.others if isinstance(live[p], Tensor)}
         copied = frozenset(p for p, same in compared.items() if same)
         return OverRanks(self.parallel.group, self.parallel.name, frozenset(parts | compared.keys() - copied), copied)
@@ -83,6 +86,49 @@ def plain_inputs(local: Localised, live: Sequence[Any], stand_ins: StandIns, sco
         if name is not None:
             scope.parameters[id(value)] = name
     return values
+
+
+def wrapped_outputs(local: Localised, values: Sequence[Any], scope: Scope, *, turns: bool) -> list[Any]:
+    """What a captured graph returns, with ``DTensor`` where it has them, which lie like what they are made of.
+
+    Every rank computes with its own part of such a value, and may have another cotangent for it: the proof has them so.
+
+    Raises:
+        UnsupportedGraphError: the examples do not have a dimension of their own, or the model runs in several turns.
+    """
+    found = list(values)
+    for position, wrap in local.wrapped.items():
+        value = values[position]
+        label = scope.label(value)
+        found[position] = wrap(value)
+        if label is None or isinstance(label, Shared):
+            continue
+        own = isinstance(label, Examples) and value.shape[label.dim] == found[position].shape[label.dim]
+        if turns or not own or not (is_one(label.outer) and is_one(label.inner)):  # type: ignore[union-attr]
+            raise UnsupportedGraphError(
+                f"output {position} is a DTensor"
+                + (", and the draw is larger than the physical batch" if turns else f", and it is {label}"),
+                remedy="return a batch with a dimension of its own that is not cut, and train on loader.parts(); or "
+                "compute the loss in the model",
+            )
+        scope.note(found[position], f"output {position}", replace(label, own=""))
+    return found
+
+
+def refuse_outputs_of_ranks(labels: Sequence[Label]) -> None:
+    """What the model returns must be the same on all ranks: a loss of it is computed where nothing is known of ranks.
+
+    Raises:
+        UnsupportedGraphError: naming the output.
+    """
+    for position, label in enumerate(labels):
+        if isinstance(label, (Shared, Examples, Whole)) and label.own:
+            raise UnsupportedGraphError(
+                f"output {position} of the model is another one on each rank of tensor parallelism ({label.own}), and "
+                "what is computed from it would not be known",
+                remedy="return whole values: ColwiseParallel(output_layouts=Replicate()) on the last layer, or its "
+                "input_layouts=Shard(1) where the sequence is cut; or compute the loss in the model",
+            )
 
 
 def memory_holder(parameter: Tensor) -> Tensor:

@@ -66,6 +66,11 @@ class Scope:
         known = self.tensors.get(id(tensor))
         return None if known is None else known[2]
 
+    def is_ranks_own(self, value: Any) -> bool:
+        """Whether a tensor that was noted may be another one on each rank of tensor parallelism."""
+        label = self.label(value) if isinstance(value, Tensor) else None
+        return isinstance(label, (Shared, Examples, Whole)) and bool(label.own)
+
 
 @dataclass(slots=True)
 class CompiledRegion:
@@ -219,7 +224,7 @@ def _label_only(
 def concrete(label: Label, symbols: Mapping[sympy.Symbol, tuple[int, int]], inputs: Sequence[Any]) -> Label:
     """The label with numbers in place of the symbols of this run's sizes."""
     if isinstance(label, Shared):
-        return Shared(alike=label.alike)
+        return Shared(alike=label.alike, own=label.own)
     if not isinstance(label, Examples):
         return label
 
@@ -227,7 +232,7 @@ def concrete(label: Label, symbols: Mapping[sympy.Symbol, tuple[int, int]], inpu
         value = sympy.sympify(size)
         return int(value.xreplace({s: inputs[symbols[s][0]].shape[symbols[s][1]] for s in value.free_symbols}))
 
-    return Examples(label.dim, number(label.outer), number(label.inner))
+    return Examples(label.dim, number(label.outer), number(label.inner), label.own)
 
 
 def _leaves(live: Sequence[Any], scope: Scope) -> dict[int, tuple[str, Examples | None]]:
@@ -252,7 +257,7 @@ def _leaves(live: Sequence[Any], scope: Scope) -> dict[int, tuple[str, Examples 
                 )
             leaves[id(value)] = (name, None)
         else:
-            leaves[id(value)] = (name, _of_one(value) if isinstance(label, Whole) else label)
+            leaves[id(value)] = (name, _of_one(value) if isinstance(label, Whole) else replace(label, own=""))
     return leaves
 
 

@@ -19,6 +19,7 @@ from dpcompile.regions.checkpoints import checkpoint_of
 from dpcompile.regions.compiled import CompiledRegions
 from dpcompile.regions.graph_breaks import Following, GraphBreakWatch, check_hooks_between, compiled_alone
 from dpcompile.regions.owners import Owners
+from dpcompile.regions.rank_parts import refuse_outputs_of_ranks
 from dpcompile.regions.region import Scope
 from dpcompile.regions.replayed import end_forward
 from dpcompile.regions.runner import Frame, RegionRunner
@@ -86,6 +87,7 @@ class RegionForward(RegionRunner):
             kept.check_buffers(self.engine.module)
             tensors = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
             assert len(tensors) == len(labels), "the model returns other tensors than its graph"
+            refuse_outputs_of_ranks(labels)
             self.engine.returns(forward, tensors, labels)
             if forward.first_step is not None:
                 forward.first_step.watch(result)

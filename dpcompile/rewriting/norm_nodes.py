@@ -190,7 +190,7 @@ def _instantiation(
             known = narrow if site.widens else wide
             if form is None or form.one_hot is not None:
                 sites.append(per_example_site(site, known, batch, dtype))
-            elif form.each is not None:
+            elif form.each is not None and choice.exchange is None:
                 kept = choice.rule == "keep"
                 value, norm = form.each(*(known[n] for n in form.operands), batch, choice.reuse, kept)
                 sites.append(value)

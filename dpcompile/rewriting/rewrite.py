@@ -208,6 +208,9 @@ def _reported(joint: JointGraph, totals: Sequence[fx.Node], options: ClipOptions
 
 def _prune(graph: fx.Graph) -> None:
     """Drop what only the unclipped gradients needed; a convolution's backward then makes its input gradient alone."""
+    for node in reversed(graph.find_nodes(op="call_function", target=torch.ops._c10d_functional.wait_tensor.default)):
+        if not node.users:  # to torch it has an effect
+            graph.erase_node(node)
     graph.eliminate_dead_code()
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.convolution_backward.default):
         used = {u.args[1] for u in node.users}

@@ -13,12 +13,12 @@ from dpcompile.proof.rules.registry import Call, axis_rule
 from dpcompile.proof.rules.stripes import Behind, Stripes, row_wise
 
 _AFTER_THE_SUM = (
-    "it adds up, over the ranks of tensor parallelism, what was summed over the examples already: the norm of a "
-    "rank's share says nothing of the norm of the whole"
+    "it exchanges, over the ranks of tensor parallelism, what was summed over the examples already, and does not add "
+    "it up: the norm of a rank's share says nothing of the norm of the whole"
 )
 _REMEDY = (
-    "let parameters that every rank holds see whole activations: no SequenceParallel, and no layouts that leave their "
-    "gradient to be added up over ranks"
+    "let parameters that every rank holds see whole activations, or use SequenceParallel, which adds up; "
+    "a parameter that is cut should be used as it is cut"
 )
 
 
@@ -30,8 +30,8 @@ def wait(call: Call) -> Label:
 
 @axis_rule("_c10d_functional.all_reduce", growth=Linear())
 def all_reduce(call: Call) -> Label:
-    """Element by element over the ranks."""
-    if call.summed():
+    """Element by element over the ranks. Behind the sum over the examples it is part of the gradient's linear tail."""
+    if call.summed() and call["reduce_op"] not in ("sum", "avg"):
         return call.unsupported(_AFTER_THE_SUM, _REMEDY)
     return call.label(call.operands[0])
 

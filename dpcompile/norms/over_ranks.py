@@ -1,0 +1,102 @@
+"""Gradients that are sums over ranks: each rank has a part of every example's positions.
+
+The squares of the parts do not add up to the square of the sum. So before a norm is taken the parts of every example
+are added up over the ranks, or rows and columns of all ranks are brought together, whichever is smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dpcompile.graph.operations import operation_name
+from dpcompile.graph.sizes import Size, product
+from dpcompile.norms.factors import Factored, oriented
+from dpcompile.proof.sites import ParameterGradient
+
+__all__ = ["all_ranks_positions", "is_sum_over_ranks"]
+
+_ops = torch.ops._c10d_functional
+_SUMS = ("_c10d_functional::all_reduce", "_c10d_functional::wait_tensor")
+
+
+def sum_over_ranks(value: Tensor, kind: str, group: str) -> Tensor:
+    """``value`` added up over the ranks of a group; of all examples at once, where it is ``[B, *shape]``.
+
+    Args:
+        value: of one shape on all ranks.
+        kind: "sum" or "avg".
+        group: its name.
+    """
+    return _ops.wait_tensor(_ops.all_reduce(value, kind, group))
+
+
+def is_sum_over_ranks(gradient: ParameterGradient) -> bool:
+    """Whether a parameter's gradient is added up over ranks behind the sum over the examples."""
+    return any(_reduction(n) is not None for n in gradient.tail)
+
+
+def all_ranks_positions(gradient: ParameterGradient, batch: Size, ranks: int) -> list[Factored] | None:
+    """The sites as outer products over the positions of all ranks, if each is summed over them once; else None.
+
+    **Guarantee.** Rows and columns are those of the sum over the ranks, alike on all of them: for sites that reach the
+    gradient through one sum over all of these ranks each, and otherwise as :func:`dpcompile.norms.factors.oriented`
+    asks for.
+    """
+    reductions = [n for n in gradient.tail if _reduction(n) is not None]
+    groups = {_reduction(n) for n in reductions}
+    if len(groups) != 1 or any(_reductions_behind(s.value, gradient) != 1 for s in gradient.sites):
+        return None
+    ((kind, group),) = groups  # type: ignore[misc]
+    forms = oriented(gradient, batch, through=_SUMS) if kind == "sum" else None
+    return None if forms is None else [_gathered(f, group, ranks) for f in forms]
+
+
+def _reduction(node: fx.Node) -> tuple[str, str] | None:
+    if node.op != "call_function" or operation_name(node.target) != _SUMS[0]:
+        return None
+    kind, group = node.args[1:3]
+    return str(kind), str(group)
+
+
+def _reductions_behind(value: fx.Node, gradient: ParameterGradient) -> int:
+    """Through how many sums over ranks a site's value goes on its way to the gradient, where there is one way."""
+    tail, node, found = set(gradient.tail), value, 0
+    while node is not gradient.gradient:
+        users = [u for u in node.users if u in tail]
+        if len(users) != 1:
+            return -1
+        (node,) = users
+        found += _reduction(node) is not None
+    return found
+
+
+def _gathered(form: Factored, group: str, ranks: int) -> Factored:
+    build, (k, t, p, d) = form.build, form.sizes
+
+    def of_all(*arguments: Any) -> tuple[Tensor, Tensor]:
+        rows, cols = build(*arguments)
+        return _gather(rows, group, ranks), _gather(cols, group, ranks)
+
+    return replace(
+        form,
+        build=of_all,
+        sizes=(k, product([t, ranks]), p, d),
+        unfolded=product([form.unfolded, ranks]),
+        each=None,
+        norms=None,
+        ghost=None,
+        filled=0.0,
+    )
+
+
+def _gather(side: Tensor, group: str, ranks: int) -> Tensor:
+    """``[B, K, T, features]`` or an index ``[B, T]`` of every rank, one behind the other along T."""
+    own = side.contiguous()
+    every = _ops.wait_tensor(_ops.all_gather_into_tensor(own, ranks, group))
+    parts: Sequence[Tensor] = every.unflatten(0, (ranks, side.shape[0])).unbind(0)
+    return torch.cat(list(parts), dim=1 if side.ndim == 2 else 2)
