@@ -23,6 +23,7 @@ __all__ = [
     "in_functorch",
     "is_entered",
     "on_top",
+    "remove_forward_hooks",
 ]
 
 
@@ -75,3 +76,10 @@ def has_gradient_hooks(parameter: torch.Tensor) -> bool:
 def has_call_hooks(module: torch.nn.Module) -> bool:
     """Whether hooks run before or after calls of this module."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def remove_forward_hooks(module: torch.nn.Module, names: tuple[str, ...]) -> None:
+    """Take functions of these names off a module's forward, whoever holds their handles."""
+    for key, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__name__", None) in names:
+            del module._forward_hooks[key]

@@ -15,10 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpcompile._torch import pytree
+from dpcompile._torch.autograd import remove_forward_hooks
 from dpcompile.errors import ExampleMixingError, UnsupportedGraphError
 from dpcompile.losses import per_example_causal_lm, per_example_cross_entropy
 
-__all__ = ["check_own_loss", "check_rows", "check_unmixed", "head_losses", "kind_of", "without_adapters"]
+__all__ = [
+    "check_own_loss",
+    "check_rows",
+    "check_unmixed",
+    "head_losses",
+    "kind_of",
+    "without_adapters",
+    "without_input_gradients",
+]
 
 _BY_LOSS_TYPE = {
     "ForCausalLM": "causal",
@@ -40,6 +49,16 @@ def without_adapters(model: Any) -> Any:
     """The model that PEFT's adapters are in."""
     get = getattr(model, "get_base_model", None)
     return model if get is None else get()
+
+
+def without_input_gradients(model: nn.Module) -> None:
+    """Take off embeddings what makes their outputs require a gradient, for reentrant checkpoints: no graph holds that.
+
+    Args:
+        model: of Transformers, with adapters or without.
+    """
+    for module in model.modules():
+        remove_forward_hooks(module, ("make_inputs_require_grads", "make_inputs_require_grad"))
 
 
 def kind_of(model: nn.Module, labels: Mapping[str, Tensor], outputs: Mapping[str, Any]) -> str:

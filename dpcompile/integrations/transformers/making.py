@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from dpcompile.data.loader import PoissonLoader
@@ -105,11 +106,12 @@ def made_of(trainer: Any, args: Any) -> dict[str, Any]:
     return {**objects, **{name: getattr(args, name) for name in numbers}, "privacy": dict(vars(trainer.privacy))}
 
 
-def made_private(trainer: Any, inner: Any, data: DataLoader[Any], args: Any) -> Private:
+def made_private(trainer: Any, module: nn.Module, inner: Any, data: DataLoader[Any], args: Any) -> Private:
     """What ``make_private`` makes of a Trainer's model, optimizer and data.
 
     Args:
         trainer: it.
+        module: what is trained: its model, or what holds that.
         inner: its optimizer.
         data: with the expected batch size (:func:`sampled`).
         args: ``TrainingArguments`` as they were given.
@@ -125,7 +127,7 @@ def made_private(trainer: Any, inner: Any, data: DataLoader[Any], args: Any) -> 
     if physical is None and args.gradient_accumulation_steps > 1:
         physical = args.train_batch_size
     model, optimizer, loader = make_private(
-        trainer.model,
+        module,
         inner,
         data,
         noise_multiplier=privacy.noise_multiplier,

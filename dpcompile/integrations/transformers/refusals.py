@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dpcompile.errors import PrivacyError
 
-__all__ = ["REFUSED", "Refused", "refuse_arguments", "refuse_overridden"]
+__all__ = ["REFUSED", "Refused", "refuse_arguments", "refuse_mixed", "refuse_overridden"]
 
 
 class Refused(NamedTuple):
@@ -172,3 +172,21 @@ def refuse_overridden(trainer: Any, own: type, remedies: dict[str, str]) -> None
             raise PrivacyError(
                 f"{type(trainer).__name__}.{name} takes the place of the one that trains privately", remedy=remedy
             )
+
+
+def refuse_mixed(trainer: Any) -> None:
+    """Raise PrivacyError where the mixin stands before a trainer of TRL, whose batches and losses are others.
+
+    Args:
+        trainer: an instance.
+    """
+    kinds = type(trainer).__mro__
+    theirs = next((k for k in kinds if k.__module__.partition(".")[0] == "trl"), None)
+    ours = [k for k in kinds if k.__module__.startswith("dpcompile.integrations.trl.")]
+    if theirs is not None and not ours:
+        raise PrivacyError(
+            f"{type(trainer).__name__} is made of trl's {theirs.__name__}: what it does with a batch is not the "
+            "Trainer's",
+            remedy="take DPSFTTrainer or DPDPOTrainer of dpcompile.integrations.trl; for TRL's other trainers write "
+            "the loop with make_private",
+        )

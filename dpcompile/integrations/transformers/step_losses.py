@@ -45,18 +45,23 @@ class StepLosses:
         """The mean loss of a batch's rows, for the backward, and the outputs."""
         inputs = dict(inputs)
         real: Tensor = inputs.pop(REAL)
-        labels = {name: inputs.pop(name) for name in self.label_names if inputs.get(name) is not None}
         checks = self._due and bool(real.any())
+        values, outputs = self._rows(private_model, inputs, real, checks)
+        self._compared, self._due = self._compared + checks, self._due and not checks
+        self._total += float(values.detach().double()[real].sum())
+        self._count += int(real.sum())
+        return values.where(real, 0.0).mean(), outputs  # a padding row's loss may be no number
+
+    def _rows(self, private_model: Any, inputs: dict[str, Any], real: Tensor, checks: bool) -> tuple[Tensor, Any]:
+        """A loss for each row, and the outputs; ``checks``: whether they are compared with the model's own."""
+        labels = {name: inputs.pop(name) for name in self.label_names if inputs.get(name) is not None}
         if checks and self.source is None:
             self._compare(inputs, labels, int(real.int().argmax()))
         outputs = private_model(**self._with_decoder_inputs(inputs, labels))
         values = losses.check_rows(self.per_example(outputs, labels), len(real), self.source or "per_example_loss")
         if checks and self.source is not None:
             losses.check_unmixed(values, outputs, self.source)
-        self._compared, self._due = self._compared + checks, self._due and not checks
-        self._total += float(values.detach().double()[real].sum())
-        self._count += int(real.sum())
-        return values.where(real, 0.0).mean(), outputs  # a padding row's loss may be no number
+        return values, outputs
 
     def shown(self) -> float:
         """The mean over the examples of the step that is over; of one without examples, of the step before."""

@@ -23,7 +23,7 @@ from dpcompile.integrations.transformers.arguments import PrivacyArguments
 from dpcompile.integrations.transformers.checkpoints import load_draws, save_draws
 from dpcompile.integrations.transformers.draws import DrawnStep
 from dpcompile.integrations.transformers.making import Private, made_of, made_private, refuse_stream, sampled
-from dpcompile.integrations.transformers.refusals import refuse_arguments, refuse_overridden
+from dpcompile.integrations.transformers.refusals import refuse_arguments, refuse_mixed, refuse_overridden
 from dpcompile.integrations.transformers.step_losses import StepLosses
 from dpcompile.module import PrivateModule
 from dpcompile.reporting.report import Report
@@ -79,6 +79,7 @@ class DPTrainerMixin(_Base):
             )
         self.privacy = privacy
         refuse_overridden(self, DPTrainerMixin, _OVERRIDDEN)
+        refuse_mixed(self)
         for given in (*args, *kwargs.values()):  # before the Trainer takes them apart
             if isinstance(given, TrainingArguments):
                 refuse_arguments(given)
@@ -123,10 +124,7 @@ class DPTrainerMixin(_Base):
                 remedy="leave model_init out and give the model; or make another DPTrainer, and compose the two "
                 "(docs/sharp_edges.md, What else was released)",
             )
-        source = None if self.compute_loss_func is None else "compute_loss_func"
-        if type(self).per_example_loss is not DPTrainerMixin.per_example_loss:
-            source = "per_example_loss"
-        self._losses = StepLosses(self.model, self.label_names, self.per_example_loss, source)
+        self._losses = self._step_losses()
         given = self.args
         self.args = copy.copy(given)
         self.args.gradient_accumulation_steps, self.args.max_grad_norm = 1, 0.0
@@ -136,13 +134,23 @@ class DPTrainerMixin(_Base):
         finally:
             self.args, self._given = given, None
 
+    def _step_losses(self) -> StepLosses:
+        source = None if self.compute_loss_func is None else "compute_loss_func"
+        if type(self).per_example_loss is not DPTrainerMixin.per_example_loss:
+            source = "per_example_loss"
+        return StepLosses(self.model, self.label_names, self.per_example_loss, source)
+
+    def _trained_module(self) -> nn.Module:
+        """What is made private: it holds the model's parameters."""
+        return self.model  # type: ignore[return-value]
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """A step for each item; the first call makes model, optimizer and loader private."""
         args = self.args if self._given is None else self._given
         if self._private is None:
             refuse_stream(self.train_dataset)
             data = sampled(super().get_train_dataloader(), args, self.privacy.padding_example)
-            self._private = made_private(self, super().create_optimizer(), data, args)
+            self._private = made_private(self, self._trained_module(), super().create_optimizer(), data, args)
             self.optimizer = self._private.optimizer
         self._private.refuse_changed(made_of(self, args))
         return self._private.steps
@@ -210,6 +218,7 @@ class DPTrainerMixin(_Base):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one draw, physical batch by physical batch."""
+        losses.without_input_gradients(self.model)  # type: ignore[arg-type]
         for part in inputs.parts():
             super().training_step(model, part)
         return torch.tensor(self._losses.shown(), device=self.args.device)
