@@ -23,6 +23,7 @@ class PassedOptions(TypedDict, total=False):
     check: bool
     regions: str | None
     verify: bool
+    pipeline: Any
 
 
 class CompileOptions(PassedOptions, total=False):
@@ -48,6 +49,7 @@ class Options:
     regions: str | None = None
     verify: bool = True
     examples_per_user: int = 1
+    pipeline: Any = None
 
 
 DEFERRED, AT_ONCE, TWO_PASS = "deferred", "at once", "two passes"
