@@ -10,11 +10,13 @@ from torch import nn
 
 from dpcompile.capture.arguments import InDims
 from dpcompile.clipping.groups import Clipping, validate_clipping
+from dpcompile.distributed.pipeline import group_of
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.module import PrivateModule, private_class, private_view
 from dpcompile.options import CompileOptions, Options
 from dpcompile.planning.modes import NORM_MODES
 from dpcompile.runtime.replicas import refuse_wrapped
+from dpcompile.runtime.stage_checks import check_pipeline
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,6 +49,7 @@ def dp_compile(  # type: ignore[misc]
     regions: str | None = None,
     verify: bool = True,
     examples_per_user: int = 1,
+    pipeline: Any = None,
 ) -> Any:
     """Compile a model so that its backward clips every example's gradient.
 
@@ -87,6 +90,9 @@ def dp_compile(  # type: ignore[misc]
         examples_per_user: k: each k rows of a batch, one after the other, are one user's, and users take the place of
             examples: ``g_i`` is the gradient of the sum of user i's losses, users never mix, rows of one may. Sizes are
             fixed then (``dynamic=False``). :class:`dpcompile.PoissonLoader` with ``groups`` gives such batches.
+        pipeline: the model is a stage of a pipeline of ``torch.distributed.pipelining``: the group of its
+            ``PipelineStage``, a mesh of one dimension, or True for all ranks. Norms are those over all stages
+            (:mod:`dpcompile.runtime.stages`).
 
     Returns:
         A module of the model's own class and signature with, in addition, ``grad_norms``, ``plan``, ``graph``,
@@ -107,8 +113,9 @@ def dp_compile(  # type: ignore[misc]
     dynamic = _validate_users(examples_per_user, dynamic)
     options = Options(
         max_grad_norm, clipping, norm, in_dims, loss_reduction, backend, dynamic, memory_budget, check, regions, verify,
-        examples_per_user,
+        examples_per_user, None if pipeline is None or pipeline is False else group_of(pipeline),
     )  # fmt: skip
+    check_pipeline(options)
     if model is None:
         return lambda decorated: _private(decorated, options)
     return _private(model, options)

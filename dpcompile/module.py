@@ -178,7 +178,8 @@ def private_class(kind: type[nn.Module], options: Options) -> type:
 def _engine(module: nn.Module, options: Options) -> Engine:
     sharded = any(is_sharded(m) for m in module.modules())
     sharded = sharded or any(is_distributed(p) for p in module.parameters())
-    return RegionEngine(module, options) if sharded or options.regions is not None else GraphEngine(module, options)
+    regions = sharded or options.regions is not None or options.pipeline is not None
+    return RegionEngine(module, options) if regions else GraphEngine(module, options)
 
 
 def _undecorated(model: Any) -> nn.Module:

@@ -23,6 +23,7 @@ class PassedOptions(TypedDict, total=False):
     check: bool
     regions: str | None
     verify: bool
+    pipeline: Any
 
 
 class CompileOptions(PassedOptions, total=False):
@@ -54,6 +55,7 @@ class Options:
     verify: bool = True
     examples_per_user: int = 1
     machine: str | None = None
+    pipeline: Any = None
 
 
 DEFERRED, AT_ONCE, TWO_PASS = "deferred", "at once", "two passes"

@@ -43,6 +43,7 @@ MUTABLE = {
     "runtime/base.py:_NUMBERS": "numbers of engines",
     "runtime/example_memory.py:_MEMORY": "registry, by module, of what examples left on it",
     "runtime/loss_scale.py:_STARTED": "registry of autograd's latest backwards and their loss scales",
+    "runtime/stages.py:_STAGES": "registry of live stages, by module",
     "graph/passes.py:_NUMBERS": "numbers of traced graphs",
     "step.py:_BACKWARDS": "numbers of backwards that are none of autograd's",
     "kernels/rates.py:_ADOPTED": "cache of the rates that ranks agreed on",

@@ -158,6 +158,20 @@ class Draws:
         self._fresh, self._hand, self._used_pass = None, batch, batch.of_pass
         return Claim(batch, mask)
 
+    def claim_next(self) -> DrawnBatch:
+        """The one batch on its way, for a call that is given none of its tensors; it is used from now on.
+
+        Raises:
+            PrivacyError: there is none, or several were taken ahead.
+        """
+        self.calls += 1
+        if not self._could_only_be_fresh():
+            raise self._why_not(())
+        batch = self._waiting.pop()
+        self._used.append(batch)
+        self._fresh, self._hand, self._used_pass = None, batch, batch.of_pass
+        return batch
+
     def begin(self, batch: DrawnBatch) -> None:
         """The backward of a batch begins to deliver.
 

@@ -74,6 +74,11 @@ def chosen_mechanism(
 ) -> Mechanism:
     """The one that was given, or the Gaussian mechanism of these numbers, of one seed on all ranks."""
     numbers = (noise_multiplier, expected_batch_size, seed, clip)
+    if engine.stage is not None and (given is not None or exact or clip is not None):
+        raise PrivacyError(
+            "a stage of a pipeline, and another mechanism than independent Gaussian noise for a fixed C",
+            remedy="leave mechanism, exact, bands and adaptive_clip out",
+        )
     if given is None:
         return _gaussian_mechanism(engine, *numbers, secure, exact)
     if any(number is not None for number in numbers) or secure or exact:
@@ -130,6 +135,6 @@ def refuse_other_ranks(engine: Engine, mechanism: Mechanism, logical_step: int, 
             "clipping": options.clipping if isinstance(options.clipping, str) else "a function",
             "loss_reduction": options.loss_reduction,
             "examples_per_user": options.examples_per_user,
-            "trainable parameters": engine.trainable(),
+            **({} if engine.stage is not None else {"trainable parameters": engine.trainable()}),
         }
     )

@@ -17,7 +17,6 @@ from dpcompile.accounting.events import rounds
 from dpcompile.accounting.planned_steps import PlannedSteps
 from dpcompile.accounting.protocol import Accountant, count_steps, counted
 from dpcompile.batches.feed import Feed
-from dpcompile.distributed.ranks import digest
 from dpcompile.errors import PrivacyError
 from dpcompile.module import engine_of
 from dpcompile.noise.adaptive import AdaptiveClip
@@ -28,10 +27,11 @@ from dpcompile.optim.common import chosen_mechanism
 from dpcompile.optim.earlier_steps import note_step
 from dpcompile.optim.exactness import check_rounding, let_round
 from dpcompile.optim.quantiles import refuse_other_groups
+from dpcompile.optim.staged import complete_batch, stream_of, verify_sums
 from dpcompile.optim.step_numbers import numbers_of_step, refuse_other_schedule
 from dpcompile.optim.update import update_
 from dpcompile.optim.wrapping import WrappingOptimizer
-from dpcompile.runtime.loss_scale import check_scaler, notice_scalers
+from dpcompile.runtime.loss_scale import notice_scalers
 
 __all__ = ["DPOptimizer"]
 
@@ -198,7 +198,7 @@ class DPOptimizer(WrappingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_scaler(self, self.engine.ledger.scales)
+        complete_batch(self)
         feed = self.engine.feed
         if feed is not None:
             feed.check_optimizer(self)
@@ -211,7 +211,7 @@ class DPOptimizer(WrappingOptimizer):
             self.fill_state()
             return loss
         names = self.checked_parameters()
-        self.engine.ledger.verify(names)
+        verify_sums(self.engine, names)
         self._agree()
         before = self._last_draws or self._used_draws
         with numbers_of_step(self.mechanism, feed, self._planned, self.logical_step, before) as rate:
@@ -258,7 +258,7 @@ class DPOptimizer(WrappingOptimizer):
         bands, before, feed = self.mechanism.bands, self.logical_step, self.engine.feed
         used = correlated.next_row(self.mechanism, feed, before)
         if self.noise_multiplier > 0:
-            stream = digest(self.seed)
+            stream = stream_of(self.seed, self.engine)
             checks.refuse_used_noise(self, stream, secure=self.secure, step=used, correlated=bands > 1)
         note_step(self, self.engine.module, self.accountant)
         self._logical_step = used + 1

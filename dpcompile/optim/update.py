@@ -30,7 +30,8 @@ def update_(optimizer: Optimizer, engine: Engine, mechanism: Mechanism, names: S
     backward came. None is left as it was.
     """
     parameters = engine.parameters()
-    index = {name: i for i, name in enumerate(parameters)}
+    first = 0 if engine.stage is None else engine.stage.first_parameter
+    index = {name: first + i for i, name in enumerate(parameters)}
     totals = []
     for name in names:
         total, p = engine.ledger.total(name), parameters[name]

@@ -19,7 +19,7 @@ from dpcompile.lowering.pending import LoweredBackward, PendingSums
 from dpcompile.options import AT_ONCE, TWO_PASS, Lowering, Options
 from dpcompile.planning.shared_uses import HandedOut, Part, Redone, Use, joint_norm
 from dpcompile.runtime.delivery import warn_of_lost_examples
-from dpcompile.runtime.loss_scale import Unscaling
+from dpcompile.runtime.loss_scale import Unscaling, refused_scale
 from dpcompile.runtime.sums import Delivered, Sums
 
 __all__ = ["RegionBackward", "RegionRun", "attach", "shared_in_two_passes"]
@@ -94,6 +94,7 @@ class RegionBackward:
         repeat: in two passes, runs the backward again; it ends in :meth:`receive_sums` of every region in ``received``.
         weights: clip group -> ``[B]``, once they are known.
         ranks: of tensor parallelism, over which norms are added up; None without it.
+        staged: the model is a stage of a pipeline: nothing is delivered before :meth:`conclude`.
         repeated: parameters that turned out to be used in more regions than were told to hand out what norms need.
     """
 
@@ -104,6 +105,7 @@ class RegionBackward:
     bounds: Bounds
     refused: PrivacyError | None = None
     ranks: NormsOverRanks | None = None
+    staged: bool = False
     repeat: Callable[[], None] | None = None
     runs: list[RegionRun] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
@@ -206,15 +208,25 @@ class RegionBackward:
 
     def _finish(self) -> None:
         self.done = True
-        if self.repeat is None:
+        if self.staged:
+            self.refused = self.refused or refused_scale(current_backward())
+        elif self.repeat is None:
             self._deliver()
         else:
             after_backward(self._deliver)  # FSDP's own end of the first backward comes before the second one
 
+    def own_squared(self) -> Tensor:
+        """Of a stage: squared norms over its own parameters, float64 ``[B]``."""
+        return _sum(list(self._squared_norms().values()), self.mask.double())
+
+    def conclude(self, squared: Tensor) -> None:
+        """Of a stage: deliver, now that squared norms ``[B]`` over all stages are known."""
+        self._deliver({next(iter(self.names)): squared})
+
     @torch.no_grad()
-    def _deliver(self) -> None:
+    def _deliver(self, squared: Mapping[str, Tensor] | None = None) -> None:
         assert self.task is not None
-        self.weights, totals = self._weights(self._squared_norms())
+        self.weights, totals = self._weights(self._squared_norms() if squared is None else squared)
         norms = own_norms(list(totals.values()), self.mask, self._mean_of())
         if self.repeat is not None:
             self.repeat()
@@ -253,7 +265,7 @@ class RegionBackward:
         names = [n for run in self.received for n in run.names]
         groups: dict[str, dict[str, Tensor]] = {group_of(clipping, n): {} for n in (*self.touched, *names)}
         for name, row in squared.items():
-            groups[group_of(clipping, name)][name] = row
+            groups.setdefault(group_of(clipping, name), {})[name] = row
         bounds = self._bounds()
         found = {
             group: clip_group(rows, mask, clipping=clipping, bound=bounds.get(group, 0.0), mean_of=self._mean_of())

@@ -52,7 +52,7 @@ class CompiledRegions:
     Args:
         options: of the model.
         owners: which units hold a parameter.
-        parallel: whether the model is under tensor parallelism.
+        deferred: whether norms are added up over ranks before any weight is known: tensor parallelism, pipelines.
         two_pass: whether regions run their backward twice, whatever memory it takes.
 
     Attributes:
@@ -63,8 +63,8 @@ class CompiledRegions:
         breaks: whether graph breaks are allowed.
     """
 
-    def __init__(self, options: Options, owners: Owners, *, parallel: bool, two_pass: bool) -> None:
-        self._options, self._owners, self._parallel = options, owners, parallel
+    def __init__(self, options: Options, owners: Owners, *, deferred: bool, two_pass: bool) -> None:
+        self._options, self._owners, self._deferred = options, owners, deferred
         self.compilations = 0
         self.newest: Transformed | None = None
         self.two_pass = two_pass
@@ -167,7 +167,7 @@ class CompiledRegions:
 
     def _obstacle(self) -> str:
         """Why there cannot be two passes; empty if there can."""
-        if self._parallel:
+        if self._deferred:
             return "tensor parallelism"
         if self.breaks:
             return "graph breaks"
@@ -201,8 +201,8 @@ class CompiledRegions:
         shared = next((n for n in names if n in self.shared), None)
         if self.two_pass and shared is not None:
             raise shared_in_two_passes(shared)
-        if self._parallel:
-            return Lowering()  # norms are added up over ranks before any weight is known
+        if self._deferred:
+            return Lowering()
         if self.two_pass:
             return Lowering(TWO_PASS)
         clipping = self._options.clipping

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpcompile.batches.draws import Given
 from dpcompile.capture.roles import no_example_axis
 from dpcompile.capture.tracing import tracing_config
+from dpcompile.distributed.ranks import refuse_some, world_size
 from dpcompile.distributed.shards import local_part
 from dpcompile.distributed.tensor_parallel import NormsOverRanks, find_tensor_parallel
 from dpcompile.errors import UnsupportedGraphError
@@ -20,6 +22,7 @@ from dpcompile.planning.modes import MODES
 from dpcompile.planning.plan import Plan
 from dpcompile.proof.functions import ProvenClipping
 from dpcompile.regions.backward import RegionBackward
+from dpcompile.regions.between_stages import check_border
 from dpcompile.regions.captured import CapturedCalls
 from dpcompile.regions.compiled import CompiledRegions
 from dpcompile.regions.fsdp import check_sharded, clear_failed, held_by_units
@@ -30,6 +33,7 @@ from dpcompile.regions.units import Unit, find_units, is_sharded, one_unit
 from dpcompile.runtime.base import Engine
 from dpcompile.runtime.forward import Forward, Running
 from dpcompile.runtime.random_state import Snapshot
+from dpcompile.runtime.stages import Stage
 from dpcompile.runtime.sums import LocalSums, ShardedSums
 from dpcompile.runtime.translate import translated
 
@@ -62,9 +66,16 @@ class RegionEngine(Engine):
         two_pass = MODES[options.norm].second_backward
         if parallel is not None:
             _check_parallel(options, two_pass=two_pass)
+            _refuse_pipeline(options, "tensor parallelism")
+        if self._sharded:
+            _refuse_pipeline(options, "FSDP")
+        if options.pipeline is not None:
+            self.stage, self.ledger.holds = Stage(self, options.pipeline, self._run_chunk), True
+            refuse_some("a pipeline", self.stage.ranks)
         self._rank_parts = RankParts(parallel)
         self._owners = Owners(module)
-        self.graphs = CompiledRegions(options, self._owners, parallel=parallel is not None, two_pass=two_pass)
+        deferred = parallel is not None or self.stage is not None  # norms are added up over ranks before any weight
+        self.graphs = CompiledRegions(options, self._owners, deferred=deferred, two_pass=two_pass)
         self.running: Running[RegionForward] = Running()
         self._calls = CapturedCalls(options, self.graphs, self._rank_parts, self.running)
         self.lowering = f"two passes: forced by norm={options.norm!r}" if two_pass else ""
@@ -79,11 +90,13 @@ class RegionEngine(Engine):
     @property
     def distributed(self) -> bool:
         """Whether parameters lie on several ranks in parts, or clipped sums are added up over them."""
-        return super().distributed or self._rank_parts.parallel is not None
+        return super().distributed or self._rank_parts.parallel is not None or self.stage is not None
 
     @property
     def data_ranks(self) -> int:
         """How many ranks, or groups of ranks, have examples of their own."""
+        if self.stage is not None:
+            return world_size() // self.stage.ranks
         return super().data_ranks if self._rank_parts.parallel is None else self._rank_parts.parallel.data_ranks
 
     @property
@@ -100,6 +113,14 @@ class RegionEngine(Engine):
         """Compile for these arguments. Regions have to run forward for that; nothing is kept."""
         with torch.enable_grad():
             self._run(Forward(args, kwargs, tracing=True))
+
+    def _run_chunk(self, chunk: int, args: Any, kwargs: Any, given: Given, *, last: bool) -> Any:
+        """A micro-batch of a pipeline, whose stages hand on rows of examples."""
+        forward = Forward(args, kwargs, given, chunk=chunk)
+        result = self._run(forward)
+        if not last:
+            check_border(result, forward.labels, self.options.examples_per_user)
+        return result
 
     def _run(self, forward: Forward) -> Any:
         """One call of the compiled module."""
@@ -145,7 +166,8 @@ class RegionEngine(Engine):
     def _units(self) -> Unit:
         """The model as a tree of units, found at the first call."""
         if self._root is None:
-            single = self._rank_parts.parallel is not None and not self.sharded and self.options.regions is None
+            undivided = self._rank_parts.parallel is not None or self.stage is not None
+            single = undivided and not self.sharded and self.options.regions is None
             breaks = self.graphs.breaks
             root = one_unit(self.module) if single else find_units(self.module, blocks=not breaks)
             self.graphs.share(self._owners.with_two_names() if breaks else self._owners.tied(root))
@@ -169,7 +191,13 @@ class RegionEngine(Engine):
         if self._rank_parts.parallel is not None:
             ranks = NormsOverRanks.of(self._rank_parts.parallel, [t for _, t, dim in dims if dim is not None] + [mask])
         deliver, bounds = partial(self.deliver, awaited), self.clip.in_graph(forward.batch.bound)
-        return RegionBackward(options, mask, sums, deliver, bounds, forward.batch.refused, ranks)
+        backward = RegionBackward(
+            options, mask, sums, deliver, bounds, forward.batch.refused, ranks, forward.chunk is not None
+        )
+        if forward.chunk is not None:
+            assert self.stage is not None
+            self.stage.expect(forward.chunk, backward)
+        return backward
 
     # --- the lowering ------------------------------------------------------------------------------------------------
 
@@ -212,4 +240,12 @@ def _check_parallel(options: Options, *, two_pass: bool) -> None:
             "regions='breaks' under tensor parallelism: what Python does between graphs could differ from rank to "
             "rank, and nothing would tell",
             remedy="remove the graph breaks, and leave regions out or use regions='blocks'",
+        )
+
+
+def _refuse_pipeline(options: Options, other: str) -> None:
+    if options.pipeline is not None:
+        raise UnsupportedGraphError(
+            f"a stage of a pipeline under {other}",
+            remedy=f"use the pipeline alone, or {other} without pipeline=",
         )

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpcompile._torch.autograd import current_backward, has_gradient_hooks
+from dpcompile._torch.autograd import current_backward
 from dpcompile._torch.dynamo import disable
+from dpcompile._torch.pipelining import running_stage
 from dpcompile.batches.draws import Draws, Given
 from dpcompile.batches.feed import Feed
 from dpcompile.capture.arguments import example_dims
@@ -31,13 +32,14 @@ from dpcompile.kernels.workspace import kept_gradients
 from dpcompile.options import Options
 from dpcompile.pipeline import Transformed
 from dpcompile.runtime.bound import ClipBound, votes_within
-from dpcompile.runtime.bystanders import watch
+from dpcompile.runtime.bystanders import refuse_hooks, watch
 from dpcompile.runtime.example_memory import ExampleMemory
 from dpcompile.runtime.first_step import FirstStep
 from dpcompile.runtime.forward import AwaitedBackward, Forward
 from dpcompile.runtime.ledger import GradientLedger
 from dpcompile.runtime.masks import Masks
 from dpcompile.runtime.replicas import Replicas
+from dpcompile.runtime.stages import Stage, call_in_stage
 from dpcompile.runtime.sums import Delivered, LocalSums, Sums, to_ledger
 from dpcompile.runtime.turns import Ran, in_turns
 from dpcompile.runtime.users import check_rows, leave_out, rows_left_out, users_among
@@ -74,6 +76,7 @@ class Engine(ABC):
         numbers: a digest of C and sigma, which all ranks must have alike; 0 until one of them is moved.
         kept: memory that holds examples.
         clip: C of the forwards to come, and what each clip group has of it.
+        stage: of a pipeline; None: the model is whole.
         votes: whether each example says if its gradient is within C, or each group's part of it within its own.
     """
 
@@ -87,6 +90,7 @@ class Engine(ABC):
         self.feed: Feed | None = None
         self.steps: int | None = None
         self.numbers, self.votes = 0, False
+        self.stage: Stage | None = None
         self.of_step: Callable[[], Callable[[], tuple[float, float, float]] | None] | None = None
         self.kept = ExampleMemory(module, breaks=options.regions == "breaks")
         self._unchecked = options.check
@@ -155,9 +159,9 @@ class Engine(ABC):
             gathered: FSDP gathered them from those that the optimizer knows.
         """
         named = list(named)
-        _check_hooks(named)
+        refuse_hooks(named)
         if gathered:
-            _check_hooks([(name, self._parameters[name]) for name, _ in named])
+            refuse_hooks([(name, self._parameters[name]) for name, _ in named])
         for name, parameter in named:
             if not gathered and parameter is not self._parameters[name]:
                 raise PrivacyError(
@@ -209,6 +213,13 @@ class Engine(ABC):
         Within a function that the user compiles this is a graph break: traced into, it would lose its backward.
         """
         refuse_tracers()
+        call = running_stage()
+        if call is not None or self.stage is not None:
+            return call_in_stage(self, self.stage, call, args, kwargs)
+        return self.call(args, kwargs)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that is in no stage of a pipeline, or without gradients."""
         draws = self.draws
         if draws is None or not (self.claims and torch.is_grad_enabled() and self.trainable()):
             return self._run(Forward(args, kwargs))
@@ -322,7 +333,7 @@ class Engine(ABC):
         batch.delivered += 1
         if batch.delivered == 1:
             given.begin()
-        if self.distributed and not self.replicas.known:
+        if self.distributed and not self.replicas.known and self.stage is None:
             refuse_other_place(self.place(), found.mask.device)
         if self.votes and found.norms is not None:
             self.ledger.vote(votes_within(found.by_group or {"": found.norms}, found.mask, batch.bound))
@@ -337,14 +348,3 @@ class Engine(ABC):
                 awaited.first_step.compare(found.norms, found.mask, found.sums, batch.bound)
         if batch.delivered == batch.parts:
             given.end()
-
-
-def _check_hooks(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise PrivacyError if one of these parameters has a hook on its gradient."""
-    for name, parameter in named:
-        if has_gradient_hooks(parameter):
-            raise PrivacyError(
-                f"parameter '{name}' has a hook on its gradient, which would not run: the clipped sum does not "
-                "pass through autograd",
-                remedy="remove the hook; change clipped sums in p.grad only through DPOptimizer",
-            )

@@ -1,20 +1,23 @@
-"""Optimizers that are no DPOptimizer: they must not apply clipped sums, which have no noise yet."""
+"""Optimizers that are no DPOptimizer must not apply clipped sums, which have no noise yet; hooks would not see them."""
 
 from __future__ import annotations
 
 import functools
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from dpcompile._torch.autograd import has_gradient_hooks
 from dpcompile.errors import PrivacyError, PrivacyWarning, running_line
 from dpcompile.runtime.ledger import GradientLedger
 from dpcompile.runtime.optimizer_hooks import HookedOptimizer
 
-__all__ = ["refuse_bystander", "watch"]
+__all__ = ["refuse_bystander", "refuse_hooks", "watch"]
 
 _LEDGERS: weakref.WeakSet[GradientLedger] = weakref.WeakSet()
 _TOLD: weakref.WeakSet[GradientLedger] = weakref.WeakSet()
@@ -75,3 +78,14 @@ def _refuse(ledger: GradientLedger, name: str, optimizer: Optimizer) -> None:
             PrivacyWarning,
             stacklevel=4,
         )
+
+
+def refuse_hooks(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise PrivacyError if one of these parameters has a hook on its gradient."""
+    for name, parameter in named:
+        if has_gradient_hooks(parameter):
+            raise PrivacyError(
+                f"parameter '{name}' has a hook on its gradient, which would not run: the clipped sum does not "
+                "pass through autograd",
+                remedy="remove the hook; change clipped sums in p.grad only through DPOptimizer",
+            )

@@ -34,6 +34,7 @@ class Forward:
         first_step: records it, if it is compared.
         labels: ``id(output)`` -> how the examples lie in it.
         ran: whether a compiled graph ran.
+        chunk: number of the micro-batch that it is of a pipeline's batch; None: it is none.
     """
 
     args: tuple[Any, ...]
@@ -45,6 +46,7 @@ class Forward:
     first_step: FirstStep | None = None
     labels: dict[int, Label] = field(default_factory=dict)
     ran: bool = False
+    chunk: int | None = None
 
     @property
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpcompile._torch.tensors import base_of
-from dpcompile.distributed.shards import as_gradient, local_part
+from dpcompile.distributed.shards import as_gradient, local_part, zeros_for
 from dpcompile.errors import PrivacyError, running_line
 from dpcompile.kernels.content import different, fingerprints
 from dpcompile.runtime.ledger_faults import Change, foreign, second_step, taken, without_backward, zeroed
@@ -61,6 +61,9 @@ class GradientLedger:
         votes: what :meth:`vote` was given of the examples whose sums stand in ``p.grad``, added up; None: nothing.
         owned: a DPOptimizer was made for these parameters.
         applied: a DPOptimizer is applying the sums, with their noise.
+        cleared: how often :meth:`clear` was called.
+        holds: sums are held back until a step asks for them (:meth:`hand_over`): schedules of pipelines divide what
+            stands in ``p.grad``.
     """
 
     def __init__(self, named_parameters: Mapping[str, nn.Parameter]) -> None:
@@ -76,7 +79,7 @@ class GradientLedger:
         self.scales: list[Tensor] = []
         self.votes: Tensor | None = None
         self._coming: Tensor | None = None
-        self.owned = self.applied = False
+        self.owned, self.applied, self.cleared, self.holds = False, False, 0, False
 
     def waiting(self, among: Collection[int]) -> str | None:
         """The name of a parameter, its ``id`` among these, in whose ``p.grad`` a sum stands that no step has used."""
@@ -130,6 +133,12 @@ class GradientLedger:
         """What was held back, by parameter."""
         held, self._held = self._held, {}
         return held
+
+    def hand_over(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Put what was held back into ``p.grad``, for a step; zeros for the parameters that no backward reached."""
+        if self.holds and self._held:
+            zeros = {n: zeros_for(p) for n, p in trained.items() if n not in self._held and p.grad is None}
+            self.add({**self.take_held(), **zeros}.items())
 
     @torch.no_grad()
     def goes_on(self) -> bool:
@@ -196,6 +205,7 @@ class GradientLedger:
 
     def clear(self) -> None:
         """After ``zero_grad``: forget the sums and any fault."""
+        self.cleared += 1
         self._entries.clear()
         self._spent.clear()
         self._held.clear()

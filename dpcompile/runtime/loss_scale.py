@@ -19,7 +19,7 @@ from dpcompile._torch.autograd import current_backward
 from dpcompile._torch.optim import scale_tensor
 from dpcompile.errors import PrivacyError
 
-__all__ = ["Unscaling", "check_scaler", "notice_scalers", "scaled_like_this", "scales_of"]
+__all__ = ["Unscaling", "check_scaler", "notice_scalers", "refused_scale", "scaled_like_this", "scales_of"]
 
 _STARTED: dict[int, list[Tensor]] = {}  # of the latest backwards: the scales of the losses that each came through
 _REMEMBERED = 16
@@ -57,6 +57,16 @@ def scales_of(backward: int) -> list[Tensor]:
             remedy="scale the sum of the losses with one gradient scaler",
         )
     return found[:1]
+
+
+def refused_scale(backward: int) -> PrivacyError | None:
+    """Why this backward of a pipeline's last stage is refused, if its loss was scaled, unknown to other stages."""
+    if not _STARTED.get(backward):
+        return None
+    return PrivacyError(
+        "the loss of a pipeline's last stage was scaled by a gradient scaler, of which the other stages do not know",
+        remedy="train in bfloat16 or float32, without torch.amp.GradScaler",
+    )
 
 
 def scaled_like_this(outputs: Sequence[Tensor]) -> None:

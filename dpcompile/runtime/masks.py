@@ -60,14 +60,29 @@ class Masks:
             )
         return mask
 
+    def take_whole(self) -> Tensor | None:
+        """The mask that was set for a batch whose forwards run in micro-batches; it is used up.
+
+        Raises:
+            PrivacyError: masks are said of every batch, and this one has none.
+        """
+        mask, self._mask = self._mask, None
+        if mask is None and self.said:
+            raise _used_mask()
+        return mask
+
     def refused(self, forward: Forward) -> PrivacyError | None:
         """Why a forward may have no backward; None if it may. Its mask is not taken yet."""
         if forward.given.refused is not None or forward.given.mask is not None:
             return forward.given.refused
         if forward.tracing or not self.said or self._mask is not None:
             return None
-        return PrivacyError(
-            "a second backward on one batch of the loader: its examples would count twice",
-            remedy="call the model once per batch with gradients (others under torch.no_grad()); to train without the "
-            "loader, finish its loop first",
-        )
+        return _used_mask()
+
+
+def _used_mask() -> PrivacyError:
+    return PrivacyError(
+        "a second backward on one batch of the loader: its examples would count twice",
+        remedy="call the model once per batch with gradients (others under torch.no_grad()); to train without the "
+        "loader, finish its loop first",
+    )

@@ -162,7 +162,7 @@ def to_ledger(
 
     **Guarantee.** Every trainable parameter has a gradient afterwards: zeros if no backward reached it. Of a model
     inside DistributedDataParallel the sums are held back until the backward is over, added up over its replicas then,
-    and zeros of a rank that did not reach a parameter among them.
+    and zeros of a rank that did not reach a parameter among them; of a stage of a pipeline, until a step.
 
     Args:
         ledger: of the model.
@@ -175,6 +175,10 @@ def to_ledger(
     """
     if replicas.known:
         replicas.hold(sums, graph_task=graph_task, call=call, reduces=reduces)
+        return
+    if ledger.holds:
+        ledger.deliver([], graph_task=graph_task, call=call)
+        ledger.hold(sums)
         return
     reached = {name for name, _ in sums}
     zeros = [(n, zeros_for(p)) for n, p in trained.items() if n not in reached and p.grad is None]
