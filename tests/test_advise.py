@@ -57,6 +57,15 @@ def test_training_reaches_the_epsilon_that_was_said(method: Any) -> None:
     assert optimizer.noise_multiplier == pytest.approx(advice.noise_multiplier, rel=1e-3)
 
 
+def test_a_model_that_is_private_keeps_its_bound() -> None:
+    model: Any = dp_compile(net(), max_grad_norm=0.3, backend="eager")
+    advice = advise(N, target_epsilon=2.0, model=model, epochs=4, accountant="rdp")
+    assert advice.max_grad_norm == advice.settings["max_grad_norm"] == 0.3 and "C: 0.3\n" in str(advice)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = TensorDataset(torch.randn(N, 6), torch.randint(0, 3, (N,)))
+    make_private(model, sgd, DataLoader(data, batch_size=advice.batch_size), **advice.settings)
+
+
 def test_several_runs_together_cost_the_target() -> None:
     advice = advise(N, target_epsilon=2.0, model=net(), epochs=4, runs=3, accountant="rdp")
     one = train(advice).accountant
@@ -164,6 +173,7 @@ def test_the_physical_batch_is_where_plans_begin_not_to_fit() -> None:
         ({"accountant": "gdp"}, "accounting method 'gdp'"),
         ({"optimizer": "lion"}, "optimizer is 'lion'"),
         ({"inputs": torch.zeros(2, 3)}, "inputs or memory without a model"),
+        ({"model": nn.Linear(6, 3), "memory": 0}, "memory is 0"),
         ({"memory": 2**30}, "inputs or memory without a model"),
         ({"model": nn.Linear(6, 3).requires_grad_(False)}, "no trainable parameter"),
         ({"model": nn.Linear(6, 3), "inputs": ()}, "inputs hold no tensor"),

@@ -23,6 +23,7 @@ from dpcompile.advising.choosing import Run, choose_run
 from dpcompile.advising.physical import PhysicalBatch, check_inputs, free_memory, largest_physical_batch, plain_module
 from dpcompile.data.sampling import default_physical_batch_size
 from dpcompile.errors import PrivacyError
+from dpcompile.module import engine_of
 
 __all__ = ["advise"]
 
@@ -85,7 +86,10 @@ def advise(
         )
     if inputs is not None:
         check_inputs(inputs)
+    if memory is not None and not 0 < number(memory) < math.inf:
+        raise PrivacyError(f"memory is {memory!r}", remedy="give a number of bytes, above 0, or leave it out")
     plain = None if model is None else plain_module(model)
+    bound = _C if plain is None or plain is model else engine_of(model).max_grad_norm
     numel = trainable or _NUMEL
     if plain is not None:
         numel = sum(p.numel() for p in plain.parameters() if p.requires_grad)
@@ -101,13 +105,13 @@ def advise(
         device = next(plain.parameters()).device
         physical = largest_physical_batch(plain, inputs, memory or free_memory(device), usual)
     settings: dict[str, Any] = {"target_epsilon": run.epsilon, "target_delta": delta, "epochs": run.epochs}
-    settings |= {"max_grad_norm": _C, **({} if accountant == "pld" else {"accountant": accountant})}
+    settings |= {"max_grad_norm": bound, **({} if accountant == "pld" else {"accountant": accountant})}
     if physical is not None and physical.rows < usual:
         settings["physical_batch_size"] = physical.rows
     return Advice(
         dataset_size=dataset_size, target_epsilon=target_epsilon, target_delta=delta, batch_size=run.batch_size,
         epochs=run.epochs, steps=run.steps, noise_multiplier=run.noise_multiplier, epsilon=run.epsilon,
-        max_grad_norm=_C, learning_rate=_RATES[optimizer], optimizer=optimizer, runs=runs, physical_batch=physical,
+        max_grad_norm=bound, learning_rate=_RATES[optimizer], optimizer=optimizer, runs=runs, physical_batch=physical,
         sweep=sweep, settings=settings,
         reasons=dict(_reasons(run, numel, epochs, optimizer, runs, physical, usual, accountant)),
     )  # fmt: skip
