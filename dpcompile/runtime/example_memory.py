@@ -227,8 +227,6 @@ class ExampleMemory:
             return
         name = f"'{_readable(name)}'"
         if isinstance(value, nn.Parameter):
-            if noted.trained:  # an argument of the call too
-                return
             raise ExampleMixingError(
                 f"parameter {name} was written with values of examples by an earlier call of the model: they would "
                 "be published with it, without noise",

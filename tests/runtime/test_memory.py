@@ -621,3 +621,25 @@ def test_other_numbers_are_read_while_one_is_kept(way: str, regions: Any) -> Non
     model(torch.randn(B, D), mode="public").square().sum(1).mean().backward()
     model.k, model.l, model.keyed = 1.0, [1.0, 2.0], {0: 1.0, 3: 2.0}
     train(model)
+
+
+@pytest.mark.parametrize("regions", [None, "blocks"])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("new", [True, False])
+def test_an_output_made_a_parameter(regions: str | None, grad: bool, name: str, new: bool) -> None:
+    """Of a forward with gradients, or without; frozen, or trained."""
+    layer = nn.Linear(D, D)
+    layer.weight.requires_grad_(False)
+    model: Any = dp_compile(nn.Sequential(layer, nn.Linear(D, D)), backend="eager", regions=regions)
+    x = torch.randn(D, D)
+    model(x).sum().backward()
+    with torch.set_grad_enabled(grad):
+        value = model(x).detach()
+    value = value if name == "weight" else value[0]
+    if new:
+        setattr(layer, name, nn.Parameter(value, requires_grad=name == "bias"))
+    else:
+        getattr(layer, name).data = value
+    with pytest.raises(ExampleMixingError, match=f"parameter '0.{name}' was written with values of examples"):
+        model(x).sum().backward()
