@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
+    "add_each_",
     "base_of",
     "WeakMemory",
     "WeakTensorKeyDictionary",
@@ -39,6 +40,11 @@ __all__ = [
     "uses_of_memory",
     "weak_memory",
 ]
+
+
+def add_each_(tensors: list[torch.Tensor], numbers: Sequence[int]) -> None:
+    """Add to each tensor in place a number of its own, which goes to a device as an argument of a kernel."""
+    torch._foreach_add_(tensors, numbers)  # type: ignore[reportPrivateImportUsage, arg-type]
 
 
 def fake_mode_of(values: Sequence[Any]) -> Any:

@@ -2,8 +2,8 @@
 
 The gradient's row i is the sum of the cotangents at the positions that looked i up, and all other rows are 0. So an
 example's squared norm is that of these sums, ``|sum_{t: index_t = i} c_t|^2`` over all i: T D operations, where Gram
-matrices (Li et al. 2022, arXiv:2110.05679, section 4) take T^2 D. On CPUs a kernel of ours makes them, and the clipped
-sums, which Inductor adds up element by element in atomic operations.
+matrices (Li et al. 2022, arXiv:2110.05679, section 4) take T^2 D. Kernels of ours make them; on CPUs one makes the
+clipped sums too, which Inductor adds up element by element in atomic operations.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from dpcompile.graph.labels import Examples
 from dpcompile.graph.slices import scaled
 from dpcompile.kernels.build import kernel
+from dpcompile.kernels.on_gpu import proven, runs_triton
 from dpcompile.kernels.rounding import WIDE, gamma, with_floor
 
 __all__ = ["clipped_sums_by_index", "has_sums_by_index", "index_norms", "norms_by_index", "sums_and_sizes"]
@@ -27,7 +28,7 @@ def has_sums_by_index(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def index_norms(index: Tensor, cotangents: Tensor) -> Tensor:
-    """Squared norms, for tracing; by one operation on CPUs, in a pass over the cotangents.
+    """Squared norms, for tracing; by one operation, in a pass over the cotangents, where there is a kernel.
 
     **Guarantee.** Positions of equal index are added up, in float64, before a norm is taken; what rounding may move is
     added to it. NaN and infinity stay in their example.
@@ -39,14 +40,20 @@ def index_norms(index: Tensor, cotangents: Tensor) -> Tensor:
     Returns:
         ``[B]``, float64.
     """
-    if cotangents.device.type == "cpu":
+    if cotangents.device.type == "cpu" or runs_triton(cotangents.device):
         return norms_by_index(index, cotangents)
     return _bounded(*sums_and_sizes(index, cotangents), index.shape[1])
 
 
 @torch.library.custom_op("dpcompile::norms_by_index", mutates_args=(), tags=[torch.Tag.flexible_layout])
 def norms_by_index(index: Tensor, cotangents: Tensor) -> Tensor:
-    """:func:`index_norms` on CPUs."""
+    """:func:`index_norms` on CPUs and GPUs."""
+    if runs_triton(cotangents.device):
+        if cotangents.numel() and _norms_run_on(cotangents.device):
+            from dpcompile.kernels.triton import by_index
+
+            return _bounded(*by_index.sums_and_sizes(index, cotangents), index.shape[1])
+        return _bounded(*sums_and_sizes(index, cotangents), index.shape[1])
     library = _library() if has_sums_by_index(cotangents.device, cotangents.dtype) else None
     found = sums_and_sizes(index, cotangents) if library is None else _norms(library, index, cotangents)
     return _bounded(*found, index.shape[1])
@@ -156,3 +163,16 @@ def _library(library: ctypes.CDLL) -> bool:
         if not torch.equal(_sums(library, weights, index, value, 3), sums):
             return False
     return True
+
+
+@proven("norms by index", else_told="they are made by torch operations")
+def _norms_run_on(device: torch.device) -> bool:
+    """The same of the Triton kernel, of norms."""
+    from dpcompile.kernels.triton import by_index
+
+    index = torch.tensor([[0, 2, 0], [1, 2, 1]], device=device)
+    values = torch.zeros(2, 3, 130, device=device)
+    values[..., 129] = torch.tensor([[3.0, 5.0, 4.0], [-2.0, 7.0, 2.0]], device=device)
+    known = [[74.0, 49.0], [74.0, 65.0]]
+    both = (values, values.mT.contiguous().mT)
+    return all([x.tolist() for x in by_index.sums_and_sizes(index, v)] == known for v in both)

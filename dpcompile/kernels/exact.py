@@ -20,7 +20,9 @@ __all__ = [
     "linear_slack",
     "norms_of",
     "rounded_again",
+    "rounded_again_at_once",
     "settled",
+    "settled_at_once",
     "sizes_of",
 ]
 
@@ -75,6 +77,24 @@ def settled(squared: Tensor, slack: Tensor, sizes: Tensor, redo: Callable[[Tenso
     return with_floor(result, sizes)
 
 
+def settled_at_once(
+    squared: Tensor, slack: Tensor, sizes: Tensor, positions: int, exact: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """:func:`settled`, with its guarantee, for GPUs: nothing waits to know how many examples are done again.
+
+    Args:
+        squared: see there.
+        slack: see there.
+        sizes: see there.
+        positions: that an element of a gradient is a sum over.
+        exact: from a mask ``[B]`` to the squared norms of the examples in it, added up in float64; of others anything.
+    """
+    known = sizes.isfinite()
+    certain = (slack <= CLOSE * squared) & squared.isfinite()
+    again = (exact(known & ~certain).sqrt() + gamma(positions + 2, WIDE) * sizes.sqrt()).square()
+    return with_floor(torch.where(known, torch.where(certain, squared + slack, again), sizes), sizes)
+
+
 def linear_slack(squared: Tensor, unit: float, sizes: Tensor) -> Tensor:
     """What squared norms may be off, of gradients that are off by ``unit`` of their size."""
     moved = unit * sizes.sqrt()
@@ -106,6 +126,25 @@ def rounded_again(
         each[i] = redo(i)
         result[i] = norms_of(each[i : i + 1])[0]
     return with_floor(result, sizes)
+
+
+def rounded_again_at_once(
+    squared: Tensor, sizes: Tensor, positions: int, dtype: torch.dtype, redo: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """:func:`rounded_again`, with its guarantee, for float32 gradients on GPUs; nothing waits.
+
+    Args:
+        squared: see there.
+        sizes: see there.
+        positions: see there.
+        dtype: of the gradients.
+        redo: makes the gradients of a mask ``[B]`` again, and gives the squared norms of these; of others anything.
+    """
+    known = sizes.isfinite()
+    slack = linear_slack(squared, positions**0.5 * unit_of(dtype), sizes)
+    which = known & ~((slack <= CLOSE * squared) & squared.isfinite())
+    again = redo(which)
+    return with_floor(torch.where(which, again, torch.where(known, squared + slack, squared)), sizes)
 
 
 def kinds_of(one_hot: Sequence[str | None]) -> str:

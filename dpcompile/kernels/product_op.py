@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dpcompile.graph.slices import accumulation_dtype
-from dpcompile.kernels.exact import norms_of, rounded_again, sizes_of
-from dpcompile.kernels.narrow import narrow_products
+from dpcompile.kernels.exact import norms_of, rounded_again, rounded_again_at_once, sizes_of
+from dpcompile.kernels.narrow import NARROW, narrow_products
 from dpcompile.kernels.norms_torch import direct_norm
+from dpcompile.kernels.on_gpu import proven
 from dpcompile.kernels.products import product_
 from dpcompile.kernels.rates import rates_for
 from dpcompile.kernels.workspace import kept_gradients
@@ -21,6 +22,7 @@ from dpcompile.kernels.workspace import kept_gradients
 __all__ = ["product_norms", "product_with_norms"]
 
 
+_FEW_NARROW, _FEW = 256, 32  # positions; by published rates of an A100, not measured
 _ANY_STRIDES = (torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)  # examples are counted that are done again
 
 
@@ -49,6 +51,8 @@ def product_with_norms(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor,
     on_cpu = rows.device.type == "cpu"
     products = kept_gradients.take(shape, rows, dtype) if reuse and on_cpu else rows.new_empty(shape, dtype=dtype)
     result = products.view(batch, blocks, *shape[1:])
+    if products_run_on(rows.device) and dtype == torch.float32 and rows.numel() and cols.numel():
+        return result, _on_gpu(rows, cols, result)
     left, right = rows.flatten(0, 1), cols.flatten(0, 1)
     narrow = dtype != rows.dtype and rates_for(rows.device).narrow_products
     norms = narrow_products(left, right, products) if narrow else None
@@ -65,6 +69,47 @@ def product_with_norms(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor,
         return torch.matmul(rows[i].double().mT, cols[i].double())
 
     return result, rounded_again(result, norms, sizes_of(rows, cols), positions, redo)
+
+
+def _on_gpu(rows: Tensor, cols: Tensor, result: Tensor) -> Tensor:
+    """Where few terms are added up, memory is what takes long: norms are then taken before products are written."""
+    from dpcompile.kernels.triton import products
+
+    positions, narrow = rows.shape[2], rows.dtype in NARROW
+    if positions <= (_FEW_NARROW if narrow else _FEW):
+        norms = products.product_with_squares(rows, cols, result)
+    else:
+        left, right, out = rows.flatten(0, 1), cols.flatten(0, 1), result.flatten(0, 1)
+        if narrow and rows.is_cuda and rates_for(rows.device).narrow_products:
+            torch.bmm(left.mT, right, out_dtype=torch.float32, out=out)
+        else:
+            product_(left.mT.float(), right.float(), out)
+        norms = norms_of(result)
+
+    def redo(which: Tensor) -> Tensor:
+        return products.made_again(rows, cols, which, result)
+
+    return rounded_again_at_once(norms, sizes_of(rows, cols), positions, torch.float32, redo)
+
+
+@proven("products", else_told="they are made by torch operations")
+def products_run_on(device: torch.device) -> bool:
+    """Whether products of small integers, which are exact, and their norms come out, again too; of three dtypes."""
+    from dpcompile.kernels.triton import products
+
+    rows = torch.arange(2.0 * 33 * 70, device=device).remainder(7).sub(3).reshape(2, 1, 33, 70)
+    cols = torch.arange(2.0 * 33 * 19, device=device).remainder(5).sub(2).reshape(2, 1, 33, 19)
+    wanted = rows.double().mT @ cols.double()
+    norms, second = wanted.square().sum((1, 2, 3)), torch.tensor([False, True], device=device)
+    for dtype in (torch.float32, *NARROW):
+        left, right, out = rows.to(dtype), cols.to(dtype).mT.contiguous().mT, torch.full_like(wanted, torch.nan).float()
+        found = products.product_with_squares(left, right, out)
+        if not (torch.equal(found, norms) and torch.equal(out.double(), wanted)):
+            return False
+        again = products.made_again(left, right, second, out.zero_())
+        if not torch.equal(again, norms * second) or not torch.equal(out[1].double(), wanted[1]) or out[0].any():
+            return False
+    return True
 
 
 @product_with_norms.register_fake

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 import triton
@@ -31,7 +32,7 @@ TARGETS = {"sm_80": 80, "sm_90": 90}
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _TYPES = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.int32: "*i32",
+    torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8",
 }  # fmt: skip
 
 
@@ -154,7 +155,7 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """Calls that start every kernel, in the tiles and dtypes that are used."""
-    return {**_noise(), **_sums(), **_norms()}
+    return {**_noise(), **_sums(), **_norms(), **_products()}
 
 
 def _noise() -> dict[str, Case]:
@@ -168,7 +169,7 @@ def _noise() -> dict[str, Case]:
         for (kind, others, rates), (way, given) in itertools.product(kinds, ways.items()):
             numbers = {**place, "divisor": 2.0, "seed": 3, "step": 4, "rates": [0.0] * rates, **given}
             call = partial(steps.step_, kind, [x], [[x]] * others, **numbers)
-            often = (dtype == torch.float32 and way == "drawn") or (kind, way) == ("adam", "given")
+            often = dtype == torch.float32 and way == "drawn" and kind != "sgd"
             found[f"{kind}, noise {way}, {name}"] = Case(call, often)
         more: Any = {**place, "factors": (1.0, 0.5), "seed": 1, "first": 0, "made": 0, "more": 1}
         found[f"rows of noise, {name}"] = Case(partial(noise_rows.rows_, [x[None]], **more), dtype == torch.float32)
@@ -203,6 +204,28 @@ def _norms() -> dict[str, Case]:
             index = torch.zeros(1, t, dtype=torch.int64)
             found[f"one-hot norm, {end}"] = Case(partial(ghost.ghost_norm_one_hot, index, cols), often)
     return found
+
+
+def _products() -> dict[str, Case]:
+    from dpcompile.kernels.triton import by_index, products
+
+    found, which = {}, torch.zeros(2, dtype=torch.bool)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rows, cols = torch.zeros(2, 1, 64, 256, dtype=dtype), torch.zeros(2, 1, 64, 512, dtype=dtype)
+        each, end = torch.zeros(2, 1, 256, 512), str(dtype).removeprefix("torch.")
+        often = dtype == torch.bfloat16
+        found[f"products, {end}"] = Case(partial(products.product_with_squares, rows, cols, each), often)
+        found[f"products made again, {end}"] = Case(partial(products.made_again, rows, cols, which, each), often)
+        found[f"norms made again, {end}"] = Case(partial(products.made_again, rows, cols, which), often)
+        index = torch.zeros(2, 64, dtype=torch.int64)
+        found[f"norms by index, {end}"] = Case(partial(_by_index, by_index, index, rows[:, 0]), often)
+        found[f"some norms by index, {end}"] = Case(partial(_by_index, by_index, index, rows[:, 0], which), False)
+    return found
+
+
+def _by_index(module: Any, *arguments: Any) -> None:
+    with patch.object(module, "squares_of", lambda values: torch.zeros(values.shape[:-1], dtype=torch.float64)):
+        module.sums_and_sizes(*arguments)
 
 
 def main() -> None:

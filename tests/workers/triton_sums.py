@@ -99,6 +99,18 @@ def check_memory_beyond_two_to_the_31() -> None:
     torch.testing.assert_close(found[0], values.double().square().sum(1), rtol=1e-13, atol=0)
 
 
+def check_in_a_captured_graph_the_table_needs_no_host_memory() -> None:
+    """The same numbers, integers and bits of float64, as arguments of kernels."""
+    arguments: Any = ((3, 2**32 - 1, 7), (0.1, -1e300), [[1, 2], [2**62, 0], [5, -1]], CPU, (1.3, -0.0))
+    plain, own = table.numbers_table(*arguments), table.captured
+    table.captured = lambda: True
+    try:
+        assert torch.equal(table.numbers_table(*arguments), plain)
+        assert torch.equal(kept.weighted_sums(torch.ones(1, 3), [0], [torch.ones(3, 4)])[0], torch.full((4,), 3.0))
+    finally:
+        table.captured = own
+
+
 class Many(nn.Module):
     def __init__(self, depth: int) -> None:
         super().__init__()

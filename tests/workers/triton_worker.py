@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import triton_noise
+import triton_products
 import triton_steps
 import triton_sums
 
@@ -22,7 +23,7 @@ from dpcompile.kernels import on_gpu
 
 CHECKS: dict[str, Callable[[], None]] = {
     f"{module.__name__.removeprefix('triton_')}: {name.removeprefix('check_').replace('_', ' ')}": check
-    for module in (triton_noise, triton_steps, triton_sums)
+    for module in (triton_noise, triton_steps, triton_sums, triton_products)
     for name, check in vars(module).items()
     if name.startswith("check_")
 }

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpcompile.kernels.exact import exact_norms, linear_slack, settled, sizes_of
+from dpcompile.kernels.exact import linear_slack, settled_at_once, sizes_of
 from dpcompile.kernels.rounding import TINY, gram_unit
 from dpcompile.kernels.triton.common import WARPS, adding, index_type, power, precision, rounding_of, widened
+from dpcompile.kernels.triton.products import made_again
 
 __all__ = ["direct_norm"]
 
@@ -76,7 +77,7 @@ def direct_norm(rows: Tensor, cols: Tensor) -> Tensor:
     Tiles are chosen from the sizes, and the positions are never divided between programs.
 
     **Guarantee.** What rounding may have moved, and what may have vanished in float32, is added; where that is not
-    little the norm is taken in float64.
+    little the norm is taken in float64. Nothing waits for the device.
     """
     batch, blocks, positions, p_size = rows.shape
     d_size = cols.shape[-1]
@@ -114,4 +115,4 @@ def direct_norm(rows: Tensor, cols: Tensor) -> Tensor:
     slack = linear_slack(totals, unit, sizes) + adding(max(tile_p, tile_d), warps) * totals
     slack += TINY * elements + linear_slack(totals, TINY * positions, torch.full_like(sizes, elements))
     slack = torch.where(sizes == 0, 0.0, slack)  # an example of zeros has nothing to lose
-    return settled(totals, slack, sizes, lambda which: exact_norms([rows[which]], [cols[which]], ""))
+    return settled_at_once(totals, slack, sizes, positions, lambda which: made_again(rows, cols, which))

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpcompile.kernels import norms_torch
-from dpcompile.kernels.exact import settled
+from dpcompile.kernels.exact import settled_at_once
 from dpcompile.kernels.rounding import TINY, gram_unit
 from dpcompile.kernels.squares import squares_of
+from dpcompile.kernels.triton.by_index import sums_and_sizes
 from dpcompile.kernels.triton.common import WARPS, adding, index_type, power, precision, rounding_of, widened
+from dpcompile.kernels.triton.products import made_again
 
 __all__ = ["ghost_norm", "ghost_norm_one_hot"]
 
@@ -186,7 +187,7 @@ def ghost_norm(rows: Tensor, cols: Tensor) -> Tensor:
     **Guarantee.** ``|R| slack_C + slack_R |C|`` bounds what rounding moves, for the products that the kernel takes and
     for its way to add: a thread adds its elements of a tile one after the other, and programs are added by torch in
     float64, without atomics. What vanishes in float32 is in the bound too. Where it is not little, the example is done
-    again (:func:`dpcompile.kernels.norms_torch.ghost_norm`).
+    again in float64. Nothing waits for the device.
     """
     tile, warps = _tile(rows, cols)
     batch, blocks, positions, _ = rows.shape
@@ -218,7 +219,7 @@ def ghost_norm(rows: Tensor, cols: Tensor) -> Tensor:
     r, c = (n.sum(2).square().sum(1) for n in lengths)
     lost = 2 * TINY * (cols.shape[-1] * r + rows.shape[-1] * c + blocks * positions**2)
     sizes = (lengths[0] * lengths[1]).sum(2).square().sum(1)
-    return _settled(sums, lost, sizes, lambda which: norms_torch.ghost_norm(rows[which], cols[which]))
+    return _settled(sums, lost, sizes, positions, lambda which: made_again(rows, cols, which))
 
 
 def ghost_norm_one_hot(index: Tensor, cols: Tensor) -> Tensor:
@@ -250,7 +251,11 @@ def ghost_norm_one_hot(index: Tensor, cols: Tensor) -> Tensor:
         )
     sizes = lengths.sum(2).square().sum(1)
     lost = torch.full_like(sizes, 2 * TINY * (d_size + 1) * blocks * positions**2)
-    return _settled(sums, lost, sizes, lambda which: norms_torch.ghost_norm(None, cols[which], index[which]))
+    return _settled(sums, lost, sizes, positions, lambda which: _by_index(index, cols, which))
+
+
+def _by_index(index: Tensor, cols: Tensor, which: Tensor) -> Tensor:
+    return torch.stack([sums_and_sizes(index, cols[:, k], which)[0] for k in range(cols.shape[1])]).sum(0)
 
 
 def _tile(*sides: Tensor, most: int = 128) -> tuple[int, int]:
@@ -273,7 +278,8 @@ def _sums(side: Tensor, blocks: int, positions: int, tile: int) -> Tensor:
     return torch.empty(side.shape[0], blocks * (tiles * (tiles + 1) // 2), 2, dtype=torch.float32, device=side.device)
 
 
-def _settled(sums: Tensor, lost: Tensor, sizes: Tensor, redo: Callable[[Tensor], Tensor]) -> Tensor:
+def _settled(sums: Tensor, lost: Tensor, sizes: Tensor, positions: int, exact: Callable[[Tensor], Tensor]) -> Tensor:
     totals, slack = sums.double().sum(1).unbind(1)
     # An example of zeros has nothing to lose.
-    return settled(totals, torch.where(sizes == 0, 0.0, 1.001 * slack + lost), sizes, redo)
+    slack = torch.where(sizes == 0, 0.0, 1.001 * slack + lost)
+    return settled_at_once(totals, slack, sizes, positions, exact)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpcompile._torch.tensors import add_each_
 from dpcompile.kernels.on_gpu import captured
 
 __all__ = ["NUMBERS", "number", "numbers_table", "place_of", "pointer", "programs_of"]
@@ -51,7 +52,7 @@ def numbers_table(
     values = [*head, *[0] * room, *(x for row in rows for x in row), *map(_bits, tail)]
     if captured():
         whole = torch.zeros(len(values), dtype=torch.int64, device=device)
-        torch._foreach_add_(list(whole.unbind()), values)  # type: ignore[reportPrivateImportUsage]
+        add_each_(list(whole.unbind()), values)
         return whole
     whole = torch.tensor(values, dtype=torch.int64)
     return whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole
