@@ -141,7 +141,7 @@ def gathered(value: Any) -> Tensor:
 def context(mesh: DeviceMesh, length: int = T, **options: Any) -> Any:
     """All gradients are sums over the ranks."""
 
-    def make() -> nn.Module:
+    def make() -> Any:
         model = made(Contextual)
         styles = {n: SequenceParallel() for n, m in model.named_modules() if n}
         parallelize_module(model, mesh if mesh.ndim == 1 else mesh["tp"], styles)  # type: ignore[arg-type]
