@@ -7,16 +7,7 @@ from launching import launch, passed
 
 pytestmark = pytest.mark.full  # launches of several ranks
 
-FEW = {
-    "GPT",
-    "regions",
-    "training",
-    "communication",
-    "refusals",
-    "loss in the model",
-    "loss parallel, a mean",
-    "by Gram matrices in context",
-}
+FEW = {"regions", "communication", "refusals", "loss parallel, a mean"}
 BOTH = {"GPT", "by layer", "a norm twice", "masked", "users", "frozen", "training", "loss parallel", "context"}
 ALONE = {
     "loss in the model",
