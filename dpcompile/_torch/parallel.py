@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import torch
@@ -68,3 +69,13 @@ def clear_interrupted(module: torch.nn.Module) -> None:
     interrupted = context.iter_forward_root is not None or context.post_backward_final_callback_queued
     if interrupted and current_backward() == -1:
         state._root_post_backward_final_callback()
+
+
+def in_context_parallel() -> bool:
+    """Whether attention is exchanged for that of torch's ``context_parallel`` now."""
+    module: Any = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
+    if module is None:
+        return False
+    flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+    handlers = module.DTensor._op_dispatcher._custom_op_handlers
+    return handlers.get(flash) is module._sdpa_handler

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpcompile._torch.autograd import in_functorch
+from dpcompile._torch.parallel import in_context_parallel
 from dpcompile.errors import UnsupportedGraphError
 
 __all__ = ["REBUILD", "no_second_derivatives", "refuse_tracers"]
@@ -29,6 +30,14 @@ def refuse_tracers() -> None:
         raise UnsupportedGraphError(
             "a transform of torch.func (vmap, grad, jacrev, ..) runs over the private model",
             remedy="use the transform inside forward, where it is part of the proof; otherwise " + REBUILD,
+        )
+
+    if in_context_parallel():
+        raise UnsupportedGraphError(
+            "the private model is called within torch's context_parallel, where a rank is given some of the tokens of "
+            "each example: each part would be clipped as an example, and an example would count several times",
+            remedy="cut the tokens inside the model, by styles of parallelize_module (docs/distributed.md, context "
+            "parallelism)",
         )
 
 

@@ -190,16 +190,18 @@ def _layout(parameter: Any) -> _Layout:
 def _not_understood(parameter: Any) -> UnsupportedGraphError:
     return UnsupportedGraphError(
         f"a parameter of shape {list(parameter.shape)} has the placements {tuple(parameter.placements)} on its mesh",
-        remedy="shard along dimension 0 of the parameters, on a mesh of one dimension, or of two of which the "
-        "first replicates (fully_shard's defaults) or the second is that of parallelize_module",
+        remedy="shard along dimension 0 of the parameters (fully_shard's default), on a mesh of (replicas, shards, "
+        "that of parallelize_module), of which the first and the last may be missing",
     )
 
 
 def _is_understood(placements: Sequence[Any], sizes: Sequence[int]) -> bool:
-    """A mesh of one or two dimensions; twice the same dimension only as FSDP2 does it."""
+    """A mesh of up to three dimensions, of which two cut; twice the same dimension only as FSDP2 does it."""
     cut = [i for i, p in enumerate(placements) if _is_cut(p)]
     whole = all(_is_cut(p) or type(p).__name__ == "Replicate" for p in placements)
-    if not whole or len(placements) > 2 or (not cut and len(placements) > 1):
+    if not whole or len(placements) > 3 or (not cut and len(placements) > 1):
+        return False
+    if len(placements) == 3 and cut[0] != 1:  # replicas, FSDP's shards, tensor parallelism
         return False
     strided = [i for i in cut if type(placements[i]).__name__ == "_StridedShard"]
     if len(cut) < 2:

@@ -7,8 +7,8 @@ from launching import launch, passed
 
 pytestmark = pytest.mark.full  # launches of several ranks
 
-FEW = {"GPT", "regions", "training", "communication", "refusals", "loss in the model", "loss parallel, a mean"}
-BOTH = {"GPT", "by layer", "a norm twice", "masked", "users", "frozen", "training", "loss parallel"}
+FEW = {"regions", "communication", "refusals", "loss parallel, a mean"}
+BOTH = {"GPT", "by layer", "a norm twice", "masked", "users", "frozen", "training", "loss parallel", "context"}
 ALONE = {
     "loss in the model",
     "loss parallel, a mean",
@@ -30,7 +30,7 @@ def test_norms_of_what_is_cut_over_tokens() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "checks"), [(2, BOTH | ALONE), (4, BOTH)])
+@pytest.mark.parametrize(("ranks", "checks"), [(2, BOTH | ALONE), (4, BOTH | {"replicas"})])
 def test_every_way_to_cut_tokens(ranks: int, checks: set[str]) -> None:
     """Two ranks: sequence parallelism alone. Four: with FSDP2, two by two."""
     assert passed(launch(ranks, "sequence_worker.py")) == checks

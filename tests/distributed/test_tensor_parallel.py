@@ -125,7 +125,15 @@ class Partial(_Placement):
         ((Partial(),), False),
         ((Shard(0), Partial()), False),
         ((Replicate(), Replicate()), False),
-        ((Replicate(), Shard(0), Shard(1)), False),
+        ((Replicate(), Shard(0), Shard(1)), True),
+        ((Replicate(), Shard(0), Replicate()), True),
+        ((Replicate(), _StridedShard(0, 2), Shard(0)), True),
+        ((Replicate(), _StridedShard(0, 3), Shard(0)), False),
+        ((Replicate(), Shard(1), Shard(0)), False),
+        ((Replicate(), Replicate(), Shard(0)), False),
+        ((Shard(0), Replicate(), Shard(1)), False),
+        ((Shard(0), Shard(1), Shard(1)), False),
+        ((Replicate(), Replicate(), Shard(0), Shard(1)), False),
     ],
 )
 def test_only_placements_that_are_understood_pass(placements: tuple[_Placement, ...], understood: bool) -> None:

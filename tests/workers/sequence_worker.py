@@ -19,7 +19,8 @@ from tensor_worker import Block, gradients_of, optimizer_of, part, same, same_we
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -103,6 +104,57 @@ class Lossy(GPT):
 
 class Apart(GPT):
     """Returns logits that are cut over the vocabulary."""
+
+
+class Contextual(nn.Module):
+    """Every layer sees some of the tokens; of the others it gathers keys and values. Causal attention of one head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank, self.ranks = 0, 1
+        self.tok, self.pos, self.norm = nn.Embedding(V, D), nn.Embedding(64, D), nn.LayerNorm(D)
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D, bias=i != 1) for i in range(4))
+        self.up, self.down, self.head = nn.Linear(D, 4 * D), nn.Linear(4 * D, D), nn.Linear(D, V)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        length = x.shape[1] // self.ranks
+        place = self.rank * length + torch.arange(length).expand(len(x), length)
+        h = self.tok(x[:, self.rank * length : (self.rank + 1) * length].contiguous()) + self.pos(place.contiguous())
+        z = self.norm(h)
+        k, v = gathered(self.k(z)), gathered(self.v(z))
+        seen = place[0].unsqueeze(1) >= torch.arange(x.shape[1])
+        h = h + self.o(F.scaled_dot_product_attention(local(self.q(z)), k, v, attn_mask=seen))
+        return whole(self.head(h + self.down(F.gelu(self.up(h)))))
+
+
+def local(value: Any) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def gathered(value: Any) -> Tensor:
+    """Of all tokens, where every rank uses them for its own: their gradients are to be added up."""
+    if not isinstance(value, DTensor):
+        return value
+    return value.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
+def context(mesh: DeviceMesh, length: int = T, **options: Any) -> Any:
+    """All gradients are sums over the ranks."""
+
+    def make() -> Any:
+        model = made(Contextual)
+        styles = {n: SequenceParallel() for n, m in model.named_modules() if n}
+        parallelize_module(model, mesh if mesh.ndim == 1 else mesh["tp"], styles)  # type: ignore[arg-type]
+        model.rank, model.ranks = mesh.get_local_rank(mesh.ndim - 1), 2  # type: ignore[assignment]
+        return model if mesh.ndim == 1 else fully_shard(model, mesh=mesh["dp"])
+
+    x = tokens(length)
+    wanted, norms = one_by_one(made(Contextual), x)
+    model = dp_compile(make(), max_grad_norm=C, backend="eager", **options)
+    step(model, part(x, mesh))
+    torch.testing.assert_close(engine_of(model).row_norms, part(norms, mesh), rtol=1e-5, atol=1e-6)
+    same(gradients_of(model), wanted)
+    return model
 
 
 def losses(logits: Tensor, y: Tensor) -> Tensor:
@@ -292,6 +344,32 @@ def vocabulary(mesh: DeviceMesh, make: type[GPT], reduction: str = "none", **opt
     torch.testing.assert_close(model.grad_norms, part(private.grad_norms, mesh), rtol=1e-5, atol=1e-6)
 
 
+def replicas() -> None:
+    """HSDP with tensor parallelism: weights after steps with noise are those of one process."""
+    shards = dist.get_world_size() // 4
+    mesh = init_device_mesh("cpu", (2, shards, 2), mesh_dim_names=("replicas", "shards", "tp"))
+    data = mesh["replicas", "shards"]
+    number = mesh.get_local_rank(0) * shards + mesh.get_local_rank(1)
+    single, model = made(GPT), cut_tokens(made(GPT), mesh["tp"])
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=data)
+    fully_shard(model, mesh=data)
+    x = tokens()
+    wanted, norms = one_by_one(single, x)
+    private = dp_compile(single, max_grad_norm=C, backend="eager")
+    trained = dp_compile(model, max_grad_norm=C, backend="eager")
+    both = [(private, optimizer_of(private)), (trained, optimizer_of(trained))]
+    for i in range(3):
+        for m, optimizer in both:
+            step(m, x.chunk(2 * shards)[number] if m is trained else x)
+            if i == 0 and m is trained:
+                same(gradients_of(m), wanted)
+                torch.testing.assert_close(m.grad_norms, norms.chunk(2 * shards)[number], rtol=1e-5, atol=1e-6)
+            optimizer.step()
+            optimizer.zero_grad()
+    same_weights(trained, single, 1e-5)
+
+
 def refused(mesh: DeviceMesh) -> None:
     def refuses(make: Callable[[], Any], message: str, given: Tensor | None = None, **options: Any) -> None:
         model = dp_compile(make(), max_grad_norm=C, backend="eager", **options)
@@ -327,6 +405,9 @@ def refused(mesh: DeviceMesh) -> None:
     loader = PoissonLoader(TensorDataset(tokens(rows=40)), expected_batch_size=B, physical_batch_size=2, seed=3)
     (batch,) = next(iter(loader.attach(turned, optimizer_of(turned))))
     raises(UnsupportedGraphError, "the draw is larger than the physical batch", lambda: turned(batch))
+    given = tokens()
+    with context_parallel(mesh, buffers=[given], buffer_seq_dims=[1]):
+        refuses(lambda: made(GPT), "called within torch's context_parallel", given)
     refuses(lambda: cut_tokens(made(GPT), mesh), "do not compile the same graph", tokens(5))
 
 
@@ -345,9 +426,13 @@ def main() -> None:
         "frozen": lambda: frozen(mesh),
         "training": lambda: training(mesh),
         "loss parallel": lambda: vocabulary(mesh, Apart),
+        "context": lambda: context(mesh),
     }
-    if alone:
+    if not alone:
+        checks["replicas"] = replicas
+    else:
         checks |= {
+            "by Gram matrices in context": lambda: context(mesh, norm="ghost"),
             "regions": lambda: gradients(GPT, mesh, tokens(), regions="blocks"),
             "tied": lambda: gradients(Tied, mesh, tokens()),
             "tied in blocks": lambda: gradients(Tied, mesh, tokens(), regions="blocks"),

@@ -365,9 +365,6 @@ def refused(mesh: DeviceMesh) -> None:
 
     logits = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 12))
     refuses(parallelize_module(logits, mesh, {"1": ColwiseParallel()}), "output 0 of the model is another one")
-    logits = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 12))
-    distributed: dict[str, Any] = {"1": ColwiseParallel(use_local_output=False)}
-    refuses(parallelize_module(logits, mesh, distributed), "returns what is no plain tensor")
     refuses(cut(made(Scaled), mesh), "holds parameter 'scale' whole, and its gradient is another one on each")
     refuses(cut(made(ByRank), mesh), "is not given the same on all")
     refuses(cut(made(ByBuffer), mesh), "offset is not the same on all")
