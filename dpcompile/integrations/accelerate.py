@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from dpcompile.api import dp_compile
 from dpcompile.data.loader import PoissonLoader
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
+from dpcompile.integrations.accelerate_fsdp import refuse_plugin, shard
 from dpcompile.noise.adaptive import AdaptiveClip
 from dpcompile.private import make_private as _make_private
 
@@ -33,8 +34,9 @@ def make_private(
     ``save_state`` and ``load_state``, which go on exactly. A state holds the seed: keep it as secret as the data.
 
     Args:
-        accelerator: without gradient accumulation, on one device or several with DistributedDataParallel.
-        model: an ordinary one. What was prepared already, is taken back first: so are the others.
+        accelerator: without gradient accumulation, on one device or several with DistributedDataParallel or FSDP2.
+        model: an ordinary one. What was prepared already, is taken back first: so are the others. Under FSDP2 not
+            prepared: it is sharded here, by the plugin's policy.
         optimizer: of torch.
         loader: a DataLoader, whose batch size is that of all processes together, or a PoissonLoader.
         **options: of :func:`dpcompile.make_private`.
@@ -51,6 +53,9 @@ def make_private(
     """
     _refuse_settings(accelerator)
     model, optimizer, loader = _unprepared(accelerator, model, optimizer, loader)
+    if accelerator.distributed_type.value == "FSDP":
+        shard(accelerator, model, optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])
+        return _placed(accelerator, *_make_private(model, optimizer, loader, **options))
     compiled = {name: value for name, value in options.items() if name in _COMPILED}
     rest = {name: value for name, value in options.items() if name not in _COMPILED or name == "examples_per_user"}
     bound = compiled.get("max_grad_norm")
@@ -60,10 +65,16 @@ def make_private(
     elif bound is None:
         compiled.pop("max_grad_norm", None)
     prepared = accelerator.prepare_model(dp_compile(model, **compiled))
-    private, private_optimizer, draws = _make_private(prepared, optimizer, loader, **rest)
+    return _placed(accelerator, *_make_private(prepared, optimizer, loader, **rest))
+
+
+def _placed(accelerator: Any, private: Any, optimizer: Any, draws: PoissonLoader) -> tuple[Any, Any, PlacedLoader]:
+    """Known to the accelerator, which saves and loads them."""
+    if not any(known is private for known in accelerator._models):
+        accelerator._models.append(private)
     placed = PlacedLoader(draws, accelerator)
     accelerator.register_for_checkpointing(placed)
-    return private, accelerator.prepare_optimizer(private_optimizer), placed
+    return private, accelerator.prepare_optimizer(optimizer), placed
 
 
 class PlacedLoader:
@@ -97,7 +108,7 @@ class PlacedLoader:
         self.loader.load_state_dict(state_dict)
 
 
-def _refuse_settings(accelerator: Accelerator) -> None:
+def _refuse_settings(accelerator: Any) -> None:
     steps = accelerator.gradient_accumulation_steps
     if steps != 1:
         raise PrivacyError(
@@ -105,12 +116,19 @@ def _refuse_settings(accelerator: Accelerator) -> None:
             remedy="leave it out, and give the DataLoader the batch size of a whole step; with physical_batch_size= a "
             "draw runs in parts that fit into memory",
         )
+    compiler = accelerator.state.dynamo_plugin.backend.value
+    if compiler != "NO":
+        raise PrivacyError(
+            f"the accelerator compiles with {compiler}: a graph around the private model could not be rewritten",
+            remedy="leave dynamo_backend and dynamo_plugin out: the private model compiles itself (backend=)",
+        )
     kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+    if kind == "FSDP":
+        refuse_plugin(accelerator)
+    elif kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise UnsupportedGraphError(
             f"the accelerator distributes by {kind}",
-            remedy="DistributedDataParallel works through Accelerate; for FSDP2 call fully_shard and dpcompile's own "
-            "make_private, as docs/distributed.md has it",
+            remedy="DistributedDataParallel and FSDP2 work through Accelerate",
         )
 
 

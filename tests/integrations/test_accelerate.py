@@ -99,6 +99,13 @@ def test_two_processes():
     assert passed(launch(2, "accelerated_worker.py")) == {"weights", "states"}
 
 
+@pytest.mark.full  # a launch of two ranks
+def test_two_processes_by_fsdp():
+    """FSDP2 by Accelerate: weights and states are those of one process."""
+    done = passed(launch(2, "accelerated_fsdp_worker.py"))
+    assert done == {"weights", "states", "transformers", "refused"}
+
+
 def test_a_scheduler_and_accumulate():
     """``accumulate`` around every batch, one batch a step; the scheduler goes with the steps."""
     own, (net, optimizer, loader) = accelerator(), parts()
@@ -182,6 +189,9 @@ def test_mixed_precision():
 def test_what_is_refused():
     with pytest.raises(PrivacyError, match="gradient_accumulation_steps is 4"):
         make_private(accelerator(gradient_accumulation_steps=4), *parts(), **OPTIONS)
+    _reset()
+    with pytest.raises(PrivacyError, match="the accelerator compiles with INDUCTOR"):
+        make_private(accelerator(dynamo_backend="inductor"), *parts(), **OPTIONS)
     _reset()
     own = accelerator()
     with pytest.raises(PrivacyError, match="AcceleratedOptimizer around another one") as refused:

@@ -227,6 +227,7 @@ def test_sft_is_our_own_loop(trainer: Any) -> None:
     assert all(torch.equal(p, frozen[n]) for n, p in weights(base).items() if n in frozen and "proj" not in n)
 
 
+@pytest.mark.full
 def test_sft_resumed_evaluated_and_saved(trainer: Any, tmp_path: pathlib.Path) -> None:
     rows, held_out = texts("text"), texts("text", 6, seed=1)
     options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
@@ -248,6 +249,7 @@ def test_sft_resumed_evaluated_and_saved(trainer: Any, tmp_path: pathlib.Path) -
     assert_same(weights(saved), weights(whole.model))
 
 
+@pytest.mark.full
 def test_a_model_by_its_name(trainer: Any, tmp_path: pathlib.Path) -> None:
     llama().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
