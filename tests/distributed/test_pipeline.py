@@ -34,7 +34,10 @@ REST = {
     "regions", "inductor", "Interleaved1F1B", "InterleavedZeroBubble", "LoopedBFS", "DualPipeV", "users", "noise once",
     "masks by hand", "evaluation", "dropped", "other draws",
 }  # fmt: skip
-ON_FOUR = {"gradients", "1F1B", "loading", "checkpoints", "padding"}
+ON_FOUR = {
+    "gradients", "loading", "checkpoints", "FSDP2 and stages", "FSDP2 and two stages each",
+    "tensor parallelism and stages",
+}  # fmt: skip
 
 
 @pytest.mark.full
