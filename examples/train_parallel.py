@@ -129,7 +129,9 @@ def placed(options: argparse.Namespace, mesh: DeviceMesh) -> nn.Module:
             parallelize_module(block, mesh["tp"], {name: style() for name, style in CUT.items()})
         if options.dp > 1:
             fully_shard(block, mesh=mesh["dp"])
-    return fully_shard(model, mesh=mesh["dp"]) if options.dp > 1 else model
+    if options.dp > 1:
+        fully_shard(model, mesh=mesh["dp"])
+    return model
 
 
 class Trainer:
@@ -139,16 +141,16 @@ class Trainer:
         self.options, self.mesh = options, mesh
         self.train_set, self.test_set = windows()
         model, self.rank = placed(options, mesh), mesh.get_local_rank("pp")
-        self.model = model if options.public else dp_compile(model, backend=options.backend, pipeline=mesh["pp"])
+        self.model: Any = model if options.public else dp_compile(model, backend=options.backend, pipeline=mesh["pp"])
         device, group = torch.device(mesh.device_type), mesh["pp"].get_group()
         stage = PipelineStage(self.model, self.rank, options.pp, device, group=group)
         kind = getattr(schedules, f"Schedule{options.schedule}")
         self.schedule = kind(stage, options.micro_batches, loss_fn=mean_loss)
         self.device = device
 
-    def run(self, ids: Tensor, targets: Tensor, call: Any) -> list[Tensor]:
+    def run(self, batch: tuple[Tensor, ...], call: Any) -> list[Tensor]:
         """A batch through the schedule; the losses, on the last stage."""
-        losses: list[Tensor] = []
+        (ids, targets), losses = batch, list[Tensor]()
         given = (ids.to(self.device),) if self.rank == 0 else ()
         last = self.rank == self.options.pp - 1
         call(*given, **({"target": targets.to(self.device), "losses": losses} if last else {}))
@@ -160,7 +162,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         rows = torch.arange(EVALUATED).chunk(EVALUATED // self.options.physical)
         for chunk in rows:
-            losses = self.run(*self.test_set[chunk], self.schedule.eval)
+            losses = self.run(self.test_set[chunk], self.schedule.eval)
             total += sum(losses, torch.zeros((), device=self.device)) / self.options.micro_batches / len(rows)
         dist.all_reduce(total, group=self.mesh["pp"].get_group())
         return total.item()
@@ -183,7 +185,7 @@ class Trainer:
             accountant=accountant,
         )  # fmt: skip
         for ids, targets in loader.attach(self.model, optimizer).parts():
-            self.run(ids, targets, self.schedule.step)
+            self.run((ids, targets), self.schedule.step)
             optimizer.step()
             optimizer.zero_grad()
             if not optimizer.accumulating:
@@ -198,7 +200,7 @@ class Trainer:
         drawn = torch.Generator().manual_seed(options.seed or 0)
         for step in range(options.steps):
             rows = torch.randperm(len(self.train_set), generator=drawn)[: options.batch_size].chunk(options.dp)[dp]
-            self.run(*self.train_set[rows], self.schedule.step)
+            self.run(self.train_set[rows], self.schedule.step)
             optimizer.step()
             optimizer.zero_grad()
             self.report(step + 1)

@@ -260,19 +260,14 @@ class RegionBackward:
 
     def _grouped(self, squared: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """By clip group; also those of which no backward came."""
-        names = [n for run in self.received for n in run.names]
-        groups: dict[str, dict[str, Tensor]] = {}
-        for name in (*self.touched, *names):
-            groups.setdefault(group_of(self.options.clipping, name), {})
+        names = [*self.touched, *(n for run in self.received for n in run.names)]
+        groups: dict[str, dict[str, Tensor]] = {group_of(self.options.clipping, n): {} for n in names}
         for name, row in squared.items():
             groups[group_of(self.options.clipping, name)][name] = row
         return groups
 
     def _weights(self, squared: Mapping[str, list[Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The weights of each group's examples, and their squared norms.
-
-        Those of groups that were clipped at once are the same; nobody asks for them.
-        """
+        """Of each group's examples the weights (nobody asks for those of groups clipped at once) and squared norms."""
         clipping, mask, bounds = self.options.clipping, self.mask, self._bounds()
         found = {
             group: clip_group(rows, mask, clipping=clipping, bound=bounds.get(group, 0.0), mean_of=self._mean_of())

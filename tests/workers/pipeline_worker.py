@@ -63,7 +63,7 @@ class Wide(nn.Module):
 class Model(nn.Module):
     """An embedding, blocks with the names that they have in the whole model, a head; a stage has some of these."""
 
-    block: Callable[[], nn.Module] = Block
+    block: type[nn.Module] = Block
 
     def __init__(self, first: int = 0, end: int = BLOCKS) -> None:
         super().__init__()
@@ -299,7 +299,9 @@ def meshed(kind: str, schedule: str) -> None:
                 fully_shard(block, mesh=mesh["dp"])
             else:
                 parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-        return fully_shard(model, mesh=mesh["dp"]) if kind == "dp" else model
+        if kind == "dp":
+            fully_shard(model, mesh=mesh["dp"])
+        return model
 
     pipeline = Pipeline(schedule, make=place, group=mesh["pp"].get_group(), sigma=0.5, adam=True).optimize(2 * B)
     with warnings.catch_warnings():
