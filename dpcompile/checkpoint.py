@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -17,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from dpcompile.data.loader import PoissonLoader
 from dpcompile.distributed.ranks import from_first
 from dpcompile.errors import DPCompileError, PrivacyError
-from dpcompile.module import engine_of
+from dpcompile.module import Engine, engine_of
 from dpcompile.optim import checks as optim_checks
 from dpcompile.optim.optimizer import DPOptimizer
 
@@ -48,11 +50,13 @@ def save_checkpoint(
             f"{directory} holds a checkpoint already: if the run ended while it is written over, none would be left",
             remedy="save each checkpoint into a directory of its own, and delete old ones afterwards",
         )
-    if optimizer.accumulating or optimizer.engine.ledger.deliveries:
+    stage = optimizer.engine.stage
+    if optimizer.accumulating or optimizer.engine.ledger.deliveries or (stage is not None and stage.waiting):
         raise PrivacyError(
             "a checkpoint within a logical step would lose the clipped sums so far",
             remedy="save after optimizer.step() and optimizer.zero_grad()",
         )
+    _refuse_same_names(engine_of(model))
     state = {"private": _private(optimizer, loader), **_tensors(model, optimizer)}
     with _quiet():
         save(state, checkpoint_id=directory)
@@ -86,6 +90,7 @@ def load_checkpoint(
         PrivacyError: what :meth:`DPOptimizer.load_state_dict` and :meth:`PoissonLoader.load_state_dict` refuse: noise
             or draws that would be used twice, another mechanism; nothing is changed then.
     """
+    _refuse_same_names(engine_of(model))
     private = {"private": ""}
     with _quiet():
         load(private, checkpoint_id=directory)
@@ -110,6 +115,26 @@ def load_checkpoint(
     for group, values in zip(inner["param_groups"], saved["groups"], strict=True):
         group.update(values)
     optimizer.load_state_dict({**inner, "dpcompile": saved["optimizer"]})
+
+
+def _refuse_same_names(engine: Engine) -> None:
+    """Stages of a pipeline are parts of one checkpoint: two that hold the same name would write one over the other.
+
+    Raises:
+        DPCompileError: on every rank of the pipeline.
+    """
+    if engine.stage is None:
+        return
+    everywhere: list[Any] = [None] * engine.stage.ranks
+    dist.all_gather_object(everywhere, list(engine.module.state_dict()), group=engine.stage.group)
+    count = Counter(name for names in everywhere for name in names)
+    twice = [name for name, n in count.items() if n > 1]
+    if twice:
+        raise DPCompileError(
+            f"'{twice[0]}' is in several stages of the pipeline: one would be written over the other",
+            remedy="build stages so that names are those of the whole model, such as nn.ModuleDict({'3': block}) in "
+            "the place of a ModuleList, of which each stage has some",
+        )
 
 
 def _private(optimizer: DPOptimizer, loader: PoissonLoader | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx, nn
 
 from dpcompile._torch import pytree
+from dpcompile._torch.parallel import share_fsdp_state
 from dpcompile.capture.packed import refuse_returned
 from dpcompile.capture.surroundings import REBUILD
 from dpcompile.distributed.shards import is_distributed
@@ -153,6 +154,8 @@ def private_view(module: nn.Module, options: Options) -> Any:
     view = object.__new__(private) if is_sharded(module) else private.__new__(private)
     object.__setattr__(view, "__dict__", module.__dict__)
     object.__setattr__(view, "_engine", _engine(module, options))
+    if options.pipeline is not None and is_sharded(module):
+        share_fsdp_state(view, module)  # schedules call methods of FSDP on their stage's module
     return view
 
 

@@ -115,3 +115,19 @@ def test_the_accuracy_that_the_readme_promises(
     digits(monkeypatch, "--seed", str(seed), "--epochs", "20", "--output-dir", str(tmp_path))
     last = checkpoint(tmp_path)["history"][-1]
     assert last["accuracy"] >= 0.85 and 2.99 < last["epsilon"] <= 3.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("public", [[], ["--public"]])
+def test_losses_do_not_depend_on_the_mesh(public: list[str]) -> None:
+    sizes = ["--steps", "2", "--report-every", "1", "--width", "32", "--batch-size", "32", "--physical", "16"]
+    meshes: list[list[str]] = [[], ["--pp", "2"], ["--dp", "2", "--pp", "2", "--schedule", "1F1B"]]
+    curves = []
+    for ranks, mesh in zip((1, 2, 4), meshes, strict=True):
+        command = str(EXAMPLES / "train_parallel.py")
+        done = launch(ranks, command, "--backend", "eager", "--seed", "3", *sizes, *mesh, *public)
+        assert done.returncode == 0, done.stderr[-3000:]
+        curves.append([float(x) for x in re.findall(r"held-out loss ([\d.]+)", done.stdout)])
+    assert len(curves[0]) == 2 and curves[0][1] < curves[0][0]
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-4)

@@ -19,6 +19,7 @@ __all__ = [
     "inner_tensor",
     "is_fsdp_hook",
     "mixed_precision",
+    "share_fsdp_state",
 ]
 
 
@@ -35,6 +36,13 @@ def inner_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def mixed_precision(module: torch.nn.Module) -> Any:
     """The policy of a unit of FSDP2."""
     return cast(Any, module)._get_fsdp_state()._mp_policy
+
+
+def share_fsdp_state(view: torch.nn.Module, module: torch.nn.Module) -> None:
+    """Let methods of FSDP2 on an object that shares a module's state do what they do on the module."""
+    from torch.distributed import _composable_state  # not on every build
+
+    _composable_state._insert_module_state(view, cast(Any, module)._get_fsdp_state())
 
 
 def forward_hooks(module: torch.nn.Module) -> list[Any]:

@@ -43,12 +43,15 @@ class TensorParallel:
     data_ranks: int
 
 
-def find_tensor_parallel(parameters: Mapping[str, nn.Parameter], *, fsdp: bool) -> TensorParallel | None:
+def find_tensor_parallel(
+    parameters: Mapping[str, nn.Parameter], *, fsdp: bool, stages: int = 1
+) -> TensorParallel | None:
     """What ``parallelize_module`` did to a model; None if nothing.
 
     Args:
         parameters: of the model.
         fsdp: whether it is under ``fully_shard``.
+        stages: over how many ranks the pipeline lies, if it is a stage of one.
 
     Raises:
         UnsupportedGraphError: placements or meshes that are not understood here.
@@ -88,13 +91,13 @@ def find_tensor_parallel(parameters: Mapping[str, nn.Parameter], *, fsdp: bool) 
         )
     ((name, group),) = groups.items()
     size = dist.get_world_size(group)
-    if not fsdp and size != world_size():
+    if not fsdp and size * stages != world_size():
         raise UnsupportedGraphError(
             f"tensor parallelism over {size} of {world_size()} ranks: the others would train by themselves, with the "
             "same noise",
             remedy="use all ranks for it, or call fully_shard too, on the other dimension of the mesh",
         )
-    return TensorParallel(group, name, size, frozenset(cut), world_size() // size)
+    return TensorParallel(group, name, size, frozenset(cut), world_size() // (size * stages))
 
 
 def _check_even(name: str, parameter: Any, dim: int, ranks: int) -> None:

@@ -217,16 +217,18 @@ class RegionBackward:
 
     def own_squared(self) -> Tensor:
         """Of a stage: squared norms over its own parameters, float64 ``[B]``."""
-        return _sum(list(self._squared_norms().values()), self.mask.double())
+        rows = self._over_ranks(self._grouped(self._squared_norms()))
+        return _sum([row for group in rows.values() for row in group], self.mask.double())
 
     def conclude(self, squared: Tensor) -> None:
         """Of a stage: deliver, now that squared norms ``[B]`` over all stages are known."""
-        self._deliver({next(iter(self.names)): squared})
+        self._deliver({group_of(self.options.clipping, n): [squared] for n in self.names})
 
     @torch.no_grad()
-    def _deliver(self, squared: Mapping[str, Tensor] | None = None) -> None:
+    def _deliver(self, squared: Mapping[str, list[Tensor]] | None = None) -> None:
         assert self.task is not None
-        self.weights, totals = self._weights(self._squared_norms() if squared is None else squared)
+        own = self._over_ranks(self._grouped(self._squared_norms())) if squared is None else squared
+        self.weights, totals = self._weights(own)
         norms = own_norms(list(totals.values()), self.mask, self._mean_of())
         if self.repeat is not None:
             self.repeat()
@@ -256,20 +258,20 @@ class RegionBackward:
                 rows[name] = joint_norm([_part(*place) for place in places], len(self.mask), self.options.norm)
         return rows
 
-    def _weights(self, squared: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The weights of each group's examples, and their squared norms.
-
-        Those of groups that were clipped at once are the same; nobody asks for them.
-        """
-        clipping, mask = self.options.clipping, self.mask
-        names = [n for run in self.received for n in run.names]
-        groups: dict[str, dict[str, Tensor]] = {group_of(clipping, n): {} for n in (*self.touched, *names)}
+    def _grouped(self, squared: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """By clip group; also those of which no backward came."""
+        names = [*self.touched, *(n for run in self.received for n in run.names)]
+        groups: dict[str, dict[str, Tensor]] = {group_of(self.options.clipping, n): {} for n in names}
         for name, row in squared.items():
-            groups.setdefault(group_of(clipping, name), {})[name] = row
-        bounds = self._bounds()
+            groups[group_of(self.options.clipping, name)][name] = row
+        return groups
+
+    def _weights(self, squared: Mapping[str, list[Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Of each group's examples the weights (nobody asks for those of groups clipped at once) and squared norms."""
+        clipping, mask, bounds = self.options.clipping, self.mask, self._bounds()
         found = {
             group: clip_group(rows, mask, clipping=clipping, bound=bounds.get(group, 0.0), mean_of=self._mean_of())
-            for group, rows in self._over_ranks(groups).items()
+            for group, rows in squared.items()
         }
         return {g: w for g, (_, w) in found.items()}, {g: total for g, (total, _) in found.items()}
 

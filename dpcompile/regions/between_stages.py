@@ -34,5 +34,5 @@ def check_border(result: Any, labels: Mapping[int, Label], examples_per_user: in
                 f"a stage of a pipeline returns {kind}: the next stage takes what it is given for one row an example, "
                 "on dimension 0, and sends gradients back",
                 remedy="return floating-point tensors with the examples on dimension 0; give other inputs to each "
-                "stage itself (schedule.step(..., name=tensor)), and compute what no example has in the stage that needs it",
+                "stage itself (schedule.step(..., name=tensor)), and compute what no example has where it is needed",
             )

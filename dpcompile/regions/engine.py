@@ -62,16 +62,16 @@ class RegionEngine(Engine):
                 "check=True compares with torch.func.vmap on whole parameters, and FSDP holds them in parts",
                 remedy="check the model on one process before fully_shard",
             )
-        parallel = find_tensor_parallel(self._parameters, fsdp=self._sharded)
+        stages = 1
+        if options.pipeline is not None:
+            self.stage, self.ledger.holds = Stage(self, options.pipeline, self._run_chunk), True
+            stages = self.stage.ranks
+        parallel = find_tensor_parallel(self._parameters, fsdp=self._sharded, stages=stages)
         two_pass = MODES[options.norm].second_backward
         if parallel is not None:
             _check_parallel(options, two_pass=two_pass)
-            _refuse_pipeline(options, "tensor parallelism")
-        if self._sharded:
-            _refuse_pipeline(options, "FSDP")
-        if options.pipeline is not None:
-            self.stage, self.ledger.holds = Stage(self, options.pipeline, self._run_chunk), True
-            refuse_some("a pipeline", self.stage.ranks)
+        elif self.stage is not None and not self._sharded:
+            refuse_some("a pipeline", stages)
         self._rank_parts = RankParts(parallel)
         self._owners = Owners(module)
         deferred = parallel is not None or self.stage is not None  # norms are added up over ranks before any weight
@@ -95,9 +95,9 @@ class RegionEngine(Engine):
     @property
     def data_ranks(self) -> int:
         """How many ranks, or groups of ranks, have examples of their own."""
-        if self.stage is not None:
-            return world_size() // self.stage.ranks
-        return super().data_ranks if self._rank_parts.parallel is None else self._rank_parts.parallel.data_ranks
+        if self._rank_parts.parallel is not None:
+            return self._rank_parts.parallel.data_ranks
+        return super().data_ranks if self.stage is None else world_size() // self.stage.ranks
 
     @property
     def compilations(self) -> int:
@@ -172,9 +172,9 @@ class RegionEngine(Engine):
             root = one_unit(self.module) if single else find_units(self.module, blocks=not breaks)
             self.graphs.share(self._owners.with_two_names() if breaks else self._owners.tied(root))
             if self.sharded:
-                check_sharded(root, self._parameters)
+                check_sharded(root, self._parameters, 1 if self.stage is None else self.stage.ranks)
             self._root = root
-        if self.sharded:
+        if self.sharded and self.stage is None:  # a stage's micro-batches are under way together
             clear_failed(self._root)
         return self._root
 
@@ -240,12 +240,4 @@ def _check_parallel(options: Options, *, two_pass: bool) -> None:
             "regions='breaks' under tensor parallelism: what Python does between graphs could differ from rank to "
             "rank, and nothing would tell",
             remedy="remove the graph breaks, and leave regions out or use regions='blocks'",
-        )
-
-
-def _refuse_pipeline(options: Options, other: str) -> None:
-    if options.pipeline is not None:
-        raise UnsupportedGraphError(
-            f"a stage of a pipeline under {other}",
-            remedy=f"use the pipeline alone, or {other} without pipeline=",
         )

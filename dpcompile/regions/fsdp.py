@@ -16,8 +16,11 @@ from dpcompile.regions.units import Unit
 __all__ = ["check_sharded", "clear_failed", "held_by_units"]
 
 
-def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise UnsupportedGraphError unless FSDP2 holds every trainable parameter in a way that is understood here."""
+def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter], stages: int = 1) -> None:
+    """Raise UnsupportedGraphError unless FSDP2 holds every trainable parameter in a way that is understood here.
+
+    Of a pipeline over so many ranks, ``stages``, it shards one stage over the others.
+    """
     for name, parameter in parameters.items():
         if parameter.requires_grad and not is_distributed(parameter):
             raise UnsupportedGraphError(
@@ -28,7 +31,7 @@ def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
             check_layout(parameter, fsdp=True)
     meshes = [cast(Any, p).device_mesh.size() for p in parameters.values() if p.requires_grad]
     if meshes:
-        refuse_some("FSDP shards the model", max(meshes))
+        refuse_some("FSDP shards the model", max(meshes) * stages)
     for unit in _all(root):
         if unit.sharded and not all(map(is_fsdp_hook, forward_hooks(unit.module))):
             raise UnsupportedGraphError(

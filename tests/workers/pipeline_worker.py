@@ -18,7 +18,11 @@ from launching import run_checks
 from sharded_worker import Collectives, raises
 from torch import Tensor, nn
 from torch.distributed import pipelining
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import schedules
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
@@ -45,14 +49,27 @@ class Block(nn.Module):
         return x + torch.tanh(self.linear(self.norm(x)))
 
 
+class Wide(nn.Module):
+    """Two layers that tensor parallelism cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
 class Model(nn.Module):
     """An embedding, blocks with the names that they have in the whole model, a head; a stage has some of these."""
+
+    block: type[nn.Module] = Block
 
     def __init__(self, first: int = 0, end: int = BLOCKS) -> None:
         super().__init__()
         torch.manual_seed(2)
         self.tokens = nn.Embedding(V, D)
-        self.blocks = nn.ModuleDict({str(i): Block() for i in range(BLOCKS)})
+        self.blocks = nn.ModuleDict({str(i): type(self).block() for i in range(BLOCKS)})
         self.head = nn.Linear(D, V)
         if first:
             del self.tokens
@@ -65,6 +82,12 @@ class Model(nn.Module):
         for block in self.blocks.values():
             x = block(x)
         return self.head(x) if hasattr(self, "head") else x
+
+
+class Cut(Model):
+    """With wide blocks."""
+
+    block = Wide
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -261,6 +284,41 @@ def training(schedule: str, steps: int = 5) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # two optimizers of one seed
         same(pipeline, alone(steps, 0.5, adam=True, data=data))
+
+
+def meshed(kind: str, schedule: str) -> None:
+    """Two by two: stages that FSDP2 shards, or that tensor parallelism cuts; noisy steps are those of one rank."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", kind))
+    mine, steps = mesh.get_local_rank(kind), 3
+    data = [batch(2 * B) for _ in range(steps)]
+
+    def place(first: int, end: int) -> nn.Module:
+        model = Cut(first, end)
+        for block in model.blocks.values():
+            if kind == "dp":
+                fully_shard(block, mesh=mesh["dp"])
+            else:
+                parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        if kind == "dp":
+            fully_shard(model, mesh=mesh["dp"])
+        return model
+
+    pipeline = Pipeline(schedule, make=place, group=mesh["pp"].get_group(), sigma=0.5, adam=True).optimize(2 * B)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for x, y in data:
+            pipeline.step(*((x.chunk(2)[mine], y.chunk(2)[mine]) if kind == "dp" else (x, y)))
+            pipeline.clear()
+        model = dp_compile(Cut(), max_grad_norm=C, backend="eager")
+        optimizer = optimizer_of(model, 0.5, adam=True, expected=2 * B)
+        for x, y in data:
+            loss_of(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = dict(model.named_parameters())
+    for n, p in pipeline.named().items():
+        whole = p.full_tensor() if isinstance(p, DTensor) else p
+        torch.testing.assert_close(whole, expected[n], rtol=1e-5, atol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
 
 
 def noise_once() -> None:
@@ -499,7 +557,10 @@ def main() -> None:
         "other draws": other_draws,
     }
     if dist.get_world_size() > 2:  # as many blocks as stages
-        checks = {n: c for n, c in checks.items() if n in ("gradients", "1F1B", "loading", "checkpoints", "padding")}
+        checks["FSDP2 and stages"] = lambda: meshed("dp", "1F1B")
+        checks["FSDP2 and two stages each"] = lambda: meshed("dp", "Interleaved1F1B")
+        checks["tensor parallelism and stages"] = lambda: meshed("tp", "1F1B")
+        checks = {n: c for n, c in checks.items() if n in ("gradients", "loading", "checkpoints") or "stages" in n}
     if wanted == ["accident"]:
         checks = {"accident": accident}
     run_checks(checks, wanted)

@@ -1,0 +1,243 @@
+"""Train a small Llama on a mesh of ranks, with differential privacy or without.
+
+    torchrun --nproc-per-node 4 examples/train_parallel.py --dp 2 --pp 2
+    torchrun --nproc-per-node 4 examples/train_parallel.py --pp 2 --tp 2 --schedule 1F1B
+    torchrun --nproc-per-node 4 examples/train_parallel.py --dp 2 --pp 2 --public
+
+``--dp`` shards by FSDP2 over ranks with examples of their own, ``--pp`` divides the layers into stages
+(torch.distributed.pipelining), ``--tp`` cuts the layers. On CPUs the ranks talk through gloo, on GPUs through NCCL. The
+held-out losses that are printed do not depend on the mesh, but for rounding.
+
+The text is the reference documentation that ships with Python (``pydoc_data.topics``), cut into windows of 32 bytes:
+one example is one window, and epsilon is for one window more or less. Every tenth is held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import TensorDataset
+
+from dpcompile import DPOptimizer, PoissonLoader, PrivacyAccountant, calibrate_noise, dp_compile
+
+DELTA = 1e-5
+BYTES = 256
+CONTEXT = 32
+HEAD = 16  # dimensions of an attention head
+EVALUATED = 256  # held-out windows
+CUT = {
+    "q": ColwiseParallel, "k": ColwiseParallel, "v": ColwiseParallel, "out": RowwiseParallel,
+    "gate": ColwiseParallel, "up": ColwiseParallel, "down": RowwiseParallel,
+}  # fmt: skip
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Rotary positions, of ``[B, heads, T, 16]``."""
+    steps = torch.arange(x.shape[2], device=x.device)[:, None]
+    angles = steps / 10_000 ** (torch.arange(0, HEAD, 2, device=x.device) / HEAD)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1)
+
+
+class Block(nn.Module):
+    """Causal attention and a gated network, each added to its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(width, 2 * width, bias=False) for _ in range(2))
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, width]`` to the same."""
+        h = self.norm_1(x)
+        q, k, v = (layer(h).unflatten(-1, (-1, HEAD)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        h = self.norm_2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class Llama(nn.Module):
+    """The layers ``[first, end)`` of a transformer over bytes, by the names that they have in the whole."""
+
+    def __init__(self, layers: int, width: int, first: int, end: int) -> None:
+        super().__init__()
+        self.bytes = nn.Embedding(BYTES, width)
+        blocks = {str(i): Block(width) for i in range(layers)}  # all: random numbers are those of the whole model
+        self.blocks = nn.ModuleDict({name: block for name, block in blocks.items() if first <= int(name) < end})
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, BYTES, bias=False)
+        self.ends = first == 0, end == layers
+        if not self.ends[0]:
+            del self.bytes
+        if not self.ends[1]:
+            del self.norm, self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Bytes ``[B, T]``, or what the stage before returns, to logits, or what the next stage is given."""
+        h = self.bytes(x) if self.ends[0] else x
+        for block in self.blocks.values():
+            h = block(h)
+        return self.head(self.norm(h)) if self.ends[1] else h
+
+
+def windows() -> tuple[TensorDataset, TensorDataset]:
+    """Training and held-out sets of ``(ids, targets)``, ``[32]`` each."""
+    text = "\n".join(topics[name] for name in sorted(topics)).encode()
+    whole = len(text) // (CONTEXT + 1)
+    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8)[: whole * (CONTEXT + 1)].view(whole, -1).long()
+    held_out = torch.arange(whole) % 10 == 0
+    train, test = (TensorDataset(part[:, :-1], part[:, 1:]) for part in (ids[~held_out], ids[held_out]))
+    return train, test
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over a micro-batch of one loss for each example."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def start(options: argparse.Namespace) -> DeviceMesh:
+    """Join the other ranks."""
+    shape, names = (options.dp, options.pp, options.tp), ("dp", "pp", "tp")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=names)
+
+
+def placed(options: argparse.Namespace, mesh: DeviceMesh) -> nn.Module:
+    """What of the model lies on this rank."""
+    torch.manual_seed(0)  # the same first weights on every mesh: they are no secret
+    stage, each = mesh.get_local_rank("pp"), options.layers // options.pp
+    model = Llama(options.layers, options.width, stage * each, (stage + 1) * each).to(mesh.device_type)
+    for block in model.blocks.values():
+        if options.tp > 1:
+            parallelize_module(block, mesh["tp"], {name: style() for name, style in CUT.items()})
+        if options.dp > 1:
+            fully_shard(block, mesh=mesh["dp"])
+    if options.dp > 1:
+        fully_shard(model, mesh=mesh["dp"])
+    return model
+
+
+class Trainer:
+    """A stage, its schedule, and what goes through it."""
+
+    def __init__(self, options: argparse.Namespace, mesh: DeviceMesh) -> None:
+        self.options, self.mesh = options, mesh
+        self.train_set, self.test_set = windows()
+        model, self.rank = placed(options, mesh), mesh.get_local_rank("pp")
+        self.model: Any = model if options.public else dp_compile(model, backend=options.backend, pipeline=mesh["pp"])
+        device, group = torch.device(mesh.device_type), mesh["pp"].get_group()
+        stage = PipelineStage(self.model, self.rank, options.pp, device, group=group)
+        kind = getattr(schedules, f"Schedule{options.schedule}")
+        self.schedule = kind(stage, options.micro_batches, loss_fn=mean_loss)
+        self.device = device
+
+    def run(self, batch: tuple[Tensor, ...], call: Any) -> list[Tensor]:
+        """A batch through the schedule; the losses, on the last stage."""
+        (ids, targets), losses = batch, list[Tensor]()
+        given = (ids.to(self.device),) if self.rank == 0 else ()
+        last = self.rank == self.options.pp - 1
+        call(*given, **({"target": targets.to(self.device), "losses": losses} if last else {}))
+        return losses
+
+    @torch.no_grad()
+    def held_out(self) -> float:
+        """Mean loss in nats per byte, of held-out windows; the same on all ranks."""
+        total = torch.zeros((), device=self.device)
+        rows = torch.arange(EVALUATED).chunk(EVALUATED // self.options.physical)
+        for chunk in rows:
+            losses = self.run(self.test_set[chunk], self.schedule.eval)
+            total += sum(losses, torch.zeros((), device=self.device)) / self.options.micro_batches / len(rows)
+        dist.all_reduce(total, group=self.mesh["pp"].get_group())
+        return total.item()
+
+    def privately(self) -> None:
+        """Poisson draws, clipped over all stages, and noise once."""
+        options, dp = self.options, self.mesh.get_local_rank("dp")
+        loader = PoissonLoader(
+            self.train_set, expected_batch_size=options.batch_size, physical_batch_size=options.physical,
+            steps=options.steps, rank=dp, world_size=options.dp, seed=options.seed,
+        )  # fmt: skip
+        sigma = calibrate_noise(
+            target_epsilon=options.target_epsilon, target_delta=DELTA, sample_rate=loader.sample_rate,
+            steps=options.steps,
+        )  # fmt: skip
+        accountant = PrivacyAccountant(noise_multiplier=sigma, sample_rate=loader.sample_rate)
+        inner = torch.optim.AdamW(self.model.parameters(), lr=options.learning_rate)
+        optimizer = DPOptimizer(
+            inner, self.model, noise_multiplier=sigma, expected_batch_size=options.batch_size, seed=options.seed,
+            accountant=accountant,
+        )  # fmt: skip
+        for ids, targets in loader.attach(self.model, optimizer).parts():
+            self.run((ids, targets), self.schedule.step)
+            optimizer.step()
+            optimizer.zero_grad()
+            if not optimizer.accumulating:
+                self.report(optimizer.logical_step)
+        if dist.get_rank() == 0:
+            print(f"epsilon {accountant.epsilon(DELTA):.3f} at delta {DELTA:g}, after {accountant.steps} steps")
+
+    def publicly(self) -> None:
+        """The plain loop, on batches of one size."""
+        options, dp = self.options, self.mesh.get_local_rank("dp")
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.learning_rate)
+        drawn = torch.Generator().manual_seed(options.seed or 0)
+        for step in range(options.steps):
+            rows = torch.randperm(len(self.train_set), generator=drawn)[: options.batch_size].chunk(options.dp)[dp]
+            self.run(self.train_set[rows], self.schedule.step)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.report(step + 1)
+
+    def report(self, step: int) -> None:
+        """Now and then, the held-out loss."""
+        if step % self.options.report_every == 0 or step == self.options.steps:
+            loss = self.held_out()
+            if dist.get_rank() == 0:
+                print(f"step {step}: held-out loss {loss:.6f}", flush=True)
+
+
+@record
+def main() -> None:
+    """Read the options, train."""
+    parser = argparse.ArgumentParser(description="Train a small Llama on a mesh, with privacy or without.")
+    parser.add_argument("--dp", type=int, default=1, help="ranks with examples of their own (FSDP2)")
+    parser.add_argument("--pp", type=int, default=1, help="stages of the pipeline")
+    parser.add_argument("--tp", type=int, default=1, help="ranks that share each layer")
+    parser.add_argument("--public", action="store_true", help="train without privacy")
+    parser.add_argument("--schedule", choices=("GPipe", "1F1B"), default="GPipe")
+    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--physical", type=int, default=64, help="rows of a rank's batch, of all its micro-batches")
+    parser.add_argument("--batch-size", type=int, default=128, help="expected, of all ranks together")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--report-every", type=int, default=10, metavar="STEPS")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--target-epsilon", type=float, default=8.0, help=f"at delta {DELTA:g}; default 8")
+    parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
+    parser.add_argument("--seed", type=int, help="to repeat a run; leave it out where the privacy is meant")
+    options = parser.parse_args()
+    trainer = Trainer(options, start(options))
+    trainer.publicly() if options.public else trainer.privately()
+    dist.destroy_process_group()  # not after an error: it would wait for the other ranks
+
+
+if __name__ == "__main__":
+    main()
