@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from benchmarks.layer_models import LAYERS
 from benchmarks.models import CASES, Case, ViT, cross_entropy, gpt, images
 from benchmarks.more_models import MORE_CASES
+from benchmarks.scale.models import LlamaBlock
 
 __all__ = ["FAMILIES", "find_case"]
 
@@ -36,7 +38,22 @@ def _vit(width: int = 192, depth: int = 2, image: int = 96, batch: int = 8) -> C
     return Case(f"ViT d={width}, {depth} layers", make, images(3, image, image), batch, cross_entropy)
 
 
-FAMILIES: dict[str, Callable[..., Case]] = {"gpt": _gpt, "mlp": _mlp, "vit": _vit, **LAYERS}
+def _llama_block(
+    width: int = 256, heads: int = 4, groups: int = 2, inside: int = 512, context: int = 128, batch: int = 2
+) -> Case:
+    """One block of Llama 3, in bfloat16, all of it trained; the loss is a square of its outputs."""
+
+    def data(count: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(count, context, width).bfloat16(), torch.zeros(count)
+
+    make = lambda: LlamaBlock(width, heads, groups, inside, 0, torch.bfloat16)  # noqa: E731
+    loss = lambda outputs, targets: outputs.float().square().mean((1, 2)) + targets  # noqa: E731
+    return Case(f"Llama block d={width}, T={context}", make, data, batch, loss)
+
+
+FAMILIES: dict[str, Callable[..., Case]] = {
+    "gpt": _gpt, "llama_block": _llama_block, "mlp": _mlp, "vit": _vit, **LAYERS,
+}  # fmt: skip
 
 
 def find_case(name: str) -> Case:

@@ -85,6 +85,23 @@ high-water mark of resident memory is noted too: it has what libraries take past
 keeps, and differs from run to run.
 
 **Compile time** is the first step in a new process with empty caches, after something small was compiled.
+
+## On a GPU
+
+None of these figures is of a GPU: there was none. What is to be measured on one is one command, which ends within eight
+minutes (`--seconds`), writes `gpu.json` and `gpu.md` after every step, and goes on where a step raises:
+
+```sh
+python -m benchmarks.gpu --output gpu_results
+```
+
+It needs torch 2.11 or later with CUDA and Triton, a C compiler for Triton's launchers, the sources with `tests/`,
+and no network: norm operators against float64 on the tests' cases; noise (moments, tails, bits against the CPU's);
+40 models of the test suite and five of these, against one backward per example; then gradient steps of ViT-B/16 and
+GPT-2 small (T = 1024) in bfloat16 and TF32 beside the compiled non-private step, and Opacus' ghost clipping where
+it is installed; a block of Llama-3-8B at T = 4096; how often a step waits for the device; and the largest batch.
+`--parts` takes some of them. `--rehearse` went through all of them on a CPU, uncompiled and with small sizes: it
+shows that the program runs, and nothing of a GPU. What plans expect of one is in [plan.md](plan.md).
 """
 
 

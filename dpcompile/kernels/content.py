@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dpcompile.kernels.build import kernel
+from dpcompile.kernels.handed import handed
 
 __all__ = ["different", "fingerprints"]
 
@@ -115,9 +116,9 @@ def _by_torch(flat: Sequence[Tensor], device: torch.device) -> Tensor:
         mixed = (words + torch.cat([keys[:n] for n in lengths])) & _WORD
         sums = (mixed[0::2] * mixed[1::2]).cumsum(0)
         ends = torch.tensor(lengths).cumsum(0).div_(2, rounding_mode="floor") - 1
-        sums = sums[ends.to(device)].diff(prepend=sums.new_zeros(1))
-        odd = torch.tensor([2 * chunk + 1 for _, chunk, _ in batch], device=device)
-        found.index_add_(0, torch.tensor([i for i, _, _ in batch], device=device), sums * odd)
+        sums = sums[handed(ends, device)].diff(prepend=sums.new_zeros(1))
+        odd = torch.tensor([2 * chunk + 1 for _, chunk, _ in batch])
+        found.index_add_(0, handed(torch.tensor([i for i, _, _ in batch]), device), sums * handed(odd, device))
     return found
 
 

@@ -28,6 +28,7 @@ from dpcompile.clipping.groups import Bounds
 from dpcompile.distributed.ranks import refuse_other_place, world_size
 from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.graph.labels import Examples, Label
+from dpcompile.kernels.handed import handed
 from dpcompile.kernels.workspace import kept_gradients
 from dpcompile.options import Options
 from dpcompile.pipeline import Transformed
@@ -302,10 +303,9 @@ class Engine(ABC):
             batch.refused, batch.bound = self.masks.refused(forward), self.clip.now
             given = self.masks.take(forward, rows * batch.parts)
             batch.rows = rows_left_out(given, of_user)
-            mask = torch.ones(size * batch.parts) if given is None else users_among(given, of_user)
-            batch.mask = self.clip.into(mask.to(device=device, dtype=torch.float32))
-        # A draw's turns are told apart by the draw.
-        running = current_backward() if forward.given.reduces is None else -1
+            mask = torch.ones(size * batch.parts, device=device) if given is None else users_among(given, of_user)
+            batch.mask = self.clip.into(handed(mask.float(), device))
+        running = current_backward() if forward.given.reduces is None else -1  # turns are told apart by their draw
         return AwaitedBackward(
             forward.part,
             forward.part.rows(size),

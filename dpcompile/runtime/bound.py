@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dpcompile.clipping.groups import SEVERAL, Bounds, Clipping, validate_clipping
 from dpcompile.errors import PrivacyError
+from dpcompile.kernels.handed import handed
 from dpcompile.runtime.sums import Delivered
 
 __all__ = ["ClipBound", "bounds_of", "votes_within"]
@@ -49,7 +50,7 @@ def bounds_of(bounds: Mapping[str, float], groups: Sequence[str], mask: Tensor) 
 
     Groups without one have no gradient there.
     """
-    values = torch.tensor([[bounds.get(group, 0.0)] for group in groups], dtype=torch.float64, device=mask.device)
+    values = handed(torch.tensor([[bounds.get(group, 0.0)] for group in groups], dtype=torch.float64), mask.device)
     return values.expand(-1, len(mask)).contiguous()
 
 

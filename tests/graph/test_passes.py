@@ -27,8 +27,8 @@ def test_a_trace_shows_the_graph_before_and_after(tmp_path: pathlib.Path, monkey
     assert [line.split()[0] for line in table.splitlines()] == ["pass", *(p.__name__ for p in pipeline.PRIVATIZE)]
     assert "Prove that examples do not mix: a label for every value." in table
     written = {f.name: f.read_text() for f in folder.iterdir()}
-    assert set(written) == {"passes.txt", "00-captured.txt", "11-insert_clipping.txt"}
-    assert "where" in written["11-insert_clipping.txt"]  # weight 0 is exact
+    assert set(written) == {"passes.txt", "00-captured.txt", "12-insert_clipping.txt"}
+    assert "where" in written["12-insert_clipping.txt"]  # weight 0 is exact
     assert "where" not in written["00-captured.txt"]
 
 

@@ -70,7 +70,7 @@ class PseudoLoss:
             each = leaf.movedim(self.out_dim, 0)
             generator = torch.Generator().manual_seed(17 + position)
             weight = torch.randn((2, self.batch, *each.shape[1:]), generator=generator, dtype=torch.float64)
-            weight = weight[:, rows].to(each.dtype)
+            weight = weight[:, rows].to(each.device, each.dtype)
             term = (weight[0] * each + 0.5 * weight[1] * each.square()).reshape(len(each), -1).sum(1)
             total = term if total is None else total + term
         assert total is not None

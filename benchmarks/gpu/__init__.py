@@ -1,0 +1,1 @@
+"""One command for a GPU that is lent for minutes."""
