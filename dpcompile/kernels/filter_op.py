@@ -14,19 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpcompile.kernels.exact import linear_slack, norms_of, rounded_again, settled
+from dpcompile.kernels.exact_convolution import filters_gradient
 from dpcompile.kernels.filters import Geometry, additions, gradients_, takes
 from dpcompile.kernels.precision import full_precision
 from dpcompile.kernels.rounding import WIDE, gamma, unit_of
 from dpcompile.kernels.squares import squares_of
 from dpcompile.kernels.workspace import kept_gradients
 
-__all__ = ["certain_filter_norms", "filter_gradients", "filter_norms", "grouped_convolution"]
+__all__ = ["bounded_filter_norms", "certain_filter_norms", "filter_gradients", "filter_norms", "grouped_convolution"]
 
 _AT_ONCE = 2**20  # elements of images, cotangents and filters that torch works on at once: they stay in the cache
 
 
 def grouped_convolution(cotangent: Tensor, source: Tensor, shape: Sequence[int], *options: Any) -> Tensor:
-    """Every example's gradient of the filters, by torch.
+    """Every example's gradient of the filters, by torch, in full precision.
 
     Args:
         cotangent: ``[B, F, C', *spatial]``.
@@ -39,11 +40,8 @@ def grouped_convolution(cotangent: Tensor, source: Tensor, shape: Sequence[int],
     """
     batch = source.shape[0]
     images, cotangents = (x.movedim(0, 1).flatten(1, 2) for x in (source, cotangent))  # [F, B * C, *spatial]
-    filters = source.new_empty((batch * shape[0], *shape[1:]))  # only its shape is read
     *others, groups = options
-    _, result, _ = torch.ops.aten.convolution_backward.default(
-        cotangents, images, filters, None, *others, groups * batch, [False, True, False]
-    )
+    result = filters_gradient(cotangents, images, (batch * shape[0], *shape[1:]), *others, groups * batch)
     return result.reshape(batch, *shape)
 
 
@@ -178,6 +176,20 @@ def _(totals: Tensor, sizes: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(totals)
 
 
+def bounded_filter_norms(
+    squared: Tensor, cotangent: Tensor, source: Tensor, shape: Sequence[int], *options: Any
+) -> Tensor:
+    """Squared norms of products that are dropped, with what rounding may have moved, for tracing and any device.
+
+    Arguments after ``squared``, ``[B]``, as for :func:`grouped_convolution`.
+    """
+    stride, padding, dilation, transposed, _, groups = options
+    small, large = (source, cotangent) if transposed else (cotangent, source)
+    sizes = _sizes(small, large, Geometry(shape, stride, padding, dilation, groups))
+    moved = gamma(small.shape[1] * prod(small.shape[3:]), unit_of(source.dtype)) * sizes.sqrt()
+    return (squared.sqrt() + moved).square()
+
+
 def _sizes(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
     """Squared sizes ``[B]``: of every place the length of the cotangents times that of the patch.
 
@@ -195,7 +207,7 @@ def _sizes(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
         return squares_of(flat.mT).view(batch * frames * groups, 1, *space)
 
     convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-    ones = torch.ones(1, 1, *geometry.shape[2:], dtype=torch.float64)
+    ones = torch.ones(1, 1, *geometry.shape[2:], dtype=torch.float64, device=large.device)
     patches = convolve(
         by_place(large), ones, None, list(geometry.stride), list(geometry.padding), list(geometry.dilation)
     )

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from dpcompile.graph.labels import Examples
 from dpcompile.graph.slices import in_front
-from dpcompile.kernels.filter_op import certain_filter_norms, filter_gradients, filter_norms, grouped_convolution
+from dpcompile.kernels.filter_op import (
+    bounded_filter_norms,
+    certain_filter_norms,
+    filter_gradients,
+    filter_norms,
+    grouped_convolution,
+)
 from dpcompile.kernels.filters import Geometry, fullness
 from dpcompile.kernels.gram import gram, gram_norms
 from dpcompile.kernels.kept import squared_norms
@@ -79,7 +85,8 @@ def each_gradient(
             groups.
         own: whether by our kernel, on CPUs.
         reuse: whether the result's memory stays mapped for the next step, on CPUs.
-        kept: whether the clipped sum is made of the result; if not, the norm is one of the real numbers, on CPUs.
+        kept: whether the clipped sum is made of the result; if not, the norm is right or too large: what rounding may
+            have moved is added.
 
     Returns:
         ``[B, *shape]``, and ``[B]``, float64.
@@ -88,7 +95,8 @@ def each_gradient(
     if source.device.type == "cpu":
         return filter_gradients(front, images, list(shape), *options, own, reuse, kept)
     each = grouped_convolution(front, images, list(shape), *options)
-    return each, squared_norms(each)
+    squared = squared_norms(each)
+    return each, squared if kept else bounded_filter_norms(squared, front, images, list(shape), *options)
 
 
 def each_norm(cotangent: Tensor, source: Tensor, axis: Examples, batch: int, shape: Any, options: Any) -> Tensor:

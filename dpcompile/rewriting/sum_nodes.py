@@ -15,6 +15,7 @@ from dpcompile.graph.labels import Examples
 from dpcompile.graph.sizes import Size
 from dpcompile.graph.slices import scaled
 from dpcompile.kernels.by_index import clipped_sums_by_index, has_sums_by_index
+from dpcompile.kernels.exact_convolution import filters_gradient
 from dpcompile.kernels.kept import FEW, has_operations, weighted_sums
 from dpcompile.kernels.products import product
 from dpcompile.norms.factors import factored
@@ -159,5 +160,9 @@ def _weighted_site(
             values[node] = scaled(known[node], axis, present)
     if site.form == "product":
         return product(values[site.operands["self"]], values[site.operands["mat2"]])
+    if site.form == "filters" and site.value is not site.operation and site.value.args[1] == 1:
+        cotangent, source = values[site.operands["grad_output"]], values[site.operands["input"]]
+        arguments: Any = site.operation.args
+        return filters_gradient(cotangent, source, site.value.meta["val"].shape, *arguments[4:10])
     result = run_operation(site.operation, values, dtype)
     return result if site.value is site.operation else result[site.value.args[1]]  # type: ignore[index]
