@@ -19,6 +19,7 @@ _tasks = itertools.count(-(10**9), -1)  # no numbers of backwards of autograd, w
 
 class FakeEngine:
     sharded = distributed = False
+    stage = None
     options = SimpleNamespace(examples_per_user=1, clipping="flat")
 
     def __init__(self, model: nn.Module, max_grad_norm: float = 1.0) -> None:
@@ -42,6 +43,9 @@ class FakeEngine:
 
     def trainable(self) -> list[str]:
         return [name for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def backward(self, x: Tensor, value: Tensor) -> None:
         """As the compiled model does with a batch of the loader: the sum of the values of its examples, into ``a``."""
