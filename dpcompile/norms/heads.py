@@ -54,8 +54,8 @@ def norms_of_head(heads: Sequence[HeadRows], of_bias: bool, tables: Sequence[tup
         of_bias: whether the bias's gradient is meant.
         tables: index ``[B, S]`` and cotangents ``[B, S, D]`` of look-ups in the same matrix.
     """
-    rows = [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*(h.rows for h in heads), strict=True)]
-    cotangent, hidden, labels, totals = rows
+    columns = [[h.rows[i] for h in heads] for i in range(4)]
+    cotangent, hidden, labels, totals = (torch.cat(c, 1) if len(c) > 1 else c[0] for c in columns)
     index = torch.cat([i for i, _ in tables], 1) if tables else None
     looked_up = torch.cat([c for _, c in tables], 1) if tables else None
     first = heads[0]

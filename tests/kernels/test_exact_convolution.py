@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_step
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import dpcompile
 from dpcompile.kernels import exact_convolution
@@ -74,7 +75,7 @@ def test_whose_operation_it_is() -> None:
     def operation(device: str, dtype: torch.dtype = torch.float32) -> bool:
         with torch._subclasses.FakeTensorMode() as mode:
             given = [mode.from_tensor(x).to(device, dtype) for x in (cotangent, source)]
-            graph = torch.fx.experimental.proxy_tensor.make_fx(lambda a, b: filters_gradient(a, b, shape, *options))
+            graph = make_fx(lambda a, b: filters_gradient(a, b, shape, *options))
             return any("exact_filters_gradient" in str(n.target) for n in graph(*given).graph.nodes)
 
     with allowing("ieee"):
@@ -115,7 +116,7 @@ def test_other_devices_take_it() -> None:
 
         for kept in (True, False):
             both = partial(each_gradient, axis=axis, batch=B, shape=shape, options=options, own=False, reuse=False)
-            graph = torch.fx.experimental.proxy_tensor.make_fx(partial(both, kept=kept))(*given).graph
+            graph = make_fx(partial(both, kept=kept))(*given).graph
             names.append([str(n.target) for n in graph.nodes])
     assert all(any("exact_filters_gradient" in n for n in of_graph) for of_graph in names)
     assert len(names[1]) > len(names[0])
