@@ -113,7 +113,7 @@ def dp_compile(  # type: ignore[misc]
     dynamic = _validate_users(examples_per_user, dynamic)
     options = Options(
         max_grad_norm, clipping, norm, in_dims, loss_reduction, backend, dynamic, memory_budget, check, regions, verify,
-        examples_per_user, None if pipeline is None or pipeline is False else group_of(pipeline),
+        examples_per_user, pipeline=None if pipeline is None or pipeline is False else group_of(pipeline),
     )  # fmt: skip
     check_pipeline(options)
     if model is None:

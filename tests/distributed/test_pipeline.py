@@ -27,11 +27,11 @@ from dpcompile import (
 from dpcompile.module import engine_of, set_mask
 
 FEW = {
-    "gradients", "1F1B", "ZBVZeroBubble", "padding", "not finite", "loading", "checkpoints", "communication",
+    "gradients", "schedule 1F1B", "schedule ZBVZeroBubble", "padding", "not finite", "loading", "checkpoints", "communication",
     "differing",
 }  # fmt: skip
 REST = {
-    "regions", "inductor", "Interleaved1F1B", "InterleavedZeroBubble", "LoopedBFS", "DualPipeV", "users", "noise once",
+    "regions", "inductor", "schedule Interleaved1F1B", "schedule InterleavedZeroBubble", "schedule LoopedBFS", "schedule DualPipeV", "users", "noise once",
     "masks by hand", "evaluation", "dropped", "other draws",
 }  # fmt: skip
 ON_FOUR = {

@@ -542,7 +542,7 @@ def main() -> None:
         "gradients": lambda: gradients("GPipe"),
         "regions": lambda: gradients("Interleaved1F1B" if dist.get_world_size() < 4 else "GPipe", regions="blocks"),
         "inductor": lambda: gradients("GPipe", backend="inductor"),
-        **{s: partial(training, s, 2 if s in MORE else 5) for s in (*SCHEDULES, *MORE)},
+        **{f"schedule {s}": partial(training, s, 2 if s in MORE else 5) for s in (*SCHEDULES, *MORE)},
         "users": users,
         "padding": padding,
         "not finite": not_finite,
