@@ -27,12 +27,12 @@ from dpcompile import (
 from dpcompile.module import engine_of, set_mask
 
 FEW = {
-    "gradients", "schedule 1F1B", "schedule ZBVZeroBubble", "padding", "not finite", "loading", "checkpoints", "communication",
-    "differing",
+    "gradients", "schedule 1F1B", "schedule ZBVZeroBubble", "padding", "not finite", "loading", "checkpoints",
+    "communication", "differing",
 }  # fmt: skip
 REST = {
-    "regions", "inductor", "schedule Interleaved1F1B", "schedule InterleavedZeroBubble", "schedule LoopedBFS", "schedule DualPipeV", "users", "noise once",
-    "masks by hand", "evaluation", "dropped", "other draws",
+    "regions", "inductor", "schedule Interleaved1F1B", "schedule InterleavedZeroBubble", "schedule LoopedBFS",
+    "schedule DualPipeV", "users", "noise once", "masks by hand", "evaluation", "dropped", "other draws",
 }  # fmt: skip
 ON_FOUR = {
     "gradients", "loading", "checkpoints", "FSDP2 and stages", "FSDP2 and two stages each",
