@@ -55,7 +55,8 @@ _SHORTER = {"for epoch in range(20):": "for epoch in range(1):"}
 
 def run_page(page: str) -> Iterator[tuple[re.Match[str], str]]:
     """Run the Python blocks of a page; gives each with what it printed."""
-    module = types.ModuleType("__page__")  # Dynamo looks functions up by the name of their module
+    # Dynamo looks functions up by the name of their module, and remembers it.
+    module = types.ModuleType(re.sub(r"\W", "_", page))
     namespace: dict[str, Any] = module.__dict__
     namespace.update(_given(page))
     with _uncompiled(), pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
