@@ -21,6 +21,7 @@ ALONE = {
     "communication",
     "exchanges",
     "refusals",
+    "by Gram matrices in context",
 }
 
 
@@ -30,7 +31,10 @@ def test_norms_of_what_is_cut_over_tokens() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "checks"), [(2, BOTH | ALONE), (4, BOTH | {"replicas"})])
+@pytest.mark.parametrize(("ranks", "checks"), [(2, BOTH | ALONE), (4, BOTH), (4, {"replicas"})])
 def test_every_way_to_cut_tokens(ranks: int, checks: set[str]) -> None:
-    """Two ranks: sequence parallelism alone. Four: with FSDP2, two by two."""
-    assert passed(launch(ranks, "sequence_worker.py")) == checks
+    """Two ranks: sequence parallelism alone. Four: with FSDP2, two by two; with replicas in a process of their own.
+
+    Of two meshes in one process torch 2.13 may take the groups of the first.
+    """
+    assert passed(launch(ranks, "sequence_worker.py", *checks)) == checks
