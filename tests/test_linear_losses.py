@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from dpcompile.losses import (
     per_example_linear_causal_lm,
     per_example_linear_cross_entropy,
 )
+from dpcompile.norms.tied_heads import norms_by_parts
 
 dp_compile: Any = dpcompile.dp_compile
 
@@ -208,3 +210,16 @@ def test_torchs_own_is_refused_and_the_remedy_works() -> None:
     with pytest.raises(UnsupportedGraphError, match="chunked linear cross entropy is one operation") as caught:
         dp_compile(model, backend="eager")(*inputs)
     assert "dpcompile.losses.per_example_linear_cross_entropy" in str(caught.value)
+
+
+def test_positions_of_several_ranks_are_not_taken_for_ones_own() -> None:
+    """What brings the positions of all ranks together leaves the sites' own ways to norms out."""
+    head: Any = SimpleNamespace(
+        site=SimpleNamespace(form="head", operands={"weight": 0}, operation=SimpleNamespace(args=[None] * 6 + [False])),
+        one_hot=None,
+        ghost=lambda: None,
+    )
+    table: Any = SimpleNamespace(site=SimpleNamespace(form="table"), one_hot="rows", ghost=None)
+    assert norms_by_parts([table, head]) is not None
+    head.ghost = None
+    assert norms_by_parts([table, head]) is None

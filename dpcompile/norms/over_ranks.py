@@ -16,23 +16,12 @@ from torch import Tensor, fx
 from dpcompile.graph.operations import operation_name
 from dpcompile.graph.sizes import Size, product
 from dpcompile.norms.factors import Factored, oriented
+from dpcompile.norms.per_example import OVER_RANKS
 from dpcompile.proof.sites import ParameterGradient
 
 __all__ = ["all_ranks_positions", "is_sum_over_ranks"]
 
 _ops = torch.ops._c10d_functional
-_SUMS = ("_c10d_functional::all_reduce", "_c10d_functional::wait_tensor")
-
-
-def sum_over_ranks(value: Tensor, kind: str, group: str) -> Tensor:
-    """``value`` added up over the ranks of a group; of all examples at once, where it is ``[B, *shape]``.
-
-    Args:
-        value: of one shape on all ranks.
-        kind: "sum" or "avg".
-        group: its name.
-    """
-    return _ops.wait_tensor(_ops.all_reduce(value, kind, group))
 
 
 def is_sum_over_ranks(gradient: ParameterGradient) -> bool:
@@ -52,12 +41,12 @@ def all_ranks_positions(gradient: ParameterGradient, batch: Size, ranks: int) ->
     if len(groups) != 1 or any(_reductions_behind(s.value, gradient) != 1 for s in gradient.sites):
         return None
     ((kind, group),) = groups  # type: ignore[misc]
-    forms = oriented(gradient, batch, through=_SUMS) if kind == "sum" else None
+    forms = oriented(gradient, batch, through=OVER_RANKS) if kind == "sum" else None
     return None if forms is None else [_gathered(f, group, ranks) for f in forms]
 
 
 def _reduction(node: fx.Node) -> tuple[str, str] | None:
-    if node.op != "call_function" or operation_name(node.target) != _SUMS[0]:
+    if node.op != "call_function" or operation_name(node.target) != OVER_RANKS[0]:
         return None
     kind, group = node.args[1:3]
     return str(kind), str(group)

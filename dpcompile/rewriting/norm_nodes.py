@@ -199,7 +199,8 @@ def _instantiation(
                 rows, cols = form.build(*(known[n] for n in form.operands), batch)
                 sites.append(product(rows.mT, cols).reshape(batch, *site.value.meta["val"].shape))
         each = through_tail(gradient, sites, wide, dtype)
-        if forms is not None and len(forms) == len(squared) == 1:  # no tail, or one that norms do not see
+        one = forms is not None and len(forms) == len(squared) == 1 and choice.exchange is None
+        if one:  # no tail, or one that norms do not see
             return squared[0], each
         return squared_norms(each), each
 
