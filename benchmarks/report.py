@@ -76,7 +76,7 @@ stands beside it. Ours may be above 1 on CPUs: the products that privacy adds or
 through the oneDNN inside of torch where it is faster than the library behind `torch.mm`, which makes all products of
 the non-private step; an embedding's clipped sum is a pass over its cotangents, where Inductor adds the plain one up by
 atomic operations (`python -m benchmarks.products` prints all of these). Of an LSTM the plain step is oneDNN's, one
-operation for all its steps; ours is unrolled, as is that of `vmap(grad)`.
+operation for all its steps; so is ours, with the products of its weights outside; that of `vmap(grad)` is unrolled.
 
 **Memory** is the peak of one step above the level before it (weights, inputs and compiled code are not in it), as
 PyTorch's allocator counts it: on CPU from the profiler's record of allocations, the same to the byte in every run; on

@@ -1,4 +1,4 @@
-"""How a call is traced: Dynamo's settings, with padded tensors in the place of packed sequences."""
+"""How a call is traced: Dynamo's settings, and what stands in for packed sequences and recurrent layers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager
 
 from dpcompile._torch import dynamo
 from dpcompile._torch.mended_dynamo import StandIns
-from dpcompile.capture import packed
+from dpcompile.capture import packed, recurrent
 
 __all__ = ["tracing_config"]
 
-_STAND_INS = StandIns(tuple(packed.REPLACED.items()), packed.recurrent)
+_STAND_INS = StandIns(tuple(packed.REPLACED.items()), recurrent.layers)
 
 
 def tracing_config(*, regions: bool = False, dynamic: bool | None = None) -> AbstractContextManager[None]:

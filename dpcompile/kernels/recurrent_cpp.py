@@ -1,0 +1,137 @@
+"""The C++ kernels of `kernels/cpp/recurrent.cpp`: all steps of a recurrent layer, some examples beside each other."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from dpcompile.kernels.build import kernel
+from dpcompile.kernels.recurrent_steps import GATES, KEPT, back_through, run_through
+
+__all__ = ["backward_by_kernel", "forward_by_kernel"]
+
+_KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # as the kernel numbers them
+_CLOSE = 2e-6  # of numbers around 1, after a few steps
+
+
+def forward_by_kernel(
+    kind: str,
+    inputs: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inside: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """:func:`dpcompile.kernels.recurrent_steps.run_through` of contiguous operands, or None where it cannot.
+
+    **Guarantee.** An example's numbers are made of its own, and come out to the bit the same whatever examples it
+    stands among.
+    """
+    library = _for(inputs)
+    return library and _forward(library, kind, inputs, state, weight, bias, inside, reverse)
+
+
+def backward_by_kernel(
+    kind: str,
+    cotangent: Tensor,
+    of_last: Tensor,
+    previous: Tensor,
+    saved: Tensor,
+    weight: Tensor,
+    inside: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """:func:`dpcompile.kernels.recurrent_steps.back_through`, in the same way."""
+    library = _for(cotangent)
+    return library and _backward(library, kind, cotangent, of_last, previous, saved, weight, inside, reverse)
+
+
+def _for(values: Tensor) -> ctypes.CDLL | None:
+    fits = values.dtype == torch.float32 and values.device.type == "cpu" and values.numel()
+    return _library() if fits else None
+
+
+def _forward(
+    library: ctypes.CDLL,
+    kind: str,
+    inputs: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inside: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    steps, batch, hidden = *inputs.shape[:2], weight.shape[1]
+    outputs, last = inputs.new_empty(steps, batch, hidden), torch.empty_like(state)
+    saved = inputs.new_empty(steps, batch, KEPT[kind] * hidden)
+    mask = None if inside is None else inside.contiguous()
+    given = [_address(x) for x in (inputs, state, weight, bias, mask)]
+    written = [_address(x) for x in (outputs, last, saved)]
+    library.dp_recurrence(*given, _sizes(kind, outputs, reverse), *written, _threads())
+    return outputs, last, saved
+
+
+def _backward(
+    library: ctypes.CDLL,
+    kind: str,
+    cotangent: Tensor,
+    of_last: Tensor,
+    previous: Tensor,
+    saved: Tensor,
+    weight: Tensor,
+    inside: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    of_inputs = cotangent.new_empty(*cotangent.shape[:2], weight.shape[0])
+    of_state = torch.empty_like(of_last)
+    mask = None if inside is None else inside.contiguous()
+    given = [_address(x) for x in (cotangent, of_last, previous, saved, weight, mask)]
+    written = [_address(x) for x in (of_inputs, of_state)]
+    library.dp_recurrence_backward(*given, _sizes(kind, cotangent, reverse), *written, _threads())
+    return of_inputs, of_state
+
+
+def _address(value: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if value is None else value.data_ptr())
+
+
+def _sizes(kind: str, outputs: Tensor, reverse: bool) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * 5)(_KINDS.index(kind), *outputs.shape, int(reverse))
+
+
+def _threads() -> ctypes.c_int:
+    return ctypes.c_int(torch.get_num_threads())
+
+
+@kernel("recurrent", contract=True)
+def _library(library: ctypes.CDLL) -> bool:
+    """Whether both give what torch's operations do in float64, of all kinds, with ends and without, both ways."""
+    steps, batch, hidden = 3, 13, 5
+    for kind in _KINDS:
+        sizes = {"inputs": (steps, batch, GATES[kind] * hidden), "state": (2 if kind == "lstm" else 1, batch, hidden)}
+        inputs, state = _wave(*sizes["inputs"]), _wave(*sizes["state"])
+        weight, bias = _wave(GATES[kind] * hidden, hidden), _wave(GATES[kind] * hidden)
+        cotangent, previous = _wave(steps, batch, hidden), _wave(steps, batch, hidden).flip(1).contiguous()
+        for reverse in (False, True):
+            mask = torch.arange(steps).unsqueeze(1) < torch.arange(batch) % (steps + 1) if reverse else None
+            found = _forward(library, kind, inputs, state, weight, bias, mask, reverse)
+            wide = [x.double() for x in (inputs, state, weight, bias)]
+            if not _all_close(found, run_through(kind, *wide, mask, reverse)):
+                return False
+            given = (cotangent, state, previous, found[2], weight)
+            back = _backward(library, kind, *given, mask, reverse)
+            if not _all_close(back, back_through(kind, *(x.double() for x in given), mask, reverse)):
+                return False
+    return True
+
+
+def _wave(*shape: int) -> Tensor:
+    numbers = torch.arange(float(torch.Size(shape).numel()), dtype=torch.float64)
+    return (numbers * 0.7).sin().reshape(shape).float()
+
+
+def _all_close(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
+    return all(torch.allclose(f.double(), w, rtol=_CLOSE, atol=_CLOSE) for f, w in zip(found, wanted, strict=True))
