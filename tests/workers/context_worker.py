@@ -208,7 +208,9 @@ def communication(mesh: DeviceMesh) -> None:
     plans: Any = engine_of(private).plans  # type: ignore[attr-defined]
     gathered = more["_c10d_functional.all_gather_into_tensor.default bytes"]
     assert gathered == sum(plan.exchanged() for plan in plans), (more, private.plan)
-    sums = 4 * (2 * V * D + 64 * D)  # of two uses of `tok` and of `pos`; the plain step leaves them to whoever reads them
+    sums = 4 * (
+        2 * V * D + 64 * D
+    )  # of two uses of `tok` and of `pos`; the plain step leaves them to whoever reads them
     assert more["_c10d_functional.all_reduce.default bytes"] == sums, (more, private.plan)
     assert more["c10d.allreduce_.default"] == 1 and more["c10d.allreduce_.default bytes"] == 8 * (2 * B + 8)
 
