@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import revision
 from benchmarks.processes import Workshop
-from benchmarks.scale.mesh_report import exchanged, section
+from benchmarks.scale.mesh_report import carried, exchanged, section
 from benchmarks.scale.meshes import MESHES, WAYS
 from benchmarks.scale.models import CASES
 from benchmarks.scale.report import draw, page, summary
@@ -60,7 +60,8 @@ def _sharded(asked: argparse.Namespace, stored: pathlib.Path) -> None:
     if asked.docs:
         target = pathlib.Path(asked.docs)
         picture = target.with_suffix(".svg")
-        target.write_text(page(data, picture.name if draw(data, picture) else None))
+        text, before = page(data, picture.name if draw(data, picture) else None), _read(target)
+        target.write_text(carried(before, text))
         print(f"wrote {target}")
 
 
@@ -71,7 +72,12 @@ def _on_meshes(asked: argparse.Namespace, stored: pathlib.Path) -> None:
     same = asked.report_only or all(known.get(k) == v for k, v in key.items())
     done = {(c["model"], *c["mesh"], c["way"]): c for c in known.get("cells", ()) if same and "error" not in c}
     shop = Workshop(stored.parent / "work", 1, asked.timeout, asked.inline)
-    jobs = [(name, mesh, way) for name in asked.meshes.split(",") for mesh in MESHES[name] for way in WAYS]
+    jobs = [
+        (name, mesh, way)
+        for name in asked.meshes.split(",")
+        for mesh in MESHES[name]
+        for way in (WAYS if mesh is MESHES[name][0] else ("plain", "ours"))
+    ]
     cells = []
     for name, mesh, way in tqdm(jobs, unit="cell", disable=asked.inline):
         shape = (mesh.dp, mesh.tp, mesh.pp, mesh.cp)
@@ -81,12 +87,17 @@ def _on_meshes(asked: argparse.Namespace, stored: pathlib.Path) -> None:
             cell = {"model": name, "mesh": shape, "way": way, **found}
         cells += [] if cell is None else [cell]
         stored.write_text(json.dumps({**key, "cells": cells}, indent=1) + "\n")
-    text = section({"cells": cells, "ratio": asked.ratio})
+    made = {k: known[k] for k in key} if asked.report_only else key
+    text = section({**made, "cells": cells, "ratio": asked.ratio})
     print(text)
     if asked.docs:
         target = pathlib.Path(asked.docs)
-        target.write_text(exchanged(target.read_text() if target.exists() else "", text))
+        target.write_text(exchanged(_read(target), text))
         print(f"wrote {target}")
+
+
+def _read(file: pathlib.Path) -> str:
+    return file.read_text() if file.exists() else ""
 
 
 def _sizes(asked: argparse.Namespace, stored: pathlib.Path) -> list[dict[str, Any]]:

@@ -12,9 +12,10 @@ from benchmarks.scale.mesh_model import predict
 from benchmarks.scale.meshes import MODELS, Mesh
 from benchmarks.scale.throughput import Cluster
 
-__all__ = ["CLUSTER", "exchanged", "section"]
+__all__ = ["CLUSTER", "carried", "exchanged", "section"]
 
 BEGIN, END = "<!-- meshes of four dimensions -->", "<!-- /meshes -->"
+_SECTION = re.compile(f"{BEGIN}.*{END}\n", re.DOTALL)
 CLUSTER = Cluster(flops=4e14, inside=4.5e11, outside=5e10)
 NAMES = {
     "plain": "not private", "plain_again": "not private, checkpointed blocks", "ours": "private",
@@ -44,7 +45,10 @@ data sheet says, so seconds are a lower bound. Steps have eight micro-batches fo
 
 def section(data: dict[str, Any]) -> str:
     """All of it, between the marks by which it is found again."""
-    parts = [BEGIN, "", _METHOD]
+    written = (
+        f"torch {data['torch']}, {data['revision']}; `python -m benchmarks.scale --models '' --docs` writes it alone."
+    )
+    parts = [BEGIN, "", _METHOD, f"This section: {written}\n"]
     for name in dict.fromkeys(c["model"] for c in data["cells"]):
         parts.append(_model(name, [c for c in data["cells"] if c["model"] == name], data["ratio"]))
     formulae = inspect.cleandoc(mesh_model.__doc__ or "").replace("::\n", ":\n")
@@ -53,8 +57,14 @@ def section(data: dict[str, Any]) -> str:
 
 def exchanged(page: str, new: str) -> str:
     """The page with this section in the place of its own, or at its end."""
-    found = re.search(f"{re.escape(BEGIN)}.*{re.escape(END)}\n", page, re.DOTALL)
+    found = _SECTION.search(page)
     return page[: found.start()] + new + page[found.end() :] if found else f"{page.rstrip()}\n\n{new}"
+
+
+def carried(before: str, page: str) -> str:
+    """A new page with the section that the one before had, if it had one."""
+    found = _SECTION.search(before)
+    return exchanged(page, found.group()) if found else page
 
 
 def _model(name: str, cells: list[dict[str, Any]], ratio: float) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from dpcompile._torch import OpOverload
 from dpcompile._torch.aot import PlainAOTInput
+from dpcompile._torch.parallel import ranks_of_group
 from dpcompile._torch.tensors import real_tensors
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.joint import JointGraph, OverRanks
@@ -204,7 +205,7 @@ def _check_collective(node: fx.Node, ranks: OverRanks) -> None:
             where=where(node),
             remedy="use ColwiseParallel and RowwiseParallel with whole inputs and outputs",
         )
-    if group != ranks.name:
+    if group != ranks.name and ranks_of_group(group) != ranks_of_group(ranks.group):  # a mesh like it has others
         raise UnsupportedGraphError(
             f"`{operation_name(node.target)}` exchanges values with ranks that are not those of tensor parallelism, "
             "and whose examples are others",

@@ -11,6 +11,7 @@ FEW = {"attention by_heads", "attention in_a_ring", "without logits, tied, 4", "
 REST = {
     "attention gathered", "attention by_dtensor", "without logits, tied, 32", "without logits, own, 4",
     "without logits, own, 32", "inductor", "ghost",
+    "two meshes",
 }  # fmt: skip
 
 

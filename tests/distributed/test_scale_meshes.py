@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.scale import __main__ as command
 from benchmarks.scale.mesh_model import links, predict
-from benchmarks.scale.mesh_report import CLUSTER, exchanged
+from benchmarks.scale.mesh_report import CLUSTER, carried, exchanged
 from benchmarks.scale.meshes import MESHES, MODELS, Mesh, size_stage
 
 TOY = MODELS["toy"]
@@ -53,6 +53,8 @@ def test_a_section_takes_the_place_of_its_own() -> None:
     first = exchanged("# Page\n", "<!-- meshes of four dimensions -->\nold\n<!-- /meshes -->\n")
     again = exchanged(first + "rest\n", "<!-- meshes of four dimensions -->\nnew\n<!-- /meshes -->\n")
     assert first.startswith("# Page\n") and again == first.replace("old", "new") + "rest\n"
+    assert carried(again, "# Other\n") == again.replace("# Page", "# Other").replace("rest\n", "")
+    assert carried("# Page\n", "# Other\n") == "# Other\n"
 
 
 @pytest.mark.full
@@ -76,6 +78,6 @@ def test_the_command_writes_the_section(tmp_path: pathlib.Path) -> None:
     text = page.read_text()
     assert text.startswith("# Before\n") and "A step, modelled" in text and "2 × 1 × 2 × 2" in text
     cells = json.loads((tmp_path / "meshes.json").read_text())["cells"]
-    assert len(cells) == 4 * len(MESHES["toy"]) and not any("error" in c for c in cells)
+    assert len(cells) == 4 + 2 * (len(MESHES["toy"]) - 1) and not any("error" in c for c in cells)
     command.main([*words, "--report-only"])
     assert page.read_text() == text

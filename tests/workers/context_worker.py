@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn import functional as F
 
 import dpcompile
-from dpcompile import ExampleMixingError
+from dpcompile import ExampleMixingError, UnsupportedGraphError
 from dpcompile.losses import per_example_linear_cross_entropy
 from dpcompile.module import engine_of
 
@@ -227,6 +227,17 @@ def refused(mesh: DeviceMesh) -> None:
     raises(ExampleMixingError, "hands every rank some of the examples only", lambda: step(model, x))
 
 
+def two_meshes(mesh: DeviceMesh) -> None:
+    """Of two that are alike torch takes the groups of the first: right all the same, or refused with what to do."""
+    make = partial(Model, gathered)
+    compared(make, mesh)
+    second = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))["cp"]
+    try:
+        compared(make, second)
+    except UnsupportedGraphError as error:
+        assert "make one DeviceMesh of all dimensions in a process" in str(error), error
+
+
 def main() -> None:
     """Run the checks."""
     torch.set_num_threads(1)
@@ -245,6 +256,7 @@ def main() -> None:
         "ghost": lambda: compared(partial(Model, in_a_ring), mesh, 8, norm="ghost"),
         "communication": lambda: communication(mesh),
         "refusals": lambda: refused(mesh),
+        "two meshes": lambda: two_meshes(mesh),
     }
     run_checks(checks, sys.argv[1:])
 
