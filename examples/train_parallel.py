@@ -2,11 +2,13 @@
 
     torchrun --nproc-per-node 4 examples/train_parallel.py --dp 2 --pp 2
     torchrun --nproc-per-node 4 examples/train_parallel.py --pp 2 --tp 2 --schedule 1F1B
+    torchrun --nproc-per-node 8 examples/train_parallel.py --dp 2 --pp 2 --cp 2
     torchrun --nproc-per-node 4 examples/train_parallel.py --dp 2 --pp 2 --public
 
 ``--dp`` shards by FSDP2 over ranks with examples of their own, ``--pp`` divides the layers into stages
-(torch.distributed.pipelining), ``--tp`` cuts the layers. On CPUs the ranks talk through gloo, on GPUs through NCCL. The
-held-out losses that are printed do not depend on the mesh, but for rounding.
+(torch.distributed.pipelining), ``--tp`` cuts the layers, ``--cp`` every example's tokens (context parallelism, with
+keys and values gathered). ``--tp`` and ``--cp`` do not go together. On CPUs the ranks talk through gloo, on GPUs
+through NCCL. The held-out losses that are printed do not depend on the mesh, but for rounding.
 
 The text is the reference documentation that ships with Python (``pydoc_data.topics``), cut into windows of 32 bytes:
 one example is one window, and epsilon is for one window more or less. Every tenth is held out.
@@ -27,7 +29,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.utils.data import TensorDataset
 
 from dpcompile import DPOptimizer, PoissonLoader, PrivacyAccountant, calibrate_noise, dp_compile
@@ -43,10 +46,38 @@ CUT = {
 }  # fmt: skip
 
 
-def rotated(x: Tensor) -> Tensor:
+class Tokens:
+    """Which tokens of every example lie on this rank: all, or one run of several."""
+
+    def __init__(self, mesh: DeviceMesh | None = None) -> None:
+        self.mesh = mesh
+        self.rank = 0 if mesh is None else mesh.get_local_rank()
+
+    def own(self, x: Tensor) -> Tensor:
+        """Of ``[B, T, ..]`` what lies here."""
+        if self.mesh is None:
+            return x
+        return DTensor.from_local(x, self.mesh, [Replicate()]).redistribute(placements=[Shard(1)]).to_local()
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The other way round."""
+        return x if self.mesh is None else DTensor.from_local(x, self.mesh, [Shard(1)]).full_tensor()
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """The same, of keys and values: each rank uses them for tokens of its own, so their gradients are added up."""
+        if self.mesh is None:
+            return x
+        everywhere = DTensor.from_local(x, self.mesh, [Shard(1)]).redistribute(placements=[Replicate()])
+        return everywhere.to_local(grad_placements=[Partial()])
+
+    def places(self, x: Tensor) -> Tensor:
+        """Positions of what lies here."""
+        return self.rank * x.shape[1] + torch.arange(x.shape[1], device=x.device)
+
+
+def rotated(x: Tensor, places: Tensor) -> Tensor:
     """Rotary positions, of ``[B, heads, T, 16]``."""
-    steps = torch.arange(x.shape[2], device=x.device)[:, None]
-    angles = steps / 10_000 ** (torch.arange(0, HEAD, 2, device=x.device) / HEAD)
+    angles = places[:, None] / 10_000 ** (torch.arange(0, HEAD, 2, device=x.device) / HEAD)
     a, b = x.chunk(2, -1)
     return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1)
 
@@ -54,18 +85,22 @@ def rotated(x: Tensor) -> Tensor:
 class Block(nn.Module):
     """Causal attention and a gated network, each added to its input."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, tokens: Tokens) -> None:
         super().__init__()
+        self.tokens = tokens
         self.norm_1, self.norm_2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.gate, self.up = (nn.Linear(width, 2 * width, bias=False) for _ in range(2))
         self.down = nn.Linear(2 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, T, width]`` to the same."""
-        h = self.norm_1(x)
-        q, k, v = (layer(h).unflatten(-1, (-1, HEAD)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        attended = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+        """``[B, T, width]`` to the same, where T counts the tokens that lie here."""
+        h, places = self.norm_1(x), self.tokens.places(x)
+        q, k, v = self.q(h), self.tokens.gathered(self.k(h)), self.tokens.gathered(self.v(h))
+        q, k, v = (y.unflatten(-1, (-1, HEAD)).transpose(1, 2) for y in (q, k, v))
+        everywhere = torch.arange(k.shape[2], device=x.device)
+        seen = places[:, None] >= everywhere
+        attended = F.scaled_dot_product_attention(rotated(q, places), rotated(k, everywhere), v, attn_mask=seen)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         h = self.norm_2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
@@ -74,10 +109,12 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The layers ``[first, end)`` of a transformer over bytes, by the names that they have in the whole."""
 
-    def __init__(self, layers: int, width: int, first: int, end: int) -> None:
+    def __init__(self, layers: int, width: int, first: int, end: int, tokens: Tokens) -> None:
         super().__init__()
+        self.tokens = tokens
         self.bytes = nn.Embedding(BYTES, width)
-        blocks = {str(i): Block(width) for i in range(layers)}  # all: random numbers are those of the whole model
+        # All of them: random numbers are those of the whole model.
+        blocks = {str(i): Block(width, tokens) for i in range(layers)}
         self.blocks = nn.ModuleDict({name: block for name, block in blocks.items() if first <= int(name) < end})
         self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, BYTES, bias=False)
         self.ends = first == 0, end == layers
@@ -88,10 +125,11 @@ class Llama(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Bytes ``[B, T]``, or what the stage before returns, to logits, or what the next stage is given."""
+        x = self.tokens.own(x)
         h = self.bytes(x) if self.ends[0] else x
         for block in self.blocks.values():
             h = block(h)
-        return self.head(self.norm(h)) if self.ends[1] else h
+        return self.tokens.whole(self.head(self.norm(h)) if self.ends[1] else h)
 
 
 def windows() -> tuple[TensorDataset, TensorDataset]:
@@ -111,7 +149,7 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def start(options: argparse.Namespace) -> DeviceMesh:
     """Join the other ranks."""
-    shape, names = (options.dp, options.pp, options.tp), ("dp", "pp", "tp")
+    shape, names = (options.dp, options.pp, options.cp, options.tp), ("dp", "pp", "cp", "tp")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -123,7 +161,11 @@ def placed(options: argparse.Namespace, mesh: DeviceMesh) -> nn.Module:
     """What of the model lies on this rank."""
     torch.manual_seed(0)  # the same first weights on every mesh: they are no secret
     stage, each = mesh.get_local_rank("pp"), options.layers // options.pp
-    model = Llama(options.layers, options.width, stage * each, (stage + 1) * each).to(mesh.device_type)
+    tokens = Tokens(mesh["cp"] if options.cp > 1 else None)
+    model = Llama(options.layers, options.width, stage * each, (stage + 1) * each, tokens).to(mesh.device_type)
+    if options.cp > 1:  # every gradient is a sum over these ranks
+        style = SequenceParallel(use_local_output=True)
+        parallelize_module(model, mesh["cp"], {n: style for n, m in model.named_modules() if not list(m.children())})
     for block in model.blocks.values():
         if options.tp > 1:
             parallelize_module(block, mesh["tp"], {name: style() for name, style in CUT.items()})
@@ -220,6 +262,7 @@ def main() -> None:
     parser.add_argument("--dp", type=int, default=1, help="ranks with examples of their own (FSDP2)")
     parser.add_argument("--pp", type=int, default=1, help="stages of the pipeline")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share each layer")
+    parser.add_argument("--cp", type=int, default=1, help="ranks that share each example's tokens")
     parser.add_argument("--public", action="store_true", help="train without privacy")
     parser.add_argument("--schedule", choices=("GPipe", "1F1B"), default="GPipe")
     parser.add_argument("--micro-batches", type=int, default=4)
@@ -234,6 +277,8 @@ def main() -> None:
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
     parser.add_argument("--seed", type=int, help="to repeat a run; leave it out where the privacy is meant")
     options = parser.parse_args()
+    if options.tp > 1 and options.cp > 1:
+        parser.error("--tp and --cp do not go together")
     trainer = Trainer(options, start(options))
     trainer.publicly() if options.public else trainer.privately()
     dist.destroy_process_group()  # not after an error: it would wait for the other ranks

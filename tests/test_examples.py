@@ -121,9 +121,15 @@ def test_the_accuracy_that_the_readme_promises(
 @pytest.mark.parametrize("public", [[], ["--public"]])
 def test_losses_do_not_depend_on_the_mesh(public: list[str]) -> None:
     sizes = ["--steps", "2", "--report-every", "1", "--width", "32", "--batch-size", "32", "--physical", "16"]
-    meshes: list[list[str]] = [[], ["--pp", "2"], ["--dp", "2", "--pp", "2", "--schedule", "1F1B"]]
+    meshes: list[list[str]] = [
+        [],
+        ["--pp", "2"],
+        ["--dp", "2", "--pp", "2", "--schedule", "1F1B"],
+        ["--dp", "2", "--cp", "2"],
+        ["--pp", "2", "--cp", "2"],
+    ]
     curves = []
-    for ranks, mesh in zip((1, 2, 4), meshes, strict=True):
+    for ranks, mesh in zip((1, 2, 4, 4, 4), meshes, strict=True):
         command = str(EXAMPLES / "train_parallel.py")
         done = launch(ranks, command, "--backend", "eager", "--seed", "3", *sizes, *mesh, *public)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from benchmarks.machine import revision
 from benchmarks.processes import Workshop
+from benchmarks.scale.mesh_report import carried, exchanged, section
+from benchmarks.scale.meshes import MESHES, WAYS
 from benchmarks.scale.models import CASES
 from benchmarks.scale.report import draw, page, summary
 from benchmarks.scale.throughput import Cluster, amdahl, curve, load_of
@@ -24,16 +26,27 @@ __all__ = ["main"]
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 MODELS = ("gpt2-xl", "gpt2-xl-classes", "llama3-8b-lora")
+ON_MESHES = ("llama3-70b", "llama3-405b")
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Parse the command line, size, and write ``scale.json``, ``scale.md`` and, if asked, the page."""
+    """Parse the command line, size, and write ``scale.json``, ``scale.md`` and, if asked, the page.
+
+    Without ``--models`` the page keeps what is there, and without ``--meshes`` the section of these.
+    """
     words = sys.argv[1:] if words is None else list(words)
     asked = _parser().parse_args(words)
     output = pathlib.Path(asked.output)
     output.mkdir(parents=True, exist_ok=True)
     stored = output / "scale.json"
     os.environ.setdefault("DPCOMPILE_RATES", "typical")  # plans that do not depend on this machine
+    if asked.models:
+        _sharded(asked, stored)
+    if asked.meshes:
+        _on_meshes(asked, output / "meshes.json")
+
+
+def _sharded(asked: argparse.Namespace, stored: pathlib.Path) -> None:
     if asked.report_only:
         data: dict[str, Any] = json.loads(stored.read_text())
     else:
@@ -42,13 +55,49 @@ def main(words: Sequence[str] | None = None) -> None:
     data["model"] = _throughput(asked, data["cells"])
     stored.write_text(json.dumps(data, indent=1) + "\n")
     text = summary(data)
-    (output / "scale.md").write_text(text)
+    (stored.parent / "scale.md").write_text(text)
     print(text)
     if asked.docs:
         target = pathlib.Path(asked.docs)
         picture = target.with_suffix(".svg")
-        target.write_text(page(data, picture.name if draw(data, picture) else None))
+        text, before = page(data, picture.name if draw(data, picture) else None), _read(target)
+        target.write_text(carried(before, text))
         print(f"wrote {target}")
+
+
+def _on_meshes(asked: argparse.Namespace, stored: pathlib.Path) -> None:
+    """Stages of models on meshes of four dimensions; cells of an interrupted run of this revision are kept."""
+    key = {"torch": torch.__version__, "revision": revision()}
+    known = json.loads(stored.read_text()) if stored.exists() else {}
+    same = asked.report_only or all(known.get(k) == v for k, v in key.items())
+    done = {(c["model"], *c["mesh"], c["way"]): c for c in known.get("cells", ()) if same and "error" not in c}
+    shop = Workshop(stored.parent / "work", 1, asked.timeout, asked.inline)
+    jobs = [
+        (name, mesh, way)
+        for name in asked.meshes.split(",")
+        for mesh in MESHES[name]
+        for way in (WAYS if mesh is MESHES[name][0] else ("plain", "ours"))
+    ]
+    cells = []
+    for name, mesh, way in tqdm(jobs, unit="cell", disable=asked.inline):
+        shape = (mesh.dp, mesh.tp, mesh.pp, mesh.cp)
+        cell = done.get((name, *shape, way))
+        if cell is None and not asked.report_only:
+            found = shop.run("benchmarks.scale.meshes:size_cell", {"model": name, "mesh": shape, "way": way})
+            cell = {"model": name, "mesh": shape, "way": way, **found}
+        cells += [] if cell is None else [cell]
+        stored.write_text(json.dumps({**key, "cells": cells}, indent=1) + "\n")
+    made = {k: known[k] for k in key} if asked.report_only else key
+    text = section({**made, "cells": cells, "ratio": asked.ratio})
+    print(text)
+    if asked.docs:
+        target = pathlib.Path(asked.docs)
+        target.write_text(exchanged(_read(target), text))
+        print(f"wrote {target}")
+
+
+def _read(file: pathlib.Path) -> str:
+    return file.read_text() if file.exists() else ""
 
 
 def _sizes(asked: argparse.Namespace, stored: pathlib.Path) -> list[dict[str, Any]]:
@@ -103,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.scale", description=__doc__)
     add, cluster = parser.add_argument, Cluster()
     add("--models", default=",".join(MODELS), help=f"of {', '.join(CASES)}")
+    add("--meshes", default=",".join(ON_MESHES), help=f"of {', '.join(MESHES)}, on meshes of four dimensions")
     add("--depth", type=int, help="blocks, instead of the whole model's")
     add("--output", default="benchmark_results", help="folder")
     add("--timeout", type=float, default=900.0, help="seconds for one cell")

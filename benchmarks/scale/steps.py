@@ -23,7 +23,7 @@ from dpcompile.kernels import gaussian as native
 from dpcompile.noise import normal as noise
 from dpcompile.optim import common
 
-__all__ = ["WAYS", "Way", "compiler", "size"]
+__all__ = ["WAYS", "Way", "adamw", "as_on_a_gpu", "compiler", "no_talk", "size"]
 
 
 def compiler(graph: Any, inputs: Any) -> Any:
@@ -76,7 +76,7 @@ def size(case: str, way: str, ranks: int, depth: int | None = None, batch: int |
     torch.compiler.reset()
     with fake_ranks(ranks):
         mesh = init_device_mesh("cpu", (ranks,))
-        with Hollow() as hollow, _as_on_a_gpu(), _no_talk():
+        with Hollow() as hollow, as_on_a_gpu(), no_talk():
             return _size(large, WAYS[way], hollow, mesh, depth or large.depth, batch or large.batch)
 
 
@@ -131,7 +131,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _adamw(model: nn.Module) -> torch.optim.AdamW:
+def adamw(model: nn.Module) -> torch.optim.AdamW:
     """As on a GPU, where it works on all parameters at once by default."""
     return torch.optim.AdamW(_trained(model), foreach=True)
 
@@ -144,7 +144,7 @@ def _plain(large: Large, model: Any, mesh: Any) -> Trainer:
             if hasattr(module, "set_force_sum_reduction_for_comms"):
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_gradient_divide_factor(1.0)
-    return Trainer(model, _adamw(model))
+    return Trainer(model, adamw(model))
 
 
 def _ours(*, recompute: bool = False, **options: Any) -> Callable[[Large, nn.Module, Any], Trainer]:
@@ -154,7 +154,7 @@ def _ours(*, recompute: bool = False, **options: Any) -> Callable[[Large, nn.Mod
         if mesh is not None:
             sharded(model, mesh)
         private = dp_compile(model, backend="eager", regions=None if mesh is not None else "blocks", **options)
-        optimizer = DPOptimizer(_adamw(model), private, noise_multiplier=1.0, expected_batch_size=large.batch, seed=1)
+        optimizer = DPOptimizer(adamw(model), private, noise_multiplier=1.0, expected_batch_size=large.batch, seed=1)
         return Trainer(private, optimizer)
 
     return prepare
@@ -201,7 +201,7 @@ WAYS = {
 
 
 @contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
+def as_on_a_gpu() -> Iterator[None]:
     """Noise by torch operations in pieces of a GPU's size, not by the C++ kernel, which writes memory."""
     with (
         unittest.mock.patch.object(native, "takes", lambda tensors: False),
@@ -211,7 +211,7 @@ def _as_on_a_gpu() -> Iterator[None]:
 
 
 @contextmanager
-def _no_talk() -> Iterator[None]:
+def no_talk() -> Iterator[None]:
     """Without the comparison of seed, sigma and C before the first step: there is nobody to compare with."""
     with unittest.mock.patch.object(common, "refuse_disagreement"):
         yield

@@ -19,6 +19,7 @@ __all__ = [
     "inner_tensor",
     "is_fsdp_hook",
     "mixed_precision",
+    "ranks_of_group",
     "share_fsdp_state",
 ]
 
@@ -36,6 +37,14 @@ def inner_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def mixed_precision(module: torch.nn.Module) -> Any:
     """The policy of a unit of FSDP2."""
     return cast(Any, module)._get_fsdp_state()._mp_policy
+
+
+def ranks_of_group(group: Any) -> list[int]:
+    """The ranks of a process group, in its order, also of one that a graph knows by its name."""
+    from torch.distributed import distributed_c10d  # not on every build
+
+    resolved = distributed_c10d._resolve_process_group(cast(Any, group)) if isinstance(group, str) else group
+    return distributed_c10d.get_process_group_ranks(resolved)
 
 
 def share_fsdp_state(view: torch.nn.Module, module: torch.nn.Module) -> None:

@@ -10,11 +10,13 @@ import torch
 import torch._decomp.decompositions
 import torch._dynamo
 from torch._dispatch.python import no_python_dispatcher
-from torch._guards import detect_fake_mode
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
+    StatefulSymbolicContext,
     StatelessSymbolicContext,
     free_unbacked_symbols,
 )
@@ -31,6 +33,7 @@ __all__ = [
     "free_unbacked_symbols",
     "fake_mode_of",
     "fake_vector",
+    "fix_sizes",
     "is_fake",
     "lengths_of",
     "memory_of",
@@ -65,6 +68,15 @@ def taking_real_tensors(mode: Any) -> Iterator[None]:
             yield
     finally:
         mode.allow_non_fake_inputs = before
+
+
+def fix_sizes(tensor: torch.Tensor) -> None:
+    """Let the running trace take a tensor's sizes for numbers: AOTAutograd makes symbols of those Dynamo never saw."""
+    context = TracingContext.try_get()
+    if context is not None:
+        context.tensor_to_context[tensor] = StatefulSymbolicContext(
+            [DimDynamic.STATIC] * tensor.ndim, tensor_source=ConstantSource("of fixed sizes")
+        )
 
 
 def fake_vector(length: int, device: torch.device) -> torch.Tensor:

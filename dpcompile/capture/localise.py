@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from dpcompile._torch.aot import add_inputs
 from dpcompile._torch.parallel import inner_tensor
+from dpcompile._torch.tensors import fix_sizes
 from dpcompile.distributed.shards import is_distributed
 from dpcompile.distributed.tensor_parallel import TensorParallel
 from dpcompile.errors import UnsupportedGraphError
@@ -40,6 +41,7 @@ class StandIns:
         with torch.no_grad():
             local = inner_tensor(value).detach()
         stand_in = nn.Parameter(local, requires_grad=value.requires_grad)
+        fix_sizes(stand_in)
         self.originals[id(stand_in)] = (stand_in, value)
         return stand_in
 

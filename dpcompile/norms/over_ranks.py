@@ -19,14 +19,34 @@ from dpcompile.norms.factors import Factored, oriented
 from dpcompile.norms.per_example import OVER_RANKS
 from dpcompile.proof.sites import ParameterGradient
 
-__all__ = ["all_ranks_positions", "is_sum_over_ranks"]
+__all__ = ["all_ranks_positions", "are_looked_up", "are_multiplied", "is_sum_over_ranks", "reduced", "takes_positions"]
 
 _ops = torch.ops._c10d_functional
 
 
 def is_sum_over_ranks(gradient: ParameterGradient) -> bool:
     """Whether a parameter's gradient is added up over ranks behind the sum over the examples."""
-    return any(_reduction(n) is not None for n in gradient.tail)
+    return bool(reduced(gradient))
+
+
+def reduced(gradient: ParameterGradient) -> list[fx.Node]:
+    """The sums over ranks that its sites' values go through."""
+    return [n for n in gradient.tail if _reduction(n) is not None]
+
+
+def are_looked_up(forms: Sequence[Factored]) -> bool:
+    """Whether all sites are rows given by an index, on the same side."""
+    return all(f.one_hot == (forms[0].one_hot or "") for f in forms)
+
+
+def are_multiplied(forms: Sequence[Factored]) -> bool:
+    """Whether all sites are one product of rows and columns."""
+    return forms[0].aligned and all(f.one_hot is None and f.each is None for f in forms)
+
+
+def takes_positions(rule: str, forms: Sequence[Factored]) -> bool:
+    """Whether a rule works on rows and columns, and so on those of all ranks; else each site goes through the tail."""
+    return rule not in ("keep", "redo") or are_multiplied(forms) or (rule == "redo" and are_looked_up(forms))
 
 
 def all_ranks_positions(gradient: ParameterGradient, batch: Size, ranks: int) -> list[Factored] | None:
@@ -36,8 +56,7 @@ def all_ranks_positions(gradient: ParameterGradient, batch: Size, ranks: int) ->
     gradient through one sum over all of these ranks each, and otherwise as :func:`dpcompile.norms.factors.oriented`
     asks for.
     """
-    reductions = [n for n in gradient.tail if _reduction(n) is not None]
-    groups = {_reduction(n) for n in reductions}
+    groups = {_reduction(n) for n in reduced(gradient)}
     if len(groups) != 1 or any(_reductions_behind(s.value, gradient) != 1 for s in gradient.sites):
         return None
     ((kind, group),) = groups  # type: ignore[misc]

@@ -13,8 +13,9 @@ from dpcompile.graph.slices import accumulation_dtype
 from dpcompile.kernels.by_index import has_sums_by_index
 from dpcompile.kernels.narrow import NARROW
 from dpcompile.norms.factors import Factored, alone, oriented
+from dpcompile.norms.over_ranks import takes_positions
 from dpcompile.planning.cost import Cost, Shape, costs, gram_cost, summed_cost
-from dpcompile.planning.exchanges import Exchange, exchange_of
+from dpcompile.planning.exchanges import Exchange, added_up, exchange_of
 from dpcompile.planning.modes import MODES, Mode
 from dpcompile.planning.replay import Holding, bytes_of, storage_of
 from dpcompile.planning.search import Candidate
@@ -105,6 +106,8 @@ class _Options:
         _, t, p, d = (hinted(n, hints) for n in (1, shape.t, shape.p, shape.d))
         fits = mode.wanted(t, p, d)
         wanted = [r for r in mode.rules if r in allowed and fits(r)] or [_fallback(mode, shape)]
+        if self._exchange is not None:  # what was gathered is less than the gradients are
+            wanted = [r for r in wanted if takes_positions(r, forms)] or wanted
         table = costs(shape, situation.batch, reuse=situation.reuse)
         if self._later:
             rule = "keep" if mode.rules == ("keep",) else "later"
@@ -133,6 +136,9 @@ class _Options:
         if rule == "ghost" and forms is not None and shape is not None:
             grams, panels = _grams(forms, shape, self._situation.batch), shape.panels
         total = sum(grams.values(), start=cost)
+        exchange = self._exchange
+        if exchange is not None and forms is not None and not takes_positions(rule, forms):
+            exchange = added_up(self._gradient, self._situation)
         choice = Choice(
             self._gradient,
             rule,
@@ -144,7 +150,7 @@ class _Options:
             fused=shape is not None and self._is_fused(rule, shape),
             shared=self._later,
             late=late,
-            exchange=self._exchange,
+            exchange=exchange,
         )
         held = _holding(choice, total.at(hints).memory, hints, self._element, self._weight)
         if late:

@@ -8,12 +8,12 @@ import torch
 
 from dpcompile.graph.sizes import Size, hinted, product, shape_of
 from dpcompile.norms.factors import Factored
-from dpcompile.norms.over_ranks import all_ranks_positions, is_sum_over_ranks
+from dpcompile.norms.over_ranks import all_ranks_positions, is_sum_over_ranks, reduced
 from dpcompile.planning.modes import MODES
 from dpcompile.planning.situation import Situation
 from dpcompile.proof.sites import ParameterGradient
 
-__all__ = ["Exchange", "exchange_of"]
+__all__ = ["Exchange", "added_up", "exchange_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,7 @@ def exchange_of(gradient: ParameterGradient, situation: Situation) -> tuple[Exch
     """
     if not is_sum_over_ranks(gradient):
         return None
-    value: torch.Tensor = gradient.gradient.meta["val"]
-    element = 8 if value.dtype == torch.float64 else 4
-    added = product([situation.batch, *shape_of(value), element])
+    added, element = added_up(gradient, situation).sent, _element(gradient)
     rules, hints, n = MODES[situation.mode].rules, situation.hints, situation.ranks
     forms = all_ranks_positions(gradient, situation.batch, n) if "ghost" in rules else None
     if forms is None:
@@ -54,6 +52,17 @@ def exchange_of(gradient: ParameterGradient, situation: Situation) -> tuple[Exch
     if "keep" in rules and hinted(everywhere, hints) >= 2 * hinted(added, hints):
         return Exchange(False, added), None
     return Exchange(True, hinted(everywhere, hints) // n), forms
+
+
+def added_up(gradient: ParameterGradient, situation: Situation) -> Exchange:
+    """Every example's gradients, or what becomes of them in the tail, added up over the ranks."""
+    sent = (product([situation.batch, *shape_of(n.meta["val"]), _element(gradient)]) for n in reduced(gradient))
+    return Exchange(False, sum(sent, start=0))  # type: ignore[arg-type]
+
+
+def _element(gradient: ParameterGradient) -> int:
+    value: torch.Tensor = gradient.gradient.meta["val"]
+    return 8 if value.dtype == torch.float64 else 4
 
 
 def _side_bytes(form: Factored, element: int) -> Size:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from dpcompile._torch import OpOverload
 from dpcompile._torch.aot import PlainAOTInput
+from dpcompile._torch.parallel import ranks_of_group
 from dpcompile._torch.tensors import real_tensors
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.joint import JointGraph, OverRanks
@@ -31,7 +32,7 @@ from dpcompile.proof.prove import Proof
 __all__ = ["agree_on_rates", "check_replication", "refuse_ranks_own"]
 
 _TOGETHER = {"all_reduce", "all_gather_into_tensor", "broadcast"}  # give every rank the same
-_APART = {"reduce_scatter_tensor"}
+_APART = {"reduce_scatter_tensor", "all_to_all_single", "shard_dim_alltoall"}
 
 
 def refuse_ranks_own(graph: fx.Graph, ranks: OverRanks | None) -> None:
@@ -154,7 +155,7 @@ def _ranks_own(joint: JointGraph, ranks: OverRanks) -> dict[fx.Node, str]:
         elif _is_collective(node) and name.rpartition("::")[2] in _TOGETHER:
             continue
         elif _is_collective(node) and not _is_wait(node):
-            own[node] = "each is handed a part of the sum over ranks"
+            own[node] = f"`{name}` hands each rank another part"
         elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             own[node] = f"`{name}` draws random numbers"
         if node in different:
@@ -197,13 +198,14 @@ def _check_collective(node: fx.Node, ranks: OverRanks) -> None:
     schema: Any = node.target._schema  # type: ignore[union-attr]
     named = {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)} | dict(node.kwargs)
     group = named.get("group_name", named.get("group"))
-    if node.target.namespace != "_c10d_functional" or kind not in _TOGETHER | _APART:  # type: ignore[union-attr]
+    of_torch = node.target.namespace in ("_c10d_functional", "_dtensor")  # type: ignore[union-attr]
+    if not of_torch or kind not in _TOGETHER | _APART:
         raise UnsupportedGraphError(
             f"`{operation_name(node.target)}` exchanges values between ranks in a way that has no rule",
             where=where(node),
             remedy="use ColwiseParallel and RowwiseParallel with whole inputs and outputs",
         )
-    if group != ranks.name:
+    if group != ranks.name and ranks_of_group(group) != ranks_of_group(ranks.group):  # a mesh like it has others
         raise UnsupportedGraphError(
             f"`{operation_name(node.target)}` exchanges values with ranks that are not those of tensor parallelism, "
             "and whose examples are others",
@@ -229,8 +231,8 @@ def _differences(joint: JointGraph, ranks: OverRanks) -> dict[fx.Node, str]:
     if any(s != shapes[0] for s in shapes):
         raise UnsupportedGraphError(
             "the ranks of tensor parallelism do not compile the same graph",
-            remedy="run the same code on all of them, with sizes that divide by the number of ranks; call "
-            "torch.compiler.reset() on all or on none",
+            remedy="run the same code on all of them, with sizes that divide by the number of ranks, and dynamic=False "
+            "where a rank's number meets a size that varies; call torch.compiler.reset() on all or on none",
         )
     return {
         node: f"`{operation_name(node.target)}` is not given the same on all"

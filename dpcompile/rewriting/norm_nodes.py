@@ -22,6 +22,7 @@ from dpcompile.kernels.products import product
 from dpcompile.norms.factors import Factored, alone, factored
 from dpcompile.norms.fused import fused_norm, fusible
 from dpcompile.norms.ghost import Sides, ghost, merge, outer
+from dpcompile.norms.over_ranks import are_looked_up, are_multiplied
 from dpcompile.norms.per_example import per_example_site, tail_inputs, through_tail
 from dpcompile.norms.tied_heads import norms_by_parts
 from dpcompile.planning.choices import Choice
@@ -159,13 +160,13 @@ def _instantiation(
     single = alone(forms) if forms is not None and choice.rule == "redo" else None
     if single is not None and (norms := single.norms) is not None:
         return list(single.operands), lambda batch, values: (norms(*_taken([single], values, dtype), batch), None)
-    if choice.rule == "redo" and forms is not None and all(f.one_hot == (forms[0].one_hot or "") for f in forms):
+    if choice.rule == "redo" and forms is not None and are_looked_up(forms):
 
         def looked_up(batch: int, values: Sequence[Any]) -> tuple[Tensor, None]:
             return ghost(_sides(choice, values, batch, dtype)), None
 
         return [n for f in forms for n in f.operands], looked_up
-    if forms is not None and forms[0].aligned and all(f.one_hot is None and f.each is None for f in forms):
+    if forms is not None and are_multiplied(forms):
 
         def merged_product(batch: int, values: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
             narrow = choice.rule == "keep" and {v.dtype for v in values} in _NARROW

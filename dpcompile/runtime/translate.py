@@ -50,7 +50,9 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
         return UnsupportedGraphError(
             f"the model fails on these inputs: {own['kind']}: {own['text']}",
             where=_place(error),
-            remedy=_PACKED if "'_Padded' object" in own["text"] else "make sure that the plain model runs on them",
+            remedy=next(
+                (r for part, r in _OWN_REMEDIES if part in own["text"]), "make sure that the plain model runs on them"
+            ),
         )
     if isinstance(error, Unsupported) and "a `lock` context manager" in str(error):
         return UnsupportedGraphError(
@@ -115,6 +117,14 @@ _SIDE_EFFECTS = (
 _PACKED = (
     "pack_padded_sequence, a recurrent layer and pad_packed_sequence work in forward, with lengths as a tensor of the "
     "call; what works on packed rows (.data, batch_sizes): compute it on the padded tensor, masked by the lengths"
+)
+_OWN_REMEDIES = (
+    ("'_Padded' object", _PACKED),
+    (
+        "was not found while torch.compile tracing",  # DTensor remembers the first of two meshes that are alike
+        "make one DeviceMesh of all dimensions in a process, and take others out of it (mesh['tp']): of two that are "
+        "alike torch takes the groups of the first",
+    ),
 )
 _REMEDIES = (
     (r"pack_padded_sequence|pad_packed_sequence|pack_sequence|PackedSequence", _PACKED),

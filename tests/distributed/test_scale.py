@@ -176,7 +176,8 @@ def test_amdahl_gives_back_the_serial_part() -> None:
 
 def test_the_command_writes_tables_and_keeps_cells(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CASES, "tiny", replace(CASES["tiny"], ways=("plain", "ours", "ours_whole")))
-    words = ["--models", "tiny", "--output", str(tmp_path), "--inline", "--docs", str(tmp_path / "page.md")]
+    words = ["--models", "tiny", "--meshes", "", "--output", str(tmp_path), "--inline"]
+    words += ["--docs", str(tmp_path / "page.md")]
     command.main(words)
     data = json.loads((tmp_path / "scale.json").read_text())
     assert [c["way"] for c in data["cells"]] == ["plain", "ours", "ours_whole"]

@@ -7,7 +7,7 @@ collective is one over these ranks is not asked here: see :mod:`dpcompile.proof.
 from __future__ import annotations
 
 from dpcompile.graph.labels import Examples, Label, Summed
-from dpcompile.graph.sizes import divide, product
+from dpcompile.graph.sizes import divide, product, value_of
 from dpcompile.proof.rules.growth import Linear
 from dpcompile.proof.rules.registry import Call, axis_rule
 from dpcompile.proof.rules.stripes import Behind, Stripes, row_wise
@@ -65,3 +65,38 @@ def reduce_scatter(call: Call) -> Label:
     if outer is None:
         return call.mixes("it hands every rank some of the examples only")
     return Examples(0, outer, label.inner)
+
+
+@axis_rule("_c10d_functional.all_to_all_single", growth=Linear())
+def all_to_all(call: Call) -> Label:
+    """Every rank hands each one a run of dimension 0, and gets one of each: whole batches, or no examples there.
+
+    **Guarantee.** Ranks see the same examples in the same order, and each asks this of what it sends and of what it
+    gets. So a run of whole batches meets a place for whole batches, whatever lengths the ranks agree on.
+    """
+    if call.summed():
+        return call.unsupported(_AFTER_THE_SUM, _REMEDY)
+    label = call.label(call.operands[0])
+    if not isinstance(label, Examples) or label.dim != 0:
+        return label
+    once = product([call.batch, label.inner])
+    handed = [call["output_split_sizes"], call["input_split_sizes"]]
+    outer = divide(call.out_shape[0], once)
+    if outer is None or not all(handed) or any(divide(value_of(n), once) is None for ns in handed for n in ns):
+        return call.mixes(
+            "it hands every rank some of the examples only",
+            "exchange heads or positions: move their dimension to the front, or flatten it there before the examples",
+        )
+    return Examples(0, outer, label.inner)
+
+
+@axis_rule("_dtensor.shard_dim_alltoall", growth=Linear())
+def shard_dim_all_to_all(call: Call) -> Label:
+    """The ranks' values one behind the other along ``gather_dim``, of which each gets a piece of ``shard_dim``."""
+    if call.summed():
+        return call.unsupported(_AFTER_THE_SUM, _REMEDY)
+    label = call.label(call.operands[0])
+    ndim = len(call.out_shape)
+    if not isinstance(label, Examples) or label.dim not in (call["gather_dim"] % ndim, call["shard_dim"] % ndim):
+        return label
+    return call.mixes("it hands every rank some of the examples only")
