@@ -27,6 +27,7 @@ from dpcompile.graph.locate import where
 from dpcompile.graph.operations import operation_name
 from dpcompile.kernels.rates import adopt, rates_for
 from dpcompile.proof.prove import Proof
+from dpcompile.proof.rules.registry import named_arguments
 
 __all__ = ["agree_on_rates", "check_replication", "refuse_ranks_own"]
 
@@ -155,15 +156,27 @@ def _ranks_own(joint: JointGraph, ranks: OverRanks) -> dict[fx.Node, str]:
             continue
         elif _is_collective(node) and not _is_wait(node):
             own[node] = "each is handed a part of the sum over ranks"
-        elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        elif _draws(node):
             own[node] = f"`{name}` draws random numbers"
         if node in different:
             own[node] = different[node]
         elif node not in own:
-            inherited = next((n for n in node.all_input_nodes if n in own), None)
+            inherited = next((n for n in _read(node) if n in own), None)
             if inherited is not None:
                 own[node] = own[inherited]
     return own
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """The operands whose values a node depends on: all, but for what is written over whole."""
+    return [node.args[1]] if operation_name(node.target) == "copy" else node.all_input_nodes  # type: ignore[list-item]
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an operation draws random numbers; attention without dropout only might have."""
+    if node.op != "call_function" or torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    return named_arguments(node).get("dropout_p") != 0
 
 
 def _outputs_before_cotangents(joint: JointGraph) -> list[fx.Node]:

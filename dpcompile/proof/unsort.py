@@ -32,8 +32,9 @@ _SORTS = (aten.sort.default, aten.sort.stable)
 def unsort(graph: fx.Graph) -> None:
     """Write what is done to sorted rows on the rows in their own order, where that makes no difference.
 
-    Contract: equal values, up to rounding, of all that is not sorted. The numbers of experts must be those of experts:
-    others raise an error when the graph runs.
+    Contract: equal values, up to rounding, of all that is not sorted. Numbers of experts below 0 raise an error when the
+    graph runs, and rows of numbers beyond the last are zeros behind a product, where torch's own leaves them as they
+    were in memory.
     """
     for target in _SORTS:
         for sort in graph.find_nodes(op="call_function", target=target):
