@@ -29,10 +29,30 @@ from dpcompile.kernels.rates import adopt, rates_for
 from dpcompile.proof.prove import Proof
 from dpcompile.proof.rules.registry import named_arguments
 
-__all__ = ["agree_on_rates", "check_replication", "refuse_ranks_own"]
+__all__ = ["agree_on_rates", "check_replication", "refuse_moved_rows", "refuse_ranks_own"]
 
 _TOGETHER = {"all_reduce", "all_gather_into_tensor", "broadcast"}  # give every rank the same
 _APART = {"reduce_scatter_tensor"}
+
+
+def refuse_moved_rows(graph: fx.Graph) -> None:
+    """No row goes to another rank, where another example's rows would come in its place.
+
+    Raises:
+        UnsupportedGraphError: naming the operation.
+    """
+    for node in graph.nodes:
+        if _is_collective(node) and "all_to_all" in operation_name(node.target):
+            raise UnsupportedGraphError(
+                f"`{operation_name(node.target)}` hands rows of examples to other ranks, as expert parallelism does "
+                "where each rank has examples of its own: an expert's gradient would be made of examples that are "
+                "clipped elsewhere",
+                where=where(node),
+                remedy="let the ranks that hold other experts work on one batch: cut the experts over the mesh of "
+                "parallelize_module, let each rank run its own on all rows, and all-reduce the results (Transformers: "
+                "ep_size = tp_size, ep_implementation='all_reduce'); batches differ over the mesh of fully_shard "
+                "(docs/distributed.md, Expert parallelism)",
+            )
 
 
 def refuse_ranks_own(graph: fx.Graph, ranks: OverRanks | None) -> None:
