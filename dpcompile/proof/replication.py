@@ -124,7 +124,8 @@ def check_replication(joint: JointGraph, proof: Proof, ranks: OverRanks | None) 
                 f"each ({own[gradient]})",
                 where=where(gradient),
                 remedy="let it see whole activations, or give its module the style that adds the ranks' shares up "
-                "(SequenceParallel, for what is cut over tokens); no random numbers in forward on whole activations "
+                "(SequenceParallel, for what is cut over tokens; `to_local(grad_placements=[Partial()])` on rows and "
+                "weights that go to cut experts); no random numbers in forward on whole activations "
                 "(dropout), no plain parameter on what ColwiseParallel returns (cut it too: distribute_tensor); or "
                 "freeze it",
             )

@@ -64,7 +64,8 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
             where=user_place(error),
             remedy="use torch.where, or shapes that do not depend on values (torch.nn.functional.one_hot(x, n).sum(0) "
             "for torch.bincount); pass what is known before the call as a Python number; give layers no random depth "
-            "(layerdrop=0), and experts of Transformers experts_implementation='grouped_mm'",
+            "(layerdrop=0), and experts of Transformers experts_implementation='grouped_mm' (cut over ranks: "
+            "ep_implementation='all_reduce')",
         )
     if isinstance(error, Unsupported):
         return UnsupportedGraphError(

@@ -126,7 +126,7 @@ def gradients(mesh: DeviceMesh, backend: str = "eager", **options: Any) -> None:
         same(gradients_of(model), gradients_of(single))
         norms, wanted = engine_of(model).row_norms, part(engine_of(private).row_norms, mesh)
         torch.testing.assert_close(norms, wanted, rtol=1e-5, atol=1e-6)
-    assert all(len(b.up.to_local()) == E // 2 for b in model.blocks)
+    assert all(len(b.up.to_local()) <= E // 2 for b in model.blocks)
 
 
 def against_one_backward_each(mesh: DeviceMesh) -> None:
@@ -254,7 +254,7 @@ def refused(mesh: DeviceMesh) -> None:
 
     raises(UnsupportedGraphError, "its gradient is another one on each", of(NotShared))
     raises(UnsupportedGraphError, "its gradient is another one on each", of(WeightsNotShared))
-    raises(UnsupportedGraphError, "is another one on each rank of tensor parallelism", of(NotAdded))
+    raises(UnsupportedGraphError, "its gradient is another one on each", of(NotAdded))
     raises(UnsupportedGraphError, "hands rows of examples to other ranks", of(Moved))
     raises(UnsupportedGraphError, "hands rows of examples to other ranks", of(MovedByNumber))
 
@@ -278,11 +278,11 @@ def main() -> None:
         checks["inductor"] = lambda: gradients(mesh, backend="inductor")
         for name in ("MixtralForCausalLM", "GptOssForCausalLM", "Qwen3MoeForCausalLM"):
             checks[name] = lambda name=name: of_transformers(mesh, name)
-        checks["MixtralForCausalLM in blocks"] = lambda: of_transformers(mesh, "MixtralForCausalLM", regions="blocks")
+        checks["blocks of Mixtral"] = lambda: of_transformers(mesh, "MixtralForCausalLM", regions="blocks")
         checks["refusals"] = lambda: refused(mesh)
         checks["all to all of Transformers"] = lambda: raises(
             UnsupportedGraphError,
-            "",
+            "cut over ranks: ep_implementation='all_reduce'",
             lambda: of_transformers(mesh, "MixtralForCausalLM", "all_to_all"),
         )
     run_checks(checks, sys.argv[1:])
