@@ -36,7 +36,7 @@ from dpcompile.planning.shared_uses import Use, uses_of
 from dpcompile.planning.situation import situation_of
 from dpcompile.proof.certificate import Certificate, certify
 from dpcompile.proof.prove import Proof, prove
-from dpcompile.proof.replication import check_replication, refuse_ranks_own
+from dpcompile.proof.replication import check_replication, refuse_moved_rows, refuse_ranks_own
 from dpcompile.proof.scaling import check_scaling
 from dpcompile.proof.shared_outputs import labels_of_no_example
 from dpcompile.proof.sites import ParameterGradient, find_gradients
@@ -108,7 +108,8 @@ def move_elsewhere(work: Work) -> None:
 
 def unsort_rows(work: Work) -> None:
     """Write what is done to sorted rows on the rows in their own order."""
-    unsort(work.module.graph)
+    refuse_moved_rows(work.module.graph)
+    unsort(work.module.graph, work.roles.hints)
 
 
 def name(work: Work) -> None:
@@ -295,7 +296,8 @@ def label_outputs(
     **Guarantee.** Outputs lie as labelled, and the gradient of every input with an example axis lies like the input if
     the cotangents of the outputs lie like the outputs.
     """
-    unsort(module.graph)
+    refuse_moved_rows(module.graph)
+    unsort(module.graph, roles.hints)
     joint = name_joint(module, roles, trained=False)
     if joint is None:
         refuse_ranks_own(module.graph, roles.ranks)

@@ -2,7 +2,8 @@
 
 Libraries sort the rows of all examples by expert, multiply each stretch with its matrix, and undo the sorting (Gale et
 al. 2022, arXiv:2211.15841, section 5). These operations take the rows where they lie, and sort them inside: row n of
-the result is made of row n alone, whatever the other rows are.
+the result is made of row n alone, whatever the other rows are. A number of E or more is that of no expert here (under
+expert parallelism another rank has it, and the libraries' products stop before such rows): its row comes out as zeros.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ _TAGS = (torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)  # rows are coun
 
 @torch.library.custom_op("dpcompile::expert_products", mutates_args=(), tags=_TAGS)
 def expert_products(rows: Tensor, matrices: Tensor, expert: Tensor) -> Tensor:
-    """``rows[n] @ matrices[expert[n]]``.
+    """``rows[n] @ matrices[expert[n]]``; zeros for a row of no expert.
 
     **Guarantee.** Row n of the result depends on row n, on ``expert[n]`` and on ``matrices``.
 
     Args:
         rows: ``[N, P]``.
         matrices: ``[E, P, D]``.
-        expert: integers in ``[0, E)``, ``[N]``.
+        expert: integers, ``[N]``; E or more for no expert.
 
     Returns:
         ``[N, D]``.
 
     Raises:
-        IndexError: there is no such expert.
+        IndexError: a number below 0.
     """
-    result = rows.new_empty(rows.shape[0], matrices.shape[2])
+    result = rows.new_zeros(rows.shape[0], matrices.shape[2])
     for number, which in stretches(expert, matrices.shape[0]):
         result[which] = rows[which] @ matrices[number]
     return result
@@ -53,14 +54,14 @@ def expert_sums(left: Tensor, right: Tensor, expert: Tensor, count: int) -> Tens
     Args:
         left: ``[N, P]``.
         right: ``[N, D]``.
-        expert: integers in ``[0, E)``, ``[N]``.
+        expert: integers, ``[N]``; E or more for no expert.
         count: E.
 
     Returns:
         ``[E, P, D]``.
 
     Raises:
-        IndexError: there is no such expert.
+        IndexError: a number below 0.
     """
     result = left.new_zeros(count, left.shape[1], right.shape[1])
     for number, which in stretches(expert, count):
@@ -98,19 +99,19 @@ def experts_of_examples(expert: Tensor, count: int) -> Tensor:
     """
     batch = expert.shape[0]
     own = expert + count * torch.arange(batch, device=expert.device).unsqueeze(1)
-    return torch.where((expert >= 0) & (expert < count), own, batch * count).flatten()
+    return torch.where(expert < 0, -1, torch.where(expert < count, own, batch * count)).flatten()
 
 
 def stretches(expert: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
-    """The experts that are asked for, each with the positions of its rows.
+    """The experts that are asked for, each with the positions of its rows; rows of no expert are left out.
 
     Raises:
-        IndexError: one that is none of ``count``.
+        IndexError: a number below 0.
     """
     ordered, order = expert.sort(stable=True)
     ends = torch.searchsorted(ordered, torch.arange(count + 1, device=ordered.device, dtype=ordered.dtype)).tolist()
-    if ends[0] or ends[-1] < expert.shape[0]:
-        raise IndexError(f"a row asks for an expert that is none of {count}")
+    if ends[0]:
+        raise IndexError("a row asks for an expert with a number below 0")
     for number in range(count):
         if ends[number] < ends[number + 1]:
             yield number, order[ends[number] : ends[number + 1]]

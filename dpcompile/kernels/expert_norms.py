@@ -27,14 +27,14 @@ def expert_norms(left: Tensor, right: Tensor, expert: Tensor, count: int) -> Ten
     Args:
         left: ``[B, T, P]``.
         right: ``[B, T, D]``.
-        expert: integers in ``[0, E)``, ``[B, T]``.
+        expert: integers, ``[B, T]``; E or more for no expert.
         count: E.
 
     Returns:
         ``[B]``, float64.
 
     Raises:
-        IndexError: there is no such expert.
+        IndexError: a number below 0.
     """
     batch, own = expert.shape[0], experts_of_examples(expert, count)
     rows, cols = left.flatten(0, 1), right.flatten(0, 1)

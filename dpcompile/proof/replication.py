@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from dpcompile._torch import OpOverload
 from dpcompile._torch.aot import PlainAOTInput
 from dpcompile._torch.parallel import ranks_of_group
-from dpcompile._torch.tensors import real_tensors
+from dpcompile._torch.tensors import free_unbacked_symbols, real_tensors
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.joint import JointGraph, OverRanks
 from dpcompile.graph.labels import Shared
@@ -28,11 +28,41 @@ from dpcompile.graph.locate import where
 from dpcompile.graph.operations import operation_name
 from dpcompile.kernels.rates import adopt, rates_for
 from dpcompile.proof.prove import Proof
+from dpcompile.proof.rules.registry import named_arguments
 
-__all__ = ["agree_on_rates", "check_replication", "refuse_ranks_own"]
+__all__ = ["agree_on_rates", "check_replication", "refuse_moved_rows", "refuse_ranks_own"]
 
 _TOGETHER = {"all_reduce", "all_gather_into_tensor", "broadcast"}  # give every rank the same
 _APART = {"reduce_scatter_tensor", "all_to_all_single", "shard_dim_alltoall"}
+
+
+def refuse_moved_rows(graph: fx.Graph) -> None:
+    """No row goes to the rank that data says, where another example's rows would come in its place.
+
+    What is exchanged in equal parts, or in parts that are known, is asked of the proof
+    (:mod:`dpcompile.proof.rules.collectives`).
+
+    Raises:
+        UnsupportedGraphError: naming the operation.
+    """
+    for node in graph.nodes:
+        if _is_collective(node) and "all_to_all" in operation_name(node.target) and _lengths_of_data(node):
+            raise UnsupportedGraphError(
+                f"`{operation_name(node.target)}` hands rows of examples to other ranks, as expert parallelism does "
+                "where each rank has examples of its own: an expert's gradient would be made of examples that are "
+                "clipped elsewhere",
+                where=where(node),
+                remedy="let the ranks that hold other experts work on one batch: cut the experts over the mesh of "
+                "parallelize_module, let each rank run its own on all rows, and all-reduce the results (Transformers: "
+                "ep_size = tp_size, ep_implementation='all_reduce'); batches differ over the mesh of fully_shard "
+                "(docs/distributed.md, Expert parallelism)",
+            )
+
+
+def _lengths_of_data(node: fx.Node) -> bool:
+    """Whether numbers that were read from tensors say how much goes to each rank."""
+    lengths = [x for arg in node.args if isinstance(arg, (list, tuple)) for x in arg if isinstance(x, fx.Node)]
+    return any(free_unbacked_symbols(x.meta["val"]) for x in lengths)
 
 
 def refuse_ranks_own(graph: fx.Graph, ranks: OverRanks | None) -> None:
@@ -104,7 +134,8 @@ def check_replication(joint: JointGraph, proof: Proof, ranks: OverRanks | None) 
                 f"each ({own[gradient]})",
                 where=where(gradient),
                 remedy="let it see whole activations, or give its module the style that adds the ranks' shares up "
-                "(SequenceParallel, for what is cut over tokens); no random numbers in forward on whole activations "
+                "(SequenceParallel, for what is cut over tokens; `to_local(grad_placements=[Partial()])` on rows and "
+                "weights that go to cut experts); no random numbers in forward on whole activations "
                 "(dropout), no plain parameter on what ColwiseParallel returns (cut it too: distribute_tensor); or "
                 "freeze it",
             )
@@ -156,15 +187,27 @@ def _ranks_own(joint: JointGraph, ranks: OverRanks) -> dict[fx.Node, str]:
             continue
         elif _is_collective(node) and not _is_wait(node):
             own[node] = f"`{name}` hands each rank another part"
-        elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        elif _draws(node):
             own[node] = f"`{name}` draws random numbers"
         if node in different:
             own[node] = different[node]
         elif node not in own:
-            inherited = next((n for n in node.all_input_nodes if n in own), None)
+            inherited = next((n for n in _read(node) if n in own), None)
             if inherited is not None:
                 own[node] = own[inherited]
     return own
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """The operands whose values a node depends on: all, but for what is written over whole."""
+    return [node.args[1]] if operation_name(node.target) == "copy" else node.all_input_nodes  # type: ignore[list-item]
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an operation draws random numbers; attention without dropout only might have."""
+    if node.op != "call_function" or torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    return named_arguments(node).get("dropout_p") != 0
 
 
 def _outputs_before_cotangents(joint: JointGraph) -> list[fx.Node]:

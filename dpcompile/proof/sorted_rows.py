@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -13,6 +15,7 @@ from dpcompile._torch import pytree
 from dpcompile.graph.labels import Examples, Shared
 from dpcompile.graph.operations import COPIES, FILLED, ZEROS, operation_name
 from dpcompile.graph.sizes import is_one, same, shape_of
+from dpcompile.proof.counted_rows import counts_up, root_of
 from dpcompile.proof.rules.registry import Call, is_pointwise, named_arguments
 from dpcompile.proof.rules.rows import made_of
 from dpcompile.proof.rules.stripes import Stripes
@@ -35,9 +38,9 @@ class SortedRows:
         seen: everything that was recognised, and everything written.
     """
 
-    def __init__(self, graph: fx.Graph, sort: fx.Node) -> None:
+    def __init__(self, graph: fx.Graph, sort: fx.Node, hints: Mapping[sympy.Symbol, int]) -> None:
         arguments = named_arguments(sort)
-        self._graph, self._sort, self.source = graph, sort, arguments["self"]
+        self._graph, self._sort, self.source, self._hints = graph, sort, arguments["self"], hints
         self._ascending = not arguments["descending"]
         (self.count,) = shape_of(self.source.meta["val"])
         self.own: dict[fx.Node, tuple[fx.Node, int]] = {}
@@ -82,6 +85,16 @@ class SortedRows:
             return False
         self.seen.append(node)
         return True
+
+    def ends_in(self, offsets: Any) -> int | None:
+        """E, if these are where each number's rows end."""
+        if offsets not in self.ends and self._ascending:
+            count = shape_of(offsets.meta["val"])[0]
+            path = counts_up(offsets, root_of(self.source), count, self._hints) if isinstance(count, int) else None
+            if path is not None and isinstance(count, int):
+                self.ends[offsets] = count
+                self.seen += path
+        return self.ends.get(offsets)
 
     def goes_back(self, index: Any) -> bool:
         """Whether an index says where each row lies now, by its own place."""

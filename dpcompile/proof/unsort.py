@@ -12,9 +12,10 @@ one in which examples mix.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -29,16 +30,21 @@ aten = torch.ops.aten
 _SORTS = (aten.sort.default, aten.sort.stable)
 
 
-def unsort(graph: fx.Graph) -> None:
+def unsort(graph: fx.Graph, hints: Mapping[sympy.Symbol, int]) -> None:
     """Write what is done to sorted rows on the rows in their own order, where that makes no difference.
 
-    Contract: equal values, up to rounding, of all that is not sorted. The numbers of experts must be those of experts:
-    others raise an error when the graph runs.
+    Contract: equal values, up to rounding, of all that is not sorted. Numbers of experts below 0 raise an error when
+    the graph runs, and rows of numbers beyond the last are zeros behind a product, where torch's own leaves them as
+    they were in memory.
+
+    Args:
+        graph: a joint graph, or one that is proved by itself; changed in place.
+        hints: of symbols in sizes.
     """
     for target in _SORTS:
         for sort in graph.find_nodes(op="call_function", target=target):
             if sort.users and sort.args[0].meta["val"].ndim == 1:
-                _follow(graph, SortedRows(graph, sort), sort)
+                _follow(graph, SortedRows(graph, sort, hints), sort)
 
 
 def _follow(graph: fx.Graph, rows: SortedRows, sort: fx.Node) -> None:
@@ -184,7 +190,7 @@ def _product(rows: SortedRows, node: fx.Node, a: dict[str, Any]) -> bool:
 def _grouped(rows: SortedRows, node: fx.Node, a: dict[str, Any]) -> bool:
     """Each stretch of rows with the matrix of its expert, or multiplied with another stretch."""
     x, y = (a["self"], a["mat2"]) if "mat2" in a else (a["input"], a["weight"])
-    count = rows.ends.get(a["offs"])
+    count = rows.ends_in(a["offs"])
     if count is None or a.get("bias") is not None or a.get("out_dtype") not in (None, x.meta["val"].dtype):
         return False
     if y.meta["val"].ndim == 3:
@@ -204,7 +210,7 @@ def _result_of_grouped(rows: SortedRows, node: fx.Node) -> bool:
     if operation_name(container.target) != "transformers::grouped_mm_fallback_backward":
         return False
     x, weight, ends, cotangent = container.args
-    count = rows.ends.get(ends)
+    count = rows.ends_in(ends)
     if count is None or any(rows.own.get(n, (None, -1))[1] != 0 for n in (x, cotangent)) or weight in rows.own:
         return False
     rows.seen.append(container)

@@ -60,13 +60,14 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
             where=user_place(error),
             remedy="call the model once before it is made private, under torch.no_grad()",
         )
-    if "data-dependent expression" in str(inner) or "Data-dependent branching" in str(error):
+    if any(words in f"{inner} {error}" for words in _OF_VALUES):
         return UnsupportedGraphError(
             "the model branches on the values of tensors, or takes a size from them",
             where=user_place(error),
-            remedy="use torch.where, or shapes that do not depend on values; pass what is known before the call as a "
-            "Python number; give layers no random depth (layerdrop=0), and experts of Transformers "
-            "experts_implementation='grouped_mm'",
+            remedy="use torch.where, or shapes that do not depend on values (torch.nn.functional.one_hot(x, n).sum(0) "
+            "for torch.bincount); pass what is known before the call as a Python number; give layers no random depth "
+            "(layerdrop=0), and experts of Transformers experts_implementation='grouped_mm' (cut over ranks: "
+            "ep_implementation='all_reduce')",
         )
     if isinstance(error, Unsupported):
         return UnsupportedGraphError(
@@ -142,6 +143,7 @@ _REMEDIES = (
 
 
 _NUMBER = re.compile(r"(?P<name>.+?) == -?[\d.]+(e[+-]?\d+)?$")
+_OF_VALUES = ("data-dependent expression", "Data-dependent branching", "PendingUnbacked")
 _OWN_ERROR = re.compile(
     r"(?:got|raised exception) (?P<kind>\w+)\((?:\[ConstantVariable\(str: )?(?P<quote>['\"])(?P<text>.*?)(?P=quote)\)",
     re.DOTALL,

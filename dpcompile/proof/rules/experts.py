@@ -44,6 +44,17 @@ def count(call: Call) -> Label:
     )
 
 
+@axis_rule("aten.nonzero")
+def chosen_rows(call: Call) -> Label:
+    """Which elements are not zero, among all."""
+    return call.mixes(
+        "it picks rows out of all examples, and how many there are depends on all of them",
+        "in a loop over experts, give every expert all rows, and weights that are zero where it was not chosen: "
+        "`out = out + expert(x) * (weights * (chosen == e)).sum(-1, keepdim=True)`; or sort the rows by expert and "
+        "multiply each stretch with its matrix (torch.nn.functional.grouped_mm)",
+    )
+
+
 def along_rows(call: Call, *names: str) -> Label:
     """The example axis of operands that lie along each other with dimension 0."""
     axes = [x for n in names if isinstance(x := call.label(call[n]), Examples)]

@@ -99,8 +99,9 @@ def _along(call: Call) -> Label:
 
 _SORTED = (
     "rows may be sorted by a vector of numbers if each is handled by itself and comes back to its place: `rows = "
-    "x[order]`, .., `x.index_add(0, order, rows)` or `rows[order.argsort()]`; where each kind of rows ends must come "
-    "from torch.histc and cumsum; in Transformers: experts_implementation='grouped_mm' or 'batched_mm'"
+    "x[order]`, .., `x.index_add(0, order, rows)` or `rows[order.argsort()]`; where each kind of rows ends must be "
+    "counted: torch.nn.functional.one_hot(numbers, E).sum(0).cumsum(0), or torch.histc; in Transformers: "
+    "experts_implementation='grouped_mm' or 'batched_mm'"
 )
 
 
