@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dpcompile.distributed.ranks import gathered, world_size
 from dpcompile.errors import DPCompileError, PrivacyError
 
-__all__ = ["added_up", "agreed", "group_of", "same_on_all"]
+__all__ = ["agreed", "group_of", "same_on_all"]
 
 
 def group_of(pipeline: Any) -> Any:
@@ -52,21 +51,6 @@ def same_on_all(numbers: Sequence[int], device: torch.device, group: Any) -> lis
     dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
     largest, smallest = ends.reshape(2, -1).tolist()
     return [a == -b for a, b in zip(largest, smallest, strict=True)]
-
-
-def added_up(squared: Sequence[Tensor], device: torch.device, group: Any) -> list[Tensor]:
-    """Squared norms of examples over the stages of all ranks, in one all-reduce.
-
-    Args:
-        squared: float64 ``[B]`` for each micro-batch, over the stages of this rank; of equal sizes on all ranks.
-        device: where they are.
-        group: the pipeline.
-
-    **Guarantee.** All ranks get the same numbers; one that is not finite on one rank is not finite on all.
-    """
-    both = torch.cat([own.to(device, torch.float64) for own in squared])
-    dist.all_reduce(both, group=group)
-    return list(both.split([len(own) for own in squared]))
 
 
 def agreed(own: Mapping[int, Mapping[str, Any]], stages: int, ranks: int) -> dict[int, int]:

@@ -15,8 +15,9 @@ from dpcompile.options import Options
 from dpcompile.planning.modes import MODES
 from dpcompile.runtime.ledger import GradientLedger
 from dpcompile.runtime.masks import Masks
+from dpcompile.runtime.micro_batch import MicroBatch
 
-__all__ = ["StagedEngine", "Waiting", "check_pipeline", "facts_of", "fault_of", "layout_of"]
+__all__ = ["StagedEngine", "check_pipeline", "facts_of", "fault_of", "layout_of"]
 
 
 class StagedEngine(Protocol):
@@ -55,28 +56,6 @@ class StagedEngine(Protocol):
         ...
 
 
-class Waiting(Protocol):
-    """A micro-batch of one stage that ran forward.
-
-    Attributes:
-        mask: ``[B]``, as the stage's weights take it.
-        done: its backward is over.
-        refused: why it may have none.
-    """
-
-    mask: Tensor
-    done: bool
-    refused: PrivacyError | None
-
-    def own_squared(self) -> Tensor:
-        """Squared norms over the parameters of this stage: float64 ``[B]``."""
-        ...
-
-    def conclude(self, squared: Tensor) -> None:
-        """Deliver what the backward came to, with these squared norms over all stages."""
-        ...
-
-
 class Pending(Protocol):
     """A stage, as far as it is looked at here."""
 
@@ -86,7 +65,7 @@ class Pending(Protocol):
         ...
 
     @property
-    def waiting(self) -> Mapping[int, Waiting]:
+    def waiting(self) -> Mapping[int, MicroBatch]:
         """Micro-batches on their way, by number."""
         ...
 
@@ -98,7 +77,7 @@ class Pending(Protocol):
 
 def fault_of(stages: Sequence[Pending]) -> PrivacyError | None:
     """What is wrong with the batch in the stages of this rank; None if nothing is."""
-    refused = [w.refused for s in stages for w in s.waiting.values() if w.refused is not None]
+    refused = [w.fault for s in stages for w in s.waiting.values() if w.fault is not None]
     if refused:
         return refused[0]
     if all(s.whole and all(w.done for w in s.waiting.values()) for s in stages):

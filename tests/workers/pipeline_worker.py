@@ -28,10 +28,13 @@ from torch.utils.data import TensorDataset
 
 import dpcompile
 from dpcompile import DPOptimizer, PoissonLoader, PrivacyError
+from dpcompile._torch.pipelining import orders_of
 from dpcompile.checkpoint import load_checkpoint, save_checkpoint
 from dpcompile.data.loader import PhysicalBatch
 from dpcompile.module import engine_of, set_mask
 from dpcompile.noise.normal import gaussian
+from dpcompile.planning.pipeline_orders import Action, gpipe, one_forward_one_backward
+from dpcompile.planning.pipeline_time import StageCosts, predicted_run
 
 dp_compile: Any = dpcompile.dp_compile
 B, T, D, V, C, CHUNKS, BLOCKS = 8, 3, 6, 5, 0.3, 4, 4
@@ -106,6 +109,7 @@ class Pipeline:
         sigma: float = 0.0,
         adam: bool = False,
         group: Any = None,
+        chunks: int = CHUNKS,
         **options: Any,
     ) -> None:
         given = True if group is None else group
@@ -123,7 +127,8 @@ class Pipeline:
             pipelining.PipelineStage(p, i, n, cpu, group=group) for p, i in zip(self.parts, self.numbers, strict=True)
         ]
         kind = getattr(schedules, f"Schedule{schedule}")
-        self.schedule = kind(self.stages if several else self.stages[0], CHUNKS, loss_fn=loss)
+        self.schedule = kind(self.stages if several else self.stages[0], chunks, loss_fn=loss)
+        self.name, self.chunks, self.count, self.place = schedule, chunks, n, rank
         self.sigma, self.adam = sigma, adam
         self.optimizers: list[DPOptimizer] = []
 
@@ -144,6 +149,20 @@ class Pipeline:
     def clear(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+
+    def check_held(self) -> None:
+        """No more micro-batches were held at a time than the schedule's order says."""
+        orders = {"GPipe": gpipe, "1F1B": one_forward_one_backward}.get(self.name)
+        if orders is None:
+            found = orders_of(self.schedule)
+            assert isinstance(found, list)
+            order = [[Action(*action) for action in actions] for actions in found]
+        else:
+            order = orders(self.count, self.chunks)
+        run = predicted_run(order, self.count, [StageCosts(1, 1, 1)] * self.count)
+        stage = engine_of(self.parts[0]).stage
+        assert stage is not None and stage.rank is not None
+        assert stage.rank.held == 0 and stage.rank.most_held == run.held[self.place], (stage.rank.most_held, run)
 
     def named(self) -> dict[str, nn.Parameter]:
         return {n: p for part in self.parts for n, p in part.named_parameters()}
@@ -275,11 +294,12 @@ def same(pipeline: Pipeline, weights: dict[str, Tensor]) -> None:
 
 
 def training(schedule: str, steps: int = 5) -> None:
-    """Weights after noisy steps are those of one rank."""
+    """Weights after noisy steps are those of one rank, and few micro-batches were held."""
     data = [batch() for _ in range(steps)]
-    pipeline = Pipeline(schedule, sigma=0.5, adam=True).optimize()
+    pipeline = Pipeline(schedule, sigma=0.5, adam=True, chunks=B).optimize()
     for x, y in data:
         pipeline.step(x, y)
+        pipeline.check_held()
         pipeline.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # two optimizers of one seed
@@ -433,7 +453,7 @@ def evaluation() -> None:
 
 
 def communication() -> None:
-    """Beside the plain step: one all-reduce of a number an example, and one of 112 bytes."""
+    """Beside the plain step: a number an example and two more, to the first stage and back; and 112 bytes."""
     x, y = batch()
     found = []
     for pipeline in (Pipeline(wrap=lambda m: m), Pipeline().optimize()):
@@ -445,8 +465,12 @@ def communication() -> None:
     more = found[1] - found[0]
     assert not found[0] - found[1], found
     assert {n: k for n, k in more.items() if k} == {
-        "c10d.allreduce_.default": 2,
-        "c10d.allreduce_.default bytes": 8 * B + 8 * 14,
+        "c10d.send.default": CHUNKS,
+        "c10d.send.default bytes": 8 * B + 16 * CHUNKS,
+        "c10d.recv_.default": CHUNKS,
+        "c10d.recv_.default bytes": 8 * B + 16 * CHUNKS,
+        "c10d.allreduce_.default": 1,
+        "c10d.allreduce_.default bytes": 8 * 14,
     }, more
 
 
