@@ -197,8 +197,7 @@ class RegionBackward:
     def receive_sums(self, run: RegionRun, marker: Tensor | None) -> None:
         """The second backward of a region is over."""
         if marker is not None:
-            sums = run.lowered.take_sums(marker)
-            self.sums.add(run.unit, run.named(sums) if sums else [])
+            self.sums.add(run.unit, run.named(run.lowered.take_sums(marker) or [None] * len(run.names)))
 
     def weights_of(self, run: RegionRun) -> Tensor:
         """``[parameters, B]``, in the second part."""
@@ -216,9 +215,10 @@ class RegionBackward:
         else:
             after_backward(self._deliver)  # FSDP's own end of the first backward comes before the second one
 
+    @torch.no_grad()
     def _own_squared(self) -> Tensor:
-        rows = self._over_ranks(self._grouped(self._squared_norms()))
-        return _sum([row for group in rows.values() for row in group], self.mask.double())
+        groups = self._over_ranks(self._grouped(self._squared_norms())).values()
+        return _sum([row for group in groups for row in group], self.mask.double())
 
     def conclude(self, squared: Tensor) -> None:
         """Of a stage: deliver, now that squared norms ``[B]`` over all stages are known."""

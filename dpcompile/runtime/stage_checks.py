@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from dpcompile.batches.draws import Draws
 from dpcompile.clipping.groups import SEVERAL
+from dpcompile.distributed.shards import local_part
 from dpcompile.errors import PrivacyError, UnsupportedGraphError, running_line
+from dpcompile.kernels.content import fingerprints
 from dpcompile.options import Options
 from dpcompile.planning.modes import MODES
 from dpcompile.runtime.ledger import GradientLedger
@@ -109,12 +111,21 @@ def facts_of(engine: StagedEngine, count: int) -> dict[str, Any]:
     options = engine.options
     return {
         "parameters": [(n, tuple(p.shape), p.requires_grad) for n, p in engine.parameters().items()],
+        "values": _values({n: engine.parameters()[n] for n in engine.trainable()}),
         "num_stages": count,
         "max_grad_norm": engine.max_grad_norm,
         "clipping": options.clipping if isinstance(options.clipping, str) else "a function",
         "loss_reduction": options.loss_reduction,
         "examples_per_user": options.examples_per_user,
     }
+
+
+def _values(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[Any, ...]]:
+    """What tells copies of parameters: shape, type and content of what lies here. Not of constants, such as ones."""
+    local = {n: local_part(p.detach()).contiguous() for n, p in parameters.items()}
+    local = {n: t for n, t in local.items() if t.numel() > 1 and bool((t != t.flatten()[0]).any())}
+    contents = fingerprints(list(local.values()))
+    return {n: (tuple(t.shape), str(t.dtype), int(c)) for (n, t), c in zip(local.items(), contents, strict=True)}
 
 
 def check_pipeline(options: Options) -> None:

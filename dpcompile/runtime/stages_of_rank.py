@@ -116,6 +116,7 @@ class StagesOfRank:
 
     # --- norms -------------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def over(self, index: int, chunk: int, squared: Tensor) -> None:
         """The backward of a stage is over, which has these squared norms, float64 ``[B]``.
 
