@@ -33,11 +33,13 @@ class PredictedRun:
         seconds: from the first forward to the last rank's last product.
         idle: of each rank, the share of that time in which it computes nothing: the bubble.
         held: of each rank, the most micro-batches at a time, stage by stage, that keep activations or cotangents.
+        waiting: the same, of those whose backward is over, and that wait for the norms of other stages.
     """
 
     seconds: float
     idle: tuple[float, ...]
     held: tuple[int, ...]
+    waiting: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -48,9 +50,11 @@ class _Rank:
     free: float = 0.0
     busy: float = 0.0
     most: int = 0
+    most_waiting: int = 0
     given: int = 0  # micro-batches whose backward is over in all stages of the rank
     taken: int = 0  # those whose clipped sums are computed
     held: set[tuple[int, int]] = field(default_factory=set)
+    waiting: set[tuple[int, int]] = field(default_factory=set)
     backwards: dict[int, int] = field(default_factory=dict)
 
     def works(self, seconds: float, since: float = 0.0) -> None:
@@ -103,7 +107,8 @@ def predicted_run(
                 there = max(over[: rank.taken + 1]) + (0 not in rank.stages) * send
                 _take(rank, rank.taken + 1, costs, since=there)
     seconds = max(rank.free for rank in ranks)
-    return PredictedRun(seconds, tuple(1 - rank.busy / seconds for rank in ranks), tuple(rank.most for rank in ranks))
+    idle = tuple(1 - rank.busy / seconds for rank in ranks)
+    return PredictedRun(seconds, idle, tuple(r.most for r in ranks), tuple(r.most_waiting for r in ranks))
 
 
 def _perform(
@@ -132,6 +137,8 @@ def _perform(
     end = rank.free
     if action.back:
         rank.is_back(action.chunk)
+        rank.waiting |= {own} if private else set()
+        rank.most_waiting = max(rank.most_waiting, len(rank.waiting))
         if private and action.stage == 0:
             _take(rank, rank.given, costs)
     return end
@@ -140,5 +147,6 @@ def _perform(
 def _take(rank: _Rank, end: int, costs: Sequence[StageCosts], since: float = 0.0) -> None:
     while rank.taken < end:
         rank.works(sum(costs[s].weights for s in rank.stages), since)
-        rank.held -= {(s, rank.taken) for s in rank.stages}
+        done = {(s, rank.taken) for s in rank.stages}
+        rank.held, rank.waiting = rank.held - done, rank.waiting - done
         rank.taken += 1

@@ -88,7 +88,9 @@ def test_micro_batches_in_flight_are_held_and_no_more(name: str) -> None:
         held.append(max(run.held))
     assert held[1] == (4 * held[0] if name in ("GPipe", "LoopedBFS") else held[0])
     if name == "1F1B":
-        assert held == [4, 4]
+        assert held == [4, 4] and run.waiting == (1, 4, 4, 4)
+    if name == "GPipe":
+        assert run.waiting == (1, 32, 32, 32)
 
 
 def costs(stages: int, weights: float = 1.0) -> Sequence[StageCosts]:
