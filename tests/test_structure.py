@@ -43,6 +43,7 @@ MUTABLE = {
     "runtime/base.py:_NUMBERS": "numbers of engines",
     "runtime/example_memory.py:_MEMORY": "registry, by module, of what examples left on it",
     "runtime/loss_scale.py:_STARTED": "registry of autograd's latest backwards and their loss scales",
+    "distributed/norm_sums.py:_OF_GROUPS": "registry of live process groups' messages",
     "runtime/stages.py:_STAGES": "registry of live stages, by module",
     "graph/passes.py:_NUMBERS": "numbers of traced graphs",
     "step.py:_BACKWARDS": "numbers of backwards that are none of autograd's",

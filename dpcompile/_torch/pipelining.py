@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-__all__ = ["StageCall", "leave_weights", "running_stage"]
+import torch.distributed as dist
+
+__all__ = ["StageCall", "leave_weights", "orders_of", "running_stage"]
 
 _STAGES, _SCHEDULES = "torch.distributed.pipelining.stage", "torch.distributed.pipelining.schedules"
 
@@ -43,6 +45,16 @@ class StageCall:
         several = getattr(self.schedule, "_stages", None)
         return [self.schedule._stage] if several is None else several
 
+    @property
+    def first_rank(self) -> int:
+        """Which rank of the pipeline's group holds the first stage."""
+        return int(self.stage.stage_index_to_group_rank[0])
+
+    @property
+    def group(self) -> Any:
+        """The pipeline's process group."""
+        return dist.group.WORLD if self.stage.group is None else self.stage.group
+
 
 def running_stage() -> StageCall | None:
     """The stage whose module is being called; None outside of stages."""
@@ -64,21 +76,50 @@ def running_stage() -> StageCall | None:
     return None if found is None else StageCall(found[0], None, found[1])
 
 
-def leave_weights(stage: Any) -> None:
+def orders_of(schedule: Any) -> str | list[list[tuple[str, int, int]]] | None:
+    """What every rank does when, if it is one of torch's own schedules.
+
+    Returns:
+        "GPipe" or "1F1B" for those of one stage a rank. For others, rank by rank, ``(kind, stage, micro-batch)``: "F"
+        forward, "B" backward, "I" backward without weight gradients, "W" these. None: it is not known.
+    """
+    torchs = sys.modules[_SCHEDULES]
+    run = type(schedule)._step_microbatches
+    for name, kind in (("GPipe", torchs.ScheduleGPipe), ("1F1B", torchs.Schedule1F1B)):
+        if run is kind._step_microbatches:
+            return name
+    if run is not torchs._PipelineScheduleRuntime._step_microbatches or schedule._comp_type_to_function_map:
+        return None
+    orders: dict[int, list[Any]] = schedule.pipeline_order_with_comms
+    return [list(_computing(orders[rank])) for rank in sorted(orders)]
+
+
+def _computing(actions: Sequence[Any]) -> Iterator[tuple[str, int, int]]:
+    for action in actions:
+        if action.sub_actions is not None:
+            yield from _computing(action.sub_actions)
+        elif action.computation_type.value in ("F", "B", "I", "W"):
+            yield action.computation_type.value, action.stage_index, action.microbatch_index
+
+
+def leave_weights(stage: Any, then: Callable[[int], None]) -> None:
     """Let schedules that split the backward run all of it where gradients of inputs are due: weights have none left.
 
     That is what a stage's ``dw_builder`` is for, and one of the user's stays.
+
+    Args:
+        stage: the ``PipelineStage``.
+        then: called with the number of a micro-batch where the schedule has a place for its weight gradients.
     """
-    if stage.dw_builder is None:
-        stage.dw_builder = _nothing_left
+    if stage.dw_builder is not None:
+        return
 
+    def place() -> None:
+        caller = _caller(sys._getframe())
+        if caller is not None and caller.f_code.co_name == "backward_weight_one_chunk":
+            then(caller.f_locals["bwd_chunk_id"])
 
-def _nothing_left() -> Any:
-    return _nothing
-
-
-def _nothing() -> None:
-    """The weight gradients of a micro-batch, of which nothing is autograd's."""
+    stage.dw_builder = lambda: place
 
 
 def _caller(frame: FrameType) -> FrameType | None:

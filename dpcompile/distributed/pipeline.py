@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dpcompile.distributed.ranks import gathered, world_size
 from dpcompile.errors import DPCompileError, PrivacyError
 
-__all__ = ["added_up", "agreed", "group_of", "same_on_all"]
+__all__ = ["agreed", "group_of", "same_on_all"]
 
 
 def group_of(pipeline: Any) -> Any:
@@ -54,32 +53,18 @@ def same_on_all(numbers: Sequence[int], device: torch.device, group: Any) -> lis
     return [a == -b for a, b in zip(largest, smallest, strict=True)]
 
 
-def added_up(squared: Sequence[Tensor], device: torch.device, group: Any) -> list[Tensor]:
-    """Squared norms of examples over the stages of all ranks, in one all-reduce.
-
-    Args:
-        squared: float64 ``[B]`` for each micro-batch, over the stages of this rank; of equal sizes on all ranks.
-        device: where they are.
-        group: the pipeline.
-
-    **Guarantee.** All ranks get the same numbers; one that is not finite on one rank is not finite on all.
-    """
-    both = torch.cat([own.to(device, torch.float64) for own in squared])
-    dist.all_reduce(both, group=group)
-    return list(both.split([len(own) for own in squared]))
-
-
 def agreed(own: Mapping[int, Mapping[str, Any]], stages: int, ranks: int) -> dict[int, int]:
     """How many parameters lie before each stage; every rank must call this, and all raise alike.
 
     Args:
-        own: number of each stage of this rank -> what is known of it: ``"parameters"``, their names and shapes, and
-            what must be the same for all stages.
+        own: number of each stage of this rank -> what is known of it: ``"parameters"``, their names and shapes;
+            ``"values"``, what tells equal ones; and what must be the same for all stages.
         stages: how many the pipeline has.
         ranks: how many ranks a pipeline has.
 
     Raises:
-        PrivacyError: a stage is not private, or there twice; ranks hold unequally many; options differ.
+        PrivacyError: a stage is not private, or there twice; ranks hold unequally many; options differ; a parameter
+            is a copy of another stage's.
     """
     everywhere = gathered({index: dict(facts) for index, facts in own.items()})
     count = {index: sum(index in e for e in everywhere) for index in range(stages)}
@@ -105,12 +90,29 @@ def agreed(own: Mapping[int, Mapping[str, Any]], stages: int, ranks: int) -> dic
                 f"stage {index} has other parameters on other ranks", remedy="build it alike in every pipeline"
             )
     facts = [f for e in everywhere for f in e.values()]
-    different = [n for n in facts[0] if n != "parameters" and len({repr(f[n]) for f in facts}) > 1]
+    different = [n for n in facts[0] if n not in ("parameters", "values") and len({repr(f[n]) for f in facts}) > 1]
     if different:
         told = ", ".join(f"{n} ({', '.join(sorted({repr(f[n]) for f in facts}))})" for n in different)
         raise PrivacyError(
             f"the stages of the pipeline disagree about {told}",
             remedy="call dp_compile with the same options for every stage",
         )
+    _refuse_copies([(index, f["values"]) for e in everywhere for index, f in sorted(e.items())])
     sizes: dict[int, int] = {index: len(f["parameters"]) for e in everywhere for index, f in e.items()}
     return {index: sum(sizes[i] for i in range(index)) for index in range(stages)}
+
+
+def _refuse_copies(values: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
+    owners: dict[Any, tuple[int, str]] = {}
+    for index, of_stage in values:
+        for name, value in of_stage.items():
+            other, twin = owners.setdefault(value, (index, name))
+            if other != index:
+                raise PrivacyError(
+                    f"parameter '{name}' of stage {index} and '{twin}' of stage {other} are equal bit by bit: if they "
+                    "are copies of one (a head tied to an embedding), the norm of the sum of their gradients is wanted "
+                    "and each stage would take its own; if they are two, they were initialised from one seed",
+                    remedy="put both uses of a tied parameter into one stage, or train two; initialise each stage from "
+                    "a seed of its own (torch.manual_seed(seed + stage)). Two that are to start from the same values "
+                    "are told apart by one element: with torch.no_grad(): head.weight[0, 0] += 1e-3",
+                )

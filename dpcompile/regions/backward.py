@@ -94,7 +94,7 @@ class RegionBackward:
         repeat: in two passes, runs the backward again; it ends in :meth:`receive_sums` of every region in ``received``.
         weights: clip group -> ``[B]``, once they are known.
         ranks: of tensor parallelism, over which norms are added up; None without it.
-        staged: the model is a stage of a pipeline: nothing is delivered before :meth:`conclude`.
+        over: of a pipeline's stage: takes its own squared norms, float64 ``[B]``; :meth:`conclude` delivers.
         repeated: parameters that turned out to be used in more regions than were told to hand out what norms need.
     """
 
@@ -105,7 +105,7 @@ class RegionBackward:
     bounds: Bounds
     refused: PrivacyError | None = None
     ranks: NormsOverRanks | None = None
-    staged: bool = False
+    over: Callable[[Tensor], None] | None = None
     repeat: Callable[[], None] | None = None
     runs: list[RegionRun] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
@@ -197,8 +197,7 @@ class RegionBackward:
     def receive_sums(self, run: RegionRun, marker: Tensor | None) -> None:
         """The second backward of a region is over."""
         if marker is not None:
-            sums = run.lowered.take_sums(marker)
-            self.sums.add(run.unit, run.named(sums) if sums else [])
+            self.sums.add(run.unit, run.named(run.lowered.take_sums(marker) or [None] * len(run.names)))
 
     def weights_of(self, run: RegionRun) -> Tensor:
         """``[parameters, B]``, in the second part."""
@@ -208,17 +207,18 @@ class RegionBackward:
 
     def _finish(self) -> None:
         self.done = True
-        if self.staged:
+        if self.over is not None:
             self.refused = self.refused or refused_scale(current_backward())
+            self.over(self._own_squared())
         elif self.repeat is None:
             self._deliver()
         else:
             after_backward(self._deliver)  # FSDP's own end of the first backward comes before the second one
 
-    def own_squared(self) -> Tensor:
-        """Of a stage: squared norms over its own parameters, float64 ``[B]``."""
-        rows = self._over_ranks(self._grouped(self._squared_norms()))
-        return _sum([row for group in rows.values() for row in group], self.mask.double())
+    @torch.no_grad()
+    def _own_squared(self) -> Tensor:
+        groups = self._over_ranks(self._grouped(self._squared_norms())).values()
+        return _sum([row for group in groups for row in group], self.mask.double())
 
     def conclude(self, squared: Tensor) -> None:
         """Of a stage: deliver, now that squared norms ``[B]`` over all stages are known."""

@@ -191,12 +191,10 @@ class RegionEngine(Engine):
         if self._rank_parts.parallel is not None:
             ranks = NormsOverRanks.of(self._rank_parts.parallel, [t for _, t, dim in dims if dim is not None] + [mask])
         deliver, bounds = partial(self.deliver, awaited), self.clip.in_graph(forward.batch.bound)
-        backward = RegionBackward(
-            options, mask, sums, deliver, bounds, forward.batch.refused, ranks, forward.chunk is not None
-        )
+        backward = RegionBackward(options, mask, sums, deliver, bounds, forward.batch.refused, ranks)
         if forward.chunk is not None:
             assert self.stage is not None
-            self.stage.expect(forward.chunk, backward)
+            backward.over = self.stage.expect(forward.chunk, backward)
         return backward
 
     # --- the lowering ------------------------------------------------------------------------------------------------

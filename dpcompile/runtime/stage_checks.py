@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from dpcompile.batches.draws import Draws
 from dpcompile.clipping.groups import SEVERAL
+from dpcompile.distributed.shards import local_part
 from dpcompile.errors import PrivacyError, UnsupportedGraphError, running_line
+from dpcompile.kernels.content import fingerprints
 from dpcompile.options import Options
 from dpcompile.planning.modes import MODES
 from dpcompile.runtime.ledger import GradientLedger
 from dpcompile.runtime.masks import Masks
+from dpcompile.runtime.micro_batch import MicroBatch
 
-__all__ = ["StagedEngine", "Waiting", "check_pipeline", "facts_of", "fault_of", "layout_of"]
+__all__ = ["StagedEngine", "check_pipeline", "facts_of", "fault_of", "layout_of"]
 
 
 class StagedEngine(Protocol):
@@ -55,28 +58,6 @@ class StagedEngine(Protocol):
         ...
 
 
-class Waiting(Protocol):
-    """A micro-batch of one stage that ran forward.
-
-    Attributes:
-        mask: ``[B]``, as the stage's weights take it.
-        done: its backward is over.
-        refused: why it may have none.
-    """
-
-    mask: Tensor
-    done: bool
-    refused: PrivacyError | None
-
-    def own_squared(self) -> Tensor:
-        """Squared norms over the parameters of this stage: float64 ``[B]``."""
-        ...
-
-    def conclude(self, squared: Tensor) -> None:
-        """Deliver what the backward came to, with these squared norms over all stages."""
-        ...
-
-
 class Pending(Protocol):
     """A stage, as far as it is looked at here."""
 
@@ -86,7 +67,7 @@ class Pending(Protocol):
         ...
 
     @property
-    def waiting(self) -> Mapping[int, Waiting]:
+    def waiting(self) -> Mapping[int, MicroBatch]:
         """Micro-batches on their way, by number."""
         ...
 
@@ -98,7 +79,7 @@ class Pending(Protocol):
 
 def fault_of(stages: Sequence[Pending]) -> PrivacyError | None:
     """What is wrong with the batch in the stages of this rank; None if nothing is."""
-    refused = [w.refused for s in stages for w in s.waiting.values() if w.refused is not None]
+    refused = [w.fault for s in stages for w in s.waiting.values() if w.fault is not None]
     if refused:
         return refused[0]
     if all(s.whole and all(w.done for w in s.waiting.values()) for s in stages):
@@ -130,12 +111,21 @@ def facts_of(engine: StagedEngine, count: int) -> dict[str, Any]:
     options = engine.options
     return {
         "parameters": [(n, tuple(p.shape), p.requires_grad) for n, p in engine.parameters().items()],
+        "values": _values({n: engine.parameters()[n] for n in engine.trainable()}),
         "num_stages": count,
         "max_grad_norm": engine.max_grad_norm,
         "clipping": options.clipping if isinstance(options.clipping, str) else "a function",
         "loss_reduction": options.loss_reduction,
         "examples_per_user": options.examples_per_user,
     }
+
+
+def _values(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[Any, ...]]:
+    """What tells copies of parameters: shape, type and content of what lies here. Not of constants, such as ones."""
+    local = {n: local_part(p.detach()).contiguous() for n, p in parameters.items()}
+    local = {n: t for n, t in local.items() if t.numel() > 1 and bool((t != t.flatten()[0]).any())}
+    contents = fingerprints(list(local.values()))
+    return {n: (tuple(t.shape), str(t.dtype), int(c)) for (n, t), c in zip(local.items(), contents, strict=True)}
 
 
 def check_pipeline(options: Options) -> None:

@@ -1,16 +1,15 @@
 """Stages of a pipeline: micro-batches whose backward is over wait here for the norms of the other stages.
 
-A stage's backward knows the squared norms of its own parameters alone. They are kept with what the clipped sums need
-(the deferred lowering) until the schedule is over. :meth:`Stage.complete`, which ``DPOptimizer.step`` calls on every
-rank, then adds the norms of all micro-batches up over the stages in one all-reduce; weights and clipped sums follow on
-each rank. One all-reduce for a micro-batch would have to be waited for between the sends of a schedule, whose order is
-the schedule's own.
+A stage's backward knows the squared norms of its own parameters alone. What the clipped sums need is kept (deferred
+lowering) until those of all stages are there (:mod:`dpcompile.runtime.stages_of_rank`), in the midst of the schedule
+or, at the latest, in :meth:`Stage.complete`, which ``DPOptimizer.step`` calls on every rank.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,16 +19,14 @@ from torch import Tensor
 from dpcompile._torch import pytree
 from dpcompile._torch.pipelining import StageCall, leave_weights
 from dpcompile.batches.draws import Given
-from dpcompile.distributed.pipeline import added_up, agreed, same_on_all
-from dpcompile.distributed.ranks import refuse_other_place
-from dpcompile.distributed.shards import computing_device
+from dpcompile.distributed.norm_sums import NormSums
 from dpcompile.errors import PrivacyError, UnsupportedGraphError, running_line
+from dpcompile.runtime.micro_batch import MicroBatch, Waiting
 from dpcompile.runtime.micro_batches import MicroBatches
-from dpcompile.runtime.stage_checks import StagedEngine, Waiting, facts_of, fault_of, layout_of
+from dpcompile.runtime.stage_checks import StagedEngine
+from dpcompile.runtime.stages_of_rank import StagesOfRank
 
 __all__ = ["Stage", "call_in_stage"]
-
-_COMPARED = "the logical step", "the draw of the loader", "the part of the draw", "C or the noise", "rows or padding"
 
 
 class Stage:
@@ -55,20 +52,22 @@ class Stage:
     ranks at other draws, or with other padding              refused on all ranks
     a gradient that is not finite in one stage               weight 0 in all
     a parameter in two stages of one rank                    refused
-    copies of a parameter in stages of several ranks         not seen: each is clipped and noised by itself
+    a parameter equal, bit by bit, to one of another stage   refused at the first step: a copy, or one seed for both
     =======================================================  =======================================================
 
     Attributes:
         group: see above.
         first_parameter: how many parameters lie in the stages before this one, once it is known.
+        rank: the stages of this rank, once a schedule ran.
     """
 
     def __init__(self, engine: StagedEngine, group: Any, run: Callable[..., Any]) -> None:
         self._engine, self.group, self._run = weakref.ref(engine), group, weakref.WeakMethod(run)
         self.first_parameter = 0
-        self._rank: _StagesOfRank | None = None
+        self.rank: StagesOfRank | None = None
+        self._sums = NormSums.of(group)
         self._batches = MicroBatches(engine)
-        self._waiting: dict[int, Waiting] = {}
+        self._waiting: dict[int, MicroBatch] = {}
         self._cleared = 0
         _STAGES[id(engine.module.__dict__)] = self
 
@@ -100,11 +99,12 @@ class Stage:
             call: the schedule's.
             tensors: with examples, and their dimension.
         """
-        self._join(call)
+        rank = self._join(call)
         self._drop_cleared()
         assert call.chunk is not None
         if not self._waiting:
             self._batches.begin(call.chunks)
+            rank.begin(call.stage.stage_index)
         elif call.chunk in self._waiting:
             raise PrivacyError(
                 "a second batch of the pipeline's schedule before the optimizer's step on the first",
@@ -112,11 +112,22 @@ class Stage:
                 remedy="call optimizer.step() after every schedule.step(...), on every rank (with "
                 "optimizer.accumulating = True it waits); optimizer.discard() drops a batch",
             )
+        rank.release("F", call.stage.stage_index, call.chunk)
         return self._batches.given(call.chunk, tensors, first=call.stage.is_first)
 
-    def expect(self, chunk: int, waiting: Waiting) -> None:
-        """A micro-batch ran forward."""
-        self._waiting[chunk], self._cleared = waiting, self.engine.ledger.cleared
+    def expect(self, chunk: int, waiting: Waiting) -> Callable[[Tensor], None]:
+        """A micro-batch ran forward; returns what is to be told its squared norms when its backward is over."""
+        assert self.rank is not None
+        found = MicroBatch(waiting.mask, waiting)
+        self._waiting[chunk], self._cleared = found, self.engine.ledger.cleared
+        self.rank.note_held()
+        return partial(self._over, chunk, found)
+
+    def _over(self, chunk: int, found: MicroBatch, squared: Tensor) -> None:
+        assert self.rank is not None
+        found.done = True
+        index = next(i for i, stage in self.rank.stages.items() if stage is self)
+        self.rank.over(index, chunk, squared)
 
     def complete(self) -> None:
         """The schedule's batch is over: every rank calls this before its optimizers' step, and each once.
@@ -124,31 +135,55 @@ class Stage:
         Raises:
             PrivacyError: see the class.
         """
-        if self._rank is not None:
-            self._rank.complete()
+        if self.rank is not None:
+            self.rank.complete()
 
     def _drop_cleared(self) -> None:
         if self._waiting and self._cleared != self.engine.ledger.cleared:
-            for waiting in self._waiting.values():
-                waiting.refused = PrivacyError(
-                    "a backward of a micro-batch that was dropped by zero_grad()",
-                    remedy="call zero_grad() before schedule.step(...), or after optimizer.step()",
+            for found in self._waiting.values():
+                found.drop(
+                    PrivacyError(
+                        "a backward of a micro-batch that was dropped by zero_grad()",
+                        remedy="call zero_grad() before schedule.step(...), or after optimizer.step()",
+                    )
                 )
             self._waiting = {}
 
-    def _join(self, call: StageCall) -> None:
+    def _join(self, call: StageCall) -> StagesOfRank:
         """Find the other stages of this rank at the first call."""
-        leave_weights(call.stage)
-        if self._rank is None:
-            _StagesOfRank.of(call)
-        assert self._rank is not None
-        self._rank.check(call, self)
+        if self.rank is None:
+            found = {s.stage_index: _stage_of(s) for s in call.local}
+            rank = StagesOfRank(found, call.stage.num_stages, call.first_rank, self._sums)
+            for stage in found.values():
+                stage.rank = rank
+            assert self.rank is rank
+        leave_weights(call.stage, partial(_place_for_weights, call.stage))
+        self._check(call, self.rank)
+        self.rank.follow(call)
+        return self.rank
+
+    def _check(self, call: StageCall, rank: StagesOfRank) -> None:
+        """Raise PrivacyError if a schedule runs other stages than the first did, or another module in a stage."""
+        same = rank.stages.get(call.stage.stage_index) is self is _stage_of(call.stage)
+        local = {s.stage_index for s in call.local} == set(rank.stages)
+        if not (same and local and call.stage.num_stages == rank.count):
+            raise PrivacyError(
+                "the schedule runs other stages than the one that ran before",
+                remedy="call dp_compile anew for stages that are divided otherwise",
+            )
+        if call.group.group_name != self.group.group_name:
+            raise PrivacyError(
+                "the PipelineStage has another process group than dp_compile was given: norms would be added up over "
+                "other ranks than those that hold the stages",
+                remedy="PipelineStage(..., group=group) and dp_compile(..., pipeline=group); without group: "
+                "pipeline=True",
+            )
 
     # --- for the stages of a rank ------------------------------------------------------------------------------------
 
     @property
-    def waiting(self) -> Mapping[int, Waiting]:
-        """Micro-batches on their way."""
+    def waiting(self) -> Mapping[int, MicroBatch]:
+        """The micro-batches of the batch under way, by number."""
         self._drop_cleared()
         return self._waiting
 
@@ -162,108 +197,12 @@ class Stage:
         """Whether all micro-batches of the batch are there."""
         return set(self.waiting) == set(range(self._batches.chunks))
 
-    def take(self) -> list[Waiting]:
-        """Micro-batches in their order, which wait no longer."""
-        found, self._waiting = [self._waiting[i] for i in sorted(self._waiting)], {}
-        return found
-
-    def belongs_to(self, rank: _StagesOfRank) -> None:
-        """It is one of these."""
-        self._rank = rank
+    def end(self) -> None:
+        """The batch is over."""
+        self._waiting = {}
 
 
 _STAGES: weakref.WeakValueDictionary[int, Stage] = weakref.WeakValueDictionary()  # by a module's own dict
-
-
-class _StagesOfRank:
-    """The stages of one pipeline that lie on this rank."""
-
-    def __init__(self, stages: Mapping[int, Stage], count: int, group: Any) -> None:
-        self._stages, self._count, self._group = dict(stages), count, group
-        self._agreed = False
-
-    @classmethod
-    def of(cls, call: StageCall) -> _StagesOfRank:
-        """Those of the schedule that runs."""
-        found = {s.stage_index: _stage_of(s) for s in call.local}
-        made = cls(found, call.stage.num_stages, _group_of(call.stage))
-        made._refuse_ties()
-        for stage in found.values():
-            stage.belongs_to(made)
-        return made
-
-    def check(self, call: StageCall, stage: Stage) -> None:
-        """Raise PrivacyError if a schedule runs other stages than the first did, or another module in a stage."""
-        same = self._stages.get(call.stage.stage_index) is stage is _stage_of(call.stage)
-        local = {s.stage_index for s in call.local} == set(self._stages)
-        if not (same and local and call.stage.num_stages == self._count):
-            raise PrivacyError(
-                "the schedule runs other stages than the one that ran before",
-                remedy="call dp_compile anew for stages that are divided otherwise",
-            )
-        if _group_of(call.stage).group_name != stage.group.group_name:
-            raise PrivacyError(
-                "the PipelineStage has another process group than dp_compile was given: norms would be added up over "
-                "other ranks than those that hold the stages",
-                remedy="PipelineStage(..., group=group) and dp_compile(..., pipeline=group); without group: "
-                "pipeline=True",
-            )
-
-    @torch.no_grad()
-    def complete(self) -> None:
-        """See :meth:`Stage.complete`."""
-        stages = [self._stages[i] for i in sorted(self._stages)]
-        if not any(s.waiting for s in stages):
-            return
-        engine = stages[0].engine
-        device = computing_device(next(iter(engine.parameters().values())))
-        fault = fault_of(stages)
-        self._compare(stages, fault, device)
-        batches = [s.take() for s in stages]
-        own = [torch.stack([w.own_squared() for w in of_all]).sum(0) for of_all in zip(*batches, strict=True)]
-        for squared, of_all in zip(added_up(own, device, self._group), zip(*batches, strict=True), strict=True):
-            for waiting in of_all:
-                waiting.conclude(squared)
-
-    def _compare(self, stages: Sequence[Stage], fault: PrivacyError | None, device: torch.device) -> None:
-        engine = stages[0].engine
-        place = engine.place() or (0, 0, 0)
-        layout = 0 if fault else layout_of(stages)
-        numbers = [place[0], *stages[0].batch, place[2], layout, fault is not None, self._agreed]
-        *same, healthy, known = same_on_all(numbers, device, self._group)
-        if fault is not None:
-            raise fault
-        if not healthy:
-            raise PrivacyError(
-                "another rank of the pipeline refused the batch", remedy="see the error of that rank, which says why"
-            )
-        if not all(same):
-            told = ", ".join(n for n, alike in zip(_COMPARED, same, strict=True) if not alike)
-            raise PrivacyError(
-                f"the ranks of the pipeline are not at one batch: they differ in {told}",
-                remedy="iterate over the same batches on every rank, with one seed; give every stage the same mask "
-                "(set_mask), and run every batch on every rank; loss scaling (GradScaler) is not for pipelines",
-            )
-        if not (self._agreed and known):
-            first = agreed(
-                {i: facts_of(s.engine, self._count) for i, s in self._stages.items()}, self._count, stages[0].ranks
-            )
-            for index, stage in self._stages.items():
-                stage.first_parameter = first[index]
-            self._agreed = True
-        if dist.get_world_size() != stages[0].ranks:
-            refuse_other_place(engine.place(), device)
-
-    def _refuse_ties(self) -> None:
-        owners: dict[int, int] = {}
-        for index, stage in self._stages.items():
-            for name, parameter in stage.engine.parameters().items():
-                if owners.setdefault(id(parameter), index) != index:
-                    raise UnsupportedGraphError(
-                        f"parameter '{name}' is in stages {owners[id(parameter)]} and {index}: its gradients add "
-                        "before the norm is taken, and stages take norms by themselves",
-                        remedy="give each stage a parameter of its own, or put both uses into one stage",
-                    )
 
 
 def call_in_stage(
@@ -343,5 +282,7 @@ def _stage_of(stage: Any) -> Stage:
     return found
 
 
-def _group_of(stage: Any) -> Any:
-    return dist.group.WORLD if stage.group is None else stage.group
+def _place_for_weights(stage: Any, chunk: int) -> None:
+    found = _stage_of(stage)
+    if found.rank is not None:
+        found.rank.release("W", stage.stage_index, chunk)

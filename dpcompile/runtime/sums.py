@@ -68,8 +68,9 @@ class LocalSums:
         _add_up(self._found, sums)
 
     def finish(self) -> Named:
-        """All of them."""
-        return list(self._found.items())
+        """All of them; none is kept."""
+        found, self._found = self._found, {}
+        return list(found.items())
 
 
 class ShardedSums:
@@ -108,7 +109,8 @@ class ShardedSums:
         for unit in list(self._own):
             self._reduce(unit)
         self._wait()
-        return self._done
+        done, self._done = self._done, []
+        return done
 
     def _reduce(self, unit: str) -> None:
         started = _start(self._own.pop(unit), self._parameters, self._gathered.pop(unit, {}))

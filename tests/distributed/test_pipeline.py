@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dpcompile import (
     compile_step,
 )
 from dpcompile.module import engine_of, set_mask
+from dpcompile.regions.backward import RegionBackward
 
 FEW = {
     "gradients", "schedule 1F1B", "schedule ZBVZeroBubble", "padding", "not finite", "loading", "checkpoints",
@@ -33,10 +35,12 @@ FEW = {
 REST = {
     "regions", "inductor", "schedule Interleaved1F1B", "schedule InterleavedZeroBubble", "schedule LoopedBFS",
     "schedule DualPipeV", "users", "noise once", "masks by hand", "evaluation", "dropped", "other draws",
+    "messages of another batch", "copies", "automatic",
 }  # fmt: skip
 ON_FOUR = {
     "gradients", "loading", "checkpoints", "FSDP2 and stages", "FSDP2 and two stages each",
-    "tensor parallelism and stages",
+    "tensor parallelism and stages", "tensor parallelism and two stages each", "checkpoints of FSDP2 and stages",
+    "checkpoints of tensor parallelism and stages", "users with FSDP2 and stages", "zero bubble with FSDP2 and stages",
 }  # fmt: skip
 
 
@@ -55,6 +59,14 @@ def test_other_schedules_and_more_ranks(ranks: int, checks: set[str], tmp_path: 
 def test_a_rank_that_raises_ends_all(tmp_path: Path) -> None:
     done = launch(2, "pipeline_worker.py", str(tmp_path), "accident")
     assert done.returncode != 0 and "OSError: an accident" in done.stderr and "passed" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("check", "told"), [("late accident", "OSError: an accident"), ("killed", "SIGKILL")])
+def test_a_rank_that_fails_in_the_midst_of_a_schedule(check: str, told: str, tmp_path: Path) -> None:
+    """While norms of earlier micro-batches are on their way."""
+    done = launch(2, "pipeline_worker.py", str(tmp_path), check, timeout=240)
+    assert done.returncode != 0 and told in done.stderr and "passed" not in done.stdout
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +173,76 @@ def test_a_parameter_in_two_stages() -> None:
     model = one(make=lambda first, _: parts[first > 0])
     told = refusal(UnsupportedGraphError, lambda: model.run(*batch()))
     assert "parameter 'blocks.3.norm.weight' is in stages 0 and 1" in told
+
+
+class TiedCopies(Model):
+    """The head is a copy of the embedding."""
+
+    def __init__(self, first: int = 0, end: int = BLOCKS) -> None:
+        super().__init__(first, end)
+        if end == BLOCKS:
+            self.head.weight.data.copy_(Model().tokens.weight)
+
+
+class OneSeed(Model):
+    """Blocks of every stage from one seed."""
+
+    def __init__(self, first: int = 0, end: int = BLOCKS) -> None:
+        super().__init__(first, end)
+        for block in self.blocks.values():
+            torch.manual_seed(4)
+            nn.init.normal_(block.linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (TiedCopies, "parameter 'head.weight' of stage 1 and 'tokens.weight' of stage 0 are equal bit by bit"),
+        (OneSeed, "parameter 'blocks.2.linear.weight' of stage 1 and 'blocks.0.linear.weight' of stage 0 are equal"),
+    ],
+)
+def test_copies_of_a_parameter_in_two_stages(make: Any, text: str) -> None:
+    """Their gradients may be meant to add. Ones and zeros of norm layers and biases are no copies."""
+    model = one(make=make).optimize()
+    model.run(*batch())
+    for _ in range(2):  # a second step does not get by
+        assert text in refusal(PrivacyError, model.optimizers[0].step)
+    assert all(p.grad is None for p in model.named().values())
+    told_apart = one(make=make).optimize()
+    with torch.no_grad():
+        told_apart.parts[1].head.weight[0, 0] += 1e-3
+        for block in told_apart.parts[1].blocks.values():
+            block.linear.weight[0, 0] += 1e-3
+    told_apart.step(*batch())
+
+
+def test_gradients_that_a_loop_adds_up_between_stages() -> None:
+    """As is done for tied embeddings: before the step there is nothing to add, and what is put there is refused."""
+    model = one().optimize()
+    model.run(*batch())
+    tied = [model.parts[0].tokens.weight, model.parts[1].head.weight]
+    assert all(p.grad is None for p in tied)
+    tied[1].grad = torch.randn_like(tied[1])
+    told = refusal(PrivacyError, model.optimizers[1].step)
+    assert "parameter 'head.weight' did not come out of the clipped backward alone" in told
+
+
+def test_micro_batches_are_freed() -> None:
+    """Torch keeps each micro-batch's loss, and with it our backward, which holds neither activations nor sums."""
+    seen: list[int] = []
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        ours = [o for o in gc.get_objects() if type(o) is RegionBackward]
+        seen.append(len(ours))
+        assert not any(run.rest is not None for o in ours for run in o.received)
+        assert not any(any(vars(o.sums).values()) for o in ours)
+        return loss_of(logits, targets)
+
+    gc.collect()
+    model = one(loss=loss, chunks=B).optimize()
+    model.step(*batch())
+    model.check_held()
+    assert max(seen) >= B
 
 
 def test_calls_outside_a_schedule() -> None:

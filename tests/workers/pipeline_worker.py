@@ -5,6 +5,8 @@ Each check prints its name once it passed, on rank 0.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ from launching import run_checks
 from sharded_worker import Collectives, raises
 from torch import Tensor, nn
 from torch.distributed import pipelining
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import schedules
 from torch.distributed.tensor import DTensor
@@ -28,10 +30,14 @@ from torch.utils.data import TensorDataset
 
 import dpcompile
 from dpcompile import DPOptimizer, PoissonLoader, PrivacyError
+from dpcompile._torch.pipelining import orders_of
 from dpcompile.checkpoint import load_checkpoint, save_checkpoint
 from dpcompile.data.loader import PhysicalBatch
+from dpcompile.distributed.norm_sums import NormSums
 from dpcompile.module import engine_of, set_mask
 from dpcompile.noise.normal import gaussian
+from dpcompile.planning.pipeline_orders import Action, gpipe, one_forward_one_backward
+from dpcompile.planning.pipeline_time import StageCosts, predicted_run
 
 dp_compile: Any = dpcompile.dp_compile
 B, T, D, V, C, CHUNKS, BLOCKS = 8, 3, 6, 5, 0.3, 4, 4
@@ -106,6 +112,7 @@ class Pipeline:
         sigma: float = 0.0,
         adam: bool = False,
         group: Any = None,
+        chunks: int = CHUNKS,
         **options: Any,
     ) -> None:
         given = True if group is None else group
@@ -123,7 +130,8 @@ class Pipeline:
             pipelining.PipelineStage(p, i, n, cpu, group=group) for p, i in zip(self.parts, self.numbers, strict=True)
         ]
         kind = getattr(schedules, f"Schedule{schedule}")
-        self.schedule = kind(self.stages if several else self.stages[0], CHUNKS, loss_fn=loss)
+        self.schedule = kind(self.stages if several else self.stages[0], chunks, loss_fn=loss)
+        self.name, self.chunks, self.count, self.place = schedule, chunks, n, rank
         self.sigma, self.adam = sigma, adam
         self.optimizers: list[DPOptimizer] = []
 
@@ -144,6 +152,20 @@ class Pipeline:
     def clear(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+
+    def check_held(self) -> None:
+        """No more micro-batches were held at a time than the schedule's order says."""
+        orders = {"GPipe": gpipe, "1F1B": one_forward_one_backward}.get(self.name)
+        if orders is None:
+            found = orders_of(self.schedule)
+            assert isinstance(found, list)
+            order = [[Action(*action) for action in actions] for actions in found]
+        else:
+            order = orders(self.count, self.chunks)
+        run = predicted_run(order, self.count, [StageCosts(1, 1, 1)] * self.count)
+        stage = engine_of(self.parts[0]).stage
+        assert stage is not None and stage.rank is not None
+        assert stage.rank.held == 0 and stage.rank.most_held == run.held[self.place], (stage.rank.most_held, run)
 
     def named(self) -> dict[str, nn.Parameter]:
         return {n: p for part in self.parts for n, p in part.named_parameters()}
@@ -275,50 +297,160 @@ def same(pipeline: Pipeline, weights: dict[str, Tensor]) -> None:
 
 
 def training(schedule: str, steps: int = 5) -> None:
-    """Weights after noisy steps are those of one rank."""
+    """Weights after noisy steps are those of one rank, and few micro-batches were held."""
     data = [batch() for _ in range(steps)]
-    pipeline = Pipeline(schedule, sigma=0.5, adam=True).optimize()
+    pipeline = Pipeline(schedule, sigma=0.5, adam=True, chunks=B).optimize()
     for x, y in data:
         pipeline.step(x, y)
+        pipeline.check_held()
         pipeline.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # two optimizers of one seed
         same(pipeline, alone(steps, 0.5, adam=True, data=data))
 
 
-def meshed(kind: str, schedule: str) -> None:
-    """Two by two: stages that FSDP2 shards, or that tensor parallelism cuts; noisy steps are those of one rank."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", kind))
-    mine, steps = mesh.get_local_rank(kind), 3
-    data = [batch(2 * B) for _ in range(steps)]
-
-    def place(first: int, end: int) -> nn.Module:
-        model = Cut(first, end)
-        for block in model.blocks.values():
-            if kind == "dp":
-                fully_shard(block, mesh=mesh["dp"])
-            else:
-                parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+def placed(mesh: DeviceMesh, kind: str, first: int, end: int) -> nn.Module:
+    """A stage that FSDP2 shards ("dp"), or that tensor parallelism cuts ("tp")."""
+    model = Cut(first, end)
+    for block in model.blocks.values():
         if kind == "dp":
-            fully_shard(model, mesh=mesh["dp"])
-        return model
+            fully_shard(block, mesh=mesh["dp"])
+        else:
+            parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    if kind == "dp":
+        fully_shard(model, mesh=mesh["dp"])
+    return model
 
-    pipeline = Pipeline(schedule, make=place, group=mesh["pp"].get_group(), sigma=0.5, adam=True).optimize(2 * B)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for x, y in data:
-            pipeline.step(*((x.chunk(2)[mine], y.chunk(2)[mine]) if kind == "dp" else (x, y)))
-            pipeline.clear()
-        model = dp_compile(Cut(), max_grad_norm=C, backend="eager")
-        optimizer = optimizer_of(model, 0.5, adam=True, expected=2 * B)
-        for x, y in data:
-            loss_of(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+
+def two_by_two(kind: str, schedule: str, **options: Any) -> tuple[Pipeline, Callable[..., None]]:
+    """A pipeline of two ranks, by two; and a step of it on a batch of all ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", kind))
+    mine, make = mesh.get_local_rank(kind), partial(placed, mesh, kind)
+    pipeline = Pipeline(schedule, make=make, group=mesh["pp"].get_group(), sigma=0.5, adam=True, **options)
+    pipeline.optimize(2 * B)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        pipeline.step(*((x.chunk(2)[mine], y.chunk(2)[mine]) if kind == "dp" else (x, y)))
+        pipeline.check_held()
+        pipeline.clear()
+
+    return pipeline, step
+
+
+def whole_model(**options: Any) -> tuple[Any, DPOptimizer, Callable[[Tensor, Tensor], None]]:
+    """On every rank by itself."""
+    model = dp_compile(Cut(), max_grad_norm=C, backend="eager", **options)
+    optimizer = optimizer_of(model, 0.5, adam=True, expected=2 * B)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        loss_of(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, optimizer, step
+
+
+def compare(pipeline: Pipeline, model: Any) -> None:
     expected = dict(model.named_parameters())
     for n, p in pipeline.named().items():
         whole = p.full_tensor() if isinstance(p, DTensor) else p
         torch.testing.assert_close(whole, expected[n], rtol=1e-5, atol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
+
+
+def meshed(kind: str, schedule: str, **options: Any) -> None:
+    """Two by two: stages that FSDP2 shards, or that tensor parallelism cuts; noisy steps are those of one rank."""
+    data = [batch(2 * B) for _ in range(3)]
+    pipeline, step = two_by_two(kind, schedule, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, _, alone_step = whole_model(**options)
+        for x, y in data:
+            step(x, y)
+            alone_step(x, y)
+    compare(pipeline, model)
+
+
+def meshed_checkpoints(kind: str, directory: Path) -> None:
+    """Saved on two by two; it goes on there, as a pipeline over all ranks, and on one rank, to the same weights."""
+    directory, data = directory / kind, [batch(2 * B) for _ in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, _, alone_step = whole_model()
+        for x, y in data:
+            alone_step(x, y)
+        first, step = two_by_two(kind, "1F1B")
+        for x, y in data[:2]:
+            step(x, y)
+        save_checkpoint(directory, first.parts[0], first.optimizers[0])
+        second, step = two_by_two(kind, "1F1B")
+        load_checkpoint(directory, second.parts[0], second.optimizers[0])
+        longer = Pipeline("1F1B", make=Cut, sigma=0.5, adam=True).optimize(2 * B)
+        load_checkpoint(directory, longer.parts[0], longer.optimizers[0])
+        whole, optimizer, whole_step = whole_model()
+        load_checkpoint(directory, whole, optimizer)
+        for x, y in data[2:]:
+            step(x, y)
+            longer.step(x, y)
+            longer.clear()
+            whole_step(x, y)
+    compare(second, model)
+    compare(longer, model)
+    compare(second, whole)
+
+
+def messages() -> None:
+    """Ranks of which one began another batch between: every step is refused on both, and nothing is delivered."""
+    group: Any = dist.new_group([0, 1])
+    pipeline = Pipeline("1F1B", group=group).optimize()
+    if dist.get_rank():
+        NormSums.of(group).begin(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # NaN: all weights are 0
+        for _ in range(2):
+            pipeline.run(*batch())
+            raises(PrivacyError, "norms of other micro-batches", pipeline.optimizers[0].step)
+            pipeline.clear()
+    assert all(p.grad is None for p in pipeline.named().values())
+
+
+class Copied(Model):
+    """The head is a copy of the embedding."""
+
+    def __init__(self, first: int = 0, end: int = BLOCKS) -> None:
+        super().__init__(first, end)
+        if end == BLOCKS:
+            self.head.weight.data.copy_(Model().tokens.weight)
+
+
+def copies() -> None:
+    """Of one parameter on the first and the last rank: refused on both, at the first step."""
+    pipeline = Pipeline("1F1B", make=Copied).optimize()
+    refused("are equal bit by bit", pipeline)
+    if dist.get_rank():
+        pipeline.parts[0].head.weight.data[0, 0] += 1e-3
+    for optimizer in pipeline.optimizers:
+        optimizer.step()
+    plain = Pipeline("1F1B", make=Copied).optimize()
+    plain.run(*batch())
+    assert all(p.grad is None for p in plain.named().values())  # nothing that a loop could add up over ranks
+
+
+def automatic() -> None:
+    """Weights C / norm, of the norm over all stages, also as a function of the norms."""
+    for clipping in ("automatic", lambda norms: C / (norms + 0.01)):
+        data = [batch() for _ in range(2)]
+        pipeline = Pipeline("1F1B", clipping=clipping, sigma=0.5).optimize()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = dp_compile(Model(), max_grad_norm=C, backend="eager", clipping=clipping)
+            optimizer = optimizer_of(model, 0.5, adam=False)
+            for x, y in data:
+                pipeline.step(x, y)
+                pipeline.clear()
+                loss_of(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        same(pipeline, {n: p.detach() for n, p in model.named_parameters()})
 
 
 def noise_once() -> None:
@@ -433,7 +565,7 @@ def evaluation() -> None:
 
 
 def communication() -> None:
-    """Beside the plain step: one all-reduce of a number an example, and one of 112 bytes."""
+    """Beside the plain step: a number an example and two more, to the first stage and back; and 112 bytes."""
     x, y = batch()
     found = []
     for pipeline in (Pipeline(wrap=lambda m: m), Pipeline().optimize()):
@@ -445,8 +577,12 @@ def communication() -> None:
     more = found[1] - found[0]
     assert not found[0] - found[1], found
     assert {n: k for n, k in more.items() if k} == {
-        "c10d.allreduce_.default": 2,
-        "c10d.allreduce_.default bytes": 8 * B + 8 * 14,
+        "c10d.send.default": CHUNKS,
+        "c10d.send.default bytes": 8 * B + 16 * CHUNKS,
+        "c10d.recv_.default": CHUNKS,
+        "c10d.recv_.default bytes": 8 * B + 16 * CHUNKS,
+        "c10d.allreduce_.default": 1,
+        "c10d.allreduce_.default bytes": 8 * 14,
     }, more
 
 
@@ -529,6 +665,33 @@ def accident() -> None:
     Pipeline(make=Failing).optimize().step(*batch())
 
 
+def late_accident() -> None:
+    """The last rank raises in its third micro-batch, when norms of earlier ones are on their way."""
+    losses: list[Tensor] = []
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        losses.append(loss_of(logits, targets))
+        if len(losses) == 5:
+            raise OSError("an accident")
+        return losses[-1]
+
+    Pipeline("1F1B", chunks=B, loss=loss).optimize().step(*batch())
+
+
+def killed() -> None:
+    """The first rank dies before its fifth forward: that ends all."""
+    pipeline = Pipeline("1F1B", chunks=B).optimize()
+    run = pipeline.stages[0].forward_one_chunk
+
+    def dying(chunk: int, *args: Any, **kwargs: Any) -> Any:
+        if chunk == 4 and pipeline.first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run(chunk, *args, **kwargs)
+
+    pipeline.stages[0].forward_one_chunk = dying  # type: ignore[method-assign]
+    pipeline.step(*batch())
+
+
 SCHEDULES = ("1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
 MORE = ("LoopedBFS", "DualPipeV")
 
@@ -555,14 +718,23 @@ def main() -> None:
         "dropped": dropped,
         "differing": differing,
         "other draws": other_draws,
+        "messages of another batch": messages,
+        "copies": copies,
+        "automatic": automatic,
     }
     if dist.get_world_size() > 2:  # as many blocks as stages
         checks["FSDP2 and stages"] = lambda: meshed("dp", "1F1B")
         checks["FSDP2 and two stages each"] = lambda: meshed("dp", "Interleaved1F1B")
         checks["tensor parallelism and stages"] = lambda: meshed("tp", "1F1B")
+        checks["tensor parallelism and two stages each"] = lambda: meshed("tp", "Interleaved1F1B")
+        checks["users with FSDP2 and stages"] = lambda: meshed("dp", "1F1B", examples_per_user=2)
+        checks["zero bubble with FSDP2 and stages"] = lambda: meshed("dp", "ZBVZeroBubble")
+        checks["checkpoints of FSDP2 and stages"] = lambda: meshed_checkpoints("dp", directory)
+        checks["checkpoints of tensor parallelism and stages"] = lambda: meshed_checkpoints("tp", directory)
         checks = {n: c for n, c in checks.items() if n in ("gradients", "loading", "checkpoints") or "stages" in n}
-    if wanted == ["accident"]:
-        checks = {"accident": accident}
+    failing = {"accident": accident, "late accident": late_accident, "killed": killed}
+    if wanted[:1] and wanted[0] in failing:
+        checks, wanted = {wanted[0]: failing[wanted[0]]}, []
     run_checks(checks, wanted)
 
 
