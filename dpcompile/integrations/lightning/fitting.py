@@ -1,18 +1,18 @@
-"""Lightning: ``Trainer(strategy=DPStrategy(...))`` trains a ``LightningModule`` privately, as it is."""
+"""What the strategies have in common: ``fit`` with model, optimizers and loader made private when it sets them up."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
+from torch import nn
 
 from dpcompile.data.loader import PoissonLoader
-from dpcompile.data.making import private_loader_of
+from dpcompile.distributed.ranks import from_first
 from dpcompile.errors import PrivacyError
+from dpcompile.integrations.lightning.draws import DrawnEpochs, private_draws
+from dpcompile.integrations.lightning.refusals import planned_steps, refuse_settings
+from dpcompile.integrations.lightning.spent import LogsEpsilon
 from dpcompile.integrations.stepped_together import SteppedTogether
 from dpcompile.integrations.what_is_private import (
     Routed,
@@ -25,76 +25,35 @@ from dpcompile.module import engine_of
 from dpcompile.noise.counter import fresh_seed
 from dpcompile.private import make_private
 
-__all__ = ["DPStrategy"]
+__all__ = ["FitsPrivately"]
 
-# What `make_private` hands on to the loader.
-_OF_LOADER = ("physical_batch_size", "max_batch_size", "bands", "examples_per_user")
 _SAVED = "dpcompile"  # key of a checkpoint
 
-
-def _lightning() -> Any:
-    """The package that the program uses: ``lightning`` and ``pytorch_lightning`` hold the same classes twice."""
-    older = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
-    return import_module("pytorch_lightning" if older or find_spec("lightning") is None else "lightning.pytorch")
+# For the type checker alone: the mixin stands before a strategy.
+_Base: Any = Any if TYPE_CHECKING else object
 
 
-_pl: Any = _lightning()
-
-
-class DPStrategy(_pl.strategies.SingleDeviceStrategy):
-    """Private training on one device: ``Trainer(strategy=DPStrategy(target_epsilon=3.0, target_delta=1e-5))``.
-
-    The ``LightningModule`` and the DataLoader given to ``fit`` stay as they are. Model, optimizers and loader are made
-    private when ``fit`` sets them up, for the steps that ``max_epochs``, ``max_steps`` and ``limit_train_batches`` of
-    the Trainer say. A batch is one draw and one step. ``validate``, ``test`` and ``predict`` are not touched.
-
-    What is private is the one child that holds all trainable parameters (``self.net``), whether ``training_step`` calls
-    it or ``self(x)``; where several do, the module itself, and then ``training_step`` calls ``self(x)``. The loss is
-    computed in ``training_step``, one value per example and then their mean.
-
-    A checkpoint has weights, optimizers, accountant, noise and draws, and ``fit(ckpt_path=...)`` goes on exactly. It
-    holds the seed: keep it as secret as the data, and publish one saved with ``save_weights_only=True``.
+class FitsPrivately(_Base):
+    """Private training for a strategy of Lightning: stands first among the bases.
 
     Args:
-        delta: where epsilon is logged, as "epsilon", after every epoch and ``log_every_n_steps``; None:
-            ``target_delta``, and without one epsilon is not logged.
-        submodule: name of what is private, as in ``named_modules()``; "" is the module itself, None as above.
-        **options: of :func:`dpcompile.make_private`; ``steps`` only where the Trainer does not know them.
+        delta: where epsilon is logged.
+        submodule: name of what is private.
+        options: of :func:`dpcompile.make_private`.
+        **of_strategy: of the strategy that stands behind.
 
-    Attributes:
-        private_model: what is private, while and after ``fit``; it has ``plan``, ``certificate``, ``grad_norms``.
-        private_optimizer: the DPOptimizer, whose ``report(delta)`` and ``accountant`` tell what it has cost.
-        private_loader: the PoissonLoader.
-
-    Raises:
-        PrivacyError: in ``fit``, see the table, or whatever ``make_private`` refuses.
-
-    **Guarantee.** As of :func:`dpcompile.make_private`.
-
-    ==================================================  =====================================================
-    edge case                                           outcome
-    ==================================================  =====================================================
-    ``accumulate_grad_batches``                         refused: give a larger batch, and physical_batch_size
-    ``gradient_clip_val``, ``overfit_batches``          refused
-    ``training_step`` returns None                      refused: one example could drop the sum of a batch
-    ``training_step`` calls parts of what is private    refused
-    several optimizers, in manual optimization          one private step, when all of them were stepped
-    one of them not stepped                             refused
-    frozen BatchNorm beside what is private             refused in training mode
-    a second ``fit``, a tuner's trials                  refused: each would be an account of its own
-    more steps than were planned                        refused by the optimizer
-    several devices                                     refused
-    ==================================================  =====================================================
+    **Guarantee.** As of :func:`dpcompile.make_private`: each optimizer step is one step of its
+    :class:`dpcompile.DPOptimizer`, on one whole draw of its loader.
     """
 
-    strategy_name = "dpcompile"
-
-    def __init__(self, *, delta: float | None = None, submodule: str | None = None, **options: Any) -> None:
-        super().__init__()
-        self._options, self._submodule = options, submodule
+    def __init__(
+        self, delta: float | None, submodule: str | None, options: Mapping[str, Any], **of_strategy: Any
+    ) -> None:
+        super().__init__(**of_strategy)
+        self._options, self._submodule = dict(options), submodule
         self._delta: float | None = options.get("target_delta") if delta is None else delta
         self._routed: Routed | None = None
-        self._draws: _Draws | None = None
+        self._draws: DrawnEpochs | None = None
         self._together: SteppedTogether | None = None
         self._seed, self._calls, self._part = 0, 0, ""
         self.private_model: Any = None
@@ -105,46 +64,29 @@ class DPStrategy(_pl.strategies.SingleDeviceStrategy):
         """The loader; None before ``fit``."""
         return None if self._draws is None else self._draws.loader
 
-    @property
-    def parallel_devices(self) -> list[Any]:
-        """What the Trainer was told to use."""
-        return []
+    # --- ranks -------------------------------------------------------------------------------------------------------
 
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[Any]) -> None:
-        if len(devices) > 1:
-            raise PrivacyError(
-                f"DPStrategy, and {len(devices)} devices",
-                remedy="Trainer(devices=1); on several, the loop of docs/distributed.md",
-            )
-        self._root_device = devices[0]
+    def _ranks(self) -> tuple[int, int]:
+        """Which rank this is, and how many there are, that examples are dealt out to."""
+        return 0, 1
 
-    @property
-    def num_nodes(self) -> int:
-        """One."""
-        return 1
-
-    @num_nodes.setter
-    def num_nodes(self, number: int) -> None:
-        if number != 1:
-            raise PrivacyError(
-                f"DPStrategy, and {number} nodes: each would train a model of its own",
-                remedy="Trainer(num_nodes=1); on several, the loop of docs/distributed.md",
-            )
+    def _private(self, module: nn.Module, optimizers: Any, loader: Any, options: Mapping[str, Any]) -> Any:
+        """What ``make_private`` makes of them."""
+        return make_private(module, optimizers, loader, **options)
 
     # --- fit ---------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any) -> None:
         """Refuse what cannot be private, before anything is made."""
         if trainer.state.fn == "fit":
-            _refuse_settings(trainer)
+            refuse_settings(trainer)
             if self.private_model is not None:
                 raise PrivacyError(
-                    "a second fit with one DPStrategy: it would begin another account, beside the first",
+                    f"a second fit with one {type(self).__name__}: it would begin another account, beside the first",
                     remedy="give max_epochs the whole number, or go on from a checkpoint with a new Trainer and "
                     "DPStrategy: fit(ckpt_path=...); what a tuner tries costs privacy each time",
                 )
-            trainer.callbacks.append(_Epsilon(self, self._delta))
+            trainer.callbacks.append(LogsEpsilon(self, self._delta))
         super().setup(trainer)
 
     def setup_optimizers(self, trainer: Any) -> None:
@@ -162,10 +104,10 @@ class DPStrategy(_pl.strategies.SingleDeviceStrategy):
         given = list(without_frozen(self.optimizers, part))
         options: dict[str, Any] = {k: v for k, v in self._options.items() if k not in ("groups", "batch_size_schedule")}
         if "target_epsilon" in options and not {"epochs", "steps"} & options.keys():
-            options["steps"] = _steps(trainer)
+            options["steps"] = planned_steps(trainer)
         self._routed, self._part = Routed(part), name
         options["seed"] = self._seed
-        model, optimizer, _ = make_private(self._routed.plain, given, self._draws.loader, **options)
+        model, optimizer, _ = self._private(self._routed.plain, given, self._draws.loader, options)
         self._routed.to(model)
         self.private_model, self.private_optimizer = model, optimizer
         self._together = SteppedTogether(optimizer, given) if len(given) > 1 else None
@@ -182,30 +124,19 @@ class DPStrategy(_pl.strategies.SingleDeviceStrategy):
                 "have to be counted",
                 remedy="give fit one DataLoader, and leave reload_dataloaders_every_n_epochs out",
             )
-        self._draws = _Draws(self._private_loader(dataloader))
+        given, ranks = self._options, self._ranks()
+        secure = bool(given.get("secure") or given.get("exact"))
+        drawn = from_first(fresh_seed(secure=secure))
+        self._seed = drawn if given.get("seed") is None else given["seed"]
+        self._draws = private_draws(dataloader, given, self._seed, secure, ranks)
         return self._draws
-
-    def _private_loader(self, dataloader: Any) -> PoissonLoader:
-        o = self._options
-        if o.get("max_batch_size") == "auto":
-            raise PrivacyError("max_batch_size is 'auto' in a DPStrategy", remedy="give it a number")
-        if not isinstance(dataloader, (DataLoader, PoissonLoader)):
-            raise PrivacyError(
-                f"fit was given a {type(dataloader).__name__} to train on",
-                remedy="give it a DataLoader over the examples, or a PoissonLoader",
-            )
-        secure = bool(o.get("secure") or o.get("exact"))
-        self._seed = fresh_seed(secure=secure) if o.get("seed") is None else o["seed"]
-        numbers = {name: o.get(name) for name in _OF_LOADER} | {"in_turn": o.get("in_turn") is not None or None}
-        groups, filling, schedule = (o.get(name) for name in ("groups", "padding_example", "batch_size_schedule"))
-        return private_loader_of(dataloader, groups, filling, schedule, self._seed, secure, None, numbers)
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Of the LightningModule."""
         module = self.lightning_module
-        _refuse_settings(module.trainer)
+        refuse_settings(module.trainer)
         refuse_batchnorm_beside(module, module.get_submodule(self._part))
         if self._together is not None:
             self._together.check()
@@ -244,13 +175,22 @@ class DPStrategy(_pl.strategies.SingleDeviceStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """With the draws."""
+        if _SAVED in checkpoint:
+            super().load_optimizer_state_dict(checkpoint)
+        self.load_draws(checkpoint)
+
+    def load_draws(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on with the draws of a checkpoint.
+
+        Raises:
+            PrivacyError: it is of no private run, or what the loader refuses.
+        """
         if _SAVED not in checkpoint:
             raise PrivacyError(
                 "the checkpoint is not of a private run: it does not say what was spent on its weights",
                 remedy="resume from a checkpoint that a DPStrategy saved; to begin with weights alone, load them into "
                 "the module: module.load_state_dict(torch.load(path)['state_dict'])",
             )
-        super().load_optimizer_state_dict(checkpoint)
         assert self._draws is not None
         self._draws.loader.load_state_dict(checkpoint[_SAVED]["loader"])
 
@@ -259,79 +199,3 @@ class DPStrategy(_pl.strategies.SingleDeviceStrategy):
         super().teardown()
         if self._routed is not None:
             self._routed.undo()
-
-
-class _Draws:
-    """What the Trainer iterates over: an epoch is ``len(loader)`` draws, wherever in a pass it begins."""
-
-    def __init__(self, loader: PoissonLoader) -> None:
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        left = len(self.loader)
-        while left:
-            for batch in self.loader:
-                left -= 1
-                yield batch
-                if not left:
-                    break
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.loader.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.loader.load_state_dict(state)
-
-
-class _Epsilon(_pl.Callback):
-    """Logs what was spent."""
-
-    def __init__(self, strategy: DPStrategy, delta: float | None) -> None:
-        self._strategy, self._delta = strategy, delta
-
-    def _log(self, module: Any) -> None:
-        optimizer = self._strategy.private_optimizer
-        if self._delta is not None and optimizer is not None and optimizer.accountant is not None:
-            module.log("epsilon", float(optimizer.accountant.epsilon(self._delta)), prog_bar=True)
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        every = trainer.log_every_n_steps
-        if every and trainer.global_step % every == 0:
-            self._log(pl_module)
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._log(pl_module)
-
-
-def _steps(trainer: Any) -> int:
-    """That ``fit`` takes, from the first to the last."""
-    steps = trainer.estimated_stepping_batches
-    if not 0 < steps < float("inf"):
-        raise PrivacyError(
-            "target_epsilon, and a Trainer without an end: noise is calibrated for a number of steps",
-            remedy="give the Trainer max_epochs or max_steps, or DPStrategy(steps=...)",
-        )
-    return int(steps)
-
-
-def _refuse_settings(trainer: Any) -> None:
-    """Of the Trainer."""
-    if trainer.accumulate_grad_batches != 1:
-        raise PrivacyError(
-            f"accumulate_grad_batches is {trainer.accumulate_grad_batches}: a step is one draw, not several",
-            remedy="leave it out, and give the DataLoader the batch size of a whole step and DPStrategy "
-            "physical_batch_size=, what fits into memory: a draw runs in such parts",
-        )
-    if trainer.gradient_clip_val:
-        raise PrivacyError(
-            f"gradient_clip_val is {trainer.gradient_clip_val}: it would change the noised sum's scale",
-            remedy="leave it out: DPStrategy(max_grad_norm=C) clips, the gradient of every example",
-        )
-    if trainer.overfit_batches:
-        raise PrivacyError(
-            "overfit_batches takes the same batches again and again, and draws are independent",
-            remedy="leave it out, and give fit a DataLoader over torch.utils.data.Subset(dataset, range(n))",
-        )
