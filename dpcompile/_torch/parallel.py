@@ -15,6 +15,7 @@ __all__ = [
     "ddp_options",
     "forward_hooks",
     "active_replica",
+    "checkpointed",
     "clear_interrupted",
     "inner_tensor",
     "is_fsdp_hook",
@@ -27,6 +28,13 @@ __all__ = [
 def active_replica() -> Any:
     """The DistributedDataParallel whose forward is running; None outside."""
     return torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
+def checkpointed(unit: torch.nn.Module) -> torch.nn.Module:
+    """The module under a checkpoint that restores random numbers; one that is under one stays as it is."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
+
+    return unit if isinstance(unit, CheckpointWrapper) else checkpoint_wrapper(unit)
 
 
 def inner_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from dpcompile.data import checks
 from dpcompile.data.cyclic import CyclicBatches
 from dpcompile.data.padding import Collated, PaddedCollate, RequestedExamples, rows_of
 from dpcompile.data.rate import SamplingRate
+from dpcompile.data.same_examples import refuse_other_examples
 from dpcompile.data.sampling import PoissonBatches, default_physical_batch_size
 from dpcompile.data.users import UserBatches
 from dpcompile.distributed.ranks import digest, from_first, gathered, refuse_disagreement
@@ -371,6 +372,8 @@ class PoissonLoader:
                 | {"world_size": self.world_size, "steps": len(self)}
             )
             checks.refuse_uneven_parts(gathered(self.rank), self.world_size)
+            if self.world_size > 1:
+                refuse_other_examples(self.dataset, len(self.dataset))
             self._agreed = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -436,10 +439,7 @@ class PoissonLoader:
 
     def _feed(self, *, whole: bool) -> Iterator[Any]:
         if self._attached is None:
-            raise PrivacyError(
-                "the loader is not attached: nothing would tell the model which examples are padding",
-                remedy="call loader.attach(model, optimizer), as make_private does, or iterate over loader.batches()",
-            )
+            return _unattached()
         engine, optimizer, draws = self._attached
         self._agree()
         _USED.check(engine.module, self)
@@ -465,3 +465,12 @@ class PoissonLoader:
                 remedy="iterate over the loader itself, not over list(loader); a prefetcher may be some batches ahead; "
                 "to look at draws without training iterate over loader.batches()",
             )
+
+
+def _unattached() -> Iterator[Any]:
+    """Raises at the first batch: frameworks make an iterator before they attach, to see that there is one."""
+    raise PrivacyError(
+        "the loader is not attached: nothing would tell the model which examples are padding",
+        remedy="call loader.attach(model, optimizer), as make_private does, or iterate over loader.batches()",
+    )
+    yield  # a generator

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,16 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpcompile.api import dp_compile
 from dpcompile.data.loader import PoissonLoader
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.integrations.accelerate_fsdp import refuse_plugin, shard
-from dpcompile.noise.adaptive import AdaptiveClip
+from dpcompile.integrations.replicated import private_replicas
 from dpcompile.private import make_private as _make_private
 
 __all__ = ["PlacedLoader", "make_private"]
-
-_COMPILED = set(inspect.signature(dp_compile).parameters) - {"model"}
 
 
 def make_private(
@@ -56,16 +52,7 @@ def make_private(
     if accelerator.distributed_type.value == "FSDP":
         shard(accelerator, model, optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])
         return _placed(accelerator, *_make_private(model, optimizer, loader, **options))
-    compiled = {name: value for name, value in options.items() if name in _COMPILED}
-    rest = {name: value for name, value in options.items() if name not in _COMPILED or name == "examples_per_user"}
-    bound = compiled.get("max_grad_norm")
-    if isinstance(bound, AdaptiveClip):
-        rest["max_grad_norm"] = bound
-        compiled["max_grad_norm"] = 1.0 if bound.initial is None else bound.initial
-    elif bound is None:
-        compiled.pop("max_grad_norm", None)
-    prepared = accelerator.prepare_model(dp_compile(model, **compiled))
-    return _placed(accelerator, *_make_private(prepared, optimizer, loader, **rest))
+    return _placed(accelerator, *private_replicas(accelerator.prepare_model, model, optimizer, loader, **options))
 
 
 def _placed(accelerator: Any, private: Any, optimizer: Any, draws: PoissonLoader) -> tuple[Any, Any, PlacedLoader]:

@@ -631,7 +631,7 @@ def test_another_optimizer_than_the_attached_one_is_refused():
 
 def test_iterating_without_attaching_is_refused():
     with pytest.raises(PrivacyError, match=r"not attached.*\n.*loader.attach\(model, optimizer\)"):
-        iter(loader_of())
+        next(iter(loader_of()))
 
 
 # ---- saving and resuming

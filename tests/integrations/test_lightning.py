@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from launching import launch, passed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dpcompile import DPCompileError, PrivacyError, make_private
+from dpcompile import DPCompileError, PoissonLoader, PrivacyError, make_private
 
 L = pytest.importorskip("lightning")
 
@@ -378,6 +379,20 @@ def test_other_loaders_and_devices():
         trainer(DPStrategy(**OPTIONS, submodule="net.0")).fit(InOneChild(), loader())
 
 
+def test_a_poisson_loader_of_ones_own():
+    module = InOneChild()
+    own = PoissonLoader.from_dataloader(loader(), seed=5, physical_batch_size=3)
+    trainer().fit(module, own)
+    assert same(module, plain_loop(InOneChild, physical_batch_size=3))
+
+
+@pytest.mark.full  # a launch of two ranks
+def test_two_ranks():
+    """By replicas and by FSDP2: weights, also resumed, are those of one process."""
+    names = {"replicas", "resumed_replicas", "epsilon_stops", "shards", "resumed_shards", "refused"}
+    assert passed(launch(2, "lightning_worker.py")) == names
+
+
 def test_a_checkpoint_of_a_run_that_was_not_private(tmp_path):
     plain = trainer("auto", max_epochs=1)
     plain.fit(InOneChild(), loader())
@@ -483,7 +498,7 @@ def test_ways_around_are_refused(kind, message):
 def test_the_page():
     """What the page says runs."""
     page = (pathlib.Path(__file__).parents[2] / "docs/frameworks.md").read_text()
-    (block,) = re.findall(r"```py\n(.*?)```", page.partition("## Lightning")[2].partition("\n## ")[0], re.DOTALL)
+    block, *_ = re.findall(r"```py\n(.*?)```", page.partition("## Lightning")[2].partition("\n## ")[0], re.DOTALL)
     block = block.replace("DPStrategy(", "DPStrategy(backend='eager', ").replace(
         "max_epochs=20", "max_epochs=2, accelerator='cpu', logger=False, enable_checkpointing=False"
     )

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from launching import launch, passed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -469,18 +470,19 @@ def test_arguments_that_are_refused(options: dict[str, Any], message: str, tmp_p
     [
         ("fp16", True),
         ("deepspeed", "ds.json"),
-        ("fsdp", "full_shard"),
+        ("fsdp_config", {"version": 1}),
+        ("fsdp_config", {"xla": True}),
+        ("fsdp_config", {"cpu_ram_efficient_loading": True}),
         ("parallelism_config", 1),
-        ("world_size", 2),
         ("n_gpu", 2),
     ],
 )
 def test_devices_that_are_refused(name: str, value: Any) -> None:
     """Settings that ``TrainingArguments`` itself refuses on this machine."""
     args = types.SimpleNamespace(
-        **{"max_grad_norm": 1.0, "world_size": 1, "n_gpu": 1, "push_to_hub": False, name: value}
+        **{"max_grad_norm": 1.0, "n_gpu": 1, "push_to_hub": False, "fsdp": name == "fsdp_config", name: value}
     )
-    with pytest.raises(PrivacyError, match="world_size=" if name == "n_gpu" else f"{name}="):
+    with pytest.raises(PrivacyError, match=f"{name}="):
         refuse_arguments(args)
 
 
@@ -785,6 +787,23 @@ def test_a_sequence_to_sequence_trainer(trainer: Any, tmp_path: pathlib.Path) ->
     run.train()
     assert_same(weights(ours), weights(theirs))
     assert len(run.predict(Rows("translation", 4)).predictions) == 4
+
+
+@pytest.mark.full  # a launch of two ranks
+@pytest.mark.parametrize("names", [("sharded_weights", "refused"), ("resumed", "adapters", "twice")])
+def test_two_ranks_by_fsdp(names: tuple[str, ...]) -> None:
+    """Weights, also resumed, are those of our own loop in one process."""
+    assert passed(launch(2, "trainer_worker.py", *names)) == set(names)
+
+
+@pytest.mark.full  # a launch of two ranks
+def test_activation_checkpointing_by_fsdp() -> None:
+    assert passed(launch(2, "trainer_worker.py", "activation_checkpointing")) == {"activation_checkpointing"}
+
+
+@pytest.mark.full  # a launch of two ranks
+def test_two_ranks_by_replicas() -> None:
+    assert passed(launch(2, "trainer_worker.py", "replica_weights")) == {"replica_weights"}
 
 
 def test_the_table_of_the_page_names_its_tests() -> None:

@@ -12,7 +12,8 @@ from dpcompile.errors import PrivacyError
 __all__ = ["load_draws", "save_draws"]
 
 _DRAWS = "private_loader.pt"
-_NEEDED = ("optimizer.pt", "scheduler.pt", _DRAWS)  # the Trainer passes over what is not there
+# The Trainer passes over what is not there. Of FSDP the optimizer's state is one file or a folder.
+_NEEDED = (("optimizer.pt", "optimizer.bin", "optimizer_0"), ("scheduler.pt",), (_DRAWS,))
 
 
 def save_draws(loader: PoissonLoader, checkpoint: str) -> None:
@@ -26,11 +27,11 @@ def load_draws(loader: PoissonLoader, checkpoint: str) -> None:
     Raises:
         PrivacyError: it is none of a private run, or not whole; or what the loader refuses.
     """
-    for name in _NEEDED:
-        if not os.path.isfile(os.path.join(checkpoint, name)):
+    for names in _NEEDED:
+        if not any(os.path.exists(os.path.join(checkpoint, name)) for name in names):
             raise PrivacyError(
-                f"{checkpoint} has no {name}: what its steps have cost, and which noise and draws they used, is not "
-                "known",
+                f"{checkpoint} has no {names[0]}: what its steps have cost, and which noise and draws they used, is "
+                "not known",
                 remedy="resume from a checkpoint that DPTrainer saved with save_only_model=False; to train on from its "
                 "weights alone, load them with from_pretrained and account for both runs",
             )

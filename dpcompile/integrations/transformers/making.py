@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,10 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from dpcompile.data.loader import PoissonLoader
 from dpcompile.errors import PrivacyError
+from dpcompile.integrations.replicated import private_replicas
 from dpcompile.integrations.transformers.arguments import PrivacyArguments
 from dpcompile.integrations.transformers.draws import MarkedCollate, loader_of_steps
+from dpcompile.module import engine_of
 from dpcompile.optim.optimizer import DPOptimizer
 from dpcompile.private import make_private
 
@@ -70,7 +73,8 @@ def sampled(theirs: Any, args: Any, padding_example: Any) -> DataLoader[Any]:
     Raises:
         PrivacyError: it samples in another way than at random.
     """
-    sampler = getattr(theirs.batch_sampler, "sampler", None)
+    batches = getattr(theirs.batch_sampler, "batch_sampler", theirs.batch_sampler)  # of one rank, if there are more
+    sampler = getattr(batches, "sampler", None)
     if not isinstance(sampler, RandomSampler):
         raise PrivacyError(
             f"the Trainer samples with {type(sampler).__name__}: epsilon is that of independent draws",
@@ -85,7 +89,7 @@ def sampled(theirs: Any, args: Any, padding_example: Any) -> DataLoader[Any]:
         options["prefetch_factor"] = theirs.prefetch_factor
     return DataLoader(
         theirs.dataset,
-        batch_size=args.train_batch_size * args.gradient_accumulation_steps,
+        batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         shuffle=True,
         collate_fn=MarkedCollate(theirs.collate_fn, padding_example),
         **options,
@@ -126,7 +130,8 @@ def made_private(trainer: Any, module: nn.Module, inner: Any, data: DataLoader[A
     physical = privacy.physical_batch_size
     if physical is None and args.gradient_accumulation_steps > 1:
         physical = args.train_batch_size
-    model, optimizer, loader = make_private(
+    make: Any = make_private if trainer.replicated is None else partial(private_replicas, trainer.replicated)
+    model, optimizer, loader = make(
         module,
         inner,
         data,
@@ -145,4 +150,9 @@ def made_private(trainer: Any, module: nn.Module, inner: Any, data: DataLoader[A
         backend=privacy.backend,
         **privacy.options,
     )
+    if args.world_size > 1 and not engine_of(model).distributed:
+        raise PrivacyError(
+            f"{args.world_size} ranks, and the model is neither replicated nor sharded: each would train its own",
+            remedy="let the Trainer make its accelerator; give fsdp=True to shard",
+        )
     return Private(model, optimizer, loader, loader_of_steps(loader, optimizer), planned, made_of(trainer, args))

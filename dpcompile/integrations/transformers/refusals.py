@@ -39,6 +39,10 @@ def _optim(args: Any) -> bool:
     return any(kind in _value(args, "optim") for kind in ("lomo", "layerwise", "schedule_free"))
 
 
+def _of_fsdp(args: Any, name: str) -> Any:
+    return (getattr(args, "fsdp_config", None) or {}).get(name) if getattr(args, "fsdp", None) else None
+
+
 def _is_set(name: str) -> Callable[[Any], bool]:
     return lambda args: bool(getattr(args, name, None))
 
@@ -117,10 +121,22 @@ REFUSED = (
         "train on one device, or write the loop with make_private under torchrun (docs/distributed.md)",
     ),
     Refused(
-        "fsdp",
-        _is_set("fsdp"),
-        "the Trainer would shard the model before it is made private",
-        "train on one device, or write the loop with make_private under torchrun (docs/distributed.md)",
+        "fsdp_config",
+        lambda args: bool(_of_fsdp(args, "xla")),
+        "the shards of XLA are not those of torch",
+        "leave xla out",
+    ),
+    Refused(
+        "fsdp_config",
+        lambda args: str(_of_fsdp(args, "version") or 2) == "1",
+        "FSDP1's flattened parameters have no gradient for each example",
+        "set version to 2",
+    ),
+    Refused(
+        "fsdp_config",
+        lambda args: str(_of_fsdp(args, "cpu_ram_efficient_loading") or False).lower() == "true",
+        "the weights of all ranks but the first are not there when the model is sharded",
+        "set cpu_ram_efficient_loading to False",
     ),
     Refused(
         "parallelism_config",
@@ -129,11 +145,10 @@ REFUSED = (
         "train on one device, or write the loop with make_private under torchrun (docs/distributed.md)",
     ),
     Refused(
-        "world_size",
-        lambda args: args.world_size > 1 or args.n_gpu > 1,
-        "draws are not shared out over ranks here",
-        "show one device (CUDA_VISIBLE_DEVICES), or write the loop with make_private under torchrun "
-        "(docs/distributed.md)",
+        "n_gpu",
+        lambda args: args.n_gpu > 1,
+        "one process with several devices copies the model to each (nn.DataParallel), and copies are not clipped",
+        "start a process for each device (torchrun --nproc-per-node), or show one (CUDA_VISIBLE_DEVICES)",
     ),
     Refused(
         "hub_strategy",

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from dpcompile.distributed.ranks import any_rank, summed
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.integrations.transformers import losses
 from dpcompile.integrations.transformers.draws import REAL
@@ -45,7 +47,7 @@ class StepLosses:
         """The mean loss of a batch's rows, for the backward, and the outputs."""
         inputs = dict(inputs)
         real: Tensor = inputs.pop(REAL)
-        checks = self._due and bool(real.any())
+        checks = self._due and any_rank(bool(real.any()))  # of FSDP's shards all ranks run the model, or none
         values, outputs = self._rows(private_model, inputs, real, checks)
         self._compared, self._due = self._compared + checks, self._due and not checks
         self._total += float(values.detach().double()[real].sum())
@@ -63,10 +65,15 @@ class StepLosses:
             losses.check_unmixed(values, outputs, self.source)
         return values, outputs
 
-    def shown(self) -> float:
-        """The mean over the examples of the step that is over; of one without examples, of the step before."""
-        if self._count:
-            self._last = self._total / self._count
+    def shown(self, device: torch.device | None = None) -> float:
+        """The mean over the examples of the step that is over; of one without examples, of the step before.
+
+        Args:
+            device: where collectives work; every rank must call this.
+        """
+        total, count = summed(torch.tensor([self._total, self._count], dtype=torch.float64, device=device)).tolist()
+        if count:
+            self._last = total / count
         self._total, self._count, self._due = 0.0, 0, self._compared < _COMPARED
         return self._last
 

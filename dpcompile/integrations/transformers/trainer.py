@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +23,17 @@ from dpcompile.integrations.transformers.arguments import PrivacyArguments
 from dpcompile.integrations.transformers.checkpoints import load_draws, save_draws
 from dpcompile.integrations.transformers.draws import DrawnStep
 from dpcompile.integrations.transformers.making import Private, made_of, made_private, refuse_stream, sampled
+from dpcompile.integrations.transformers.ranks import OnRanks
 from dpcompile.integrations.transformers.refusals import refuse_arguments, refuse_mixed, refuse_overridden
 from dpcompile.integrations.transformers.step_losses import StepLosses
 from dpcompile.module import PrivateModule
 from dpcompile.reporting.report import Report
+from dpcompile.runtime.replicas import inner_module
 
 __all__ = ["DPSeq2SeqTrainer", "DPTrainer", "DPTrainerMixin"]
 
-# For the type checker alone: the mixin stands before a Trainer.
-_Base = Trainer if TYPE_CHECKING else object
 
-
-class DPTrainerMixin(_Base):
+class DPTrainerMixin(OnRanks):
     """Private training for :class:`transformers.Trainer`, and for classes made of it: stands first among their bases.
 
     Args:
@@ -149,6 +148,7 @@ class DPTrainerMixin(_Base):
         args = self.args if self._given is None else self._given
         if self._private is None:
             refuse_stream(self.train_dataset)
+            self.sharded()
             data = sampled(super().get_train_dataloader(), args, self.privacy.padding_example)
             self._private = made_private(self, self._trained_module(), super().create_optimizer(), data, args)
             self.optimizer = self._private.optimizer
@@ -192,7 +192,7 @@ class DPTrainerMixin(_Base):
             assert self._private is not None
             return self._private.model
         self.accelerator.prepare_model(nn.Identity(), evaluation_mode=True)
-        return model
+        return self.sharded() if model is self.model and self._private is None else model
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Automatic mixed precision, around model and loss, where the Trainer leaves it to Accelerate."""
@@ -221,13 +221,13 @@ class DPTrainerMixin(_Base):
         losses.without_input_gradients(self.model)  # type: ignore[arg-type]
         for part in inputs.parts():
             super().training_step(model, part)
-        return torch.tensor(self._losses.shown(), device=self.args.device)
+        return torch.tensor(self._losses.shown(self.args.device), device=self.args.device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """In training the mean of :meth:`per_example_loss`, in evaluation what the Trainer has."""
-        if not isinstance(model, PrivateModule):
+        if not isinstance(inner_module(model), PrivateModule):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = self._losses.of(model, inputs)
         return (loss, outputs) if return_outputs else loss
