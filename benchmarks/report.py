@@ -90,8 +90,8 @@ keeps, and differs from run to run.
 
 The four end-to-end models of the Opacus paper over batches of 16 to 2048 (epochs, and twenty of them with the
 compilation), and ViT tiny to huge and BiT-ResNet 50x1 to 152x4 (run over physical batches where they fit into
-`--limit-gb`, and sized without content on an A100 where not), are experiments of their own; `benchmarks/paper_models.py`
-has the layers, with sources. `--models` takes some of them, or single points:
+`--limit-gb`, and sized without content on an A100 where not), are experiments of their own;
+`benchmarks/paper_models.py` has the layers, with sources. `--models` takes some of them, or single points:
 
 ```sh
 python -m benchmarks.run --parts none --experiments opacus_models --models opacus_mnist:batch=64,opacus_lstm:batch=16
