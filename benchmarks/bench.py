@@ -114,8 +114,8 @@ class Bench:
             self.known[model] = self.shop.run("benchmarks.jobs:oracle", {**options, "truth": truth})
         return truth, self.known[model]
 
-    def _pair(self, model: str, engine: str, truth: str) -> dict[str, Any]:
-        arguments = {"engine": engine, "repeats": self.settings.repeats, "truth": truth}
+    def _pair(self, model: str, engine: str, truth: str, update: bool = False) -> dict[str, Any]:
+        arguments = {"engine": engine, "repeats": self.settings.repeats, "truth": truth, "update": update}
         return self.shop.run("benchmarks.jobs:pair", arguments | self.settings.options(model))
 
     def _memory(self, model: str, engine: str, truth: str) -> dict[str, Any]:
@@ -123,8 +123,8 @@ class Bench:
             "benchmarks.jobs:memory", {"engine": engine, "truth": truth} | self.settings.options(model)
         )
 
-    def cell(self, model: str, engine: str, parts: Sequence[str]) -> dict[str, Any]:
-        """One engine on one model, as in the table, for experiments.
+    def cell(self, model: str, engine: str, parts: Sequence[str], *, update: bool = False) -> dict[str, Any]:
+        """One engine on one model, as in the table, for experiments; ``update``: times of whole training steps.
 
         Returns:
             What :func:`benchmarks.jobs.pair` gives, with ``batch``, ``memory`` and ``compile``, or ``error``.
@@ -135,7 +135,7 @@ class Bench:
             if "error" in known:
                 return {"error": known["error"]}
             if "time" in parts:
-                found |= self._pair(model, engine, truth)
+                found |= self._pair(model, engine, truth, update)
             if "memory" in parts and not _hopeless(found):
                 found["memory"] = self._memory(model, engine, truth)
         if "compile" in parts:

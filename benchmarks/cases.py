@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from benchmarks.layer_models import LAYERS
 from benchmarks.models import CASES, Case, ViT, cross_entropy, gpt, images
 from benchmarks.more_models import MORE_CASES
+from benchmarks.paper_models import PAPER, VISION
 from benchmarks.scale.models import LlamaBlock
 
 __all__ = ["FAMILIES", "find_case"]
@@ -52,12 +53,12 @@ def _llama_block(
 
 
 FAMILIES: dict[str, Callable[..., Case]] = {
-    "gpt": _gpt, "llama_block": _llama_block, "mlp": _mlp, "vit": _vit, **LAYERS,
+    "gpt": _gpt, "llama_block": _llama_block, "mlp": _mlp, "vit": _vit, **LAYERS, **PAPER, **VISION,
 }  # fmt: skip
 
 
 def find_case(name: str) -> Case:
-    """A model by name, or a family with sizes: ``"gpt:width=128,context=512"``.
+    """A model by name, or a family, with sizes or its own: ``"gpt:width=128,context=512"``, ``"vit_tiny"``.
 
     Raises:
         ValueError: there is none of this name or size.
@@ -66,9 +67,10 @@ def find_case(name: str) -> Case:
     if name in known:
         return known[name]
     family, _, sizes = name.partition(":")
-    if family in FAMILIES and sizes:
+    if family in FAMILIES:
+        pairs = (pair.split("=") for pair in sizes.split(",") if sizes)
         try:
-            return FAMILIES[family](**{k: int(v) for k, v in (pair.split("=") for pair in sizes.split(","))})
+            return FAMILIES[family](**{k: int(v) for k, v in pairs})
         except TypeError as error:
             raise ValueError(f"model {name!r}: {error}") from None
     raise ValueError(f"there is no model {name!r}; there are {', '.join(known)}")

@@ -40,8 +40,15 @@ def ready(name: str, problem: Problem, truth: Truth, options: dict[str, Any]) ->
     return engine, how_wrong(engine.gradients(), truth, private=engine.private)
 
 
-def pair(*, engine: str, repeats: int, truth: str, **options: Any) -> dict[str, Any]:
+def pair(*, engine: str, repeats: int, truth: str, update: bool = False, **options: Any) -> dict[str, Any]:
     """The engine's answer, then its time and the non-private compiled step's, by turns.
+
+    Args:
+        engine: by name.
+        repeats: turns at least.
+        truth: the file with the right answer.
+        update: time noise and optimizer with the gradient step, on both sides.
+        **options: of the model and the engine.
 
     Returns:
         ``answer_error``, and unless it is too large ``times`` and ``baseline`` (seconds), ``ratio`` (of the minima),
@@ -57,15 +64,16 @@ def pair(*, engine: str, repeats: int, truth: str, **options: Any) -> dict[str, 
     if not error <= right.tolerance:
         return {**result, "error": f"wrong answer ({error:.1e})"}
     if engine == BASELINE:
-        times = interleaved([mine.step], repeats=repeats)
+        times = interleaved([_timed(mine, update)], repeats=repeats)
         base = times[0]
     else:
         baseline, base_error = ready(BASELINE, other, right, options)
         if not base_error <= right.tolerance:
             return {**result, "error": f"the baseline's answer is wrong ({base_error:.1e})"}
-        for step in (mine.step, baseline.step):
+        steps = [_timed(made, update) for made in (mine, baseline)]
+        for step in steps:
             step()
-        times = interleaved([mine.step, baseline.step], repeats=repeats)
+        times = interleaved(steps, repeats=repeats)
         base = times[1]
     result |= {"times": spread(times[0]), "baseline": spread(base)}
     result["ratio"] = result["baseline"]["minimum"] / result["times"]["minimum"]
@@ -75,6 +83,16 @@ def pair(*, engine: str, repeats: int, truth: str, **options: Any) -> dict[str, 
     except Exception as failure:  # a peer's optimizer must not cost the figures that are there
         result["sections_error"] = f"{type(failure).__name__}: {failure}"
     return result
+
+
+def _timed(engine: Engine, update: bool) -> Callable[[], None]:
+    """What is timed: the gradient step, or all of a training step."""
+
+    def whole() -> None:
+        engine.step()
+        engine.update()
+
+    return whole if update else engine.step
 
 
 def sections(engine: Engine, repeats: int) -> dict[str, float]:

@@ -86,6 +86,18 @@ keeps, and differs from run to run.
 
 **Compile time** is the first step in a new process with empty caches, after something small was compiled.
 
+## The papers' models
+
+The four end-to-end models of the Opacus paper over batches of 16 to 2048 (epochs, and twenty of them with the
+compilation), and ViT tiny to huge and BiT-ResNet 50x1 to 152x4 (run over physical batches where they fit into
+`--limit-gb`, and sized without content on an A100 where not), are experiments of their own;
+`benchmarks/paper_models.py` has the layers, with sources. `--models` takes some of them, or single points:
+
+```sh
+python -m benchmarks.run --parts none --experiments opacus_models --models opacus_mnist:batch=64,opacus_lstm:batch=16
+python -m benchmarks.run --parts none --experiments vision_models,max_batch --models vit_tiny,bit_50x1 --limit-gb 4
+```
+
 ## On a GPU
 
 None of these figures is of a GPU: there was none. What is to be measured on one is one command, which ends within eight

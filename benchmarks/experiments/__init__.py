@@ -15,7 +15,7 @@ _PLACES = {
     name: f"benchmarks.experiments.{name}"
     for name in (
         "curves", "throughput", "max_batch", "compile_curves", "precision", "recompiles", "overhead", "prediction",
-        "ceilings", "layers",
+        "ceilings", "layers", "opacus_models", "vision_models",
     )
 }  # fmt: skip
 _PLACES["optimizer"] = "benchmarks.optimizer"  # the optimizer step with noise, where that module is there

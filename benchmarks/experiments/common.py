@@ -11,7 +11,7 @@ from benchmarks.bench import Bench
 from benchmarks.engines import BASELINE, ENGINES
 from benchmarks.markdown import markdown
 
-__all__ = ["chosen", "cells", "each_model", "grid", "ratio", "title"]
+__all__ = ["asked", "chosen", "cells", "each_model", "grid", "ratio", "title"]
 
 
 def chosen(bench: Bench, default: Sequence[str]) -> list[str]:
@@ -20,7 +20,13 @@ def chosen(bench: Bench, default: Sequence[str]) -> list[str]:
 
 
 def cells(
-    bench: Bench, points: Iterable[str], engines: Sequence[str], parts: Sequence[str], what: str
+    bench: Bench,
+    points: Iterable[str],
+    engines: Sequence[str],
+    parts: Sequence[str],
+    what: str,
+    *,
+    update: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Measure every engine on every model.
 
@@ -30,6 +36,7 @@ def cells(
         engines: by name.
         parts: "time", "memory", "compile".
         what: for the progress bar.
+        update: times are those of whole training steps, with noise and optimizer.
 
     Returns:
         Model -> engine -> what :meth:`benchmarks.bench.Bench.cell` gives.
@@ -37,7 +44,7 @@ def cells(
     wanted = [(point, engine) for point in points for engine in engines]
     found: dict[str, dict[str, Any]] = {}
     for point, engine in tqdm(wanted, desc=what, unit="cell", disable=bench.shop.inline):
-        found.setdefault(point, {})[engine] = bench.cell(point, engine, parts)
+        found.setdefault(point, {})[engine] = bench.cell(point, engine, parts, update=update)
     return found
 
 
@@ -56,6 +63,12 @@ def each_model(bench: Bench, function: str, what: str) -> dict[str, Any]:
     for model in tqdm(bench.settings.models, desc=what, unit="model", disable=bench.shop.inline):
         found[model] = bench.shop.run(function, {"repeats": bench.settings.repeats} | bench.settings.options(model))
     return found
+
+
+def asked(bench: Bench, families: Iterable[str], default: Iterable[str]) -> list[str]:
+    """The points of an experiment: models of its families that the command line names, else the default."""
+    known = tuple(families)
+    return [m for m in bench.settings.models if m.partition(":")[0] in known] or list(default)
 
 
 def grid(data: dict[str, dict[str, Any]], first: str, show: Callable[[dict[str, Any]], str]) -> str:

@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 from benchmarks.bench import Bench
 from benchmarks.engines import ENGINES, make_engine
-from benchmarks.experiments.common import chosen, title
+from benchmarks.experiments.common import asked, chosen, title
 from benchmarks.markdown import markdown
 from benchmarks.measure import peak_allocated
+from benchmarks.paper_models import PAPER, VISION
 from benchmarks.problem import build
 
 TITLE = "Largest physical batch"
@@ -19,8 +20,8 @@ _MODELS = ("gpt:context=256", "cnn")
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """For every engine, one process that looks for it."""
-    models = _MODELS[:1] if bench.settings.quick else _MODELS
+    """For every engine, one process that looks for it; ``--models`` may name models of the papers instead."""
+    models = asked(bench, [*PAPER, *VISION], _MODELS[:1] if bench.settings.quick else _MODELS)
     usual = ("compiled", "ours") if bench.settings.quick else [e for e in ENGINES if e not in ("eager", "jax_privacy")]
     wanted = [(m, e) for m in models for e in chosen(bench, usual)]
     found: dict[str, Any] = {}
