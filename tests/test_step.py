@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -464,3 +465,23 @@ def test_a_model_that_is_replicated_later_is_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(UnsupportedGraphError, match=r"(?s)replicated by DistributedDataParallel.*the ordinary loop"):
         step(torch.randn(4, 3), torch.randn(4, 2))
     assert optimizer.logical_step == 0
+
+
+def test_a_step_runs_compiled_code_alone() -> None:
+    """Once it is compiled, no graph runs operation by operation in Python."""
+    _, _, whole, optimizer = twins(lr=0.1, backend="inductor")
+    step = compile_step(whole, F.cross_entropy, optimizer)
+    for _ in range(3):
+        step(*data())
+    graphs: list[str] = []
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith("<eval_with_key>"):
+            graphs.append(frame.f_code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        step(*data())
+    finally:
+        sys.setprofile(None)
+    assert not graphs

@@ -124,7 +124,7 @@ def plain_graph(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def flat_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int | None]]:
-    """A joint graph as a plain function of flat inputs.
+    """A joint graph as a plain function of flat inputs, those that it uses.
 
     Returns:
         The module; for every input its position before joint tracing (None for a cotangent).
@@ -133,6 +133,9 @@ def flat_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int | None]
     graph._codegen = CodeGen()
     sources: list[int | None] = []
     for node in graph.find_nodes(op="placeholder"):
+        if not node.users:
+            graph.erase_node(node)
+            continue
         descriptor = node.meta.get("desc")
         sources.append(descriptor.idx if isinstance(descriptor, PlainAOTInput) else None)
     return fx.GraphModule(module, graph), sources

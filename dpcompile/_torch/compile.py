@@ -14,6 +14,7 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -21,6 +22,7 @@ from dpcompile._torch import mended_inductor
 from dpcompile._torch.compilers import explained
 from dpcompile._torch.inductor_random import drawing_as_inductor
 from dpcompile._torch.later import Later
+from dpcompile._torch.tensors import detect_fake_mode
 
 __all__ = [
     "BackwardCompiler",
@@ -29,6 +31,7 @@ __all__ = [
     "GraphPass",
     "Watcher",
     "compile_joint",
+    "compile_whole",
     "make_boxed",
     "trace_like",
 ]
@@ -140,6 +143,26 @@ def compile_joint(
             with explained():
                 return _compile_fx.compile_fx(gm, list(inputs), config_patches=patches, inner_compile=inner)
         return _compile_eager(gm, inputs, transform, dict(table), backward)
+
+
+def compile_whole(graph: fx.GraphModule, *, key: str) -> Callable[..., Sequence[Any]]:
+    """Inductor's code for a graph of ATen operations that no autograd runs through.
+
+    It is called where Dynamo compiles: what the code assumes of sizes that are symbols becomes a guard of Dynamo's.
+
+    Args:
+        graph: with flat inputs, each of which is used, and flat outputs; fake values in its metadata.
+        key: names everything that it was made from, as for :func:`compile_joint`.
+
+    Returns:
+        A function of the inputs; it does nothing but run that code.
+    """
+    inputs = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
+    context = TracingContext(detect_fake_mode(inputs))
+    settings = functorch_config.patch(enable_autograd_cache=False)
+    patches = {"joint_custom_pre_pass": _Pass(lambda _: None, key)}
+    with tracing(context), torch.no_grad(), settings, explained():
+        return _compile_fx.compile_fx(graph, inputs, config_patches=patches, inner_compile=_compile_graph)
 
 
 def _compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:

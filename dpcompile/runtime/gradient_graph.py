@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from dpcompile._torch.aot import PlainAOTOutput, flat_graph
+from dpcompile._torch.compile import compile_whole
 from dpcompile._torch.tensors import memory_of
 from dpcompile.capture.inputs import extend
 from dpcompile.capture.roles import Roles
 from dpcompile.graph.compile import compile_joint
+from dpcompile.lowering.cache_key import cache_key
 from dpcompile.options import Options
 from dpcompile.pipeline import Transformed, privatize
 from dpcompile.runtime.bound import bounds_of
@@ -112,10 +114,9 @@ def gradient_graph(gm: fx.GraphModule, inputs: Sequence[Any], roles: Roles, opti
     graph, sources = flat_graph(transformed.graph)
     described = enumerate(transformed.graph.graph.output_node().meta["desc"])
     places = {d.idx: i for i, d in described if isinstance(d, PlainAOTOutput)}
-    symbolic = any(isinstance(value, torch.SymInt) for value in inputs)
     run: Callable[..., Any] = graph
     if options.backend != "eager":
-        run = torch.compile(graph, backend=options.backend, fullgraph=True, dynamic=symbolic)
+        run = compile_whole(graph, key=cache_key(options, roles, 1))
         if options.verify:
             verifier = Verifier("compile_step's graph")
             verifier.describe(transformed)
