@@ -163,5 +163,5 @@ def _validate_budget(budget: float | int | None) -> None:
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not (budget > 0 and math.isfinite(budget)):
         raise DPCompileError(
             f"memory_budget must be None or a positive number, got {budget!r}",
-            remedy="a float is a multiple of the plain step's peak, an int is bytes",
+            remedy="give a float, a multiple of the plain step's peak, or an int, bytes; or leave it out",
         )

@@ -160,4 +160,7 @@ def check_plan(
         )
     for name, value in (("epochs", epochs), ("steps", steps)):
         if value is not None and not (math.isfinite(value) and value >= 1 and value == int(value)):
-            raise PrivacyError(f"{name} is {value!r}", remedy="give an integer, 1 or more")
+            raise PrivacyError(
+                f"{name} is {value!r}",
+                remedy="give an integer, 1 or more; with steps= training may end within a pass",
+            )

@@ -26,6 +26,7 @@ from dpcompile.errors import PrivacyError
 __all__ = ["calibrate_noise", "kinds_of_steps"]
 
 _TOLERANCE = 1e-4  # of a calibrated noise multiplier, relative
+_MOST_NOISE = 2.0**20
 _COARSER = 8  # the grid on which the noise of truncated samples is sought first
 
 
@@ -87,12 +88,18 @@ def calibrate_noise(
     if method == "pld" and len(kinds) > 1:  # Rényi's bound takes longer for each sigma
         return search(truncation, "pld", relation, 1.0, 2.0)
     # PLD is slow for little noise, so it starts from RDP's answer, which is fast and a few per cent above.
-    sigma = search(None, "rdp", "zero_out", 1.0, 2.0)
+    factor = 1.1
+    try:
+        sigma = search(None, "rdp", "zero_out", 1.0, 2.0)
+    except PrivacyError:  # Rényi's bound has a least epsilon, about log(1/delta) / 1000, whatever the noise
+        if method == "rdp":
+            raise
+        sigma, factor = _MOST_NOISE, 2.0
     if method == "rdp":
         return sigma
     if truncation is None:
-        return search(truncation, "pld", relation, sigma, 1.1)
-    sigma = search(truncation, "pld", relation, sigma, 1.1, _COARSER)  # a step takes seconds on the fine grid
+        return search(truncation, "pld", relation, sigma, factor)
+    sigma = search(truncation, "pld", relation, sigma, factor, _COARSER)  # a step takes seconds on the fine grid
     return search(truncation, "pld", relation, sigma, 1.001)
 
 
@@ -128,10 +135,12 @@ def _smallest(
     low = high = start
     while spent(high) > epsilon:
         low, high = high, high * factor
-        if high > 2**20:
+        if high > _MOST_NOISE:
             raise PrivacyError(
-                f"no noise multiplier up to 2**20 gives epsilon {epsilon} at delta {delta} in {steps} steps",
-                remedy="raise target_epsilon or target_delta, or train fewer steps",
+                f"no noise multiplier up to 2**20 gives epsilon {epsilon} at delta {delta} in {steps} steps"
+                + (", by Rényi's bound" if method == "rdp" else ""),
+                remedy="raise target_epsilon or target_delta, or "
+                + ("take method='pld' (accountant='pld' in make_private)" if method == "rdp" else "train fewer steps"),
             )
     while low == high or spent(low) <= epsilon:
         high, low = low, low / factor

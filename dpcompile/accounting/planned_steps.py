@@ -27,7 +27,9 @@ class PlannedSteps:
 
     def __init__(self, steps: int | None, on_exceed: OnExceed, noise: ByStep | None = None) -> None:
         if on_exceed not in get_args(OnExceed):
-            raise PrivacyError(f"on_exceed is {on_exceed!r}", remedy=f"give one of {', '.join(get_args(OnExceed))}")
+            raise PrivacyError(
+                f"on_exceed is {on_exceed!r}", remedy=f"give one of {', '.join(map(repr, get_args(OnExceed)))}"
+            )
         self.steps, self.noise, self._on_exceed = steps, noise, on_exceed
 
     def refuse_less_noise(self, before: float, after: float) -> None:
@@ -65,8 +67,8 @@ class PlannedSteps:
             self._exceed(
                 f"draw {draw} of the loader, and the run has stepped on draw {used - 1}: noise was calibrated for each "
                 "draw once, and its rate counts again: epsilon may be above the target",
-                "load the loader's state too (loader.load_state_dict, or load_checkpoint with the loader), and step "
-                "once per draw; or pass on_exceed='warn' to make_private and report what the accountant says",
+                remedy="load the loader's state too (loader.load_state_dict, or load_checkpoint with the loader), and "
+                "step once per draw; or pass on_exceed='warn' to make_private and report what the accountant says",
             )
 
     def begin_pass(self, taken: int) -> None:
@@ -89,11 +91,11 @@ class PlannedSteps:
             return
         self._exceed(
             f"step {taken + 1} of a run whose noise is calibrated for {self.steps}: epsilon is above the target",
-            "stop here, plan the run with more epochs or steps, or pass on_exceed='warn' to make_private and report "
-            "what the accountant says",
+            remedy="stop here, plan the run with more epochs or steps, or pass on_exceed='warn' to make_private and "
+            "report what the accountant says",
         )
 
-    def _exceed(self, what: str, remedy: str) -> None:
+    def _exceed(self, what: str, *, remedy: str) -> None:
         if self._on_exceed == "ignore":
             return
         if self._on_exceed == "raise":

@@ -90,7 +90,7 @@ def solve(
     missing = [name for name, value in given.items() if value is None]
     if len(missing) != 1:
         raise PrivacyError(
-            f"{len(missing)} are left out: {', '.join(missing) or 'none'}",
+            f"{' and '.join(missing)} are left out" if missing else "nothing is left out, so nothing is sought",
             remedy="leave out exactly one of target_epsilon, noise_multiplier, steps and sample_rate (or "
             "expected_batch_size, with dataset_size): the one to be found",
         )
@@ -197,11 +197,11 @@ def _rate(sample_rate: float | None, expected_batch_size: float | None, dataset_
         )
     if expected_batch_size is None:
         return None
-    if not 0 < number(expected_batch_size) < math.inf:
+    if not 0 < number(expected_batch_size) <= dataset_size:
         raise PrivacyError(
-            f"expected_batch_size is {expected_batch_size!r}", remedy="give a number above 0, up to dataset_size"
+            f"expected_batch_size is {expected_batch_size!r}, and dataset_size {dataset_size}",
+            remedy="give a number above 0, up to dataset_size",
         )
-    check_mechanism(1.0, expected_batch_size / dataset_size)
     return expected_batch_size / dataset_size
 
 
@@ -233,7 +233,8 @@ def _largest(
         while cost(low) > epsilon:
             if low == ends[0]:
                 raise PrivacyError(
-                    f"{low:g} alone costs epsilon {cost(low):.6g}, more than the target of {epsilon}",
+                    f"{'one step' if whole else f'{low:g}'} alone costs epsilon {cost(low):.6g}, more than the target "
+                    f"of {epsilon}",
                     remedy="raise target_epsilon, target_delta or noise_multiplier",
                 )
             low, high = rounded(low / factor - whole), low

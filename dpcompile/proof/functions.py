@@ -13,7 +13,7 @@ from dpcompile._torch.autograd import enable_python_dispatcher
 from dpcompile._torch.tensors import fake_mode_of, fake_vector, lengths_of
 from dpcompile.clipping.groups import Clipping, ClippingFunction
 from dpcompile.clipping.weights import apply
-from dpcompile.errors import PrivacyError
+from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.graph.compile import trace_like
 from dpcompile.graph.joint import JointGraph
 from dpcompile.graph.labels import Examples, Shared, Whole
@@ -97,7 +97,7 @@ def _traced(function: ClippingFunction, norms: Tensor, bound: float) -> tuple[fx
             raise TypeError("it uses a tensor that is not made from the norms")
     except Exception as error:
         raise PrivacyError(
-            f"the clipping function could not be traced: {type(error).__name__}: {error}",
+            f"the clipping function could not be traced: {type(error).__name__}: {str(error).splitlines()[0]}",
             remedy="write it with tensor operations on the norms [B], without Python branches on their values",
         ) from error
     result = traced.graph.output_node().args[0]
@@ -111,10 +111,14 @@ def _traced(function: ClippingFunction, norms: Tensor, bound: float) -> tuple[fx
 
 
 def _proved(traced: fx.GraphModule, result: fx.Node) -> ClippingFunction:
-    label = prove(_as_joint(traced, result)).of(result)
-    if not isinstance(label, (Shared, Whole)) and label != Examples(0):
+    try:
+        label = prove(_as_joint(traced, result)).of(result)
+        fault = "" if isinstance(label, (Shared, Whole)) or label == Examples(0) else f"its result is {label}"
+    except DPCompileError as error:  # what it says besides is of outputs of a model
+        fault = error.what.partition(" (it reaches")[0]
+    if fault:
         raise PrivacyError(
-            f"the clipping function does not give every example its own weight: its result is {label}",
+            f"the clipping function does not give every example its own weight: {fault}",
             remedy="let weight i depend on norm i alone",
         )
     return traced

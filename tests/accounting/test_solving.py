@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpcompile import solve
+from dpcompile import calibrate_noise, solve
 from dpcompile.accounting.accountant import PrivacyAccountant
 from dpcompile.errors import PrivacyError
 
@@ -77,7 +77,7 @@ def test_targets_that_all_and_that_none_meet() -> None:
     assert solve(**TARGET, noise_multiplier=1e3, steps=10) == 1.0
     assert solve(**TARGET, noise_multiplier=1e3, steps=10, dataset_size=300) == 300
     for method in ("pld", "rdp"):
-        with pytest.raises(PrivacyError, match=r"1 alone costs epsilon .* more than the target of 2.0\n.*raise"):
+        with pytest.raises(PrivacyError, match=r"one step alone costs epsilon .* more than the target of 2.0\n.*raise"):
             solve(**TARGET, noise_multiplier=0.3, sample_rate=0.9, method=method)  # type: ignore[arg-type]
         with pytest.raises(PrivacyError, match="alone costs epsilon inf"):
             solve(**TARGET, noise_multiplier=0, steps=3, method=method)  # type: ignore[arg-type]
@@ -86,9 +86,9 @@ def test_targets_that_all_and_that_none_meet() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "3 are left out: noise_multiplier, steps, sample_rate"),
-        ({"noise_multiplier": 1.0, "steps": 3, "sample_rate": 0.1}, "0 are left out: none"),
-        ({"noise_multiplier": 1.0, "dataset_size": 10}, "2 are left out: steps, sample_rate"),
+        ({}, "noise_multiplier and steps and sample_rate are left out"),
+        ({"noise_multiplier": 1.0, "steps": 3, "sample_rate": 0.1}, "nothing is left out"),
+        ({"noise_multiplier": 1.0, "dataset_size": 10}, "steps and sample_rate are left out"),
         ({"noise_multiplier": 1.0, "steps": 0}, "steps is 0"),
         ({"noise_multiplier": -1.0, "steps": 3}, "noise_multiplier is -1.0"),
         ({"noise_multiplier": 1.0, "steps": 1.5}, "number of steps is 1.5"),
@@ -96,7 +96,10 @@ def test_targets_that_all_and_that_none_meet() -> None:
         ({"noise_multiplier": 1.0, "expected_batch_size": 3}, "expected_batch_size without dataset_size"),
         ({"noise_multiplier": 1.0, "sample_rate": 0.1, "dataset_size": 10}, "sample_rate and dataset_size"),
         ({"noise_multiplier": 1.0, "steps": 3, "dataset_size": 0}, "dataset_size is 0"),
-        ({"noise_multiplier": 1.0, "expected_batch_size": 30, "dataset_size": 10}, "sample_rate is 3.0"),
+        (
+            {"noise_multiplier": 1.0, "expected_batch_size": 30, "dataset_size": 10},
+            "expected_batch_size is 30, and dataset_size 10",
+        ),
         ({"noise_multiplier": 1.0, "expected_batch_size": "3", "dataset_size": 10}, "expected_batch_size is '3'"),
         ({"noise_multiplier": 1.0, "steps": 3, "target_epsilon": -1.0}, "target_epsilon is -1.0"),
         ({"noise_multiplier": 1.0, "steps": 3, "target_delta": 1.0}, "delta is 1.0"),
@@ -106,3 +109,15 @@ def test_targets_that_all_and_that_none_meet() -> None:
 def test_what_cannot_be_solved_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(PrivacyError, match=rf"(?s){message}.*what to do: "):
         solve(**{**TARGET, **given})
+
+
+def test_noise_for_a_target_below_what_renyi_can_show() -> None:
+    """There the search has no start from Rényi's bound, and what PLD finds is mu-Gaussian DP's own."""
+    delta, steps = 1e-9, 1000
+    sigma = calibrate_noise(target_epsilon=0.01, target_delta=delta, sample_rate=1.0, steps=steps)
+    spent = [PrivacyAccountant(noise_multiplier=sigma * f, sample_rate=1.0) for f in (1.0, 0.99)]
+    for accountant in spent:
+        accountant.step(steps)
+    assert spent[0].epsilon(delta) <= 0.01 < spent[1].epsilon(delta)
+    with pytest.raises(PrivacyError, match="(?s)by Rényi's bound.*take method='pld'"):
+        calibrate_noise(target_epsilon=0.01, target_delta=delta, sample_rate=1.0, steps=steps, method="rdp")
