@@ -85,8 +85,8 @@ def all_to_all(call: Call) -> Label:
     if outer is None or not all(handed) or any(divide(value_of(n), once) is None for ns in handed for n in ns):
         return call.mixes(
             "it hands every rank some of the examples only",
-            "exchange heads or positions: move their dimension to the front, or flatten it there before the examples; let "
-            "experts that are cut over ranks work on one batch, and all-reduce their results (docs/distributed.md)",
+            "exchange heads or positions: move their dimension to the front, or flatten it there before the examples; "
+            "let experts that are cut over ranks work on one batch, and all-reduce their results (docs/distributed.md)",
         )
     return Examples(0, outer, label.inner)
 
