@@ -51,7 +51,7 @@ def ranks_of_group(group: Any) -> list[int]:
     """The ranks of a process group, in its order, also of one that a graph knows by its name."""
     from torch.distributed import distributed_c10d  # not on every build
 
-    resolved = distributed_c10d._resolve_process_group(cast(Any, group)) if isinstance(group, str) else group
+    resolved = cast(Any, distributed_c10d)._resolve_process_group(group) if isinstance(group, str) else group
     return distributed_c10d.get_process_group_ranks(resolved)
 
 
