@@ -143,7 +143,12 @@ _REMEDIES = (
 
 
 _NUMBER = re.compile(r"(?P<name>.+?) == -?[\d.]+(e[+-]?\d+)?$")
-_OF_VALUES = ("data-dependent expression", "Data-dependent branching", "PendingUnbacked")
+_OF_VALUES = (
+    "data-dependent expression",
+    "Data-dependent branching",
+    "PendingUnbacked",
+    "Cannot convert symbols to int",  # a size that nobody knows before the call
+)
 _OWN_ERROR = re.compile(
     r"(?:got|raised exception) (?P<kind>\w+)\((?:\[ConstantVariable\(str: )?(?P<quote>['\"])(?P<text>.*?)(?P=quote)\)",
     re.DOTALL,

@@ -9,11 +9,11 @@ pytest.importorskip("transformers.distributed.expert_parallel")
 
 pytestmark = pytest.mark.full  # launches of several ranks
 
-FEW = {"one backward each", "MixtralForCausalLM", "refusals"}
+FEW = {"one backward each", "few refusals"}
 BOTH = {"one backward each", "one graph", "by layer", "ghost", "instantiated", "training"}
 ALONE = {
     "regions", "inductor", "MixtralForCausalLM", "GptOssForCausalLM", "Qwen3MoeForCausalLM",
-    "blocks of Mixtral", "refusals", "all to all of Transformers",
+    "blocks of Mixtral", "few refusals", "all refusals", "all to all of Transformers",
 }  # fmt: skip
 
 
