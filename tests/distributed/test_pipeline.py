@@ -196,7 +196,8 @@ class OneSeed(Model):
         super().__init__(first, end)
         for block in self.blocks.values():
             torch.manual_seed(4)
-            nn.init.normal_(block.linear.weight)
+            linear: Any = block.linear
+            nn.init.normal_(linear.weight)
 
 
 @pytest.mark.parametrize(

@@ -317,7 +317,9 @@ def placed(mesh: DeviceMesh, kind: str, first: int, end: int) -> nn.Module:
             parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
         if kind != "tp":
             fully_shard(block, mesh=mesh["dp"])
-    return model if kind == "tp" else fully_shard(model, mesh=mesh["dp"])
+    if kind != "tp":
+        fully_shard(model, mesh=mesh["dp"])
+    return model
 
 
 def two_by_two(kind: str, schedule: str, **options: Any) -> tuple[Pipeline, Callable[..., None]]:
