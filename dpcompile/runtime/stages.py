@@ -156,7 +156,7 @@ class Stage:
             rank = StagesOfRank(found, call.stage.num_stages, call.first_rank, self._sums)
             for stage in found.values():
                 stage.rank = rank
-            assert self.rank is rank
+        assert self.rank is not None
         leave_weights(call.stage, partial(_place_for_weights, call.stage))
         self._check(call, self.rank)
         self.rank.follow(call)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launching import launch, passed
-from pipeline_worker import BLOCKS, B, D, Model, Pipeline, T, batch, dp_compile, loss_of, optimizer_of
+from pipeline_worker import BLOCKS, MESHES, B, D, Model, Pipeline, T, batch, dp_compile, loss_of, optimizer_of
 from torch import Tensor, nn
 from torch.distributed import pipelining
 from torch.utils.data import TensorDataset
@@ -35,13 +35,11 @@ FEW = {
 REST = {
     "regions", "inductor", "schedule Interleaved1F1B", "schedule InterleavedZeroBubble", "schedule LoopedBFS",
     "schedule DualPipeV", "users", "noise once", "masks by hand", "evaluation", "dropped", "other draws",
-    "messages of another batch", "copies", "automatic",
+    "messages of another batch", "copies", "in turn", "automatic",
 }  # fmt: skip
-ON_FOUR = {
-    "gradients", "loading", "checkpoints", "FSDP2 and stages", "FSDP2 and two stages each",
-    "tensor parallelism and stages", "tensor parallelism and two stages each", "checkpoints of FSDP2 and stages",
-    "checkpoints of tensor parallelism and stages", "users with FSDP2 and stages", "zero bubble with FSDP2 and stages",
-}  # fmt: skip
+ON_FOUR = {"gradients", "loading", "checkpoints"}
+WITH = {"{} and stages", "users, {} and stages", "automatic, {} and stages", "checkpoints of {} and stages"}
+SEVERAL = {"{} and two stages each", "zero bubble, {} and stages"}
 
 
 @pytest.mark.full
@@ -50,7 +48,14 @@ def test_stages_on_two_ranks_come_to_what_one_process_does(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "checks"), [(2, REST), (4, ON_FOUR)])
+@pytest.mark.parametrize(
+    ("ranks", "checks"),
+    [
+        (2, REST),
+        (4, ON_FOUR),
+        *((4, {n.format(m) for n in WITH | (SEVERAL if kind != "both" else set())}) for kind, m in MESHES.items()),
+    ],
+)
 def test_other_schedules_and_more_ranks(ranks: int, checks: set[str], tmp_path: Path) -> None:
     assert passed(launch(ranks, "pipeline_worker.py", str(tmp_path), *checks)) == checks
 
@@ -191,7 +196,8 @@ class OneSeed(Model):
         super().__init__(first, end)
         for block in self.blocks.values():
             torch.manual_seed(4)
-            nn.init.normal_(block.linear.weight)
+            linear: Any = block.linear
+            nn.init.normal_(linear.weight)
 
 
 @pytest.mark.parametrize(

@@ -310,22 +310,25 @@ def training(schedule: str, steps: int = 5) -> None:
 
 
 def placed(mesh: DeviceMesh, kind: str, first: int, end: int) -> nn.Module:
-    """A stage that FSDP2 shards ("dp"), or that tensor parallelism cuts ("tp")."""
+    """A stage that FSDP2 shards ("dp"), that tensor parallelism cuts ("tp"), or both."""
     model = Cut(first, end)
     for block in model.blocks.values():
-        if kind == "dp":
-            fully_shard(block, mesh=mesh["dp"])
-        else:
+        if kind != "dp":
             parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    if kind == "dp":
+        if kind != "tp":
+            fully_shard(block, mesh=mesh["dp"])
+    if kind != "tp":
         fully_shard(model, mesh=mesh["dp"])
     return model
 
 
 def two_by_two(kind: str, schedule: str, **options: Any) -> tuple[Pipeline, Callable[..., None]]:
     """A pipeline of two ranks, by two; and a step of it on a batch of all ranks."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", kind))
-    mine, make = mesh.get_local_rank(kind), partial(placed, mesh, kind)
+    if kind == "both":  # on four ranks: FSDP2 over one
+        mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("pp", "dp", "tp"))
+    else:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", kind))
+    mine, make = mesh.get_local_rank(1), partial(placed, mesh, kind)
     pipeline = Pipeline(schedule, make=make, group=mesh["pp"].get_group(), sigma=0.5, adam=True, **options)
     pipeline.optimize(2 * B)
 
@@ -411,6 +414,16 @@ def messages() -> None:
             raises(PrivacyError, "norms of other micro-batches", pipeline.optimizers[0].step)
             pipeline.clear()
     assert all(p.grad is None for p in pipeline.named().values())
+
+
+def in_turn() -> None:
+    """Two pipelines on one group, whose batches and steps alternate: each gets its own norms."""
+    pipelines, data = [Pipeline("1F1B").optimize() for _ in range(2)], [batch(), batch()]
+    for pipeline, (x, y) in zip(pipelines, data, strict=True):
+        pipeline.run(x, y)
+    for pipeline, (x, y) in zip(pipelines[::-1], data[::-1], strict=True):
+        pipeline.optimizers[0].step()
+        check_sums(pipeline, x, y)
 
 
 class Copied(Model):
@@ -694,6 +707,7 @@ def killed() -> None:
 
 SCHEDULES = ("1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
 MORE = ("LoopedBFS", "DualPipeV")
+MESHES = {"dp": "FSDP2", "tp": "tensor parallelism", "both": "FSDP2 over TP"}
 
 
 def main() -> None:
@@ -720,17 +734,21 @@ def main() -> None:
         "other draws": other_draws,
         "messages of another batch": messages,
         "copies": copies,
+        "in turn": in_turn,
         "automatic": automatic,
     }
     if dist.get_world_size() > 2:  # as many blocks as stages
-        checks["FSDP2 and stages"] = lambda: meshed("dp", "1F1B")
-        checks["FSDP2 and two stages each"] = lambda: meshed("dp", "Interleaved1F1B")
-        checks["tensor parallelism and stages"] = lambda: meshed("tp", "1F1B")
-        checks["tensor parallelism and two stages each"] = lambda: meshed("tp", "Interleaved1F1B")
-        checks["users with FSDP2 and stages"] = lambda: meshed("dp", "1F1B", examples_per_user=2)
-        checks["zero bubble with FSDP2 and stages"] = lambda: meshed("dp", "ZBVZeroBubble")
-        checks["checkpoints of FSDP2 and stages"] = lambda: meshed_checkpoints("dp", directory)
-        checks["checkpoints of tensor parallelism and stages"] = lambda: meshed_checkpoints("tp", directory)
+        for kind, name in MESHES.items():
+            checks |= {
+                f"{name} and stages": partial(meshed, kind, "1F1B"),
+                f"{name} and two stages each": partial(meshed, kind, "Interleaved1F1B"),
+                f"zero bubble, {name} and stages": partial(meshed, kind, "ZBVZeroBubble"),
+                f"users, {name} and stages": partial(meshed, kind, "1F1B", examples_per_user=2),
+                f"automatic, {name} and stages": partial(meshed, kind, "1F1B", clipping="automatic"),
+                f"checkpoints of {name} and stages": partial(meshed_checkpoints, kind, directory),
+            }
+        for name in ("zero bubble, {} and stages", "{} and two stages each"):
+            del checks[name.format(MESHES["both"])]  # docs/distributed.md
         checks = {n: c for n, c in checks.items() if n in ("gradients", "loading", "checkpoints") or "stages" in n}
     failing = {"accident": accident, "late accident": late_accident, "killed": killed}
     if wanted[:1] and wanted[0] in failing:
