@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.measure import peak_allocated
 from dpcompile import DPCompileError, PrivacyAccountant, PrivacyError, advise, calibrate_noise, dp_compile, make_private
 from dpcompile.accounting.batch_sizes import better_batch_size
 from dpcompile.accounting.sweeps import sweep_cost
 from dpcompile.advising.choosing import choose_run
 from dpcompile.advising.physical import largest_physical_batch
+from dpcompile.kernels.workspace import kept_gradients
 
 N = 120
 
@@ -153,12 +155,47 @@ def test_the_physical_batch_is_where_plans_begin_not_to_fit() -> None:
     assert found.peak == peak(found.rows) <= 0.9 * memory < peak(round(found.rows * 1.3))
     advice = advise(10**6, target_epsilon=3.0, model=model, inputs=(x,), memory=memory, accountant="rdp")
     assert advice.settings["physical_batch_size"] == found.rows and "several forwards behind one call" in str(advice)
+    assert advice.settings["memory_budget"] == found.budget <= 0.9 * memory and str(found.budget) in str(advice)
     private = dp_compile(model, backend="eager")
     advice = advise(N, target_epsilon=3.0, model=private, inputs={"input": x}, accountant="rdp")
     assert "physical_batch_size" not in advice.settings and advice.physical_batch is not None
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with pytest.raises(DPCompileError, match="not one example fits"):
         largest_physical_batch(model, x, 2**16, 100)
+
+
+def test_what_is_said_to_fit_does() -> None:
+    """Without the budget that the advice holds, the quickest plan of this network needs more than there is."""
+
+    class Pictures(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+            self.head = nn.Linear(32, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.second(self.first(x).relu()).relu().mean((2, 3)))
+
+    model, memory = Pictures(), 2**25
+    advice = advise(
+        10**6, target_epsilon=3.0, model=model, inputs=torch.randn(2, 3, 16, 16), memory=memory, accountant="rdp"
+    )
+    rows, budget = (advice.settings[name] for name in ("physical_batch_size", "memory_budget"))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def needed(**options: Any) -> float:
+        private = dp_compile(copy.deepcopy(model), backend="eager", verify=False, **options)
+        x, y = torch.randn(rows, 3, 16, 16), torch.randint(0, 3, (rows,))
+
+        def step() -> None:
+            nn.functional.cross_entropy(private(x), y).backward()
+            private.zero_grad()
+
+        step()
+        kept_gradients.release()
+        return 3 * weights + peak_allocated(step)  # weights, and two moments of Adam's; gradients are of the step
+
+    assert needed(memory_budget=budget) <= memory < needed()
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ def sizes(*, name: str) -> dict[str, Any]:
         with torch.device("meta"):
             case = find_case(f"{family}:batch={batch}" + (f",{fixed}" if fixed else ""))
             model, given = WithLoss(case.make(), case.loss), case.data(batch)
-        expected = dp_compile(model, memory_budget=2**62).trace(*given, rates=_GPU).prediction
+        private: Any = dp_compile(model, memory_budget=2**62)
+        expected = private.trace(*given, rates=_GPU).prediction
         found |= {"title": case.title, "parameters": sum(p.numel() for p in model.parameters())}
         found["bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
         found[str(batch)] = {

@@ -108,6 +108,8 @@ def advise(
     settings |= {"max_grad_norm": bound, **({} if accountant == "pld" else {"accountant": accountant})}
     if physical is not None and physical.rows < usual:
         settings["physical_batch_size"] = physical.rows
+        if plain is model:
+            settings["memory_budget"] = physical.budget
     return Advice(
         dataset_size=dataset_size, target_epsilon=target_epsilon, target_delta=delta, batch_size=run.batch_size,
         epochs=run.epochs, steps=run.steps, noise_multiplier=run.noise_multiplier, epsilon=run.epsilon,
@@ -183,7 +185,8 @@ def _reasons(
     if physical is not None:
         rest = f" of {usual} that a draw usually has, in one forward"
         if physical.rows < usual:
-            rest = f", where a draw has up to {usual}: several forwards behind one call"
+            rest = f", where a draw has up to {usual}: several forwards behind one call; with "
+            rest += f"memory_budget={physical.budget}, for what is quickest may need more"
         yield (
             "physical batch",
             f"what the planner expects to fit{rest}. {physical.peak / 2**20:,.0f} MiB with weights, gradients and "

@@ -34,6 +34,8 @@ class PhysicalBatch(NamedTuple):
     """Bytes that a step with so many is expected to need, weights and optimizer state among them."""
     memory: float
     """Bytes that there are."""
+    budget: int
+    """For ``memory_budget``: a step that is planned without one takes what is quickest, and may need more."""
 
 
 def plain_module(model: Any) -> nn.Module:
@@ -94,7 +96,7 @@ def largest_physical_batch(model: nn.Module, inputs: Any, memory: float, at_most
         rows = rows // 8 * 8 or rows
         needed = peak(rows)
         if needed <= _SHARE * memory:
-            low, fits = rows, PhysicalBatch(rows, needed, memory)
+            low, fits = rows, PhysicalBatch(rows, needed, memory, int(_SHARE * memory - _STATE * trained))
         else:
             high = rows
         if high is None or high - low <= 1:
