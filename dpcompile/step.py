@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from torch import Tensor, fx, nn
 from dpcompile._torch import pytree
 from dpcompile._torch.dynamo import disable
 from dpcompile.batches.draws import Given, nothing
-from dpcompile.capture.arguments import InDims, example_dims
+from dpcompile.capture.arguments import InDims, example_dims, signature_of
 from dpcompile.capture.example_losses import ExampleLosses
 from dpcompile.capture.outputs import detach_all_but
 from dpcompile.capture.roles import assign_roles
@@ -235,10 +234,10 @@ class CompiledStep:
         dims = _broadcast(self._target_dims, targets)
         forward = self._engine.module.forward
         args, kwargs = _as_call(inputs)
-        inspect.signature(forward).bind(*args, **kwargs)  # the plain TypeError of a plain call
+        signature_of(forward).bind(*args, **kwargs)  # the plain TypeError of a plain call
         check_model(self._engine.module)
         of_inputs = example_dims(forward, args, kwargs, self._engine.options.in_dims)
-        found = of_inputs + example_dims(lambda targets: None, (targets,), {}, {"targets": dims})
+        found = of_inputs + example_dims(_of_targets, (targets,), {}, {"targets": dims})
         check_rows(found, self._engine.options.examples_per_user)
         return found
 
@@ -274,6 +273,10 @@ class CompiledStep:
 
 def _call_losses(losses: ExampleLosses, inputs: Any, targets: Any, dims: Any) -> Tensor:
     return losses(inputs, targets, dims)
+
+
+def _of_targets(targets: Any) -> None:
+    """A forward of this argument."""
 
 
 def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -49,7 +49,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpcompile
-from dpcompile import DPOptimizer, PoissonLoader, PrivateModule, dp_compile, make_private
+from dpcompile import DPOptimizer, PoissonLoader, PrivateModule, compile_step, dp_compile, make_private
 
 
 class Net(nn.Module):
@@ -86,6 +86,9 @@ reveal_type(optimizer)
 reveal_type(loader)
 reveal_type(optimizer.epsilon(1e-5))
 reveal_type(dpcompile.__version__)
+step = compile_step(private, torch.nn.functional.cross_entropy, optimizer)
+reveal_type(step)
+reveal_type(step(torch.randn(8, 5), torch.zeros(8)))
 assert isinstance(private, PrivateModule)
 reveal_type(private)
 reveal_type(private.width)
@@ -95,6 +98,7 @@ reveal_type(private.certificate)
 """
 REVEALED = [
     "Net", "int", "Decorated", "Bare", "Net", "DPOptimizer", "PoissonLoader", "float", "str",
+    "CompiledStep", "Tensor",
     '<subclass of "Net" and "PrivateModule">', "int", "Tensor", "Plan | RegionPlans", "Certificate",
 ]  # fmt: skip
 
@@ -118,6 +122,16 @@ def test_mypy_on_a_users_script(more: str, error: str | None, tmp_path: Any) -> 
     told = re.findall(r'Revealed type is "(.*)"$', done.stdout, re.MULTILINE)
     short = [re.sub(r"[\w.]*\.(?=[\w<])", "", kind) for kind in told]
     assert short == REVEALED, done.stdout
+
+
+@pytest.mark.slow
+def test_pyright_on_a_users_script(tmp_path: Any) -> None:
+    pytest.importorskip("pyright")
+    (tmp_path / "script.py").write_text(USER)
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "script.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    told = re.findall(r'information: Type of ".*" is "(.*)"$', done.stdout, re.MULTILINE)
+    assert (done.returncode, told) == (0, [kind.replace('"', "") for kind in REVEALED]), done.stdout
 
 
 @pytest.mark.slow

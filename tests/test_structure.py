@@ -34,6 +34,8 @@ LONG_FUNCTIONS = {
 
 # What a module holds that changes: what kind of thing it is.
 MUTABLE = {
+    "capture/arguments.py:_OF_FUNCTIONS": "cache of the signatures of functions",
+    "capture/arguments.py:_OF_METHODS": "cache of the signatures of methods, by function",
     "extending.py:_registered": "registry of the rules that users gave",
     "optim/checks.py:_DRAWN": "registry of the noise that this process has drawn",
     "optim/earlier_steps.py:_STEPPED": "registry, by module, of the steps that it took",

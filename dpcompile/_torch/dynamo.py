@@ -10,6 +10,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Container, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -78,19 +79,23 @@ def tracing_config(*, stand_ins: StandIns, regions: bool = False, dynamic: bool 
     compiled for many modules: as often as they differ, and with every guard that tells them apart, also under FSDP.
     """
     config = torch._dynamo.config
-    loggers = {v for k, v in vars(logging.Logger).items() if k.startswith(_LOGS) and callable(v)}
     settings = config.patch(
         allow_rnn=True,
         skip_nnmodule_hook_guards=False,
         specialize_float=False,
         allow_unspec_int_on_nn_module=dynamic is not True,  # else every size that a module holds is a symbol at once
         optimize_ddp=False,
-        ignore_logging_functions={*config.ignore_logging_functions, *loggers, warnings.warn},
+        ignore_logging_functions={*config.ignore_logging_functions, *_loggers(), warnings.warn},
         **_MANY_MODULES if regions else {},
     )
     values = intermediates_stay_as_they_are(), written_numbers_forgotten(), gradients_through_views()
     with settings, values[0], values[1], values[2], replaced(stand_ins):
         yield
+
+
+@lru_cache(maxsize=1)
+def _loggers() -> tuple[Callable[..., Any], ...]:
+    return tuple(v for k, v in vars(logging.Logger).items() if k.startswith(_LOGS) and callable(v))
 
 
 def is_compiling() -> bool:

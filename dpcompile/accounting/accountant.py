@@ -54,7 +54,7 @@ class PrivacyAccountant:
             public; that is what a sample rate of ``expected_batch_size / len(dataset)`` allows. "add_remove": one
             example is there or is not; epsilon is the same, but sample rate, expected batch size and number of steps
             must then have been fixed without looking at the dataset's size. "replace_one": one example is another one;
-            epsilon is larger. See Ponomareva et al. 2023, "How to DP-fy ML", section 2.1.
+            epsilon is larger. See Ponomareva et al. 2023, "How to DP-fy ML".
         truncation: ``(dataset_size, max_batch_size)`` of a loader that keeps at most so many examples of a draw,
             ``loader.truncation``; None: of one that keeps all of them.
 

@@ -157,7 +157,7 @@ def _reasons(
     yield (
         "batch size",
         f"at {run.epochs} epochs the power of two at which noise in the mean of all updates is near its least: what "
-        "noise costs is sigma over the batch size, and flattens (Ponomareva et al. 2023, How to DP-fy ML, section 5.4; "
+        "noise costs is sigma over the batch size, and flattens (Ponomareva et al. 2023, How to DP-fy ML; "
         "McKenna et al. 2025, Scaling laws for differentially private language models). None is known that is far "
         f"better, for {numel:,} trained numbers.",
     )
@@ -173,14 +173,14 @@ def _reasons(
         "C",
         "in SGD C and the learning rate act as a product while nearly all gradients are clipped, and Adam is next to "
         "indifferent to C then: leave C, and move the learning rate (Li et al. 2022, Large language models can be "
-        "strong differentially private learners, section 3.1; De et al. 2022). Where few gradients are clipped take a "
+        "strong differentially private learners; De et al. 2022). Where few gradients are clipped take a "
         "smaller one, or let it follow them: max_grad_norm=AdaptiveClip().",
     )
     yield (
         "learning rate",
         f"a beginning for {optimizer}; no theory gives it. Try a third and three times as much, on public data or by "
         "the table below. Private training likes larger batches and larger rates than ordinary training (Li et al. "
-        "2022, section 3.1).",
+        "2022).",
     )
     if physical is not None:
         rest = f" of {usual} that a draw usually has, in one forward"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from dpcompile._torch.tensors import is_fake
 from dpcompile.capture.tensor_kinds import check_tensor
 from dpcompile.errors import DPCompileError, UnsupportedGraphError
 
-__all__ = ["InDims", "example_dims"]
+__all__ = ["InDims", "example_dims", "signature_of"]
 
 InDims: TypeAlias = "int | None | Sequence[Any] | Mapping[str, Any]"
 
@@ -150,6 +152,23 @@ def _parameters(forward: Callable[..., Any]) -> set[str]:
 
 def _signature(forward: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
-        return list(inspect.signature(forward).parameters.values())
+        return list(signature_of(forward).parameters.values())
     except (TypeError, ValueError):
         return []
+
+
+_Signatures: TypeAlias = "WeakKeyDictionary[types.FunctionType, inspect.Signature]"
+_OF_METHODS: _Signatures = WeakKeyDictionary()
+_OF_FUNCTIONS: _Signatures = WeakKeyDictionary()
+
+
+def signature_of(forward: Callable[..., Any]) -> inspect.Signature:
+    """``inspect.signature``, looked up once for each function, and once for the methods that are made of it."""
+    bound = type(forward) is types.MethodType
+    function, known = (forward.__func__, _OF_METHODS) if bound else (forward, _OF_FUNCTIONS)
+    if type(function) is not types.FunctionType:
+        return inspect.signature(forward)
+    found = known.get(function)
+    if found is None:
+        found = known[function] = inspect.signature(forward)
+    return found

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpcompile._torch.parallel import inner_tensor
 from dpcompile.distributed.ranks import world_size
@@ -35,6 +35,8 @@ __all__ = [
 
 def is_distributed(tensor: Any) -> bool:
     """Whether a tensor is a ``DTensor``."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dpcompile._torch.tensors import is_fake
 from dpcompile.kernels.build import kernel
 from dpcompile.kernels.handed import handed
 
@@ -39,8 +40,13 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[Tensor]:
     for i, tensor in enumerate(tensors):
         groups.setdefault(tensor.device, []).append(i)
     for device, members in groups.items():
-        flat = [_flat(tensors[i].detach()) for i in members]
-        own = contents(flat) if device.type == "cpu" and _library() is not None else _by_torch(flat, device)
+        given = [tensors[i] for i in members]
+        library = _library() if device.type == "cpu" else None
+        if library is None:
+            own = _by_torch([_flat(t.detach()) for t in given], device)
+        else:  # the operator is for graphs alone: its dispatch takes longer than small tensors do
+            flat = [t if t.is_contiguous() and not t.is_complex() else _flat(t.detach()) for t in given]
+            own = contents(flat) if any(map(is_fake, flat)) else _contents(library, flat)
         for i, value in zip(members, own.unbind(), strict=True):
             found[i] = value
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -133,8 +134,7 @@ def add_gaussian_(
     **Guarantee.** Every element of every tensor gets exactly one value, and no value is used for two elements.
     """
     starts = [0] * len(tensors) if starts is None else starts
-    spans = [Span(p, t.numel(), start) for p, t, start in zip(parameters, tensors, starts, strict=True)]
-    refuse_twice(spans)
+    spans = _apart(tuple(parameters), tuple(t.numel() for t in tensors), tuple(starts))
     if not tensors:
         return
     dtype, device = tensors[0].dtype, tensors[0].device
@@ -159,6 +159,14 @@ def add_gaussian_(
     if divisor != 1:
         for i in (*dense, *rest):
             tensors[i].div_(divisor)
+
+
+@lru_cache(maxsize=64)
+def _apart(parameters: tuple[int, ...], sizes: tuple[int, ...], starts: tuple[int, ...]) -> tuple[Span, ...]:
+    """Spans, no two of which share an element: looked at once for each list of numbers."""
+    spans = tuple(Span(*numbers) for numbers in zip(parameters, sizes, starts, strict=True))
+    refuse_twice(spans)
+    return spans
 
 
 def uniform(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import struct
 import types
@@ -21,7 +20,7 @@ from dpcompile._torch.dynamo import disable
 from dpcompile._torch.pipelining import running_stage
 from dpcompile.batches.draws import Draws, Given
 from dpcompile.batches.feed import Feed
-from dpcompile.capture.arguments import example_dims
+from dpcompile.capture.arguments import example_dims, signature_of
 from dpcompile.capture.surroundings import refuse_tracers
 from dpcompile.capture.tensor_kinds import check_model
 from dpcompile.clipping.groups import Bounds
@@ -258,7 +257,7 @@ class Engine(ABC):
             TypeError: the plain one of a plain call.
             DPCompileError: arguments, or a model, that cannot be.
         """
-        inspect.signature(self.module.forward).bind(*call[0], **call[1])
+        signature_of(self.module.forward).bind(*call[0], **call[1])
         check_model(self.module, sharded=self.distributed)
         dims = example_dims(self.module.forward, *call, self.options.in_dims)
         check_rows(dims, self.options.examples_per_user)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -136,8 +137,12 @@ class ClipBound:
 
     def _ratio(self, bound: float) -> float:
         """C0 over C as a float32 number, not rounded down."""
-        exact = self._compiled / bound
-        rounded = torch.tensor(exact, dtype=torch.float32)
-        if rounded.item() < exact:
-            rounded = torch.nextafter(rounded, torch.tensor(math.inf))
-        return rounded.item()
+        return _rounded_up(self._compiled / bound)
+
+
+@lru_cache(maxsize=64)
+def _rounded_up(exact: float) -> float:
+    rounded = torch.tensor(exact, dtype=torch.float32)
+    if rounded.item() < exact:
+        rounded = torch.nextafter(rounded, torch.tensor(math.inf))
+    return rounded.item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,8 +84,10 @@ class Delivery:
 
 def warn_of_lost_examples(norms: Tensor, mask: Tensor) -> None:
     """Warn if an example's gradient was not finite, so that it got weight 0."""
+    if math.isfinite(norms.sum().item()):  # then every one of them is
+        return
     lost = int((~torch.isfinite(norms) & (mask > 0)).sum())
-    if lost:
+    if lost:  # not where padding alone is, or a sum of large norms
         scaled = float(mask.max()) < 1
         warnings.warn(
             f"{lost} of {int((mask > 0).sum())} examples had a gradient that is NaN or infinite; their weight is 0"

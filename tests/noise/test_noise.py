@@ -14,6 +14,7 @@ from scipy import stats
 
 from dpcompile.errors import PrivacyError
 from dpcompile.noise import normal as noise
+from dpcompile.noise import philox
 from dpcompile.noise.chacha import chacha20, derive_key
 from dpcompile.noise.counter import Span, Stream, fresh_seed
 from dpcompile.noise.normal import add_gaussian_, gaussian, gaussians, uniform
@@ -46,7 +47,9 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
     assert hexes(philox4x32(words(*counter), key)) == expected
 
 
-def test_philox_equals_its_definition_in_python_integers():
+@pytest.mark.parametrize("few", [0, 64], ids=["torch", "NumPy"])
+def test_philox_equals_its_definition_in_python_integers(few, monkeypatch):
+    monkeypatch.setattr(philox, "_FEW", few)
     generator = torch.Generator().manual_seed(0)
     counters = torch.randint(0, 2**32, (4, 64), generator=generator)
     counters[:, 0], counters[:, 1] = 0x80000000, 0x7FFFFFFF

@@ -6,7 +6,10 @@ import copy
 import gc
 import inspect
 import io
+import math
 import pickle
+import types
+import warnings
 import weakref
 from typing import Any
 
@@ -19,7 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 import dpcompile
 from dpcompile import DPCompileError, PrivacyError, UnsupportedGraphError
+from dpcompile.capture.arguments import signature_of
 from dpcompile.module import engine_of
+from dpcompile.runtime.delivery import warn_of_lost_examples
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
 
@@ -915,3 +920,27 @@ def test_example_axes_that_got_symbols_of_their_own() -> None:
         assert_right(private, clip(per_example_gradients(model, args, {}, loss, in_dims=(1, 0)), 1.0), 1e-5)
     with pytest.raises(DPCompileError, match="disagree about the number of examples: 'x' has 4, 'ids' has 3"):
         private(torch.randn(3, 4, 4), torch.randint(0, 7, (3, 3)))
+
+
+def test_a_forward_in_the_place_of_another_has_its_own_signature() -> None:
+    layer = nn.Linear(4, 3)
+    assert list(signature_of(layer.forward).parameters) == ["input"]
+    assert list(signature_of(nn.Linear.forward).parameters) == ["self", "input"]
+    layer.forward = types.MethodType(lambda self, x, scale: scale * x, layer)
+    assert list(signature_of(layer.forward).parameters) == ["x", "scale"]
+
+
+@pytest.mark.parametrize(
+    ("norms", "mask", "lost"),
+    [
+        ([1.0, 3e38, 3e38], [1, 1, 1], 0),
+        ([1.0, math.nan, math.inf], [1, 0, 0], 0),
+        ([1.0, math.nan, math.inf], [1, 1, 0], 1),
+        ([1.0, math.nan, math.inf], [1, 1, 1], 2),
+    ],
+)
+def test_lost_examples_are_told(norms: list[float], mask: list[float], lost: int) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warn_of_lost_examples(torch.tensor(norms), torch.tensor(mask, dtype=torch.float32))
+    assert [str(w.message)[:1] for w in told] == [str(lost)] * bool(lost)
