@@ -23,6 +23,7 @@ from dpcompile.options import Lowering
 
 __all__ = ["NoExample", "Roles", "arguments_of", "assign_roles", "no_example_axis"]
 _ARGUMENTS = re.compile(r"^(?:\w+\()?L\['(?:args|kwargs)'\]")  # ___from_numpy(L['args'][0]) too
+_PARAMETER = re.compile(r"\._parameters\['([^']+)'\]$")
 _HIDDEN = re.compile(r"^L\['(args|kwargs)'\]")
 _INSIDE_MODEL = re.compile(
     r"^L\['module'\](?:\.__dict__)?((?:(?:\.|\[')_modules(?:'\])?\['[^']*'\])*)\._buffers\['(.*)'\]$"
@@ -221,6 +222,14 @@ class _Found:
                 f"the model reads the tensor {hidden}, which is inside an object or an array of NumPy: it is not "
                 "known whether it has an example axis",
                 remedy="pass tensors themselves (torch.from_numpy), or in lists, tuples and dicts",
+            )
+        if value.requires_grad and _PARAMETER.search(name):
+            called = re.sub(r"^L\['\w+'\]\.", "", _PARAMETER.sub(r".\1", name))
+            raise UnsupportedGraphError(
+                f"the model uses parameter '{called}', which is none of those that dp_compile "
+                "found: it was put there later, or its module is in a list or dict of Python's",
+                remedy="call dp_compile again after changing the model, and make the optimizer from the result; hold "
+                "modules in nn.ModuleList or nn.ModuleDict",
             )
         if value.requires_grad:
             raise UnsupportedGraphError(

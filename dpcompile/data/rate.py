@@ -85,11 +85,11 @@ class SamplingRate:
             )
         largest = math.inf if sample_rate is not None else size / bands
         if expected_batch_size is not None and not (0 < _number(expected_batch_size) <= largest):
-            whole = "the size of the dataset" if bands == 1 else f"the size of the dataset over {bands} bands"
+            whole = "the size of the dataset, or its users" if bands == 1 else f"of each of {bands} bands"
             interval = f"(0, {size / bands:g}] ({whole})" if sample_rate is None else "(0, inf)"
             raise PrivacyError(
                 f"expected_batch_size is {expected_batch_size}, not in {interval}",
-                remedy="give the mean size that a logical batch should have",
+                remedy="give the mean size that a logical batch should have, within this interval",
             )
         rate = sample_rate if sample_rate is not None else _number(expected_batch_size) * bands / size
         expected = expected_batch_size if expected_batch_size is not None else rate * size / bands

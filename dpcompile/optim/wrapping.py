@@ -293,7 +293,7 @@ def _only_from(owner: weakref.ref[WrappingOptimizer]) -> Callable[..., None]:
             raise PrivacyError(
                 "the wrapped optimizer was stepped directly: its update would have no noise",
                 where=running_line(),
-                remedy="call step() of the DPOptimizer",
+                remedy="call step() of the DPOptimizer; a second DPOptimizer takes a torch optimizer of its own",
             )
 
     return refuse

@@ -33,7 +33,7 @@ def test_neither_noise_nor_target(told: int) -> Right:
     return trains(*private(**({"noise_multiplier": None}, {}, TARGET)[told]))
 
 
-@refused("give target_delta, well below 1 / size of the dataset")
+@refused("give target_delta, well below 1 / size of the dataset", slow=True)
 def test_a_target_without_delta(told: int) -> Right:
     return trains(*private(**{**TARGET, "target_delta": 1e-4 if told else None}))
 
@@ -99,7 +99,7 @@ def test_a_lower_sigma_than_the_target_needs(told: int) -> Right:
     return trains(model, optimizer, loader)
 
 
-@refused("leave one of them out: noise_schedule, or NoiseSchedule and what else moves the noise", ways=2)
+@refused("leave one of them out: noise_schedule, or NoiseSchedule and what else moves the noise", ways=2, slow=True)
 def test_two_schedules_of_the_noise(told: int) -> Right:
     from dpcompile.schedules import NoiseSchedule, exponential
 
@@ -216,7 +216,7 @@ def test_users_of_half_a_row(told: int) -> Right:
     )  # fmt: skip
 
 
-@refused("leave dynamic out; batches of other sizes are compiled anew")
+@refused("leave dynamic out; batches of other sizes are compiled anew", slow=True)
 def test_users_and_dynamic_sizes(told: int) -> Right:
     model = dp_compile(plain(), examples_per_user=2, dynamic=None if told else True, backend="eager")
     model(X).sum().backward()
@@ -243,6 +243,7 @@ def test_a_loader_that_is_a_list(told: int) -> Right:
     "give noise_multiplier=accountant.noise_multiplier in place of the target; dpcompile.solve and "
     "calibrate_noise find the one of a target",
     ways=2,
+    slow=True,
 )
 def test_an_accountant_and_a_target(told: int) -> Right:
     if told == 2:
@@ -299,12 +300,12 @@ def with_counter(told: int, fault: str) -> Right:
     return trains(*private(accountant=counting() if told == 2 else Counter("" if told else fault)))
 
 
-@refused("give it what dpcompile.accounting.protocol.Accountant names, or take a PrivacyAccountant", ways=2)
+@refused("give it what dpcompile.accounting.protocol.Accountant names, or take a PrivacyAccountant", ways=2, slow=True)
 def test_an_accountant_that_lacks_something(told: int) -> Right:
     return with_counter(told, "missing")
 
 
-@refused("give it what dpcompile.accounting.protocol.Accountant names, or take a PrivacyAccountant", ways=2)
+@refused("give it what dpcompile.accounting.protocol.Accountant names, or take a PrivacyAccountant", ways=2, slow=True)
 def test_an_accountant_that_cannot_be_called(told: int) -> Right:
     return with_counter(told, "idle")
 
@@ -314,7 +315,7 @@ def test_an_accountant_of_no_relation(told: int) -> Right:
     return with_counter(told, "relation")
 
 
-@refused("give it what dpcompile.accounting.protocol.Accountant names, or take a PrivacyAccountant", ways=2)
+@refused("give it what dpcompile.accounting.protocol.Accountant names, or take a PrivacyAccountant", ways=2, slow=True)
 def test_an_accountant_whose_state_is_no_json(told: int) -> Right:
     return with_counter(told, "json")
 
@@ -334,12 +335,12 @@ def test_exact_and_bands(told: int) -> Right:
     return trains(*private(exact=told != 1 or None, bands=None if told == 2 else 2))
 
 
-@refused("give max_grad_norm a number, or leave bands out", ways=2)
+@refused("give max_grad_norm a number, or leave bands out", ways=2, slow=True)
 def test_a_quantile_and_bands(told: int) -> Right:
     return trains(*private(max_grad_norm=1.0 if told == 1 else AdaptiveClip(), bands=None if told == 2 else 2))
 
 
-@refused("give max_grad_norm a number, or leave exact=True out", ways=2)
+@refused("give max_grad_norm a number, or leave exact=True out", ways=2, slow=True)
 def test_a_quantile_and_exact(told: int) -> Right:
     return trains(*private(max_grad_norm=1.0 if told == 1 else AdaptiveClip(), exact=told != 2 or None))
 

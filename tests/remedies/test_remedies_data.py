@@ -1,0 +1,516 @@
+"""Loaders, draws and users: what their messages say to do, tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from remedies import Right, data, equals, plain, private, refused, sgd, stepped, trains
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence, pad_sequence
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+
+from dpcompile import DPOptimizer, PoissonLoader, PrivacyAccountant, dp_compile
+
+SIZE: dict[str, Any] = {"expected_batch_size": 8}
+
+
+def poisson(size: int = 24, **options: Any) -> PoissonLoader:
+    return PoissonLoader(data(size).dataset, **{**SIZE, **options})
+
+
+def parts(**options: Any) -> tuple[Any, Any]:
+    """Model and optimizer without ``make_private``."""
+    model = dp_compile(plain(), **{"backend": "eager", **options})
+    return model, DPOptimizer(sgd(model), model, noise_multiplier=1.0, expected_batch_size=8)
+
+
+def attached(loader: PoissonLoader) -> Right:
+    model, optimizer = parts()
+    return trains(model, optimizer, loader.attach(model, optimizer))
+
+
+@refused("pass a DataLoader with torch's default sampler (shuffle=True or False) or a PoissonLoader")
+def test_a_weighted_sampler(told: int) -> Right:
+    return trains(*private(data(**({"shuffle": True} if told else {"sampler": WeightedRandomSampler([1.0] * 24, 24)}))))
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield from data().dataset  # type: ignore[misc]
+
+
+@refused("take a map-style dataset (with __getitem__ and __len__)")
+def test_a_dataset_without_a_length(told: int) -> Right:
+    return attached(PoissonLoader(data().dataset if told else Stream(), **SIZE))
+
+
+@refused("give a dataset with at least one example")
+def test_an_empty_dataset(told: int) -> Right:
+    size = 24 if told else 0
+    return attached(PoissonLoader(TensorDataset(torch.randn(size, 5), torch.zeros(size, dtype=torch.long)), **SIZE))
+
+
+@refused("give an integer, 1 or more", slow=True)
+def test_a_physical_batch_of_none(told: int) -> Right:
+    return trains(*private(physical_batch_size=4 if told else 0))
+
+
+@refused("give make_private a DataLoader and max_batch_size='auto', or give the loader a number", ways=2, slow=True)
+def test_a_cap_that_a_loader_cannot_choose(told: int) -> Right:
+    cap: Any = 12 if told == 2 else "auto"
+    if told == 1:
+        return trains(*private(max_batch_size=cap, accountant="pld"))
+    loader = poisson(max_batch_size=cap)
+    return trains(*private(loader, accountant="pld"))
+
+
+@refused("give max_batch_size a number, or leave it out", ways=2, slow=True)
+def test_a_chosen_cap_and_noise_by_the_step(told: int) -> Right:
+    cap: Any = ("auto", 12, None)[told]
+    return trains(*private(max_batch_size=cap, noise_schedule=lambda t: 1.0 + t / 9, accountant="pld"))
+
+
+@refused("give max_batch_size the number that accountant.truncation has, or accountant='pld'", ways=2, slow=True)
+def test_a_chosen_cap_and_an_accountant(told: int) -> Right:
+    counts = PrivacyAccountant(noise_multiplier=1.0, sample_rate=8 / 24, truncation=(24, 12))
+    accountant: Any = "pld" if told == 2 else counts
+    return trains(*private(accountant=accountant, max_batch_size=12 if told == 1 else "auto"))
+
+
+@refused("give max_batch_size a number")
+def test_a_chosen_cap_without_noise(told: int) -> Right:
+    return trains(*private(noise_multiplier=0.0, max_batch_size=12 if told else "auto", accountant="pld"))
+
+
+@refused("leave out max_batch_size, or take bands=1", ways=2, slow=True)
+def test_a_cap_and_bands(told: int) -> Right:
+    return trains(*private(max_batch_size=None if told == 1 else 12, bands=1 if told == 2 else 2, accountant="pld"))
+
+
+@refused("leave sample_rate out and give expected_batch_size, or leave in_turn out", ways=2)
+def test_in_turn_at_a_rate(told: int) -> Right:
+    loader = poisson(in_turn=True if told < 2 else None, sample_rate=None if told == 1 else 0.3)
+    return equals(sum(len(b.mask) > 0 for b in loader.batches()) > 0, True)
+
+
+@refused("give the mean number of examples in a step")
+def test_in_turn_with_a_batch_larger_than_the_data(told: int) -> Right:
+    loader = poisson(in_turn=True, expected_batch_size=8 if told else 25)
+    return equals(len(loader), 3)
+
+
+@refused(
+    "give groups, whose each example of the dataset is, and examples_per_user, how many rows a user has in a "
+    "batch; or neither, where every example is drawn by itself",
+    ways=2,
+    slow=True,
+)
+def test_groups_without_how_many(told: int) -> Right:
+    groups: Any = None if told == 2 else [i // 2 for i in range(24)]
+    return trains(*private(groups=groups, examples_per_user=2 if told == 1 else None))
+
+
+def with_groups(groups: Any, k: int = 2, size: int = 24) -> Right:
+    return trains(*private(data(size, batch_size=4), groups=groups, examples_per_user=k))
+
+
+OWNERS = [i // 2 for i in range(24)]
+
+
+@refused("give for every example of the dataset, in its order, whose it is: a number or a name")
+def test_groups_of_fewer_examples(told: int) -> Right:
+    return with_groups(OWNERS if told else OWNERS[:20])
+
+
+@refused("say how many rows of a batch, one after the other, are one user's; 1: every row is an example")
+def test_half_a_row_for_each_user(told: int) -> Right:
+    k: Any = 2 if told else 2.5
+    return with_groups(OWNERS, k)
+
+
+@refused("leave such examples out of the dataset, or give each a user of its own", ways=2)
+def test_an_example_of_nobody(told: int) -> Right:
+    owners: list[Any] = [str(i % 9) for i in range(23)] + [None]
+    return with_groups(owners[:23], size=23) if told == 1 else with_groups([*owners[:23], "own"] if told else owners)
+
+
+@refused("give numbers or names, not both", ways=2)
+def test_numbers_and_names_of_users(told: int) -> Right:
+    owners: list[Any] = [i % 8 if told == 1 or (i % 3 and not told) else str(i % 8) for i in range(24)]
+    return with_groups(owners, size=24)
+
+
+@refused(
+    "give dp_compile and PoissonLoader the same examples_per_user (1 without groups), or groups and "
+    "examples_per_user to make_private",
+    ways=3,
+    slow=True,
+)
+def test_users_and_a_model_of_examples(told: int) -> Right:
+    if told == 3:
+        return with_groups(OWNERS)
+    model, optimizer = parts(**({"examples_per_user": 2} if told == 1 else {}))
+    loader = poisson(**({} if told == 2 else {"groups": OWNERS, "examples_per_user": 2}))
+    return trains(model, optimizer, loader.attach(model, optimizer))
+
+
+@refused("wrap it in a DPOptimizer and attach that")
+def test_a_loader_and_a_plain_optimizer(told: int) -> Right:
+    model, optimizer = parts()
+    loader = poisson().attach(model, optimizer if told else optimizer.optimizer)
+    return trains(model, optimizer, loader)
+
+
+@refused("make the DPOptimizer with the model that is trained")
+def test_a_loader_and_the_optimizer_of_another_model(told: int) -> Right:
+    model, optimizer = parts()
+    loader = poisson().attach(model, optimizer if told else parts()[1])
+    return trains(model, optimizer, loader)
+
+
+@refused("give both the same expected_batch_size", slow=True)
+def test_a_loader_of_another_batch_size(told: int) -> Right:
+    return attached(poisson(expected_batch_size=8 if told else 6))
+
+
+@refused("give rank=torch.distributed.get_rank() and world_size=torch.distributed.get_world_size()", slow=True)
+def test_a_rank_that_is_none(told: int) -> Right:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        world = {"rank": torch.distributed.get_rank(), "world_size": torch.distributed.get_world_size()}
+        return attached(poisson(**(world if told else {"rank": 1, "world_size": 1})))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@refused(
+    "attach the loader, as make_private does, and iterate over it or over loader.parts(); or give "
+    "expected_batch_size a number",
+    ways=2,
+)
+def test_batches_by_the_step_without_attaching(told: int) -> Right:
+    loader = poisson(expected_batch_size=8 if told == 2 else lambda t: 6.0 + t)
+    if told == 1:
+        return trains(*private(loader))
+    return equals(len(list(loader.batches())) > 0, True)
+
+
+def resumed_loader(fault: Any, told: int, **saved: Any) -> Right:
+    first = poisson(seed=3, **saved)
+    state = first.state_dict()
+    again = poisson(**({"seed": 3, **saved} if told else {"seed": 3, **saved, **fault}))
+    again.load_state_dict(state)
+    return attached(again)
+
+
+@refused("make the PoissonLoader with the same expected_batch_size")
+def test_resuming_with_another_batch_size(told: int) -> Right:
+    return resumed_loader({"expected_batch_size": 6}, told)
+
+
+@refused("make the PoissonLoader with the same sample_rate")
+def test_resuming_with_another_rate(told: int) -> Right:
+    return resumed_loader({"sample_rate": 0.2}, told, sample_rate=0.3)
+
+
+@refused("make the PoissonLoader with the same expected_batch_size and sample_rate")
+def test_resuming_with_another_batch_size_by_the_step(told: int) -> Right:
+    first = poisson(seed=3, expected_batch_size=lambda t: 6.0 + t)
+    again = poisson(seed=3, expected_batch_size=(lambda t: 6.0 + t) if told else (lambda t: 7.0 + t))
+    again.load_state_dict(first.state_dict())
+    return trains(*private(again))
+
+
+@refused("make the PoissonLoader with the same dataset and groups")
+def test_resuming_with_other_users(told: int) -> Right:
+    users = {"groups": OWNERS, "examples_per_user": 2}
+    first = poisson(seed=3, **users)
+    again = poisson(seed=3, **users if told else {**users, "groups": OWNERS[::-1][:22] + [0, 5]})
+    again.load_state_dict(first.state_dict())
+    model, optimizer = parts(examples_per_user=2)
+    return trains(model, optimizer, again.attach(model, optimizer))
+
+
+@refused("resume from the latest state, or make a new PoissonLoader with another seed", ways=2, slow=True)
+def test_resuming_from_an_earlier_state(told: int) -> Right:
+    first = poisson(seed=3)
+    earlier = first.state_dict()
+    list(first.batches())
+    again = first if told < 2 else poisson(seed=4)
+    again.load_state_dict(first.state_dict() if told == 1 else earlier)
+    return attached(again)
+
+
+@refused("leave the seed out or give another one; to go on with a run, load the loader's state_dict", ways=2, slow=True)
+def test_a_seed_that_was_used(told: int) -> Right:
+    model, optimizer, loader = private(poisson(seed=5))
+    for x, y in loader:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    second = poisson(seed=(5, None, 5)[told])
+    if told == 2:
+        second.load_state_dict(loader.state_dict())
+    return trains(model, optimizer, second.attach(model, optimizer))
+
+
+@refused("call loader.attach(model, optimizer), as make_private does, or iterate over loader.batches()", ways=2)
+def test_a_loader_that_is_not_attached(told: int) -> Right:
+    loader = poisson()
+    if told == 1:
+        return attached(loader)
+    return equals(sum(1 for _ in (loader.batches() if told else loader)), 3)
+
+
+def losses(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+@refused(
+    "iterate over the loader itself, not over list(loader); a prefetcher may be some batches ahead; to look "
+    "at draws without training iterate over loader.batches()",
+    ways=2,
+)
+def test_a_whole_pass_taken_at_once(told: int) -> Right:
+    model, optimizer, loader = private()
+    if told == 2:
+        return equals(len(list(loader.batches())), 3)
+    before = [p.detach().clone() for p in model.parameters()]
+    for x, y in loader if told else list(loader):
+        losses(model, x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return stepped(model, optimizer, before, 3)
+
+
+@refused("finish one loop before starting the next", slow=True)
+def test_a_pass_within_a_pass(told: int) -> Right:
+    model, optimizer, loader = private()
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):
+        for i, (x, y) in enumerate(loader):
+            losses(model, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if i == 0 and not told:
+                next(iter(loader))
+    return stepped(model, optimizer, before, 6)
+
+
+@refused("leave groups out, or make the PoissonLoader with them", ways=2, slow=True)
+def test_groups_and_a_loader_that_is_made(told: int) -> Right:
+    users = {"groups": OWNERS, "examples_per_user": 2}
+    loader = poisson(expected_batch_size=4, **users if told == 2 else {})
+    return trains(*private(loader, groups=None if told else OWNERS, examples_per_user=2 if told == 2 else None))
+
+
+@refused("leave it out, or make the PoissonLoader with it", ways=2, slow=True)
+def test_a_cap_and_a_loader_that_is_made(told: int) -> Right:
+    loader = poisson(**{"max_batch_size": 12} if told == 2 else {})
+    return trains(*private(loader, max_batch_size=None if told == 1 else 12, accountant="pld"))
+
+
+@refused(
+    "leave it out, and make the PoissonLoader with a function of the step as expected_batch_size", ways=2, slow=True
+)
+def test_batch_sizes_by_the_step_and_a_loader_that_is_made(told: int) -> Right:
+    loader = poisson(expected_batch_size=(lambda t: 6.0 + t) if told == 2 else 8)
+    return trains(*private(loader, batch_size_schedule=None if told else lambda t: 1.0 + t))
+
+
+class Words(torch.utils.data.Dataset[Any]):
+    """Sequences of several lengths."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> Any:
+        return torch.randn(2 + i % 3, 5, generator=torch.Generator().manual_seed(i)), i % 3
+
+
+def collated(collate_fn: Any, model: nn.Module | None = None, loss: Any = None, **options: Any) -> Right:
+    loader: DataLoader[Any] = DataLoader(Words(), batch_size=8, collate_fn=collate_fn)
+    return trains(*private(loader, model, **options), loss=loss)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        keep = torch.arange(x.shape[1]) < lengths[:, None]
+        return (self.linear(x) * keep[..., None]).sum(1)
+
+
+def masked_loss(model: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0], batch[1]), batch[2])
+
+
+def padded(items: list[Any]) -> Any:
+    x = pad_sequence([x for x, _ in items], batch_first=True)
+    return x, torch.tensor([len(x) for x, _ in items]), torch.tensor([y for _, y in items])
+
+
+@refused(
+    "return the padded tensor and the lengths (pad_sequence), and mask what is behind the end of each",
+)
+def test_a_collation_that_packs(told: int) -> Right:
+    def packed(items: list[Any]) -> Any:
+        return pack_sequence([x for x, _ in items], enforce_sorted=False), torch.tensor([y for _, y in items])
+
+    return collated(padded if told else packed, Masked(), masked_loss)
+
+
+def mean_of_each(items: list[Any]) -> Any:
+    return torch.stack([x.mean(0) for x, _ in items]), torch.tensor([y for _, y in items])
+
+
+@refused("return one row for each example, along one dimension")
+def test_a_collation_of_examples_by_examples(told: int) -> Right:
+    def square(items: list[Any]) -> Any:
+        x, y = mean_of_each(items)
+        return (x if told else x @ x.T), y
+
+    return collated(square)
+
+
+@refused("return one row for each example; what belongs to one example may be a dimension within the row")
+def test_a_collation_of_two_rows_for_an_example(told: int) -> Right:
+    def twice(items: list[Any]) -> Any:
+        x, y = mean_of_each(items)
+        views = torch.stack([x, -x], 1)
+        return (views if told else views.flatten(0, 1)), y
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]).mean(1), batch[1])
+
+    return collated(twice, loss=loss)
+
+
+@refused("return the same nested tuples, lists and dicts for every batch")
+def test_a_collation_of_other_structures(told: int) -> Right:
+    def sometimes(items: list[Any]) -> Any:
+        x, y = mean_of_each(items)
+        return (x, y) if told or len(items) % 2 else (x, y, {"odd": y})
+
+    return collated(sometimes, loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
+
+
+@refused("return tensors with a row for each example")
+def test_a_collation_without_rows(told: int) -> Right:
+    def means(items: list[Any]) -> Any:
+        x, y = mean_of_each(items)
+        return (x, y) if told else (x.mean(0), y.float().mean())
+
+    return collated(means)
+
+
+@refused("give a padding_example that is no longer than the shortest example")
+def test_a_padding_example_that_is_too_long(told: int) -> Right:
+    padding = (torch.zeros(2 if told else 9, 5), 0)
+    return collated(padded, Masked(), masked_loss, padding_example=padding)
+
+
+class Several(torch.utils.data.Dataset[Any]):
+    def __init__(self, told: int) -> None:
+        self.told = told
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> Any:
+        x = torch.randn(2, 5, generator=torch.Generator().manual_seed(i))
+        return (x if self.told == 1 else x[0]), i % 3
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        items = [self[i] for i in indices]
+        return items if self.told else items + items
+
+
+@refused(
+    "give one item for each index; what belongs to one index may be a dimension within the item (then a sum "
+    "or mean over it in the model), or expand the dataset first and count each piece",
+    ways=2,
+    slow=True,
+)
+def test_a_dataset_that_gives_two_items(told: int) -> Right:
+    def loss(model: Any, batch: Any) -> Tensor:
+        out = model(batch[0])
+        return F.cross_entropy(out.mean(1) if told == 1 else out, batch[1])
+
+    return trains(*private(DataLoader(Several(told), batch_size=8)), loss=loss)
+
+
+@refused("give the mean size that a logical batch should have, expected_batch_size=", slow=True)
+def test_neither_size_nor_rate(told: int) -> Right:
+    return attached(PoissonLoader(data().dataset, **SIZE if told else {}))
+
+
+@refused("give the chance of each example to be in a logical batch")
+def test_a_chance_above_one(told: int) -> Right:
+    return attached(poisson(sample_rate=0.3 if told else 3))
+
+
+@refused("give the mean size that a logical batch should have, within this interval")
+def test_a_batch_larger_than_the_data(told: int) -> Right:
+    return attached(poisson(expected_batch_size=8 if told else 25))
+
+
+@refused("give expected_batch_size a number, or leave bands out", ways=2, slow=True)
+def test_a_batch_size_by_the_step_and_bands(told: int) -> Right:
+    sizes: Any = 8 if told == 1 else (lambda t: 6.0 + t)
+    return trains(*private(poisson(expected_batch_size=sizes, bands=1 if told == 2 else 2)))
+
+
+@refused("give PoissonLoader steps=, how many are one pass", slow=True)
+def test_a_batch_size_by_the_step_that_ends_nowhere(told: int) -> Right:
+    loader = poisson(expected_batch_size=lambda t: 1e-9, **{"steps": 3} if told else {})
+    return equals(len(loader), 3)
+
+
+@refused(
+    "give PoissonLoader both sample_rate= and expected_batch_size=, numbers that were fixed without looking "
+    "at the data (and steps=, if not one pass is 1 / sample_rate of them); or take relation='zero_out', "
+    "which has the same epsilon and takes the size as public",
+    ways=2,
+    slow=True,
+)
+def test_add_remove_and_a_rate_from_the_size(told: int) -> Right:
+    loader = poisson(sample_rate=0.25) if told == 1 else data()
+    return trains(*private(loader, relation="zero_out" if told == 2 else "add_remove"))
+
+
+@refused("make the PrivacyAccountant with sample_rate=loader.sample_rate")
+def test_other_rates_of_loader_and_accountant(told: int) -> Right:
+    loader = poisson()
+    rate = loader.sample_rate if told else 0.1
+    return trains(*private(loader, accountant=PrivacyAccountant(noise_multiplier=1.0, sample_rate=rate, method="rdp")))
+
+
+@refused("make the PrivacyAccountant with truncation=loader.truncation")
+def test_other_caps_of_loader_and_accountant(told: int) -> Right:
+    loader = poisson(max_batch_size=12)
+    cap = loader.truncation if told else None
+    counts = PrivacyAccountant(noise_multiplier=1.0, sample_rate=loader.sample_rate, truncation=cap)
+    return trains(*private(loader, accountant=counts))
+
+
+@refused(
+    "give PoissonLoader bands=2 and attach it to model and optimizer, or give make_private bands= and a DataLoader",
+    ways=2,
+    slow=True,
+)
+def test_bands_of_the_loader_alone(told: int) -> Right:
+    if told == 2:
+        return trains(*private(bands=2))
+    from dpcompile.noise.banded import BandedMechanism
+    from dpcompile.noise.strategy import optimal_coefficients
+
+    model = dp_compile(plain(), backend="eager")
+    mechanism = BandedMechanism(1.0, 1.0, 8, 7, coefficients=optimal_coefficients(2, 3))
+    optimizer = DPOptimizer(sgd(model), model, mechanism=mechanism)
+    return trains(model, optimizer, poisson(bands=2 if told else 1).attach(model, optimizer))
