@@ -371,7 +371,7 @@ def test_other_loaders_and_devices():
         trainer().fit(InOneChild(), [loader(), loader()])
     with pytest.raises(PrivacyError, match="a Tensor to train on"):
         trainer().fit(InOneChild(), [torch.zeros(8, 6)])
-    with pytest.raises(PrivacyError, match="2 devices"):
+    with pytest.raises(PrivacyError, match=r"2 devices\n.*DPDDPStrategy or DPModelParallelStrategy"):
         trainer(devices=2)
     with pytest.raises(PrivacyError, match="2 nodes: each would train a model of its own"):
         trainer(num_nodes=2)

@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
 
+from launching import launch, passed  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from tokenizers.models import WordLevel  # noqa: E402
 from tokenizers.pre_tokenizers import Whitespace  # noqa: E402
@@ -510,3 +511,8 @@ def test_the_page_names_its_tests() -> None:
     refused = " ".join(feature for feature, outcome, _, _ in rows if outcome == "refused")
     for argument in REFUSED:
         assert argument.name in refused, argument.name
+
+
+@pytest.mark.full  # a launch of two ranks
+def test_sft_on_two_ranks() -> None:
+    assert passed(launch(2, "trainer_worker.py", "sft")) == {"sft"}

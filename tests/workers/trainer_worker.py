@@ -207,6 +207,42 @@ def twice() -> None:
     assert run.epsilon > once and run._private.optimizer.accountant.steps == 12
 
 
+def sft() -> None:
+    """TRL's SFTTrainer: the same weights and evaluation by shards as by replicas; DPO by shards is refused."""
+    pytest.importorskip("trl")
+    from integrations import test_trl
+    from trl import DPOConfig, SFTConfig
+
+    from dpcompile.integrations.trl import DPDPOTrainer, DPSFTTrainer
+
+    os.environ["CI"] = "1"  # TRL counts its trainers, but not there
+    rows, held_out = test_trl.texts("text"), test_trl.texts("text", 9, 1)
+    found = []
+    for sharded in (SHARDED, {}):
+        model = test_trl.llama()
+        options: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
+        options |= {"learning_rate": 0.01, "bf16": False, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        args = SFTConfig(tempfile.mkdtemp(), disable_tqdm=True, log_level="error", **options, **sharded)
+        privacy = PrivacyArguments(noise_multiplier=1.0, target_delta=1e-3, backend="eager", noise_seed=5)
+        given: dict[str, Any] = {"train_dataset": rows, "eval_dataset": held_out, "privacy": privacy}
+        run = DPSFTTrainer(model, args=args, processing_class=test_trl.tokenizer(), **given)
+        run.train()
+        assert is_sharded(model) is bool(sharded)
+        found.append((whole(model), run.evaluate()["eval_loss"]))
+    assert_same(found[0][0], found[1][0])
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+    config = DPOConfig(tempfile.mkdtemp(), bf16=False, use_cpu=True, report_to=[], **SHARDED)
+    with pytest.raises(dpcompile.PrivacyError, match="DPO under FSDP"):
+        DPDPOTrainer(
+            test_trl.llama(),
+            args=config,
+            train_dataset=test_trl.texts("pairs"),
+            processing_class=test_trl.tokenizer(),
+            privacy=PrivacyArguments(noise_multiplier=1.0, target_delta=1e-3),
+        )
+
+
 def refused() -> None:
     model, rows = model_and_rows("classes")
     for options, message in (
@@ -250,6 +286,7 @@ CHECKS = {
     "adapters": adapters,
     "activation_checkpointing": activation_checkpointing,
     "twice": twice,
+    "sft": sft,
     "refused": refused,
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -15,9 +16,7 @@ from transformers import Trainer
 
 from dpcompile.errors import PrivacyError
 from dpcompile.integrations.accelerate_fsdp import refuse_plugin, shard, take_private_optimizers, tell_of_shards
-from dpcompile.module import PrivateModule
 from dpcompile.regions.units import is_sharded
-from dpcompile.runtime.replicas import inner_module
 
 __all__ = ["OnRanks"]
 
@@ -40,7 +39,8 @@ class OnRanks(_Base):
 
     @model.setter
     def model(self, value: Any) -> None:
-        if self._ordinary is None or not isinstance(inner_module(value), PrivateModule):
+        made: Any = getattr(self, "_private", None)
+        if made is None or value is not made.model:
             self._ordinary = value
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -80,6 +80,7 @@ class OnRanks(_Base):
         """The ordinary model, sharded by now if it is to be: before its optimizer is made, or it is evaluated."""
         if self.is_fsdp_enabled:
             before = is_sharded(self.model)
+            _forward_of_class(self.model)
             shard(self.accelerator, self.model, [])
             if not before and hasattr(self.model, "generate"):
                 register_fsdp_forward_method(self.model, "generate")
@@ -89,3 +90,12 @@ class OnRanks(_Base):
                 remedy="give fsdp=True, fsdp_config={'version': 2}, with the model as it is or sharded by fully_shard",
             )
         return self.model
+
+
+def _forward_of_class(model: nn.Module) -> None:
+    """A forward that was put on the object (TRL does so) becomes that of a class: FSDP's hooks are around that."""
+    forward, kind = vars(model).get("forward"), type(model)
+    if isinstance(forward, MethodType) and forward.__self__ is model:
+        del vars(model)["forward"]
+        own = {"forward": forward.__func__, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        model.__class__ = type(kind.__name__, (kind,), own)

@@ -48,7 +48,7 @@ class DPDPOTrainer(DPTrainerMixin, _OfPairs):
 
     Raises:
         PrivacyError: ``loss_type`` "aot" and "aot_unpaired", which sort the pairs of a batch, ``sync_ref_model``,
-            ``activation_offloading``, a load-balancing loss, images, a reference that is trained; or what
+            ``activation_offloading``, FSDP, a load-balancing loss, images, a reference that is trained; or what
             ``DPTrainer`` refuses.
 
     **Guarantee.** As of ``DPTrainerMixin``. The loss of a pair is computed from the outputs of its own two rows, those
@@ -62,6 +62,19 @@ class DPDPOTrainer(DPTrainerMixin, _OfPairs):
         refuse_config(self.args)
         refuse_made(self)
         _refuse_shared(self)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in ``DPTrainer``.
+
+        Raises:
+            PrivacyError: FSDP.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            raise PrivacyError(
+                "DPO under FSDP: what reads pairs is around the sharded model, which was never compared with one rank",
+                remedy="leave fsdp out: every rank then has a replica; adapters (peft_config) keep it small",
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in the DPOTrainer.
