@@ -32,12 +32,13 @@ float32 and products in bfloat16, on one example of 8,192 tokens as the micro-ba
 over the ranks of tensor parallelism and tokens over those of context parallelism; values between layers are whole on
 every rank of tensor parallelism. Memory and FSDP2's bytes are counted; what the other dimensions send follows from
 shapes; seconds are a model. A micro-batch of one example has its own gradient for its sum, so what is kept until the
-clip weights are known are gradients of a stage in place of activations.
+clip weights are known are gradients of a stage in place of activations. *At most*: as the pipeline does it, clipped
+while the schedule runs; *clip at the step*: were all micro-batches held until the step.
 
 Assumptions: {CLUSTER.flops:g} FLOP/s on a rank without privacy (an H100 on up to 16,384 ranks: 380 to 430 TFLOP/s,
-Llama Team 2024, "The Llama 3 Herd of Models", table 4), private speed 0.85 of that (the goal), {CLUSTER.inside:g}
+Llama Team 2024, "The Llama 3 Herd of Models"), private speed 0.85 of that (the goal), {CLUSTER.inside:g}
 bytes/s in each direction within nodes of {CLUSTER.node} (NVLink of H100 SXM: 900 GB/s in both, NVIDIA's data sheet),
-{CLUSTER.outside:g} bytes/s between them (400 Gbit/s a rank, section 3.3.1 of the same), {CLUSTER.latency:g} s a hop,
+{CLUSTER.outside:g} bytes/s between them (400 Gbit/s a rank, the same), {CLUSTER.latency:g} s a hop,
 {CLUSTER.traffic:g} bytes/s for the optimizer and {CLUSTER.noise:g} normal values a second. Links reach less than their
 data sheet says, so seconds are a lower bound. Steps have eight micro-batches for each stage.
 """
