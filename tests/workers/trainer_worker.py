@@ -39,7 +39,6 @@ def trainer(
     arguments |= {"num_train_epochs": 2, "learning_rate": 0.01, "optim": "adamw_torch", "weight_decay": 0.1}
     arguments |= {"use_cpu": True, "report_to": [], "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True}
     arguments |= {"dataloader_pin_memory": False, "max_grad_norm": 0.7, "log_level": "error"}
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # Accelerate sets it for all that comes after
     privacy = PrivacyArguments(noise_multiplier=1.0, target_delta=1e-3, backend="eager", noise_seed=seed)
     args = TrainingArguments(path or tempfile.mkdtemp(), **{**arguments, **options})
     return DPTrainer(model, args, train_dataset=rows, privacy=privacy, **(given or {}))
@@ -208,10 +207,9 @@ def twice() -> None:
 
 
 def sft() -> None:
-    """TRL's SFTTrainer: the same weights and evaluation by shards as by replicas; DPO by shards is refused."""
-    pytest.importorskip("trl")
+    """TRL's SFTTrainer: the same weights and evaluation by shards as by replicas; DPO is refused."""
+    trl: Any = pytest.importorskip("trl")
     from integrations import test_trl
-    from trl import DPOConfig, SFTConfig
 
     from dpcompile.integrations.trl import DPDPOTrainer, DPSFTTrainer
 
@@ -222,8 +220,7 @@ def sft() -> None:
         model = test_trl.llama()
         options: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
         options |= {"learning_rate": 0.01, "bf16": False, "use_cpu": True, "report_to": [], "save_strategy": "no"}
-        os.environ.pop("ACCELERATE_USE_FSDP", None)
-        args = SFTConfig(tempfile.mkdtemp(), disable_tqdm=True, log_level="error", **options, **sharded)
+        args = trl.SFTConfig(tempfile.mkdtemp(), disable_tqdm=True, log_level="error", **options, **sharded)
         privacy = PrivacyArguments(noise_multiplier=1.0, target_delta=1e-3, backend="eager", noise_seed=5)
         given: dict[str, Any] = {"train_dataset": rows, "eval_dataset": held_out, "privacy": privacy}
         run = DPSFTTrainer(model, args=args, processing_class=test_trl.tokenizer(), **given)
@@ -232,15 +229,16 @@ def sft() -> None:
         found.append((whole(model), run.evaluate()["eval_loss"]))
     assert_same(found[0][0], found[1][0])
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
-    config = DPOConfig(tempfile.mkdtemp(), bf16=False, use_cpu=True, report_to=[], **SHARDED)
-    with pytest.raises(dpcompile.PrivacyError, match="DPO under FSDP"):
-        DPDPOTrainer(
-            test_trl.llama(),
-            args=config,
-            train_dataset=test_trl.texts("pairs"),
-            processing_class=test_trl.tokenizer(),
-            privacy=PrivacyArguments(noise_multiplier=1.0, target_delta=1e-3),
-        )
+    for sharded in (SHARDED, {}):
+        config = trl.DPOConfig(tempfile.mkdtemp(), bf16=False, use_cpu=True, report_to=[], **sharded)
+        pairs: dict[str, Any] = {"train_dataset": test_trl.texts("pairs"), "processing_class": test_trl.tokenizer()}
+        with pytest.raises(dpcompile.PrivacyError, match="DPO on 2 ranks"):
+            DPDPOTrainer(
+                test_trl.llama(),
+                args=config,
+                privacy=PrivacyArguments(noise_multiplier=1.0, target_delta=1e-3),
+                **pairs,
+            )
 
 
 def refused() -> None:

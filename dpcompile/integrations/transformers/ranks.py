@@ -20,6 +20,8 @@ from dpcompile.regions.units import is_sharded
 
 __all__ = ["OnRanks"]
 
+_FSDP = "ACCELERATE_USE_FSDP"
+
 # For the type checker alone: the mixin stands before a Trainer.
 _Base = Trainer if TYPE_CHECKING else object
 
@@ -50,10 +52,13 @@ class OnRanks(_Base):
             PrivacyError: what of FSDP cannot be had.
             UnsupportedGraphError: likewise.
         """
+        before = os.environ.get(_FSDP)
         super().create_accelerator_and_postprocess()
         accelerator: Any = self.accelerator
-        asked = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        if asked and accelerator.distributed_type.value == "MULTI_CPU":
+        on_cpus = accelerator.distributed_type.value == "MULTI_CPU"
+        if before is None and on_cpus:  # Accelerate sets it, for every Trainer that comes after
+            os.environ.pop(_FSDP, None)
+        if on_cpus and (self.args.fsdp or (before or "").lower() == "true"):
             given: Any = self.args.fsdp_plugin_args if self.args.fsdp else {}
             tell_of_shards(accelerator, FullyShardedDataParallelPlugin(**given))
             self.is_fsdp_enabled = True

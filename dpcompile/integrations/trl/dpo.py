@@ -48,8 +48,8 @@ class DPDPOTrainer(DPTrainerMixin, _OfPairs):
 
     Raises:
         PrivacyError: ``loss_type`` "aot" and "aot_unpaired", which sort the pairs of a batch, ``sync_ref_model``,
-            ``activation_offloading``, FSDP, a load-balancing loss, images, a reference that is trained; or what
-            ``DPTrainer`` refuses.
+            ``activation_offloading``, several ranks, a load-balancing loss, images, a reference that is trained; or
+            what ``DPTrainer`` refuses.
 
     **Guarantee.** As of ``DPTrainerMixin``. The loss of a pair is computed from the outputs of its own two rows, those
     of the frozen reference among them, and nothing else.
@@ -67,13 +67,14 @@ class DPDPOTrainer(DPTrainerMixin, _OfPairs):
         """As in ``DPTrainer``.
 
         Raises:
-            PrivacyError: FSDP.
+            PrivacyError: several ranks.
         """
         super().create_accelerator_and_postprocess()
-        if self.is_fsdp_enabled:
+        if self.args.world_size > 1:
             raise PrivacyError(
-                "DPO under FSDP: what reads pairs is around the sharded model, which was never compared with one rank",
-                remedy="leave fsdp out: every rank then has a replica; adapters (peft_config) keep it small",
+                f"DPO on {self.args.world_size} ranks: TRL gathers metrics for every pair, and ranks have different "
+                "numbers of pairs in a draw: they would wait for each other",
+                remedy="train on one device; adapters (peft_config) and gradient_accumulation_steps keep it small",
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
