@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from remedies import Right, data, equals, plain, private, refused, sgd, stepped, trains
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.nn.utils.rnn import pack_sequence, pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
@@ -23,7 +24,8 @@ def poisson(size: int = 24, **options: Any) -> PoissonLoader:
 
 def parts(**options: Any) -> tuple[Any, Any]:
     """Model and optimizer without ``make_private``."""
-    model = dp_compile(plain(), **{"backend": "eager", **options})
+    everything: Any = {"backend": "eager", **options}
+    model = dp_compile(plain(), **everything)
     return model, DPOptimizer(sgd(model), model, noise_multiplier=1.0, expected_batch_size=8)
 
 
@@ -34,7 +36,8 @@ def attached(loader: PoissonLoader) -> Right:
 
 @refused("pass a DataLoader with torch's default sampler (shuffle=True or False) or a PoissonLoader")
 def test_a_weighted_sampler(told: int) -> Right:
-    return trains(*private(data(**({"shuffle": True} if told else {"sampler": WeightedRandomSampler([1.0] * 24, 24)}))))
+    options: Any = {"shuffle": True} if told else {"sampler": WeightedRandomSampler([1.0] * 24, 24)}
+    return trains(*private(data(**options)))
 
 
 class Stream(IterableDataset[Any]):
@@ -178,7 +181,7 @@ def test_a_loader_of_another_batch_size(told: int) -> Right:
 
 @refused("give rank=torch.distributed.get_rank() and world_size=torch.distributed.get_world_size()", slow=True)
 def test_a_rank_that_is_none(told: int) -> Right:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         world = {"rank": torch.distributed.get_rank(), "world_size": torch.distributed.get_world_size()}
         return attached(poisson(**(world if told else {"rank": 1, "world_size": 1})))

@@ -250,7 +250,8 @@ def test_an_accountant_and_a_target(told: int) -> Right:
         noise = calibrate_noise(target_epsilon=3.0, target_delta=1e-4, sample_rate=8 / 24, steps=3, method="rdp")
         return trains(*private(accountant=counting(noise_multiplier=noise), noise_multiplier=noise))
     counts = counting()
-    return trains(*private(accountant=counts, **({"noise_multiplier": counts.noise_multiplier} if told else TARGET)))
+    noise: Any = {"noise_multiplier": counts.noise_multiplier} if told else TARGET
+    return trains(*private(accountant=counts, **noise))
 
 
 @refused("leave relation out, or make the accountant with it", ways=2)

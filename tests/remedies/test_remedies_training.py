@@ -525,7 +525,7 @@ def test_a_frozen_parameter_with_a_gradient(told: int) -> Right:
     else:
         ordinary[1].zero_grad()
         optimizer.zero_grad() if told else None
-        ordinary[0].weight.grad = None if told else torch.ones(4, 5)
+        ordinary[0].get_parameter("weight").grad = None if told else torch.ones(4, 5)
     before = [p.detach().clone() for p in ordinary[1].parameters()]
     backward(model)
     optimizer.step()
