@@ -44,7 +44,7 @@ def layers(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         states = hx if kind == "lstm" else (hx,)
         values, states, weights = _under_autocast(kind, values, states, weights)
         values = values.transpose(0, 1) if batch_first else values
-        run_one = _by_steps if projected or values.device.type != "cpu" else _at_once
+        run_one: Any = _by_steps if projected or values.device.type != "cpu" else _at_once
         last = []
         for layer in range(count):
             if layer and dropout and train:

@@ -85,7 +85,7 @@ class SamplingRate:
             )
         largest = math.inf if sample_rate is not None else size / bands
         if expected_batch_size is not None and not (0 < _number(expected_batch_size) <= largest):
-            whole = "the size of the dataset, or its users" if bands == 1 else f"of each of {bands} bands"
+            whole = "the size of the dataset, or its users" if bands == 1 else f"the size of each of {bands} parts"
             interval = f"(0, {size / bands:g}] ({whole})" if sample_rate is None else "(0, inf)"
             raise PrivacyError(
                 f"expected_batch_size is {expected_batch_size}, not in {interval}",

@@ -57,10 +57,11 @@ def recurrence(
     """
     _check(kind, inputs, state, weight, bias, inside)
     dtype = accumulation_dtype(inputs.dtype)
-    wide = [None if x is None else x.to(dtype).contiguous() for x in (inputs, state, weight, bias)]
-    found = forward_by_kernel(kind, *wide, inside, reverse)  # type: ignore[arg-type]
+    wide = [x.to(dtype).contiguous() for x in (inputs, state, weight)]
+    rest = (None if bias is None else bias.to(dtype).contiguous(), inside, reverse)
+    found = forward_by_kernel(kind, wide[0], wide[1], wide[2], *rest)
     if found is None:
-        found = run_through(kind, *wide, inside, reverse)  # type: ignore[arg-type]
+        found = run_through(kind, wide[0], wide[1], wide[2], *rest)
     outputs, last, saved = found
     return outputs.to(state.dtype), last.to(state.dtype), saved
 
@@ -119,9 +120,10 @@ def recurrence_backward(
     """
     _check(kind, saved.new_empty(1).expand(*cotangent.shape[:2], weight.shape[0]), of_last, weight, None, inside)
     dtype = saved.dtype
-    wide = [x.to(dtype).contiguous() for x in (cotangent, of_last, previous, saved, weight)]
-    found = backward_by_kernel(kind, *wide, inside, reverse)
-    of_inputs, of_state = back_through(kind, *wide, inside, reverse) if found is None else found
+    operands = (cotangent, of_last, previous, saved, weight)
+    wide = [x.to(dtype).contiguous() for x in operands]
+    found = backward_by_kernel(kind, *wide, inside=inside, reverse=reverse)
+    of_inputs, of_state = back_through(kind, *wide, inside=inside, reverse=reverse) if found is None else found
     return of_inputs, of_state.to(of_last.dtype)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpcompile.kernels.build import kernel
-from dpcompile.kernels.recurrent_steps import GATES, KEPT, back_through, run_through
+from dpcompile.kernels.recurrent_steps import GATES, KEPT, STATES, back_through, run_through
 
 __all__ = ["backward_by_kernel", "forward_by_kernel"]
 
@@ -109,23 +109,23 @@ def _threads() -> ctypes.c_int:
 @kernel("recurrent", contract=True)
 def _library(library: ctypes.CDLL) -> bool:
     """Whether both give what torch's operations do in float64, of all kinds, with ends and without, both ways."""
+    return all(_as_by_steps(library, kind, reverse) for kind in _KINDS for reverse in (False, True))
+
+
+def _as_by_steps(library: ctypes.CDLL, kind: str, reverse: bool) -> bool:
     steps, batch, hidden = 3, 13, 5
-    for kind in _KINDS:
-        sizes = {"inputs": (steps, batch, GATES[kind] * hidden), "state": (2 if kind == "lstm" else 1, batch, hidden)}
-        inputs, state = _wave(*sizes["inputs"]), _wave(*sizes["state"])
-        weight, bias = _wave(GATES[kind] * hidden, hidden), _wave(GATES[kind] * hidden)
-        cotangent, previous = _wave(steps, batch, hidden), _wave(steps, batch, hidden).flip(1).contiguous()
-        for reverse in (False, True):
-            mask = torch.arange(steps).unsqueeze(1) < torch.arange(batch) % (steps + 1) if reverse else None
-            found = _forward(library, kind, inputs, state, weight, bias, mask, reverse)
-            wide = [x.double() for x in (inputs, state, weight, bias)]
-            if not _all_close(found, run_through(kind, *wide, mask, reverse)):
-                return False
-            given = (cotangent, state, previous, found[2], weight)
-            back = _backward(library, kind, *given, mask, reverse)
-            if not _all_close(back, back_through(kind, *(x.double() for x in given), mask, reverse)):
-                return False
-    return True
+    gates = GATES[kind] * hidden
+    inputs, state = _wave(steps, batch, gates), _wave(STATES[kind], batch, hidden)
+    weight, bias = _wave(gates, hidden), _wave(gates)
+    mask = torch.arange(steps).unsqueeze(1) < torch.arange(batch) % (steps + 1) if reverse else None
+    found = _forward(library, kind, inputs, state, weight, bias, mask, reverse)
+    wide = (inputs.double(), state.double(), weight.double(), bias.double())
+    if not _all_close(found, run_through(kind, *wide, mask, reverse)):
+        return False
+    cotangent, previous, saved = _wave(steps, batch, hidden), _wave(steps, batch, hidden) - 0.5, found[2]
+    back = _backward(library, kind, cotangent, state, previous, saved, weight, mask, reverse)
+    given = (cotangent.double(), state.double(), previous.double(), saved.double(), weight.double())
+    return _all_close(back, back_through(kind, *given, mask, reverse))
 
 
 def _wave(*shape: int) -> Tensor:
