@@ -97,7 +97,7 @@ def test_rates(given: dict[str, Any], rate: float, expected: float, steps: int, 
 
 def test_a_batch_larger_than_a_part() -> None:
     with pytest.raises(
-        PrivacyError, match=r"expected_batch_size is 16.0, not in \(0, 15\] \(the size .* over 4 bands\)"
+        PrivacyError, match=r"expected_batch_size is 16.0, not in \(0, 15\] \(the size of each of 4 parts\)"
     ):
         loader_of(expected=16.0)
 

@@ -19,8 +19,8 @@ SIZES = [(1, 1, 1), (3, 5, 7), (4, 37, 20), (2, 9, 64)]  # steps, batch, hidden
 @pytest.fixture(params=["kernel", "steps"])
 def way(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "steps":
-        monkeypatch.setattr(recurrent, "forward_by_kernel", lambda *_: None)
-        monkeypatch.setattr(recurrent, "backward_by_kernel", lambda *_: None)
+        monkeypatch.setattr(recurrent, "forward_by_kernel", lambda *_, **__: None)
+        monkeypatch.setattr(recurrent, "backward_by_kernel", lambda *_, **__: None)
     elif recurrent_cpp._library() is None:
         pytest.skip("needs a C++ compiler")
     return request.param
