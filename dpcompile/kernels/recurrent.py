@@ -9,6 +9,7 @@ Shape letters: T steps, B examples, H hidden units, G = H times the gates of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dpcompile.graph.slices import accumulation_dtype
 from dpcompile.kernels.recurrent_cpp import backward_by_kernel, forward_by_kernel
-from dpcompile.kernels.recurrent_steps import GATES, KEPT, STATES, back_through, run_through
+from dpcompile.kernels.recurrent_steps import GATES, KEPT, STATES, Direction, back_through, run_through
 
 __all__ = ["recurrence", "recurrence_backward"]
 
@@ -55,25 +56,25 @@ def recurrence(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    _check(kind, inputs, state, weight, bias, inside)
+    _check(kind, inputs.shape, state, weight, bias, inside)
     dtype = accumulation_dtype(inputs.dtype)
-    wide = [x.to(dtype).contiguous() for x in (inputs, state, weight)]
-    rest = (None if bias is None else bias.to(dtype).contiguous(), inside, reverse)
-    found = forward_by_kernel(kind, wide[0], wide[1], wide[2], *rest)
+    layer = Direction(kind, weight, bias, inside, reverse).to(dtype)
+    given, first = inputs.to(dtype).contiguous(), state.to(dtype).contiguous()
+    found = forward_by_kernel(layer, given, first)
     if found is None:
-        found = run_through(kind, wide[0], wide[1], wide[2], *rest)
+        found = run_through(layer, given, first)
     outputs, last, saved = found
     return outputs.to(state.dtype), last.to(state.dtype), saved
 
 
 def _check(
-    kind: str, inputs: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, inside: Tensor | None
+    kind: str, shape: Sequence[int], state: Tensor, weight: Tensor, bias: Tensor | None, inside: Tensor | None
 ) -> None:
-    """The kernel reads and writes without asking."""
-    (steps, batch, gates), hidden = inputs.shape, weight.shape[1]
+    """The kernel reads and writes without asking: do these belong to inputs of this shape."""
+    (steps, batch, gates), hidden = shape, weight.shape[1]
     right = gates == GATES[kind] * hidden == weight.shape[0] and state.shape == (STATES[kind], batch, hidden)
     if not right or (bias is not None and bias.shape != (gates,)):
-        shapes = ", ".join(str(list(x.shape)) for x in (inputs, state, weight))
+        shapes = ", ".join(str(list(x)) for x in (shape, state.shape, weight.shape))
         raise ValueError(f"inputs, state and weight of {kind} do not belong together: {shapes}")
     if inside is not None and (inside.shape != (steps, batch) or inside.dtype != torch.bool):
         raise ValueError(f"inside is {inside.dtype} {list(inside.shape)}, not bool {[steps, batch]}")
@@ -118,12 +119,12 @@ def recurrence_backward(
     Returns:
         ``[T, B, G]`` in the dtype of ``saved``, and the state's gradient in that of ``of_last``.
     """
-    _check(kind, saved.new_empty(1).expand(*cotangent.shape[:2], weight.shape[0]), of_last, weight, None, inside)
+    _check(kind, (*cotangent.shape[:2], weight.shape[0]), of_last, weight, None, inside)
     dtype = saved.dtype
-    operands = (cotangent, of_last, previous, saved, weight)
-    wide = [x.to(dtype).contiguous() for x in operands]
-    found = backward_by_kernel(kind, *wide, inside=inside, reverse=reverse)
-    of_inputs, of_state = back_through(kind, *wide, inside=inside, reverse=reverse) if found is None else found
+    layer = Direction(kind, weight, None, inside, reverse).to(dtype)
+    one, last, before, kept = (x.to(dtype).contiguous() for x in (cotangent, of_last, previous, saved))
+    found = backward_by_kernel(layer, one, last, before, kept)
+    of_inputs, of_state = back_through(layer, one, last, before, kept) if found is None else found
     return of_inputs, of_state.to(of_last.dtype)
 
 

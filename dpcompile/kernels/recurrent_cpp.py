@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpcompile.kernels.build import kernel
-from dpcompile.kernels.recurrent_steps import GATES, KEPT, STATES, back_through, run_through
+from dpcompile.kernels.recurrent_steps import GATES, KEPT, STATES, Direction, back_through, run_through
 
 __all__ = ["backward_by_kernel", "forward_by_kernel"]
 
@@ -16,37 +16,22 @@ _KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # as the kernel numbers them
 _CLOSE = 2e-6  # of numbers around 1, after a few steps
 
 
-def forward_by_kernel(
-    kind: str,
-    inputs: Tensor,
-    state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inside: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor] | None:
+def forward_by_kernel(layer: Direction, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """:func:`dpcompile.kernels.recurrent_steps.run_through` of contiguous operands, or None where it cannot.
 
     **Guarantee.** An example's numbers are made of its own, and come out to the bit the same whatever examples it
     stands among.
     """
     library = _for(inputs)
-    return library and _forward(library, kind, inputs, state, weight, bias, inside, reverse)
+    return library and _forward(library, layer, inputs, state)
 
 
 def backward_by_kernel(
-    kind: str,
-    cotangent: Tensor,
-    of_last: Tensor,
-    previous: Tensor,
-    saved: Tensor,
-    weight: Tensor,
-    inside: Tensor | None,
-    reverse: bool,
+    layer: Direction, cotangent: Tensor, of_last: Tensor, previous: Tensor, saved: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """:func:`dpcompile.kernels.recurrent_steps.back_through`, in the same way."""
     library = _for(cotangent)
-    return library and _backward(library, kind, cotangent, of_last, previous, saved, weight, inside, reverse)
+    return library and _backward(library, layer, cotangent, of_last, previous, saved)
 
 
 def _for(values: Tensor) -> ctypes.CDLL | None:
@@ -54,43 +39,25 @@ def _for(values: Tensor) -> ctypes.CDLL | None:
     return _library() if fits else None
 
 
-def _forward(
-    library: ctypes.CDLL,
-    kind: str,
-    inputs: Tensor,
-    state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inside: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    steps, batch, hidden = *inputs.shape[:2], weight.shape[1]
-    outputs, last = inputs.new_empty(steps, batch, hidden), torch.empty_like(state)
-    saved = inputs.new_empty(steps, batch, KEPT[kind] * hidden)
-    mask = None if inside is None else inside.contiguous()
-    given = [_address(x) for x in (inputs, state, weight, bias, mask)]
+def _forward(library: ctypes.CDLL, layer: Direction, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    outputs, last = inputs.new_empty(*inputs.shape[:2], layer.hidden), torch.empty_like(state)
+    saved = inputs.new_empty(*inputs.shape[:2], KEPT[layer.kind] * layer.hidden)
+    mask = None if layer.inside is None else layer.inside.contiguous()
+    given = [_address(x) for x in (inputs, state, layer.weight, layer.bias, mask)]
     written = [_address(x) for x in (outputs, last, saved)]
-    library.dp_recurrence(*given, _sizes(kind, outputs, reverse), *written, _threads())
+    library.dp_recurrence(*given, _sizes(layer, outputs), *written, _threads())
     return outputs, last, saved
 
 
 def _backward(
-    library: ctypes.CDLL,
-    kind: str,
-    cotangent: Tensor,
-    of_last: Tensor,
-    previous: Tensor,
-    saved: Tensor,
-    weight: Tensor,
-    inside: Tensor | None,
-    reverse: bool,
+    library: ctypes.CDLL, layer: Direction, cotangent: Tensor, of_last: Tensor, previous: Tensor, saved: Tensor
 ) -> tuple[Tensor, Tensor]:
-    of_inputs = cotangent.new_empty(*cotangent.shape[:2], weight.shape[0])
+    of_inputs = cotangent.new_empty(*cotangent.shape[:2], layer.weight.shape[0])
     of_state = torch.empty_like(of_last)
-    mask = None if inside is None else inside.contiguous()
-    given = [_address(x) for x in (cotangent, of_last, previous, saved, weight, mask)]
+    mask = None if layer.inside is None else layer.inside.contiguous()
+    given = [_address(x) for x in (cotangent, of_last, previous, saved, layer.weight, mask)]
     written = [_address(x) for x in (of_inputs, of_state)]
-    library.dp_recurrence_backward(*given, _sizes(kind, cotangent, reverse), *written, _threads())
+    library.dp_recurrence_backward(*given, _sizes(layer, cotangent), *written, _threads())
     return of_inputs, of_state
 
 
@@ -98,8 +65,8 @@ def _address(value: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if value is None else value.data_ptr())
 
 
-def _sizes(kind: str, outputs: Tensor, reverse: bool) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * 5)(_KINDS.index(kind), *outputs.shape, int(reverse))
+def _sizes(layer: Direction, outputs: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * 5)(_KINDS.index(layer.kind), *outputs.shape, int(layer.reverse))
 
 
 def _threads() -> ctypes.c_int:
@@ -115,17 +82,17 @@ def _library(library: ctypes.CDLL) -> bool:
 def _as_by_steps(library: ctypes.CDLL, kind: str, reverse: bool) -> bool:
     steps, batch, hidden = 3, 13, 5
     gates = GATES[kind] * hidden
-    inputs, state = _wave(steps, batch, gates), _wave(STATES[kind], batch, hidden)
-    weight, bias = _wave(gates, hidden), _wave(gates)
     mask = torch.arange(steps).unsqueeze(1) < torch.arange(batch) % (steps + 1) if reverse else None
-    found = _forward(library, kind, inputs, state, weight, bias, mask, reverse)
-    wide = (inputs.double(), state.double(), weight.double(), bias.double())
-    if not _all_close(found, run_through(kind, *wide, mask, reverse)):
+    layer = Direction(kind, _wave(gates, hidden), _wave(gates), mask, reverse)
+    wide = layer.to(torch.float64)
+    inputs, state = _wave(steps, batch, gates), _wave(STATES[kind], batch, hidden)
+    found = _forward(library, layer, inputs, state)
+    if not _all_close(found, run_through(wide, inputs.double(), state.double())):
         return False
     cotangent, previous, saved = _wave(steps, batch, hidden), _wave(steps, batch, hidden) - 0.5, found[2]
-    back = _backward(library, kind, cotangent, state, previous, saved, weight, mask, reverse)
-    given = (cotangent.double(), state.double(), previous.double(), saved.double(), weight.double())
-    return _all_close(back, back_through(kind, *given, mask, reverse))
+    back = _backward(library, layer, cotangent, state, previous, saved)
+    given = (cotangent.double(), state.double(), previous.double(), saved.double())
+    return _all_close(back, back_through(wide, *given))
 
 
 def _wave(*shape: int) -> Tensor:

@@ -6,62 +6,78 @@ Shape letters: T steps, B examples, H hidden units; G is H times the gates of a 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["GATES", "KEPT", "STATES", "back_through", "run_through"]
+__all__ = ["GATES", "KEPT", "STATES", "Direction", "back_through", "run_through"]
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 STATES = {"lstm": 2, "gru": 1, "rnn_tanh": 1, "rnn_relu": 1}
 KEPT = {"lstm": 5, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}
 
 
-def run_through(
-    kind: str,
-    inputs: Tensor,
-    state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inside: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """One layer in one direction.
+
+    Attributes:
+        kind: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+        weight: ``[G, H]``, of the hidden state.
+        bias: ``[G]`` or None.
+        inside: bool ``[T, B]`` or None; where it is False an example's state stays as it is, and its output is 0.
+        reverse: from the last step to the first.
+    """
+
+    kind: str
+    weight: Tensor
+    bias: Tensor | None
+    inside: Tensor | None
+    reverse: bool
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return self.weight.shape[1]
+
+    def to(self, dtype: torch.dtype) -> Direction:
+        """With contiguous weights of this dtype."""
+        bias = None if self.bias is None else self.bias.to(dtype).contiguous()
+        return replace(self, weight=self.weight.to(dtype).contiguous(), bias=bias)
+
+
+def run_through(layer: Direction, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`dpcompile.kernels.recurrent.recurrence`, all operands of one dtype."""
     steps, batch, _ = inputs.shape
-    outputs = inputs.new_empty(steps, batch, weight.shape[1])
-    saved = inputs.new_empty(steps, batch, KEPT[kind] * weight.shape[1])
-    for t in _order(steps, reverse):
-        products = torch.nn.functional.linear(state[0], weight, bias)
-        new, kept = _step(kind, inputs[t], products, state)
-        if inside is not None:
-            here = inside[t].unsqueeze(1)
-            new, kept = torch.where(here, new, state), torch.where(here, kept, 0)
-        state, saved[t] = new, kept
-        outputs[t] = state[0] if inside is None else torch.where(here, state[0], 0)
+    outputs = inputs.new_empty(steps, batch, layer.hidden)
+    saved = inputs.new_empty(steps, batch, KEPT[layer.kind] * layer.hidden)
+    for t in _order(steps, layer.reverse):
+        products = torch.nn.functional.linear(state[0], layer.weight, layer.bias)
+        new, kept = _step(layer.kind, inputs[t], products, state)
+        if layer.inside is None:
+            state, saved[t], outputs[t] = new, kept, new[0]
+            continue
+        here = layer.inside[t].unsqueeze(1)
+        state, saved[t] = torch.where(here, new, state), torch.where(here, kept, 0)
+        outputs[t] = torch.where(here, state[0], 0)
     return outputs, state.clone(), saved
 
 
 def back_through(
-    kind: str,
-    cotangent: Tensor,
-    of_last: Tensor,
-    previous: Tensor,
-    saved: Tensor,
-    weight: Tensor,
-    inside: Tensor | None,
-    reverse: bool,
+    layer: Direction, cotangent: Tensor, of_last: Tensor, previous: Tensor, saved: Tensor
 ) -> tuple[Tensor, Tensor]:
     """:func:`dpcompile.kernels.recurrent.recurrence_backward`, all operands of one dtype."""
     steps, batch, _ = cotangent.shape
-    of_inputs = cotangent.new_empty(steps, batch, weight.shape[0])
+    of_inputs = cotangent.new_empty(steps, batch, layer.weight.shape[0])
     of_state = of_last
-    for t in _order(steps, not reverse):
+    for t in _order(steps, not layer.reverse):
         h, *c = of_state.unbind()
-        slopes, of_products, before = _step_back(kind, h + cotangent[t], c, previous[t], saved[t])
-        before[0] = before[0] + of_products @ weight
+        slopes, of_products, before = _step_back(layer.kind, h + cotangent[t], c, previous[t], saved[t])
+        before[0] = before[0] + of_products @ layer.weight
         new = torch.stack(before)
-        if inside is not None:
-            here = inside[t].unsqueeze(1)
+        if layer.inside is not None:
+            here = layer.inside[t].unsqueeze(1)
             slopes, new = torch.where(here, slopes, 0), torch.where(here, new, of_state)
         of_inputs[t], of_state = slopes, new
     return of_inputs, of_state.clone()
