@@ -23,6 +23,7 @@ from dpcompile._torch.compilers import explained
 from dpcompile._torch.inductor_random import drawing_as_inductor
 from dpcompile._torch.later import Later
 from dpcompile._torch.tensors import detect_fake_mode
+from dpcompile.progress import working
 
 __all__ = [
     "BackwardCompiler",
@@ -100,6 +101,7 @@ def trace_like(function: Callable[..., Any], *values: Any, decompositions: Decom
     return traced
 
 
+@working("compiling a private graph")
 def compile_joint(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -145,6 +147,7 @@ def compile_joint(
         return _compile_eager(gm, inputs, transform, dict(table), backward)
 
 
+@working("compiling a private step")
 def compile_whole(graph: fx.GraphModule, *, key: str) -> Callable[..., Sequence[Any]]:
     """Inductor's code for a graph of ATen operations that no autograd runs through.
 

@@ -22,6 +22,7 @@ from dpcompile.accounting.composition import composed_epsilon
 from dpcompile.accounting.events import rounds
 from dpcompile.accounting.truncation import Truncation, check_truncated, no_bound_of_parts, sampled_at
 from dpcompile.errors import PrivacyError
+from dpcompile.progress import working
 
 __all__ = ["calibrate_noise", "kinds_of_steps"]
 
@@ -30,6 +31,7 @@ _MOST_NOISE = 2.0**20
 _COARSER = 8  # the grid on which the noise of truncated samples is sought first
 
 
+@working("calibrating the noise")
 def calibrate_noise(
     *,
     target_epsilon: float,

@@ -20,6 +20,7 @@ from dpcompile.accounting.calibration import calibrate_noise, kinds_of_steps
 from dpcompile.accounting.composition import composed_epsilon
 from dpcompile.accounting.truncation import Truncation, check_truncated, sampled_at
 from dpcompile.errors import PrivacyError
+from dpcompile.progress import working
 
 __all__ = ["solve"]
 
@@ -27,6 +28,7 @@ _TOLERANCE = 1e-4  # of what is found, relative
 _MOST_STEPS, _LEAST_RATE = 2**40, 1e-9
 
 
+@working("calibrating a run")
 def solve(
     *,
     target_delta: float,

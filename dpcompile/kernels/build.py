@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 
 from dpcompile._torch.native import compile_cpp
+from dpcompile.progress import working
 
 __all__ = ["Library", "kernel"]
 
@@ -40,7 +41,8 @@ def kernel(
         @lru_cache(maxsize=1)
         def library() -> ctypes.CDLL | None:
             try:
-                with ThreadPoolExecutor(1) as apart:  # a thread has none of the modes that its starter traces under
+                # A thread has none of the modes that its starter traces under.
+                with working("compiling kernels, once on this machine"), ThreadPoolExecutor(1) as apart:
                     compiled, right = apart.submit(_made, name, contract, gives_known_values).result()
             except Exception as error:
                 if else_told is not None:

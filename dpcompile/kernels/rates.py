@@ -17,6 +17,7 @@ import torch
 from dpcompile._torch.tensors import real_tensors
 from dpcompile.kernels.measured import Stopwatch, place_of, read, write
 from dpcompile.kernels.paces import least, paces
+from dpcompile.progress import working
 
 __all__ = ["Rates", "VARIABLE", "adopt", "rates_for", "rates_from", "remeasure", "settled"]
 
@@ -200,7 +201,7 @@ def _measured(kind: str, place: Path) -> dict[str, float]:
     if tries >= _ENOUGH:
         return kept
     stopwatch = Stopwatch()
-    with real_tensors():
+    with working("measuring how fast this machine is, for plans"), real_tensors():
         found = paces(torch.device(kind), stopwatch)
     found = least(found, kept)
     write(place, name, {"format": _FORMAT, "tries": tries + 1 if stopwatch.busy else _ENOUGH, "paces": found})

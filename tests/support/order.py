@@ -2,7 +2,7 @@
 
 # One floor a line. Lower never imports higher, and neighbours on one floor never import each other.
 ORDER = """
-errors
+errors progress
 _torch
 accounting distributed
 privacy graph clipping batchnorm
