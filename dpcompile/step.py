@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -70,8 +71,10 @@ def compile_step(
 
     Raises:
         PrivacyError: the model or the optimizer is not private, or they do not belong together.
+        TypeError: ``loss_fn`` cannot be called with outputs and targets.
     """
     engine = engine_of(model)
+    _check_loss(loss_fn)
     if not isinstance(optimizer, DPOptimizer):
         raise PrivacyError(
             f"compile_step needs a DPOptimizer, got {type(optimizer).__name__}: nothing would add the noise",
@@ -89,6 +92,26 @@ def compile_step(
         )
     _refuse_replicas(engine)
     return CompiledStep(engine, loss_fn, optimizer, out_dims, target_dims)
+
+
+def _check_loss(loss_fn: Any) -> None:
+    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    if isinstance(loss_fn, type):
+        raise TypeError(f"loss_fn is the class {name}: give an object of it, {name}()")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn is called with the model's outputs and the targets; {loss_fn!r} cannot be called")
+    called = loss_fn.forward if isinstance(loss_fn, torch.nn.Module) else loss_fn
+    try:
+        taken = inspect.signature(called)
+    except ValueError:  # a function of C
+        return
+    try:
+        taken.bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"loss_fn is called with the model's outputs and the targets, loss_fn(outputs, targets); "
+            f"{name}{taken} cannot be: {error}"
+        ) from None
 
 
 def _refuse_replicas(engine: Engine) -> None:

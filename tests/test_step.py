@@ -218,6 +218,26 @@ def test_refusals() -> None:
         compile_step(dp_compile(Net(), backend="eager"), F.cross_entropy, optimizer)
 
 
+@pytest.mark.parametrize(
+    ("loss_fn", "said"),
+    [
+        (nn.CrossEntropyLoss, r"loss_fn is the class CrossEntropyLoss: give an object of it, CrossEntropyLoss\(\)"),
+        (None, "targets; None cannot be called"),
+        (lambda outputs: outputs.sum(), r"<lambda>\(outputs\) cannot be: too many positional arguments"),
+        (F.triplet_margin_loss, r"triplet_margin_loss\(anchor.* cannot be: missing a required argument: 'negative'"),
+        (nn.Softmax(1), "Softmax.* cannot be: too many positional arguments"),
+    ],
+)
+def test_a_loss_that_cannot_be_called_so(loss_fn: Any, said: str) -> None:
+    model = dp_compile(Net(), backend="eager")
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = DPOptimizer(inner, model, noise_multiplier=1.0, expected_batch_size=B, seed=1)
+    with pytest.raises(TypeError, match=said):
+        compile_step(model, loss_fn, optimizer)
+    compile_step(model, nn.CrossEntropyLoss(), optimizer)
+    compile_step(model, lambda *both: F.cross_entropy(*both), optimizer)
+
+
 def test_mixing_model_is_refused_with_its_line() -> None:
     class Centred(Net):
         def forward(self, x: Tensor) -> Tensor:
