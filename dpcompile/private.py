@@ -301,6 +301,11 @@ def _mechanism(
 def _private_model(
     model: nn.Module, max_grad_norm: float | AdaptiveClip | None, examples_per_user: int, options: dict[str, Any]
 ) -> Any:
+    if not isinstance(model, nn.Module):
+        raise PrivacyError(
+            f"the model is a {type(model).__name__}",
+            remedy="give the nn.Module first, then the optimizer: make_private(model, optimizer, loader, ...)",
+        )
     refuse_batchnorm(inner_module(model))
     moves = isinstance(max_grad_norm, AdaptiveClip)
     if not isinstance(inner_module(model), PrivateModule):

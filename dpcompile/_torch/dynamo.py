@@ -62,9 +62,9 @@ __all__ = [
 ]
 
 
-def disable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep Dynamo from tracing into ``function``."""
-    return torch._dynamo.disable(function)
+def disable(function: Callable[..., Any], *, reason: str | None = None) -> Callable[..., Any]:
+    """Keep Dynamo from tracing into ``function``; where that is an error (``torch.export``), it quotes ``reason``."""
+    return torch._dynamo.disable(function, reason=reason)
 
 
 @contextlib.contextmanager

@@ -12,12 +12,13 @@ from dpcompile._torch.autograd import in_functorch
 from dpcompile._torch.parallel import in_context_parallel
 from dpcompile.errors import UnsupportedGraphError
 
-__all__ = ["REBUILD", "no_second_derivatives", "refuse_tracers"]
+__all__ = ["BY_ITSELF", "REBUILD", "no_second_derivatives", "refuse_tracers"]
 
 REBUILD = (
     "do it with an ordinary model: build it again and load_state_dict(private.state_dict()); a private model is for "
     "training"
 )
+BY_ITSELF = f"a private model is compiled by itself, and cannot be exported or be a part of another graph: {REBUILD}"
 
 
 def refuse_tracers() -> None:

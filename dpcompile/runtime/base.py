@@ -21,7 +21,7 @@ from dpcompile._torch.pipelining import running_stage
 from dpcompile.batches.draws import Draws, Given
 from dpcompile.batches.feed import Feed
 from dpcompile.capture.arguments import example_dims, signature_of
-from dpcompile.capture.surroundings import refuse_tracers
+from dpcompile.capture.surroundings import BY_ITSELF, refuse_tracers
 from dpcompile.capture.tensor_kinds import check_model
 from dpcompile.clipping.groups import Bounds
 from dpcompile.distributed.ranks import refuse_other_place, world_size
@@ -206,7 +206,7 @@ class Engine(ABC):
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
-    @disable
+    @partial(disable, reason=BY_ITSELF)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, compiled; on a batch of the loader with its mask, in as many forwards as it takes.
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpcompile
@@ -73,6 +74,12 @@ def test_what_would_lose_the_backward_names_the_way_out(how: str) -> None:
     private(x).sum().backward()
     with pytest.raises(UnsupportedGraphError, match=WAYS.get(how, r"torch.func(.|\n)*inside forward")):
         transformed(how, private, x)
+
+
+def test_a_strict_export_quotes_the_way_out() -> None:
+    private = dp_compile(Critic(), backend="eager")
+    with pytest.raises(Unsupported, match=r"cannot be exported(.|\n)*load_state_dict"):
+        torch.export.export(private, (torch.randn(B, D),), strict=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")

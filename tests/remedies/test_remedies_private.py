@@ -231,6 +231,14 @@ def test_a_memory_budget_of_nothing(told: int) -> Right:
     return right(dp_compile(plain(), memory_budget=budget, backend="eager"), X)
 
 
+@refused("give the nn.Module first, then the optimizer: make_private(model, optimizer, loader, ...)")
+def test_the_optimizer_first(told: int) -> Right:
+    model: Any = plain()
+    both = model, sgd(model)
+    first, second = both if told else both[::-1]
+    return trains(*make_private(first, second, data(), noise_multiplier=1.0, backend="eager", accountant="rdp"))
+
+
 @refused(
     "give a torch.utils.data.DataLoader or a PoissonLoader: make_private(model, optimizer, loader, ...)",
 )
