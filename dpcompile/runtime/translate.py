@@ -54,6 +54,12 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
                 (r for part, r in _OWN_REMEDIES if part in own["text"]), "make sure that the plain model runs on them"
             ),
         )
+    if isinstance(error, Unsupported) and isinstance(error.__cause__, TypeError):
+        return UnsupportedGraphError(
+            f"the model fails on these inputs: TypeError: {_first_paragraph(str(error.__cause__))}",
+            where=_place(error),
+            remedy="make sure that the plain model runs on them",
+        )
     if isinstance(error, Unsupported) and "a `lock` context manager" in str(error):
         return UnsupportedGraphError(
             "the model takes a lock, as models do that prepare something on their first call",

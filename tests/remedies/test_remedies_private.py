@@ -409,3 +409,11 @@ def test_a_compiled_step_of_a_model_in_regions(told: int) -> Right:
 
         return one_step(step, model, optimizer)
     return one_step(compile_step(model, loss, optimizer), model, optimizer)
+
+
+@refused("make sure that the plain model runs on them")
+def test_a_list_in_place_of_a_tensor(told: int) -> Right:
+    model = dp_compile(plain(), backend="eager")
+    if not told:
+        model([X])
+    return right(model, X)
