@@ -522,7 +522,7 @@ def drops_a_layer(net: Net, x: Tensor) -> Any:
     [
         (sorted_by_expert, "`sort` mixes examples"),
         (experts_that_are_asked_for, "branches on the values of tensors"),
-        (rows_of_an_expert, "no rule for `nonzero`"),
+        (rows_of_an_expert, "it picks rows out of all examples"),
         (drops_a_layer, "branches on the values of tensors"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
