@@ -234,7 +234,7 @@ def test_a_memory_budget_of_nothing(told: int) -> Right:
 @refused("give the nn.Module first, then the optimizer: make_private(model, optimizer, loader, ...)")
 def test_the_optimizer_first(told: int) -> Right:
     model: Any = plain()
-    both = model, sgd(model)
+    both: tuple[Any, Any] = (model, sgd(model))
     first, second = both if told else both[::-1]
     return trains(*make_private(first, second, data(), noise_multiplier=1.0, backend="eager", accountant="rdp"))
 
