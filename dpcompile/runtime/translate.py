@@ -126,7 +126,7 @@ _PACKED = (
     "call; what works on packed rows (.data, batch_sizes): compute it on the padded tensor, masked by the lengths"
 )
 _OWN_REMEDIES = (
-    ("'_Padded' object", _PACKED),
+    ("'Padded' object", _PACKED),
     (
         "was not found while torch.compile tracing",  # DTensor remembers the first of two meshes that are alike
         "make one DeviceMesh of all dimensions in a process, and take others out of it (mesh['tp']): of two that are "
