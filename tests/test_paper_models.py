@@ -104,7 +104,7 @@ def experiments(folder: pathlib.Path, *words: str) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())["experiments"]
 
 
-@pytest.mark.full  # a run of its own
+@pytest.mark.slow
 def test_epochs_are_measured(tmp_path: pathlib.Path) -> None:
     found = experiments(tmp_path, "--models", "opacus_mnist:batch=2", "--experiments", "opacus_models")
     (cells,) = found["opacus_models"].values()

@@ -12,6 +12,6 @@ pytestmark = pytest.mark.full  # launches of several ranks
 CHECKS = {"a step", "order", "what does not fit", "micro-batches", "resuming", "grids apart", "refused"}
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_replicas_add_up_integers(world: int, tmp_path: Path) -> None:
     assert passed(launch(world, "exact_worker.py", str(tmp_path))) == CHECKS

@@ -790,13 +790,19 @@ def test_a_sequence_to_sequence_trainer(trainer: Any, tmp_path: pathlib.Path) ->
 
 
 @pytest.mark.full  # a launch of two ranks
-@pytest.mark.parametrize("names", [("sharded_weights", "refused"), ("resumed", "adapters", "twice")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("sharded_weights", "refused"),
+        pytest.param(("resumed", "adapters", "twice"), marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_by_fsdp(names: tuple[str, ...]) -> None:
     """Weights, also resumed, are those of our own loop in one process."""
     assert passed(launch(2, "trainer_worker.py", *names)) == set(names)
 
 
-@pytest.mark.full  # a launch of two ranks
+@pytest.mark.slow
 def test_activation_checkpointing_by_fsdp() -> None:
     assert passed(launch(2, "trainer_worker.py", "activation_checkpointing")) == {"activation_checkpointing"}
 

@@ -513,6 +513,6 @@ def test_the_page_names_its_tests() -> None:
         assert argument.name in refused, argument.name
 
 
-@pytest.mark.full  # a launch of two ranks
+@pytest.mark.slow
 def test_sft_on_two_ranks() -> None:
     assert passed(launch(2, "trainer_worker.py", "sft")) == {"sft"}
