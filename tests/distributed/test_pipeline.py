@@ -29,7 +29,7 @@ from dpcompile.module import engine_of, set_mask
 from dpcompile.regions.backward import RegionBackward
 
 FEW = {
-    "gradients", "schedule 1F1B", "schedule ZBVZeroBubble", "padding", "not finite", "loading", "checkpoints",
+    "gradients", "schedule 1F1B", "schedule ZBVZeroBubble", "padding", "not finite", "loading", "own checkpoints",
     "communication", "differing",
 }  # fmt: skip
 REST = {
@@ -37,7 +37,7 @@ REST = {
     "schedule DualPipeV", "users", "noise once", "masks by hand", "evaluation", "dropped", "other draws",
     "messages of another batch", "copies", "in turn", "automatic",
 }  # fmt: skip
-ON_FOUR = {"gradients", "loading", "checkpoints"}
+ON_FOUR = {"gradients", "loading", "own checkpoints"}
 WITH = {"{} and stages", "users, {} and stages", "automatic, {} and stages", "checkpoints of {} and stages"}
 SEVERAL = {"{} and two stages each", "zero bubble, {} and stages"}
 

@@ -726,7 +726,7 @@ def main() -> None:
         "noise once": noise_once,
         "loading": lambda: loading(directory),
         "masks by hand": masks_by_hand,
-        "checkpoints": lambda: checkpoints(directory),
+        "own checkpoints": lambda: checkpoints(directory),
         "evaluation": evaluation,
         "communication": communication,
         "dropped": dropped,
@@ -749,7 +749,7 @@ def main() -> None:
             }
         for name in ("zero bubble, {} and stages", "{} and two stages each"):
             del checks[name.format(MESHES["both"])]  # docs/distributed.md
-        checks = {n: c for n, c in checks.items() if n in ("gradients", "loading", "checkpoints") or "stages" in n}
+        checks = {n: c for n, c in checks.items() if n in ("gradients", "loading", "own checkpoints") or "stages" in n}
     failing = {"accident": accident, "late accident": late_accident, "killed": killed}
     if wanted[:1] and wanted[0] in failing:
         checks, wanted = {wanted[0]: failing[wanted[0]]}, []
