@@ -2,7 +2,7 @@
 
     python examples/finetune_docstrings.py --baseline
 
-One command, a few minutes on two cores, no network: a small GPT first learns from public text (the documentation of
+One command, no network: a small GPT first learns from public text (the documentation of
 Python). Then its matrices are frozen, and LoRA adapters, biases and norms learn privately from the docstrings of NumPy,
 SymPy, NetworkX and PyTorch. A document, all docstrings of one source file, is a user: epsilon is for a whole document,
 not for a window of it. Every tenth document is held out; loss on them is what counts, in bits per character.
