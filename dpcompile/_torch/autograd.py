@@ -23,6 +23,7 @@ __all__ = [
     "in_functorch",
     "is_entered",
     "on_top",
+    "refuse_forward_mode",
     "remove_forward_hooks",
 ]
 
@@ -49,6 +50,12 @@ def after_backward(function: Callable[[], None]) -> None:
 def in_functorch() -> bool:
     """Whether a transform of ``torch.func`` is under way."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+
+
+def refuse_forward_mode(name: str) -> None:
+    """Raise NotImplementedError where forward-mode derivatives are taken: custom operators drop them in silence."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError(f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd)")
 
 
 def hooks_of(tensor: torch.Tensor) -> list[Any]:

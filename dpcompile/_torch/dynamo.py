@@ -34,6 +34,7 @@ from torch._dynamo.source import (
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 from torch._guards import CompileContext, TracingContext
 
+from dpcompile._torch.autograd import in_functorch
 from dpcompile._torch.mended_dynamo import (
     StandIns,
     gradients_through_views,
@@ -57,6 +58,7 @@ __all__ = [
     "opaque",
     "recompile_reason",
     "running_place",
+    "seen_in_functorch",
     "tracing_config",
     "user_place",
 ]
@@ -65,6 +67,12 @@ __all__ = [
 def disable(function: Callable[..., Any], *, reason: str | None = None) -> Callable[..., Any]:
     """Keep Dynamo from tracing into ``function``; where that is an error (``torch.export``), it quotes ``reason``."""
     return torch._dynamo.disable(function, reason=reason)
+
+
+@torch._dynamo.assume_constant_result
+def seen_in_functorch() -> bool:
+    """Whether a transform of ``torch.func`` is under way, also where Dynamo traces, which guards them itself."""
+    return in_functorch()
 
 
 @contextlib.contextmanager

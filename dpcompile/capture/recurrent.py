@@ -1,7 +1,7 @@
 """Recurrent layers inside a private model: one operation for all steps (:mod:`dpcompile.kernels.recurrent`).
 
-It stands in for torch's functions while a private model is captured. On other devices than CPUs, and with projections,
-a layer is what torch makes of it, step by step, or, for padded sequences, the same here.
+It stands in for torch's functions while a private model is captured. On other devices than CPUs, with projections, and
+under transforms of torch.func, a layer is what torch makes of it, step by step; for padded sequences the same is here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpcompile._torch.dynamo import seen_in_functorch
 from dpcompile.capture.packed import Padded
 from dpcompile.kernels.recurrent import recurrence
 
@@ -39,12 +40,13 @@ def layers(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
             inside = None
         each = len(weights) // (count * (2 if bidirectional else 1))
         projected = each > (4 if biased else 2)
-        if padded is None and (projected or values.device.type != "cpu"):
+        by_steps = projected or values.device.type != "cpu" or seen_in_functorch()
+        if padded is None and by_steps:
             return original(*args)
         states = hx if kind == "lstm" else (hx,)
         values, states, weights = _under_autocast(kind, values, states, weights)
         values = values.transpose(0, 1) if batch_first else values
-        run_one: Any = _by_steps if projected or values.device.type != "cpu" else _at_once
+        run_one: Any = _by_steps if by_steps else _at_once
         last = []
         for layer in range(count):
             if layer and dropout and train:

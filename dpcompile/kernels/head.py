@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpcompile._torch.autograd import refuse_forward_mode
 from dpcompile.graph.slices import accumulation_dtype
 from dpcompile.kernels.narrow import narrow_products
 from dpcompile.kernels.products import product, product_
@@ -59,6 +60,7 @@ def head_losses(
     Raises:
         IndexError: a label that is none, on CPUs; elsewhere its loss is NaN.
     """
+    refuse_forward_mode("a cross entropy without logits")
     ignored = labels == ignore_index
     wrong = ~ignored & ((labels < 0) | (labels >= weight.shape[0]))
     if labels.device.type == "cpu" and bool(wrong.any()):
@@ -77,6 +79,7 @@ def head_losses(
 @head_losses.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Shapes only."""
+    refuse_forward_mode("a cross entropy without logits")
     dtype = accumulation_dtype(hidden.dtype)
     return hidden.new_empty(labels.shape, dtype=dtype), hidden.new_empty(labels.shape, dtype=dtype)
 

@@ -10,18 +10,19 @@ Shape letters: T steps, B examples, H hidden units, G = H times the gates of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpcompile._torch.autograd import refuse_forward_mode
 from dpcompile.graph.slices import accumulation_dtype
 from dpcompile.kernels.recurrent_cpp import backward_by_kernel, forward_by_kernel
 from dpcompile.kernels.recurrent_steps import GATES, KEPT, STATES, Direction, back_through, run_through
 
 __all__ = ["recurrence", "recurrence_backward"]
 
+_NAME = "a recurrent layer as one operation"
 _TAGS = (torch.Tag.flexible_layout,)
 
 
@@ -56,6 +57,7 @@ def recurrence(
     Raises:
         ValueError: shapes that do not belong together.
     """
+    refuse_forward_mode(_NAME)
     _check(kind, inputs.shape, state, weight, bias, inside)
     dtype = accumulation_dtype(inputs.dtype)
     layer = Direction(kind, weight, bias, inside, reverse).to(dtype)
@@ -85,6 +87,7 @@ def _(
     kind: str, inputs: Tensor, state: Tensor, weight: Tensor, bias: Any, inside: Any, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes only."""
+    refuse_forward_mode(_NAME)
     steps, batch, _ = inputs.shape
     hidden, dtype = weight.shape[1], accumulation_dtype(inputs.dtype)
     kept = inputs.new_empty(steps, batch, KEPT[kind] * hidden, dtype=dtype)
@@ -191,17 +194,3 @@ def _before_each_step(outputs: Tensor, first: Tensor, inside: Tensor | None, rev
 
 
 recurrence.register_autograd(_backward, setup_context=_save)
-
-
-def _one_by_one(info: Any, in_dims: Any, *operands: Any, operation: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Under ``torch.vmap``: every call by itself."""
-    calls = []
-    for i in range(info.batch_size):
-        own = (x if d is None else x.select(d, i) for x, d in zip(operands, in_dims, strict=True))
-        calls.append(operation(*own))
-    results = tuple(torch.stack(each) for each in zip(*calls, strict=True))
-    return results, (0,) * len(results)
-
-
-recurrence.register_vmap(partial(_one_by_one, operation=torch.ops.dpcompile.recurrence))
-recurrence_backward.register_vmap(partial(_one_by_one, operation=torch.ops.dpcompile.recurrence_backward))

@@ -162,17 +162,6 @@ def test_other_dtypes(dtype: torch.dtype, way: str) -> None:
         torch.testing.assert_close(f.double(), w.double(), rtol=close * 4, atol=close * 4)
 
 
-def test_under_vmap(way: str) -> None:
-    o = {k: v.detach() for k, v in operands("lstm", 3, 4, 5).items()}
-    more = torch.stack([o["inputs"], 2 * o["inputs"]], 1)
-
-    def one(inputs: Tensor, bias: Tensor) -> Tensor:
-        return recurrence("lstm", inputs, o["state"], o["weight"], bias, None, False)[0]
-
-    found = torch.vmap(one, in_dims=(1, None))(more, o["bias"])
-    torch.testing.assert_close(found[1], one(2 * o["inputs"], o["bias"]))
-
-
 def test_operators_are_sound() -> None:
     o = operands("gru", 2, 3, 4)
     inside = torch.tensor([[True, True, False], [True, False, False]])
@@ -210,3 +199,9 @@ def test_shapes_that_do_not_belong_together_are_refused() -> None:
             recurrence("lstm", given["inputs"], given["state"], given["weight"], given["bias"], None, False)
     with pytest.raises(ValueError, match=r"inside is torch.bool \[4, 3\], not bool \[3, 4\]"):
         recurrence("lstm", o["inputs"], o["state"], o["weight"], o["bias"], torch.ones(4, 3, dtype=torch.bool), False)
+
+
+def test_forward_mode_is_refused_and_not_dropped() -> None:
+    o = {k: v.detach() for k, v in operands("gru", 3, 4, 5).items()}
+    with pytest.raises(NotImplementedError, match="a recurrent layer as one operation has no forward-mode derivative"):
+        torch.func.jvp(lambda x: _outputs("gru", {**o, "inputs": x}), (o["inputs"],), (o["inputs"],))
