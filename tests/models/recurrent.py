@@ -95,6 +95,32 @@ net(
     slow=True,
 )
 net(
+    "LSTM-last-hidden-state",
+    shaped(T, D),
+    lambda m, x: m.head(m.layer(x)[1][0][-1]),
+    lambda: {"layer": nn.LSTM(D, 4, 2, batch_first=True), "head": nn.Linear(4, 2)},
+)
+net(
+    "LSTM-last-cell-state",
+    shaped(T, D),
+    lambda m, x: m.layer(x)[1][1][0],
+    lambda: {"layer": nn.LSTM(D, 4, batch_first=True, bidirectional=True)},
+    slow=True,
+)
+net(
+    "LSTM-hidden-state-given",
+    shaped(T, D, more=((4,),)),
+    lambda m, x, h: m.layer(x, (h[None], torch.zeros_like(h)[None]))[0],
+    lambda: {"layer": nn.LSTM(D, 4, batch_first=True)},
+)
+net(
+    "Encoder-decoder",
+    shaped(T, D),
+    lambda m, x: m.decoder(x, m.encoder(x)[1])[0],
+    lambda: {"encoder": nn.LSTM(D, 4, batch_first=True), "decoder": nn.LSTM(D, 4, batch_first=True)},
+    slow=True,
+)
+net(
     "RNN-of-one-example",
     shaped(T, D),
     lambda m, x: torch.vmap(lambda one: torch.tanh(one @ m.w).cumsum(0))(x),
@@ -125,6 +151,14 @@ def packed_rnn(name: str, kind: str, **options: Any) -> None:
 packed_rnn("LSTM-bidirectional", "LSTM", bidirectional=True)
 packed_rnn("LSTM-projected-stacked", "LSTM", proj_size=2, num_layers=2, bidirectional=True)
 packed_rnn("GRU", "GRU", bidirectional=True)
+net(
+    "PackedLSTM-last-hidden-state",
+    lambda n: ((torch.randn(n, T, D), torch.randint(1, T + 1, (n,))), {}),
+    lambda m, x, lengths: m.head(
+        m.layer(nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False))[1][0][-1]
+    ),
+    lambda: {"layer": nn.LSTM(D, 4, 2, batch_first=True, dropout=0.0), "head": nn.Linear(4, 2)},
+)
 packed_rnn("RNN-stacked", "RNN", num_layers=2, nonlinearity="relu", bias=False)
 net(
     "LastOwnStep",

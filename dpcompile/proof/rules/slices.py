@@ -117,14 +117,24 @@ def cat(call: Call) -> Label:
 
 
 def _join(call: Call, dim: int, parts: list[fx.Node]) -> Label:
+    """Whole batches one behind the other; shared values that are the same for every example may be some of them."""
+    other = "it joins the batch with something that is not a batch of the same layout"
+    inner = next(x.inner for p in parts if isinstance(x := call.label(p), Examples))
     outer: Size = 0
-    inner: Size | None = None
     for part in parts:
-        label = call.label(part)
-        if not isinstance(label, Examples) or label.dim != dim or not same(inner or label.inner, label.inner):
-            return call.mixes("it joins the batch with something that is not a batch of the same layout")
-        inner, outer = label.inner, outer + label.outer  # type: ignore[operator]
-    assert inner is not None
+        label, shape = call.label(part), call.shape(part)
+        if len(shape) < len(call.out_shape):  # torch lets empty ones pass
+            continue
+        if isinstance(label, Shared):
+            batches = divide(shape[dim], product([call.batch, inner]))
+            if batches is None:
+                return call.mixes(other)
+            label = Examples(dim, batches, inner)
+            if (refusal := call.by_row(part, label)) is not None:
+                return refusal
+        if not isinstance(label, Examples) or label.dim != dim or not same(inner, label.inner):
+            return call.mixes(other)
+        outer = outer + label.outer  # type: ignore[operator]
     return Examples(dim, outer, inner)
 
 
