@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.machine import describe_machine, revision
 from benchmarks.markdown import markdown
-from benchmarks.processes import ROOT
+from benchmarks.processes import on_gloo_ranks
+from benchmarks.torch_schedules import TITLES, orders_of_torch
+from dpcompile.planning.pipeline_time import StageCosts, predicted_run
 
-__all__ = ["main", "table"]
+__all__ = ["equal_costs", "launch", "main", "table"]
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse the command line, run on gloo ranks of this machine, print a table for each schedule."""
     asked = _parser().parse_args(words)
+    if asked.equal_costs:
+        print(equal_costs(asked.ranks, asked.chunks))
+        return
     for schedule in asked.schedules.split(","):
         job = {k: getattr(asked, k) for k in ("chunks", "rows", "tokens", "width", "blocks", "repeats", "backend")}
         print(table(launch({**job, "schedule": schedule}, asked.ranks, asked.timeout)))
@@ -28,24 +28,21 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def launch(job: dict[str, Any], ranks: int, timeout: float) -> dict[str, Any]:
-    """Run the job on gloo ranks.
+    """The job, and what gloo ranks measured and predicted of it."""
+    return job | on_gloo_ranks("benchmarks.pipeline_worker", job, ranks, threads=1, timeout=timeout)
 
-    Raises:
-        RuntimeError: the ranks failed; with what they printed last.
-    """
-    with tempfile.TemporaryDirectory() as place:
-        path, result = os.path.join(place, "job.json"), os.path.join(place, "result.json")
-        with open(path, "w") as file:
-            json.dump({**job, "result": result}, file)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        words = [*command, "-m", "benchmarks.pipeline_worker", path]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=timeout)
-        if done.returncode:
-            raise RuntimeError(f"the ranks ended with {done.returncode}:\n{done.stderr[-4000:]}")
-        with open(result) as file:
-            return {**job, **json.load(file)}
+
+def equal_costs(ranks: int, chunks: int) -> str:
+    """Of torch's schedules, time of a batch and micro-batches held, if everything costs 1: predicted, nothing run."""
+    rows = []
+    for name, title in TITLES.items():
+        orders, stages = orders_of_torch(name, ranks, chunks)
+        costs, cells = [StageCosts(1.0, 1.0, 1.0)] * stages, [title]
+        for private in (False, True):
+            run = predicted_run(orders, stages, costs, private=private)
+            cells.append(f"{run.seconds:.0f} ({max(run.held)})")
+        rows.append(cells)
+    return markdown([f"{chunks} micro-batches", "plain: time (held)", "private: time (held)"], rows)
 
 
 def table(data: dict[str, Any]) -> str:
@@ -85,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--blocks", type=int, default=2, help="of a stage")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
+    parser.add_argument("--equal-costs", action="store_true", help="predict all schedules, and run nothing")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one schedule")
     return parser
 

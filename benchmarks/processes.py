@@ -1,4 +1,4 @@
-"""Worker processes: one job each, with a time limit, and a log."""
+"""Worker processes: one job each, with a time limit, and a log; and one job on several ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Workshop"]
+__all__ = ["ROOT", "Workshop", "on_gloo_ranks"]
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -73,3 +73,29 @@ class Workshop:
                 return {"error": f"the process ended with {done.returncode}"}
             with open(result) as file:
                 return json.load(file)
+
+
+def on_gloo_ranks(worker: str, job: dict[str, Any], ranks: int, *, threads: int, timeout: float) -> dict[str, Any]:
+    """What a module of ours wrote to ``job["result"]``, run on gloo ranks of this machine.
+
+    Args:
+        worker: its name; it takes the path of a JSON file with the job.
+        job: anything else that it wants to know.
+        ranks: how many.
+        threads: of each.
+        timeout: seconds.
+
+    Raises:
+        RuntimeError: the ranks failed; with what they printed last.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        path, result = pathlib.Path(place, "job.json"), pathlib.Path(place, "result.json")
+        path.write_text(json.dumps({**job, "result": str(result)}))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        words = [*command, "-m", worker, str(path)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=timeout)
+        if done.returncode:
+            raise RuntimeError(f"the ranks ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        return json.loads(result.read_text())

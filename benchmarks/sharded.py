@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.machine import describe_machine, revision
 from benchmarks.markdown import markdown
-from benchmarks.processes import ROOT
+from benchmarks.processes import on_gloo_ranks
 
 __all__ = ["main", "table"]
 
@@ -30,32 +26,11 @@ def main(words: Sequence[str] | None = None) -> None:
     job = {k: getattr(asked, k) for k in ("model", "batch", "repeats", "backend", "threads")}
     job["engines"] = asked.engines.split(",")
     data = {"machine": describe_machine(asked.threads), "revision": revision(), "ranks": asked.ranks, "job": job}
-    data |= launch(job, asked.ranks, asked.timeout)
+    data |= on_gloo_ranks("benchmarks.sharded_worker", job, asked.ranks, threads=job["threads"], timeout=asked.timeout)
     (output / "sharded.json").write_text(json.dumps(data, indent=1) + "\n")
     text = table(data)
     (output / "sharded.md").write_text(text)
     print(text)
-
-
-def launch(job: dict[str, Any], ranks: int, timeout: float) -> dict[str, Any]:
-    """Run the job on gloo ranks.
-
-    Raises:
-        RuntimeError: the ranks failed; with what they printed last.
-    """
-    with tempfile.TemporaryDirectory() as place:
-        path, result = os.path.join(place, "job.json"), os.path.join(place, "result.json")
-        with open(path, "w") as file:
-            json.dump({**job, "result": result}, file)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"])}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        words = [*command, "-m", "benchmarks.sharded_worker", path]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=timeout)
-        if done.returncode:
-            raise RuntimeError(f"the ranks ended with {done.returncode}:\n{done.stderr[-4000:]}")
-        with open(result) as file:
-            return json.load(file)
 
 
 def table(data: dict[str, Any]) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from benchmarks.pipeline import launch, table
+from benchmarks.pipeline import launch, main, table
 
 JOB = {"chunks": 4, "rows": 2, "tokens": 4, "width": 8, "blocks": 1, "repeats": 1, "backend": "eager"}
 
@@ -16,6 +19,13 @@ def test_the_table() -> None:
     text = table({**JOB, "schedule": "1F1B", "plain": plain, "private": private})
     assert "| plain | 1.0 (2.0) | 12% (25%), 50% (50%) | –, – |" in text
     assert "| 4 (4), 3 (4) | 1.5 (2.0), 8.0 (8.0) |" in text
+
+
+def test_the_pages_prediction_is_what_the_command_prints(capsys: Any) -> None:
+    main(["--equal-costs", "--ranks", "4", "--chunks", "32"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|") and "---" not in line]
+    page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    assert len(rows) == 8 and all(row in page for row in rows)
 
 
 @pytest.mark.slow

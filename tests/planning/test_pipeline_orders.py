@@ -8,44 +8,15 @@ from typing import Any
 
 import networkx
 import pytest
-import torch
 from torch.distributed.pipelining import schedules
 
+from benchmarks.torch_schedules import TITLES, StandIn, orders_of_torch, schedule_of_torch
 from dpcompile._torch.pipelining import orders_of
 from dpcompile.planning.pipeline_orders import Action, Orders, gpipe, known_over, one_forward_one_backward
 from dpcompile.planning.pipeline_time import StageCosts, predicted_run
 
-LOOPED = ("Interleaved1F1B", "InterleavedZeroBubble", "LoopedBFS", "ZBVZeroBubble", "DualPipeV")
-NAMES = ("GPipe", "1F1B", *LOOPED)
-
-
-class Stage:
-    """As much of a PipelineStage as a schedule looks at when it is made."""
-
-    submod, has_backward, group_rank, device = None, True, 0, torch.device("cpu")
-
-    def __init__(self, index: int, count: int, ranks: int) -> None:
-        self.stage_index, self.num_stages, self.group_size = index, count, ranks
-        self.is_first, self.is_last = index == 0, index == count - 1
-
-
-def schedule_of(name: str, ranks: int, chunks: int) -> Any:
-    """Of torch, as rank 0 has it."""
-    if name in ("GPipe", "1F1B"):
-        return getattr(schedules, f"Schedule{name}")(Stage(0, ranks, ranks), chunks, loss_fn=lambda x, y: x)
-    second = 2 * ranks - 1 if name in ("ZBVZeroBubble", "DualPipeV") else ranks
-    stages: Any = [Stage(i, 2 * ranks, ranks) for i in (0, second)]
-    return getattr(schedules, f"Schedule{name}")(stages, chunks, loss_fn=lambda x, y: x)
-
-
-def orders(name: str, ranks: int, chunks: int) -> tuple[Orders, int]:
-    """Of every rank, and how many stages there are."""
-    found = orders_of(schedule_of(name, ranks, chunks))
-    if isinstance(found, str):
-        assert found == name
-        return {"GPipe": gpipe, "1F1B": one_forward_one_backward}[name](ranks, chunks), ranks
-    assert found is not None
-    return [[Action(*action) for action in order] for order in found], 2 * ranks
+NAMES = tuple(TITLES)
+LOOPED = NAMES[2:]
 
 
 def before(order: Orders, stages: int) -> networkx.DiGraph:
@@ -67,7 +38,7 @@ def before(order: Orders, stages: int) -> networkx.DiGraph:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_rank_may_know_comes_before_it_in_every_run(name: str) -> None:
     for ranks, chunks in ((2, 4), (4, 8)):
-        order, stages = orders(name, ranks, chunks)
+        order, stages = orders_of_torch(name, ranks, chunks)
         graph, known = before(order, stages), known_over(order, stages)
         for action in graph:
             earlier = networkx.ancestors(graph, action) | {action}
@@ -82,7 +53,7 @@ def test_micro_batches_in_flight_are_held_and_no_more(name: str) -> None:
     """With four times as many micro-batches as few more are held, where the schedule itself holds few."""
     held = []
     for chunks in (8, 32):
-        order, stages = orders(name, 4, chunks)
+        order, stages = orders_of_torch(name, 4, chunks)
         run, plain = (predicted_run(order, stages, [StageCosts(1, 1, 1)] * stages, private=p) for p in (True, False))
         assert all(n >= m for n, m in zip(run.held, plain.held, strict=True))
         held.append(max(run.held))
@@ -130,7 +101,7 @@ def test_orders_that_are_not_torchs() -> None:
         def _step_microbatches(self, *args: Any, **kwargs: Any) -> Any:
             return super()._step_microbatches(*args, **kwargs)
 
-    assert orders_of(Own(Stage(0, 2, 2), 4, loss_fn=lambda x, y: x)) is None  # type: ignore[arg-type]
-    replaced = schedule_of("Interleaved1F1B", 2, 4)
+    assert orders_of(Own(StandIn(0, 2, 2), 4, loss_fn=lambda x, y: x)) is None  # type: ignore[arg-type]
+    replaced = schedule_of_torch("Interleaved1F1B", 2, 4)
     replaced.register_custom_function(schedules._ComputationType.FORWARD, lambda action, ctx: None)
     assert orders_of(replaced) is None
