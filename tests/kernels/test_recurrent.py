@@ -201,6 +201,7 @@ def test_shapes_that_do_not_belong_together_are_refused() -> None:
         recurrence("lstm", o["inputs"], o["state"], o["weight"], o["bias"], torch.ones(4, 3, dtype=torch.bool), False)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch 2.14 for forward mode itself
 def test_forward_mode_is_refused_and_not_dropped() -> None:
     o = {k: v.detach() for k, v in operands("gru", 3, 4, 5).items()}
     with pytest.raises(NotImplementedError, match="a recurrent layer as one operation has no forward-mode derivative"):
