@@ -32,12 +32,13 @@ def working(what: str) -> Iterator[None]:
         return
     over = threading.Event()
     teller = threading.Thread(target=_tell, args=(what, over), name="dpcompile progress", daemon=True)
-    teller.start()
     try:
+        teller.start()
         yield
     finally:
         over.set()
-        teller.join()
+        if teller.ident is not None:
+            teller.join()
         _under_way.release()
 
 
