@@ -14,6 +14,8 @@ B, D = 6, 4
 
 
 class Joined(nn.Module):
+    table: Tensor
+
     def __init__(self, join: Callable[[Joined, Tensor], Tensor]) -> None:
         super().__init__()
         self.layer, self.row, self.join = nn.Linear(D, 2 * D), nn.Parameter(torch.randn(D)), join

@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from launching import run_checks
 from sequence_worker import B, C, D, V, one_by_one
-from sharded_worker import Collectives, raises
-from tensor_worker import gradients_of, same, step
+from sharded_worker import raises
+from tensor_worker import communicated, gradients_of, same, step
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -197,13 +197,7 @@ def communication(mesh: DeviceMesh) -> None:
     x = torch.randint(0, V, (B, T))
     plain = placed(partial(Model, by_heads), mesh)
     private = dp_compile(placed(partial(Model, by_heads), mesh), max_grad_norm=C, backend="eager")
-    found: list[dict[str, int]] = []
-    for model in (plain, private):
-        step(model, x)
-        model.zero_grad()
-        with Collectives() as counter:
-            step(model, x)
-        found.append({k: n for k, n in counter.seen.items() if "wait_tensor" not in k and "wrap_tensor" not in k})
+    found = [communicated(model, x) for model in (plain, private)]
     more = {k: n - found[0].get(k, 0) for k, n in found[1].items() if n != found[0].get(k, 0)}
     plans: Any = engine_of(private).plans  # type: ignore[attr-defined]
     gathered = more["_c10d_functional.all_gather_into_tensor.default bytes"]

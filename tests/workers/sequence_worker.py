@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from launching import run_checks
-from sharded_worker import Collectives, made, raises
-from tensor_worker import Block, gradients_of, optimizer_of, part, same, same_weights, step, whole
+from sharded_worker import made, raises
+from tensor_worker import Block, communicated, gradients_of, optimizer_of, part, same, same_weights, step, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -306,13 +306,7 @@ def communication(mesh: DeviceMesh) -> None:
     """The collectives of the plain step, those that the plan says, with its bytes, and one of norms."""
     x = part(tokens(), mesh)
     plain, private = placed(GPT, mesh), dp_compile(placed(GPT, mesh), max_grad_norm=C, backend="eager")
-    found: list[dict[str, int]] = []
-    for model in (plain, private):
-        step(model, x)
-        model.zero_grad()
-        with Collectives() as counter:
-            step(model, x)
-        found.append({k: n for k, n in counter.seen.items() if "wait_tensor" not in k and "wrap_tensor" not in k})
+    found = [communicated(model, x) for model in (plain, private)]
     plans: Any = engine_of(private).plans  # type: ignore[attr-defined]
     more = {k: n - found[0].get(k, 0) for k, n in found[1].items() if n > found[0].get(k, 0)}
     assert more == {

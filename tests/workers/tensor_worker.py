@@ -135,6 +135,15 @@ def step(model: Any, x: Tensor) -> None:
     model(x).float().square().flatten(1).sum(1).mean().backward()
 
 
+def communicated(model: nn.Module, x: Tensor) -> dict[str, int]:
+    """The collectives of a step that is not the first, and the bytes given to them."""
+    step(model, x)
+    model.zero_grad()
+    with Collectives() as counter:
+        step(model, x)
+    return {k: n for k, n in counter.seen.items() if "wait_tensor" not in k and "wrap_tensor" not in k}
+
+
 def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -341,13 +350,7 @@ def communication(mesh: DeviceMesh) -> None:
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
     private = dp_compile(placed(GPT, mesh), max_grad_norm=C, backend="eager")
-    found = []
-    for model in (plain, private):
-        step(model, x)
-        model.zero_grad()
-        with Collectives() as counter:
-            step(model, x)
-        found.append({k: n for k, n in counter.seen.items() if "wait_tensor" not in k and "wrap_tensor" not in k})
+    found = [communicated(model, x) for model in (plain, private)]
     more = {k: n - found[0].get(k, 0) for k, n in found[1].items() if n != found[0].get(k, 0)}
     rows = 2 * len(x) + 8  # norms of cut and of whole parameters, and a fingerprint of the batch
     assert more == {"c10d.allreduce_.default": 1, "c10d.allreduce_.default bytes": 8 * rows}, (more, found)
