@@ -54,6 +54,7 @@ MUTABLE = {
     "regions/units.py:_UNITS": "registry of live units, which graphs call by number",
     "proof/rules/growth.py:_GROWTHS": "registry, filled beside the rules",
     "proof/rules/registry.py:_RULES": "registry of rules",
+    "proof/loss/registry.py:_RULES": "registry of rules",
     "proof/rules/stripes.py:_ROW_WISE": "registry, filled beside the rules",
     "proof/site_kinds.py:_OWN": "registry, filled beside the rules",
     "proof/site_kinds.py:_REGISTERED": "registry of kinds of sites",

@@ -36,6 +36,7 @@ from dpcompile.runtime.random_state import Snapshot
 from dpcompile.runtime.stages import Stage
 from dpcompile.runtime.sums import LocalSums, ShardedSums
 from dpcompile.runtime.translate import translated
+from dpcompile.runtime.watched_loss import watch_loss
 
 __all__ = ["RegionEngine"]
 
@@ -118,7 +119,9 @@ class RegionEngine(Engine):
         """A micro-batch of a pipeline, whose stages hand on rows of examples."""
         forward = Forward(args, kwargs, given, chunk=chunk)
         result = self._run(forward)
-        if not last:
+        if last:
+            watch_loss(result, forward.labels)
+        else:
             check_border(result, forward.labels, self.options.examples_per_user)
         return result
 

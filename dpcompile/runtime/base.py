@@ -43,6 +43,7 @@ from dpcompile.runtime.stages import Stage, call_in_stage
 from dpcompile.runtime.sums import Delivered, LocalSums, Sums, to_ledger
 from dpcompile.runtime.turns import Ran, in_turns
 from dpcompile.runtime.users import check_rows, leave_out, rows_left_out, users_among
+from dpcompile.runtime.watched_loss import watched
 
 __all__ = ["Engine", "with_own_code"]
 
@@ -222,15 +223,15 @@ class Engine(ABC):
         """A call that is in no stage of a pipeline, or without gradients."""
         draws = self.draws
         if draws is None or not (self.claims and torch.is_grad_enabled() and self.trainable()):
-            return self._run(Forward(args, kwargs))
+            return watched(self._run, Forward(args, kwargs))
         dims = self.example_dims((args, kwargs))
         claim = draws.claim([(t, dim % t.ndim) for _, t, dim in dims if dim is not None])
         batch, mask = claim.batch, claim.mask
         if batch is None or mask is None:
-            return self._run(Forward(args, kwargs, Given(refused=claim.refused)))
+            return watched(self._run, Forward(args, kwargs, Given(refused=claim.refused)))
         begin, end = partial(draws.begin, batch), partial(draws.delivered, batch)
         if batch.turns == 1:
-            return self._run(Forward(args, kwargs, Given(mask, begin=begin, end=end)))
+            return watched(self._run, Forward(args, kwargs, Given(mask, begin=begin, end=end)))
         self.replicas.notice(tracing=False)
         reduces, masks, last = self.replicas.reduces, mask.chunk(batch.turns), batch.turns - 1
 

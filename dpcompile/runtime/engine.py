@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dpcompile._torch import pytree
 from dpcompile.capture.arguments import example_dims
 from dpcompile.capture.flow import Untrained, compile_untrained
 from dpcompile.capture.inputs import extend
@@ -137,7 +138,10 @@ class GraphEngine(Engine):
             forward.compared = part.compared
             labels.append(part.labels)
         whole.filters.clear()  # the parts hold them
-        return joined(results, labels)
+        result = joined(results, labels)
+        leaves = zip(pytree.tree_leaves(result), pytree.tree_leaves(results[0]), strict=True)
+        forward.labels = {id(x): labels[0][id(first)] for x, first in leaves if id(first) in labels[0]}
+        return result
 
     def delivery(
         self, forward: Forward, names: list[str], like: Tensor, dim: int, transformed: Transformed | None = None

@@ -23,6 +23,7 @@ from dpcompile.runtime.autocast import Autocast
 from dpcompile.runtime.loss_scale import scaled_like_this
 from dpcompile.runtime.parts import split_call
 from dpcompile.runtime.random_state import RandomState
+from dpcompile.runtime.watched_loss import watch_loss
 
 __all__ = ["Ran", "in_turns"]
 
@@ -84,6 +85,7 @@ def in_turns(
     if needing:
         run.inputs = [dim for _, t, dim in dims if t.requires_grad]
     leaves = [next(differentiable) if need else x for x, need in zip(run.leaves, run.needs, strict=True)]
+    watch_loss(leaves, {id(x): label for x, label in zip(leaves, run.labels, strict=True) if label is not None})
     return pytree.tree_unflatten(leaves, run.structure)
 
 

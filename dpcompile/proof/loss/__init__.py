@@ -1,0 +1,1 @@
+"""The loss outside the model: whether what autograd recorded of it mixes examples."""
