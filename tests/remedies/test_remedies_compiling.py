@@ -19,7 +19,8 @@ from dpcompile.runtime.reference import Reference
 
 
 def compared(function: Callable[..., Any], *args: Any, in_dims: Any = 0, extra: Any = None, **options: Any) -> Right:
-    model = dp_compile(Net(function, extra), in_dims=in_dims, **{"backend": "eager", **options})
+    chosen: dict[str, Any] = {"backend": "eager", **options}
+    model = dp_compile(Net(function, extra), in_dims=in_dims, **chosen)
     return right(model, *(args or (X,)), in_dims=in_dims)
 
 
@@ -112,8 +113,8 @@ SIDE_EFFECTS = (
 )
 
 
-@torch._dynamo.disable
-def looked_at(h: Tensor) -> None:
+@torch.compiler.disable
+def looked_at(h: Any) -> None:
     """Something that Dynamo does not follow."""
 
 

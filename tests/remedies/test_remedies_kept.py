@@ -42,11 +42,11 @@ def test_a_parameter_initialised_by_a_call(told: int) -> Right:
         h = net.layer(x)
         if not net.ready:
             net.extra.data = 1 / (1 + h.detach().std(0))
-            net.ready = True
+            net.ready = True  # type: ignore[assignment]
         return h * net.extra
 
     model = Net(function, nn.Parameter(torch.ones(5)))
-    model.ready = told == 2
+    model.ready = told == 2  # type: ignore[assignment]
     if told == 1:
         with torch.no_grad():
             model(torch.arange(40.0).view(8, 5))  # public

@@ -27,7 +27,7 @@ def blocks(**options: Any) -> Any:
 
 @refused("leave regions, fully_shard and parallelize_module out, or plan for a block by itself", ways=2, slow=True)
 def test_a_plan_of_regions_for_another_machine(told: int) -> Right:
-    model = blocks(regions=None if told == 1 else "blocks")
+    model: Any = blocks(regions=None if told == 1 else "blocks")
     if told == 2:
         model = dp_compile(nn.Linear(5, 5), backend="eager")
     return equals(model.trace(X, rates="h100") is not None, True)

@@ -49,7 +49,7 @@ def test_a_figure_of_releases(told: int) -> Right:
     accountant.step(2)
     if not told:
         accountant.compose(dp_accounting.GaussianDpEvent(2.0))
-    (axes,) = viz.plot_epsilon(accountant, 1e-5).axes
+    axes: Any = viz.plot_epsilon(accountant, 1e-5).axes[0]
     return equals(axes.lines[0].get_ydata()[-1], accountant.epsilon(1e-5))
 
 
@@ -60,7 +60,7 @@ def test_a_figure_without_its_package(told: int, monkeypatch: Any) -> Right:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     else:
         monkeypatch.undo()
-    (axes,) = viz.plot_norms(torch.ones(3), 2.0).axes
+    axes: Any = viz.plot_norms(torch.ones(3), 2.0).axes[0]
     return equals(sum(bar.get_height() for bar in axes.patches), 3)
 
 
@@ -116,7 +116,8 @@ def test_gradients_of_other_targets(told: int) -> Right:
     if told == 1:
         return looked_at(model, Y)
     weigh = lambda out, w: (out * w).sum()  # noqa: E731
-    return looked_at(model, torch.arange(3.0), weigh, **({"target_dims": None} if told else {}))
+    options: dict[str, Any] = {"target_dims": None} if told else {}
+    return looked_at(model, torch.arange(3.0), weigh, **options)
 
 
 @refused("give one number, a mean or sum over its positions", ways=2)
