@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from torch.nn.utils import parametrize
 from dpcompile._torch.autograd import has_call_hooks
 from dpcompile.errors import ExampleMixingError, UnsupportedGraphError
 
-__all__ = ["batch_normalised", "refuse_batchnorm", "replace_batchnorm"]
+__all__ = ["batch_normalised", "has_statistics", "refuse_batchnorm", "replace_batchnorm"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -23,16 +24,23 @@ def batch_normalised(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in layers if m.training or m.running_mean is None}
 
 
+def has_statistics(layers: Iterable[Any]) -> bool:
+    """Whether ``.eval()`` would make all of these layers normalise by statistics that they hold."""
+    return all(layer.running_mean is not None for layer in layers)
+
+
 def refuse_batchnorm(model: nn.Module) -> None:
     """Raise ExampleMixingError, which names the layers, if a layer of the model normalises by the batch."""
     found = batch_normalised(model)
     if found:
         some = ", ".join(list(found)[:4]) + (", ..." if len(found) > 4 else "")
+        frozen = (
+            "; or call .eval() on these layers, to freeze their statistics" if has_statistics(found.values()) else ""
+        )
         raise ExampleMixingError(
             f"the model has {len(found)} BatchNorm layer{'s' * (len(found) > 1)} in training mode, which normalise "
             f"every example by the statistics of the whole batch ({some or 'the model itself'})",
-            remedy="call model = dpcompile.replace_batchnorm(model), which puts GroupNorm there; or call .eval() on "
-            "these layers, to freeze their statistics",
+            remedy="call model = dpcompile.replace_batchnorm(model), which puts GroupNorm there" + frozen,
         )
 
 

@@ -116,6 +116,15 @@ class PrivateModule:
             )
         return optimizer.report(delta)
 
+    def __dir__(self) -> list[str]:
+        """Without what is not there yet: tools that read every attribute, such as ``torch.jit.trace``, go on."""
+        engine, missing = engine_of(self), set()
+        if engine.transformed is None:
+            missing |= {"plan", "graph", "certificate"}
+        if engine.grad_norms is None:
+            missing.add("grad_norms")
+        return [name for name in super().__dir__() if name not in missing]
+
     def __prepare_scriptable__(self) -> Any:
         """What ``torch.jit.script`` calls first."""
         raise UnsupportedGraphError("a private model cannot be scripted by torch.jit", remedy=REBUILD)

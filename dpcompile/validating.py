@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from dpcompile._torch import pytree
 from dpcompile.api import dp_compile
-from dpcompile.batchnorm import batch_normalised, replace_batchnorm
+from dpcompile.batchnorm import batch_normalised, has_statistics, replace_batchnorm
 from dpcompile.capture.tensor_kinds import check_tensor
 from dpcompile.errors import DPCompileError, ExampleMixingError, PrivacyError, UnsupportedGraphError
 from dpcompile.module import PrivateModule, engine_of
@@ -95,7 +95,8 @@ def _of_layers(model: nn.Module) -> Iterator[DPCompileError]:
         yield ExampleMixingError(
             f"{type(layer).__name__} '{name}' in training mode normalises every example by the statistics of the whole "
             "batch",
-            remedy="dpcompile.replace_batchnorm(model), or call .eval() on it",
+            remedy="dpcompile.replace_batchnorm(model)"
+            + (", or call .eval() on it" if has_statistics([layer]) else ""),
         )
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.training and layer.track_running_stats:

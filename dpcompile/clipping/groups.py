@@ -80,7 +80,8 @@ class Bounds:
             raise PrivacyError(
                 f"the bounds of the clip groups are {dict(self.shares)!r} times C: parts must be above 0, and their "
                 "squares add up to 1 at most",
-                remedy="leave them out: all groups begin with equal parts",
+                remedy="for one group leave them out, for several give DPOptimizer adaptive_clip=AdaptiveClip(...), "
+                "which begins with equal parts; load a state as DPOptimizer.state_dict() returned it",
             )
 
     @classmethod

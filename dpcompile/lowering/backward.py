@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from dpcompile._torch.compile import Boxed, GraphCompiler
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.locate import where
+from dpcompile.graph.sizes import same, shape_of, size
 from dpcompile.lowering.pending import LoweredBackward, PendingSums
 from dpcompile.options import AT_ONCE, DEFERRED, TWO_PASS
 from dpcompile.planning.replay import storage_of
@@ -120,6 +121,8 @@ def lower_backward(cut: Cut, gm: fx.GraphModule, compile_graph: GraphCompiler, l
         next((n for n in placeholders if n.name == cut.weights), None),
         handed,
     )
+    if backward.weights is not None:
+        _read_sizes_elsewhere(gm, backward.weights)
     assert not handed or kind == DEFERRED, "a parameter that other regions use too is not deferred"
     if kind == AT_ONCE:
         return _at_once(backward, compile_graph, lowered)
@@ -220,6 +223,16 @@ def _in_two_parts(backward: _Backward, compile_graph: GraphCompiler, lowered: Lo
         return results[: len(early)]
 
     return run
+
+
+def _read_sizes_elsewhere(gm: fx.GraphModule, weights: fx.Node) -> None:
+    """Sizes that are read off the clip weights are read off another input that has them."""
+    others = [n for n in gm.graph.find_nodes(op="placeholder") if n is not weights]
+    for node in [n for n in weights.users if n.target is torch.ops.aten.sym_size.int]:
+        wanted = size(node.meta["val"])
+        known = ((n, d) for n in others if isinstance(v := n.meta.get("val"), Tensor)
+                 for d, length in enumerate(shape_of(v)) if same(length, wanted))  # fmt: skip
+        node.args = next(known, node.args)
 
 
 def _call(function: Any, arguments: list[Any]) -> Sequence[Any]:

@@ -40,7 +40,8 @@ def outer(sides: Sides) -> Tensor:
 
     The square of a tiny cotangent would vanish in float32, though its product with a huge activation does not.
     """
-    squares = sides.cols.double().square().sum(-1)
+    dense = sides.rows if sides.one_hot == "cols" else sides.cols
+    squares = dense.double().square().sum(-1)
     if sides.one_hot is None:
         squares = squares * sides.rows.double().square().sum(-1)
     return squares.flatten(1).sum(1)

@@ -69,8 +69,8 @@ def forbidden_write(joint: JointGraph, destination: fx.Node, source: fx.Node, la
             f"{inside[1].__name__} in training mode writes the statistics of the batch into its buffers "
             f"(module {inside[0]})",
             where=where(source),
-            remedy="use GroupNorm (dpcompile.replace_batchnorm) or LayerNorm, or call .eval() on the BatchNorm layers "
-            "to freeze their statistics",
+            remedy="use GroupNorm (dpcompile.replace_batchnorm) or LayerNorm, or call .eval() on BatchNorm layers that "
+            "hold running statistics, to freeze these",
         )
     remedy = "remove the in-place write, or compute the statistic outside the private model"
     if inside is not None and issubclass(inside[1], torch.nn.modules.instancenorm._InstanceNorm):

@@ -113,8 +113,8 @@ def refusal(label: Mixed, target: str) -> DPCompileError:
             f"{inside[1].__name__} in training mode normalises every example by the statistics of the whole batch "
             f"(module {inside[0]}, operation `{operation}`)",
             where=place,
-            remedy="use GroupNorm (dpcompile.replace_batchnorm) or LayerNorm, or call .eval() on the BatchNorm layers "
-            "to freeze their statistics",
+            remedy="use GroupNorm (dpcompile.replace_batchnorm) or LayerNorm, or call .eval() on BatchNorm layers that "
+            "hold running statistics, to freeze these",
         )
     verb = "mixes examples" if label.supported else "is not understood"
     remedy = label.remedy or (
@@ -277,7 +277,7 @@ def _check_input_gradient(name: str, gradient: fx.Node, source: Label, label: La
             f"the gradient of input '{name}' is {label}, and the input is {source}: what made the input could not find "
             "the examples in it",
             where=where(gradient),
-            remedy="compute the input in the same compiled region",
+            remedy="give every example its own gradient in the backward of a custom autograd.Function, or in a hook",
         )
 
 

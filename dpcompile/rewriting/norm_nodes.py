@@ -99,7 +99,9 @@ def _norm(joint: JointGraph, choice: Choice, later_than: Sequence[fx.Node]) -> N
         raise UnsupportedGraphError(
             f"the gradient of parameter '{gradient.name}' cannot be computed per example: {str(error).splitlines()[0]}",
             where=where(gradient.sites[0].operation),
-            remedy="simplify what stands between the parameter and the layer that uses it, or freeze the parameter",
+            remedy="simplify what stands between the parameter and the layer that uses it, or freeze the parameter; "
+            "for an operator of your own mend per_example= of register_site, or leave it out: then torch.vmap runs the "
+            "operator",
         ) from error
     return Norm(choice, squared, kept if rule == "keep" else None)
 

@@ -83,6 +83,6 @@ class Masks:
 def _used_mask() -> PrivacyError:
     return PrivacyError(
         "a second backward on one batch of the loader: its examples would count twice",
-        remedy="call the model once per batch with gradients (others under torch.no_grad()); to train without the "
-        "loader, finish its loop first",
+        remedy="call the model once per batch with gradients (others under torch.no_grad()); to train without "
+        "masks, set_mask(model, None) first",
     )
