@@ -103,7 +103,8 @@ def losses(model: Any, batch: Any) -> Tensor:
 
 
 def audited(given: Any = None, loss: Any = losses, **options: Any) -> Right:
-    report = audit(*(private() if given is None else given), loss, **{**RUN, **options})
+    model, optimizer, loader = private() if given is None else given
+    report = audit(model, optimizer, loader, loss, **{**RUN, **options})
     assert report.proved is None or report.epsilon <= report.proved
     return equals(report.contradicted, False)
 

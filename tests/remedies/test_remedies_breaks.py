@@ -32,8 +32,8 @@ class Model(nn.Module):
 
 
 def between(function: Callable[[Any, Tensor], Any], x: Tensor | None = None, **options: Any) -> Right:
-    model = dp_compile(Model(function), **{"backend": "eager", "regions": "breaks", **options})
-    return right(model, rows() if x is None else x)
+    everything: Any = {"backend": "eager", "regions": "breaks", **options}
+    return right(dp_compile(Model(function), **everything), rows() if x is None else x)
 
 
 def compiled_here(h: Tensor, w: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ def test_batches_that_are_larger_than_they_need_be(told: int) -> Right:
 @refused("they are a function of seed= of make_private or PoissonLoader, and secret", warns=True, slow=True)
 def test_a_generator_for_the_draws(told: int) -> Right:
     def draws() -> list[Tensor]:
-        source = data(**{} if told else {"generator": torch.Generator().manual_seed(5)})
-        _, _, loader = private(source, seed=5)
+        options: Any = {} if told else {"generator": torch.Generator().manual_seed(5)}
+        _, _, loader = private(data(**options), seed=5)
         return [batch.data[0] for batch in loader.batches()]
 
     return equals(all(map(torch.equal, draws(), draws())), True)
@@ -60,8 +60,8 @@ def test_parts_of_a_draw_for_ranks_that_are_not_there(told: int) -> Right:
         model: Any = dp_compile(plain(), backend="eager")
         replica = nn.parallel.DistributedDataParallel(model)
         optimizer = over(replica, model)
-        world = {"rank": torch.distributed.get_rank(), "world_size": torch.distributed.get_world_size() if told else 2}
-        loader = PoissonLoader(data().dataset, **SIZE, **world)
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size() if told else 2
+        loader = PoissonLoader(data().dataset, **SIZE, rank=rank, world_size=ranks)
         return trains(replica, optimizer, loader.attach(replica, optimizer))
     finally:
         torch.distributed.destroy_process_group()
@@ -75,7 +75,8 @@ def test_parts_of_a_draw_for_a_model_alone(told: int) -> Right:
     """As told last; tests/workers/replicated_worker.py and sharded_worker.py do the others, on several ranks."""
     model: Any = dp_compile(plain(), backend="eager")
     optimizer = over(model, model)
-    loader = PoissonLoader(data().dataset, **SIZE, **{} if told else {"rank": 0, "world_size": 2})
+    world: Any = {} if told else {"rank": 0, "world_size": 2}
+    loader = PoissonLoader(data().dataset, **SIZE, **world)
     return trains(model, optimizer, loader.attach(model, optimizer))
 
 

@@ -20,7 +20,8 @@ from dpcompile import UnsupportedGraphError, dp_compile
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
-    return dp_compile(model, **{"backend": "eager", "regions": "blocks", **options})
+    everything: Any = {"backend": "eager", "regions": "blocks", **options}
+    return dp_compile(model, **everything)
 
 
 def around(function: Callable[[Any, Any, Tensor], Any], **options: Any) -> Right:

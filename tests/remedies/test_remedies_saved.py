@@ -123,7 +123,7 @@ def test_a_loader_further_in_its_pass_than_in_all(told: int) -> Right:
     return trains(model, optimizer, loader)
 
 
-def two_layers() -> nn.Module:
+def two_layers() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
 
 

@@ -108,7 +108,8 @@ def test_a_second_run_of_one_model(told: int) -> Right:
     trains(model, optimizer, loader)
     counted: Any = optimizer.accountant if told else "rdp"
     sigma = optimizer.noise_multiplier
-    model, optimizer, loader = make_private(model, sgd(model), data(), accountant=counted, noise_multiplier=sigma)
+    again: Any = make_private(model, sgd(model), data(), accountant=counted, noise_multiplier=sigma)
+    model, optimizer, loader = again
     for x, y in loader:
         torch.nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -124,7 +125,8 @@ def test_exact_noise_for_a_sharded_model(told: int) -> Right:
     from torch.distributed.fsdp import fully_shard
 
     with one_rank():
-        model: Any = dp_compile(plain() if told == 1 else fully_shard(plain()), backend="eager")
+        ordinary: Any = plain() if told == 1 else fully_shard(plain())
+        model: Any = dp_compile(ordinary, backend="eager")
         seen = nn.parallel.DistributedDataParallel(model) if told == 1 else model
         optimizer = DPOptimizer(sgd(model), seen, exact=told < 2, **NUMBERS)
         return steps(seen, optimizer)
@@ -146,7 +148,7 @@ def test_a_stage_with_exact_noise(told: int) -> Right:
 
     with one_rank():
         pipeline = Pipeline("Interleaved1F1B")
-        exact = {} if told else {"exact": True}
+        exact: Any = {} if told else {"exact": True}
         pipeline.optimizers = [DPOptimizer(sgd(part), part, **NUMBERS, **exact) for part in pipeline.parts]
         before = [p.detach().clone() for part in pipeline.parts for p in part.parameters()]
         pipeline.step(*batch())
