@@ -71,7 +71,8 @@ def sampled_gaussian_of(event: DpEvent) -> tuple[float, Rate]:
         return float(event.noise_multiplier), sampled_at(event.sampling_probability, truncation)
     raise PrivacyError(
         f"{event!r} cannot be counted: it is no Gaussian mechanism on a Poisson sample",
-        remedy="count it with dp_accounting itself, and the steps of dpcompile's mechanism here",
+        remedy="count it with compose(), once for each time that it was released; step() is for the steps of "
+        "dpcompile's mechanism",
     )
 
 

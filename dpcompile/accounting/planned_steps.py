@@ -76,7 +76,8 @@ class PlannedSteps:
         if self.steps is not None and taken >= self.steps and self._on_exceed == "raise":
             warnings.warn(
                 f"all {self.steps} planned steps are taken, and another pass over the loader begins: its first "
-                "optimizer.step() will be refused, as epsilon would be above the target",
+                "optimizer.step() will be refused, as epsilon would be above the target; stop here, or plan the run "
+                "with more epochs or steps",
                 PrivacyWarning,
                 stacklevel=5,
             )

@@ -106,17 +106,22 @@ class ExactMechanism(GaussianMechanism):
         """
         if self.noise_multiplier == 0:
             return 0
-        sensitivity = Fraction(self.max_grad_norm) / Fraction(self.grid) + grids.ROUNDINGS * (math.isqrt(numel) + 1)
-        s = math.ceil(Fraction(self.noise_multiplier) * sensitivity)
-        if s > LARGEST or excess(s, numel, STEPS) > EXCESS:
+        s = self._units(self.bits, numel)
+        if not _fits(s, numel):
             large = s > LARGEST
+            others = [bits for bits in grids.BITS if _fits(self._units(bits, numel), numel)]
             raise PrivacyError(
                 f"noise of multiplier {self.noise_multiplier} on {numel} elements and a grid of {self.bits} bits: "
                 + ("it does not fit in integers of 64 bits" if large else "it is too coarse to be as good as Gaussian"),
-                remedy=f"take {'a smaller' if large else 'a larger'} noise multiplier, or ExactMechanism(..., bits="
-                f"{self.bits - 10 if large else 43}) as DPOptimizer(mechanism=...)",
+                remedy=f"take {'a smaller' if large else 'a larger'} noise multiplier"
+                + (f", or ExactMechanism(..., bits={others[-1]}) as DPOptimizer(mechanism=...)" if others else ""),
             )
         return s
+
+    def _units(self, bits: int, numel: int) -> int:
+        unit = Fraction(grids.spacing(self.max_grad_norm, bits))
+        sensitivity = Fraction(self.max_grad_norm) / unit + grids.ROUNDINGS * (math.isqrt(numel) + 1)
+        return math.ceil(Fraction(self.noise_multiplier) * sensitivity)
 
     def release(self, release: Release) -> None:
         """See :class:`dpcompile.noise.mechanism.Mechanism`."""
@@ -148,9 +153,20 @@ class ExactMechanism(GaussianMechanism):
                 raise PrivacyError(
                     f"the clipped sum of parameter number {parameter} has an element of size {value:g}, and the grid "
                     f"of 2**{math.log2(self.grid):g} ends at {largest:g}",
-                    remedy="if so many examples are in a step, take a grid of fewer bits: ExactMechanism(..., bits="
-                    f"{self.bits - 8}) as DPOptimizer(mechanism=...); a sum that is not finite has not been clipped",
+                    remedy=f"if so many examples are in a step, {self._room_for(value, release)}; a sum that is not "
+                    "finite has not been clipped",
                 )
+
+    def _room_for(self, value: float, release: Release) -> str:
+        """What holds a sum with an element of this size, and the noise."""
+        numel, c = sum(total.numel() for total in release.totals), self.max_grad_norm
+        found = [b for b in grids.BITS if _fits(self._units(b, numel), numel)]
+        if math.isfinite(value):
+            found = [b for b in found if value <= grids.LARGEST * grids.spacing(c, b)]
+        fewer = [b for b in found if b <= self.bits - 8] or [b for b in found if b < self.bits]
+        if not fewer:
+            return "take fewer, or exact=False: no grid has room for them and is fine enough for the noise"
+        return f"take a grid of fewer bits: ExactMechanism(..., bits={fewer[-1]}) as DPOptimizer(mechanism=...)"
 
     def _add(self, pieces: list[Tensor], spans: list[Span], s: int, step: int, device: torch.device) -> None:
         """Of pieces that lie on one device."""
@@ -173,6 +189,10 @@ class ExactMechanism(GaussianMechanism):
     def state_dict(self) -> dict[str, Any]:
         """See :class:`dpcompile.noise.mechanism.Mechanism`."""
         return {**GaussianMechanism.state_dict(self), "grid_bits": self.bits}
+
+
+def _fits(s: int, numel: int) -> bool:
+    return s <= LARGEST and excess(s, numel, STEPS) <= EXCESS
 
 
 def excess(s: int, numel: int, steps: int) -> float:

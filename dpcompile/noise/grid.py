@@ -9,20 +9,20 @@ from torch import Tensor
 
 from dpcompile.errors import PrivacyError
 
-__all__ = ["LARGEST", "ROUNDINGS", "check_grid", "default_bits", "spacing", "to_grid", "within"]
+__all__ = ["BITS", "LARGEST", "ROUNDINGS", "check_grid", "default_bits", "spacing", "to_grid", "within"]
 
 LARGEST = 2**52  # of a sum, in units: float64 holds every integer up to twice that
 ROUNDINGS = 1024  # of a sum: the ranks whose sums are rounded one by one, at most
-_BITS = range(16, 44)
+BITS = range(16, 44)
 _EXPONENTS = 400  # of C: far from where float64 ends
 
 
 def check_grid(max_grad_norm: float, bits: int) -> None:
     """Raise PrivacyError if there is no such grid."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in _BITS:
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
         raise PrivacyError(
             f"bits of the grid is {bits!r}",
-            remedy=f"give an integer from {_BITS[0]} to {_BITS[-1]}, or leave it out",
+            remedy=f"give an integer from {BITS[0]} to {BITS[-1]}, or leave it out",
         )
     if not 2.0**-_EXPONENTS < max_grad_norm < 2.0**_EXPONENTS:
         raise PrivacyError(
@@ -33,7 +33,7 @@ def check_grid(max_grad_norm: float, bits: int) -> None:
 
 def default_bits(expected_batch_size: float) -> int:
     """40, or as many fewer as leave room for the sum of four times as many examples, all in one element."""
-    return max(_BITS[0], min(40, 49 - math.ceil(math.log2(max(expected_batch_size, 1.0)))))
+    return max(BITS[0], min(40, 49 - math.ceil(math.log2(max(expected_batch_size, 1.0)))))
 
 
 def spacing(max_grad_norm: float, bits: int) -> float:

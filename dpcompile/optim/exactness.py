@@ -9,6 +9,7 @@ from dpcompile.distributed.shards import is_distributed
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
 from dpcompile.noise.exact import ExactMechanism
+from dpcompile.noise.grid import default_bits
 from dpcompile.noise.mechanism import Mechanism
 
 __all__ = ["check_rounding", "let_round", "refuse_other_grid"]
@@ -55,7 +56,9 @@ def refuse_other_grid(own: Mapping[str, Any], current: Mapping[str, Any]) -> Non
     if saved == here:
         return
     told = ["without a grid" if bits is None else f"on a grid of {bits!r} bits" for bits in (saved, here)]
-    how = "without exact" if saved is None else f"mechanism=ExactMechanism(..., bits={saved!r}), or with exact=True"
+    how = "without exact" if saved is None else f"mechanism=ExactMechanism(..., bits={saved!r})"
+    if saved == default_bits(own["expected_batch_size"]):
+        how += ", or with exact=True"
     raise PrivacyError(
         f"sums were released {told[0]} in the saved run, and are {told[1]} here",
         remedy=f"make the DPOptimizer {'' if saved is None else 'with '}{how}",

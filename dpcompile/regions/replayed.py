@@ -126,8 +126,7 @@ class ReplayedRegion:
                 name = self.region.roles.names.get(position, f"input {position}")
                 raise PrivacyError(
                     f"'{name}' was changed in place between a forward and its backward, which runs the forward again",
-                    remedy="change parameters and inputs only after loss.backward(), or keep activations: no "
-                    "checkpoint around the block",
+                    remedy="change parameters and inputs only after loss.backward()",
                 )
         inputs = [self.written[p].clone() if p in self.written else x for p, x in enumerate(self.inputs)]
         assert self.forward_state is not None

@@ -181,7 +181,7 @@ class RegionForward(RegionRunner):
             return Shared()
         raise UnsupportedGraphError(
             f"{unit.path or 'the model'} returns a tensor that needs a gradient and that no compiled graph made",
-            remedy="remove hooks that change what the module returns",
+            remedy="leave out hooks, and functions that are not compiled, that make what the module returns",
         )
 
     # --- graphs around units -----------------------------------------------------------------------------------------

@@ -78,9 +78,11 @@ def holds_units(gm: fx.GraphModule) -> bool:
         if module is not gm and isinstance(module, fx.GraphModule):
             for node in module.graph.find_nodes(op="call_function", target=unit_call):
                 raise UnsupportedGraphError(
-                    "a block that is compiled by itself is called in a loop or a branch of the captured graph",
+                    "a block that is compiled by itself is called in a loop, a branch or a torch.autograd.Function of "
+                    "the captured graph",
                     where=where(node),
-                    remedy="write the loop in Python, or compile the model without regions",
+                    remedy="write loops and branches in Python; call the block outside the torch.autograd.Function, or "
+                    "compile the model without regions",
                 )
     return bool(gm.graph.find_nodes(op="call_function", target=unit_call))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpcompile._torch import pytree
+from dpcompile._torch.autograd import in_functorch
 from dpcompile._torch.dynamo import opaque
 from dpcompile._torch.parallel import mixed_precision
 from dpcompile._torch.tensors import fake_mode_of, taking_real_tensors
@@ -154,6 +155,11 @@ def unit_call(handle: int, args: Any, kwargs: Any) -> Any:
     """
     unit = _UNITS[handle]
     mode = fake_mode_of(pytree.tree_leaves((args, kwargs)))
+    if in_functorch():
+        raise UnsupportedGraphError(
+            f"block '{unit.path}' is compiled by itself, and is called under a transform of torch.func",
+            remedy="call it on the whole batch, or compile the model without regions",
+        )
     if mode is None:  # a captured graph hands the call to its skeleton
         raise UnsupportedGraphError(
             "the model ran without being compiled, so nothing would clip its gradients",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,6 +47,9 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
         return inner
     own = _OWN_ERROR.search(str(error)) if isinstance(error, TorchDynamoException) else None
     if own is not None:
+        ours = next((e for e in _causes(error) if isinstance(e, DPCompileError)), None)
+        if ours is not None and type(ours).__name__ == own["kind"]:
+            return ours
         return UnsupportedGraphError(
             f"the model fails on these inputs: {own['kind']}: {own['text']}",
             where=_place(error),
@@ -103,6 +106,13 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
             remedy="make sure that the plain model runs on these inputs, and under torch.compile with fullgraph=True",
         )
     return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """What it was raised from, or while that was handled: tracing wraps errors of what it runs on fake tensors."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        yield cause
+        error = cause
 
 
 def _place(error: Exception) -> str | None:

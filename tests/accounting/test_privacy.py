@@ -234,7 +234,7 @@ def test_steps_are_counted_as_the_events_that_they_were() -> None:
 @pytest.mark.parametrize("event", [GaussianDpEvent(1.0), PoissonSampledDpEvent(0.1, LaplaceDpEvent(1.0))])
 def test_events_without_a_bound_are_not_counted(event: DpEvent) -> None:
     accountant = PrivacyAccountant(noise_multiplier=1.0, sample_rate=0.1)
-    with pytest.raises(PrivacyError, match=r"(?s)cannot be counted.*what to do: count it with dp_accounting itself"):
+    with pytest.raises(PrivacyError, match=r"(?s)cannot be counted.*what to do: count it with compose"):
         accountant.step(event=event)
     with pytest.raises(PrivacyError, match="sample_rate is 1.5"):
         accountant.step(event=sampled_gaussian(1.0, 1.5))

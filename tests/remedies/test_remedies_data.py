@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from remedies import Right, data, equals, plain, private, refused, sgd, stepped, trains
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore
-from torch.nn.utils.rnn import pack_sequence, pad_sequence
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import IterableDataset, TensorDataset, WeightedRandomSampler
 
 from dpcompile import DPOptimizer, PoissonLoader, PrivacyAccountant, dp_compile
 
@@ -91,18 +90,6 @@ def test_a_chosen_cap_without_noise(told: int) -> Right:
 @refused("leave out max_batch_size, or take bands=1", ways=2, slow=True)
 def test_a_cap_and_bands(told: int) -> Right:
     return trains(*private(max_batch_size=None if told == 1 else 12, bands=1 if told == 2 else 2, accountant="pld"))
-
-
-@refused("leave sample_rate out and give expected_batch_size, or leave in_turn out", ways=2)
-def test_in_turn_at_a_rate(told: int) -> Right:
-    loader = poisson(in_turn=True if told < 2 else None, sample_rate=None if told == 1 else 0.3)
-    return equals(sum(len(b.mask) > 0 for b in loader.batches()) > 0, True)
-
-
-@refused("give the mean number of examples in a step")
-def test_in_turn_with_a_batch_larger_than_the_data(told: int) -> Right:
-    loader = poisson(in_turn=True, expected_batch_size=8 if told else 25)
-    return equals(len(loader), 3)
 
 
 @refused(
@@ -187,18 +174,6 @@ def test_a_rank_that_is_none(told: int) -> Right:
         return attached(poisson(**(world if told else {"rank": 1, "world_size": 1})))
     finally:
         torch.distributed.destroy_process_group()
-
-
-@refused(
-    "attach the loader, as make_private does, and iterate over it or over loader.parts(); or give "
-    "expected_batch_size a number",
-    ways=2,
-)
-def test_batches_by_the_step_without_attaching(told: int) -> Right:
-    loader = poisson(expected_batch_size=8 if told == 2 else lambda t: 6.0 + t)
-    if told == 1:
-        return trains(*private(loader))
-    return equals(len(list(loader.batches())) > 0, True)
 
 
 def resumed_loader(fault: Any, told: int, **saved: Any) -> Right:
@@ -322,198 +297,3 @@ def test_a_cap_and_a_loader_that_is_made(told: int) -> Right:
 def test_batch_sizes_by_the_step_and_a_loader_that_is_made(told: int) -> Right:
     loader = poisson(expected_batch_size=(lambda t: 6.0 + t) if told == 2 else 8)
     return trains(*private(loader, batch_size_schedule=None if told else lambda t: 1.0 + t))
-
-
-class Words(torch.utils.data.Dataset[Any]):
-    """Sequences of several lengths."""
-
-    def __len__(self) -> int:
-        return 24
-
-    def __getitem__(self, i: int) -> Any:
-        return torch.randn(2 + i % 3, 5, generator=torch.Generator().manual_seed(i)), i % 3
-
-
-def collated(collate_fn: Any, model: nn.Module | None = None, loss: Any = None, **options: Any) -> Right:
-    loader: DataLoader[Any] = DataLoader(Words(), batch_size=8, collate_fn=collate_fn)
-    return trains(*private(loader, model, **options), loss=loss)
-
-
-class Masked(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(5, 3)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        keep = torch.arange(x.shape[1]) < lengths[:, None]
-        return (self.linear(x) * keep[..., None]).sum(1)
-
-
-def masked_loss(model: Any, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0], batch[1]), batch[2])
-
-
-def padded(items: list[Any]) -> Any:
-    x = pad_sequence([x for x, _ in items], batch_first=True)
-    return x, torch.tensor([len(x) for x, _ in items]), torch.tensor([y for _, y in items])
-
-
-@refused(
-    "return the padded tensor and the lengths (pad_sequence), and mask what is behind the end of each",
-)
-def test_a_collation_that_packs(told: int) -> Right:
-    def packed(items: list[Any]) -> Any:
-        return pack_sequence([x for x, _ in items], enforce_sorted=False), torch.tensor([y for _, y in items])
-
-    return collated(padded if told else packed, Masked(), masked_loss)
-
-
-def mean_of_each(items: list[Any]) -> Any:
-    return torch.stack([x.mean(0) for x, _ in items]), torch.tensor([y for _, y in items])
-
-
-@refused("return one row for each example, along one dimension")
-def test_a_collation_of_examples_by_examples(told: int) -> Right:
-    def square(items: list[Any]) -> Any:
-        x, y = mean_of_each(items)
-        return (x if told else x @ x.T), y
-
-    return collated(square)
-
-
-@refused("return one row for each example; what belongs to one example may be a dimension within the row")
-def test_a_collation_of_two_rows_for_an_example(told: int) -> Right:
-    def twice(items: list[Any]) -> Any:
-        x, y = mean_of_each(items)
-        views = torch.stack([x, -x], 1)
-        return (views if told else views.flatten(0, 1)), y
-
-    def loss(model: Any, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch[0]).mean(1), batch[1])
-
-    return collated(twice, loss=loss)
-
-
-@refused("return the same nested tuples, lists and dicts for every batch")
-def test_a_collation_of_other_structures(told: int) -> Right:
-    def sometimes(items: list[Any]) -> Any:
-        x, y = mean_of_each(items)
-        return (x, y) if told or len(items) % 2 else (x, y, {"odd": y})
-
-    return collated(sometimes, loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
-
-
-@refused("return tensors with a row for each example")
-def test_a_collation_without_rows(told: int) -> Right:
-    def means(items: list[Any]) -> Any:
-        x, y = mean_of_each(items)
-        return (x, y) if told else (x.mean(0), y.float().mean())
-
-    return collated(means)
-
-
-@refused("give a padding_example that is no longer than the shortest example")
-def test_a_padding_example_that_is_too_long(told: int) -> Right:
-    padding = (torch.zeros(2 if told else 9, 5), 0)
-    return collated(padded, Masked(), masked_loss, padding_example=padding)
-
-
-class Several(torch.utils.data.Dataset[Any]):
-    def __init__(self, told: int) -> None:
-        self.told = told
-
-    def __len__(self) -> int:
-        return 24
-
-    def __getitem__(self, i: int) -> Any:
-        x = torch.randn(2, 5, generator=torch.Generator().manual_seed(i))
-        return (x if self.told == 1 else x[0]), i % 3
-
-    def __getitems__(self, indices: list[int]) -> list[Any]:
-        items = [self[i] for i in indices]
-        return items if self.told else items + items
-
-
-@refused(
-    "give one item for each index; what belongs to one index may be a dimension within the item (then a sum "
-    "or mean over it in the model), or expand the dataset first and count each piece",
-    ways=2,
-    slow=True,
-)
-def test_a_dataset_that_gives_two_items(told: int) -> Right:
-    def loss(model: Any, batch: Any) -> Tensor:
-        out = model(batch[0])
-        return F.cross_entropy(out.mean(1) if told == 1 else out, batch[1])
-
-    return trains(*private(DataLoader(Several(told), batch_size=8)), loss=loss)
-
-
-@refused("give the mean size that a logical batch should have, expected_batch_size=", slow=True)
-def test_neither_size_nor_rate(told: int) -> Right:
-    return attached(PoissonLoader(data().dataset, **SIZE if told else {}))
-
-
-@refused("give the chance of each example to be in a logical batch")
-def test_a_chance_above_one(told: int) -> Right:
-    return attached(poisson(sample_rate=0.3 if told else 3))
-
-
-@refused("give the mean size that a logical batch should have, within this interval")
-def test_a_batch_larger_than_the_data(told: int) -> Right:
-    return attached(poisson(expected_batch_size=8 if told else 25))
-
-
-@refused("give expected_batch_size a number, or leave bands out", ways=2, slow=True)
-def test_a_batch_size_by_the_step_and_bands(told: int) -> Right:
-    sizes: Any = 8 if told == 1 else (lambda t: 6.0 + t)
-    return trains(*private(poisson(expected_batch_size=sizes, bands=1 if told == 2 else 2)))
-
-
-@refused("give PoissonLoader steps=, how many are one pass", slow=True)
-def test_a_batch_size_by_the_step_that_ends_nowhere(told: int) -> Right:
-    loader = poisson(expected_batch_size=lambda t: 1e-9, **{"steps": 3} if told else {})
-    return equals(len(loader), 3)
-
-
-@refused(
-    "give PoissonLoader both sample_rate= and expected_batch_size=, numbers that were fixed without looking "
-    "at the data (and steps=, if not one pass is 1 / sample_rate of them); or take relation='zero_out', "
-    "which has the same epsilon and takes the size as public",
-    ways=2,
-    slow=True,
-)
-def test_add_remove_and_a_rate_from_the_size(told: int) -> Right:
-    loader = poisson(sample_rate=0.25) if told == 1 else data()
-    return trains(*private(loader, relation="zero_out" if told == 2 else "add_remove"))
-
-
-@refused("make the PrivacyAccountant with sample_rate=loader.sample_rate")
-def test_other_rates_of_loader_and_accountant(told: int) -> Right:
-    loader = poisson()
-    rate = loader.sample_rate if told else 0.1
-    return trains(*private(loader, accountant=PrivacyAccountant(noise_multiplier=1.0, sample_rate=rate, method="rdp")))
-
-
-@refused("make the PrivacyAccountant with truncation=loader.truncation")
-def test_other_caps_of_loader_and_accountant(told: int) -> Right:
-    loader = poisson(max_batch_size=12)
-    cap = loader.truncation if told else None
-    counts = PrivacyAccountant(noise_multiplier=1.0, sample_rate=loader.sample_rate, truncation=cap)
-    return trains(*private(loader, accountant=counts))
-
-
-@refused(
-    "give PoissonLoader bands=2 and attach it to model and optimizer, or give make_private bands= and a DataLoader",
-    ways=2,
-    slow=True,
-)
-def test_bands_of_the_loader_alone(told: int) -> Right:
-    if told == 2:
-        return trains(*private(bands=2))
-    from dpcompile.noise.banded import BandedMechanism
-    from dpcompile.noise.strategy import optimal_coefficients
-
-    model = dp_compile(plain(), backend="eager")
-    mechanism = BandedMechanism(1.0, 1.0, 8, 7, coefficients=optimal_coefficients(2, 3))
-    optimizer = DPOptimizer(sgd(model), model, mechanism=mechanism)
-    return trains(model, optimizer, poisson(bands=2 if told else 1).attach(model, optimizer))

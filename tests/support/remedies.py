@@ -9,7 +9,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -102,6 +102,7 @@ def right(
     out_dim: int = 0,
     loss: Any = None,
     mask: Tensor | None = None,
+    groups: Mapping[str, str] | None = None,
     tolerance: float = 1e-5,
     **kwargs: Any,
 ) -> Right:
@@ -114,7 +115,8 @@ def right(
     value = each(model(*args, **kwargs), slice(None))
     (value.mean() if options.loss_reduction == "mean" else value.sum()).backward()
     one_by_one = per_example_gradients(ordinary, args, kwargs, each, in_dims=in_dims)
-    assert_right(model, clip(one_by_one, engine.max_grad_norm, clipping=options.clipping, mask=mask), tolerance)
+    clipping = options.clipping if groups is None else "flat"  # within each group
+    assert_right(model, clip(one_by_one, engine.max_grad_norm, clipping=clipping, mask=mask, groups=groups), tolerance)
     return Right("one backward per example")
 
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import dpcompile
-from dpcompile import DPOptimizer, PoissonLoader, PrivacyError
+from dpcompile import DPCompileError, DPOptimizer, PoissonLoader, PrivacyError
 from dpcompile._torch.pipelining import orders_of
 from dpcompile.checkpoint import load_checkpoint, save_checkpoint
 from dpcompile.data.loader import PhysicalBatch
@@ -534,8 +534,20 @@ def masks_by_hand() -> None:
     same(pipeline, {n: p.detach() for n, p in model.named_parameters()})
 
 
+class Renumbered(Model):
+    """Names of the blocks of a stage begin at 0, as those of a ModuleList do."""
+
+    def __init__(self, first: int = 0, end: int = BLOCKS) -> None:
+        super().__init__(first, end)
+        self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(self.blocks.values())})
+
+
 def checkpoints(directory: Path) -> None:
-    """A run that was saved and loaded comes to the weights of the one that went on."""
+    """A run that was saved and loaded comes to the weights of the one that went on; names are those of the model."""
+    same_names = Pipeline(make=Renumbered).optimize()
+    for attempt in (save_checkpoint, load_checkpoint):
+        message = "is in several stages of the pipeline"
+        raises(DPCompileError, message, partial(attempt, directory, same_names.parts[0], same_names.optimizers[0]))
     data = [batch() for _ in range(4)]
     weights = alone(4, 0.5, adam=True, data=data)
     first = Pipeline(sigma=0.5, adam=True).optimize()
