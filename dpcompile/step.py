@@ -33,7 +33,7 @@ from dpcompile.runtime.gradient_graph import Gradients, gradient_graph
 from dpcompile.runtime.kept_numbers import reads_of
 from dpcompile.runtime.parts import split_call
 from dpcompile.runtime.sums import Delivered, lying_like
-from dpcompile.runtime.translate import translated
+from dpcompile.runtime.translate import found_nothing, translated
 from dpcompile.runtime.users import check_rows
 
 __all__ = ["CompiledStep", "compile_step"]
@@ -238,6 +238,8 @@ class CompiledStep:
             if run.found is not None:
                 self._engine.kept.check_buffers(self._engine.module)
         except Exception as error:
+            if found_nothing(error):
+                self._compiled.clear()
             refusal = translated(error, partial(self._example_dims, run.inputs, run.targets))
             if refusal is None:
                 raise

@@ -38,7 +38,7 @@ from dpcompile.runtime.kept_numbers import Reads, reads_of
 from dpcompile.runtime.loss_scale import Unscaling
 from dpcompile.runtime.parts import WholeBatch, joined, split_call
 from dpcompile.runtime.sums import Delivered, lying_like
-from dpcompile.runtime.translate import translated
+from dpcompile.runtime.translate import found_nothing, translated
 from dpcompile.runtime.verify import Verifier
 
 __all__ = ["GraphEngine"]
@@ -96,6 +96,8 @@ class GraphEngine(Engine):
             if plan is not None:
                 raise Planned(plan) from None
             if parts is None:
+                if found_nothing(error):
+                    self._compiled.clear()
                 refusal = translated(error, partial(self.example_dims, forward.call))
                 if refusal is None:
                     raise
