@@ -10,6 +10,7 @@ import sysconfig
 __all__ = [
     "DPCompileError",
     "ExampleMixingError",
+    "NotReadyError",
     "PrivacyError",
     "PrivacyWarning",
     "UnsupportedGraphError",
@@ -37,6 +38,10 @@ class DPCompileError(Exception):
         if remedy:
             parts.append(f"  what to do: {remedy}")
         super().__init__("\n".join(parts))
+
+
+class NotReadyError(DPCompileError, AttributeError):
+    """An attribute that a call or a backward is to give its value; to ``hasattr`` and its kin it is not there yet."""
 
 
 class UnsupportedGraphError(DPCompileError):

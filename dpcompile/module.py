@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, fx, nn
 
 from dpcompile._torch import pytree
 from dpcompile._torch.parallel import share_fsdp_state
 from dpcompile.capture.packed import refuse_returned
-from dpcompile.capture.surroundings import REBUILD
+from dpcompile.capture.surroundings import REBUILD, refuse_tracers
 from dpcompile.distributed.shards import is_distributed
-from dpcompile.errors import DPCompileError, PrivacyError, UnsupportedGraphError
+from dpcompile.errors import DPCompileError, NotReadyError, PrivacyError, UnsupportedGraphError
 from dpcompile.options import Options
 from dpcompile.pipeline import Transformed
 from dpcompile.planning.plan import Plan
@@ -82,7 +82,7 @@ class PrivateModule:
         """
         norms = engine_of(self).grad_norms
         if norms is None:
-            raise DPCompileError("there are no gradient norms yet", remedy="call loss.backward() first")
+            raise NotReadyError("there are no gradient norms yet", remedy="call loss.backward() first")
         return norms
 
     @property
@@ -100,6 +100,13 @@ class PrivateModule:
     def certificate(self) -> Certificate:
         """The proof that examples never mix; print it."""
         return _transformed(self).certificate
+
+    if not TYPE_CHECKING:  # to a type checker every name would be one of ours
+
+        def __getattr__(self, name: str) -> Any:
+            """Python asks for what raised an AttributeError again, and ``nn.Module`` has no better answer than ours."""
+            own = vars(PrivateModule).get(name)
+            return own.__get__(self) if isinstance(own, property) else super().__getattr__(name)
 
     def report(self, delta: float) -> Any:
         """``report`` of the :class:`dpcompile.DPOptimizer` that steps on the attached loader's draws.
@@ -195,8 +202,10 @@ def _engine(module: nn.Module, options: Options) -> Engine:
 
 
 def _undecorated(model: Any) -> nn.Module:
-    """The same module with the calls of an ordinary one, on the same state."""
-    plain = type(type(model).__name__, (type(model),), {"__call__": nn.Module.__call__})
+    """The same module with the calls and look-ups of an ordinary one, on the same state."""
+    kind = type(model)
+    own = {"__call__": nn.Module.__call__, "__getattr__": super(PrivateModule, model).__getattr__.__func__}
+    plain = type(kind.__name__, (kind,), own)
     module = plain.__new__(plain)
     object.__setattr__(module, "__dict__", model.__dict__)
     return module
@@ -213,6 +222,7 @@ def engine_of(model: Any) -> Engine:
     if isinstance(model, PrivateModule):
         engine = getattr(model, "_engine", None)
         if engine is None:  # an instance of a decorated class, used for the first time
+            refuse_tracers()  # they put functions of their own into nn.Module for a while
             engine = _engine(_undecorated(model), model._options)
             object.__setattr__(model, "_engine", engine)
     if engine is None:
@@ -249,7 +259,7 @@ def set_mask(model: Any, mask: Tensor | None) -> None:
 def _transformed(model: Any) -> Transformed:
     transformed = engine_of(model).transformed
     if transformed is None:
-        raise DPCompileError(
+        raise NotReadyError(
             "nothing is compiled yet", remedy="call the model once, or model.trace(*example_inputs), then look"
         )
     return transformed

@@ -20,7 +20,7 @@ from dpcompile.capture.example_losses import ExampleLosses
 from dpcompile.capture.outputs import detach_all_but
 from dpcompile.capture.roles import assign_roles
 from dpcompile.capture.tensor_kinds import check_model
-from dpcompile.capture.tracing import tracing_config
+from dpcompile.capture.tracing import one_graph
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.module import engine_of
 from dpcompile.optim.optimizer import DPOptimizer
@@ -33,7 +33,7 @@ from dpcompile.runtime.gradient_graph import Gradients, gradient_graph
 from dpcompile.runtime.kept_numbers import reads_of
 from dpcompile.runtime.parts import split_call
 from dpcompile.runtime.sums import Delivered, lying_like
-from dpcompile.runtime.translate import translated
+from dpcompile.runtime.translate import found_nothing, translated
 from dpcompile.runtime.users import check_rows
 
 __all__ = ["CompiledStep", "compile_step"]
@@ -229,18 +229,17 @@ class CompiledStep:
         """Losses, norms and clipped sums of a batch, by the graph that fits what is true now."""
         names = tuple(self._engine.trainable())  # Dynamo of torch 2.11 has no guard on it
         if names not in self._compiled:
-            own, dynamic = with_own_code(_call_losses, "losses"), self._engine.options.dynamic
-            self._compiled[names] = torch.compile(
-                own, backend=constants_where_needed(self._backend), fullgraph=True, dynamic=dynamic
-            )
+            own, backend = with_own_code(_call_losses, "losses"), constants_where_needed(self._backend)
+            self._compiled[names] = one_graph(own, backend, self._engine.options.dynamic)
         self._engine.kept.numbers.begin()
         try:
-            config = tracing_config(dynamic=self._engine.options.dynamic)
-            with self._running.during(run), config, torch.inference_mode(False), torch.enable_grad():
+            with self._running.during(run), torch.inference_mode(False), torch.enable_grad():
                 losses = self._compiled[names](self._losses, run.inputs, run.targets, run.dims)
             if run.found is not None:
                 self._engine.kept.check_buffers(self._engine.module)
         except Exception as error:
+            if found_nothing(error):
+                self._compiled.clear()
             refusal = translated(error, partial(self._example_dims, run.inputs, run.targets))
             if refusal is None:
                 raise

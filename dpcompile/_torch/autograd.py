@@ -20,7 +20,9 @@ __all__ = [
     "has_call_hooks",
     "has_gradient_hooks",
     "hooks_of",
+    "entered_modes",
     "in_functorch",
+    "in_symbolic_trace",
     "is_entered",
     "on_top",
     "refuse_forward_mode",
@@ -50,6 +52,16 @@ def after_backward(function: Callable[[], None]) -> None:
 def in_functorch() -> bool:
     """Whether a transform of ``torch.func`` is under way."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+
+
+def in_symbolic_trace() -> bool:
+    """Whether ``torch.fx`` records what runs: ``symbolic_trace`` or ``make_fx``."""
+    return torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+
+
+def entered_modes() -> list[str]:
+    """The classes of the modes that see every operation now, outermost first."""
+    return [type(mode).__name__ for mode in _get_current_dispatch_mode_stack()]
 
 
 def refuse_forward_mode(name: str) -> None:

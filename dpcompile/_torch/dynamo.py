@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import traceback
 import types
 import warnings
@@ -17,6 +18,7 @@ import torch
 import torch._decomp.decompositions
 import torch._dynamo
 from torch import fx
+from torch._dynamo import eval_frame
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, Unsupported
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis as NumbersAreConstants
 from torch._dynamo.source import (
@@ -49,6 +51,7 @@ __all__ = [
     "TorchDynamoException",
     "Unsupported",
     "Key",
+    "compiled_with",
     "disable",
     "fix_numbers",
     "guarded_places",
@@ -67,6 +70,57 @@ __all__ = [
 def disable(function: Callable[..., Any], *, reason: str | None = None) -> Callable[..., Any]:
     """Keep Dynamo from tracing into ``function``; where that is an error (``torch.export``), it quotes ``reason``."""
     return torch._dynamo.disable(function, reason=reason)
+
+
+_COMPILING = threading.RLock()
+
+
+def compiled_with(
+    config: Callable[[], contextlib.AbstractContextManager[None]],
+    function: Callable[..., Any],
+    *,
+    backend: Callable[..., Any],
+    dynamic: bool | None,
+) -> Callable[..., Any]:
+    """``torch.compile`` of a function as one graph, under settings that are entered when Dynamo compiles.
+
+    Entered at every call they would take longer than a small model does, and hold for whatever else is compiled
+    meanwhile in other threads. Under ``torch.compiler.set_stance`` others compile in Dynamo's place: then they are
+    entered at every call.
+
+    **Guarantee.** No graph of the function is made outside of the settings.
+
+    Args:
+        config: makes the settings; global ones, so that one compilation at a time is under them.
+        function: to be compiled.
+        backend: of its graphs.
+        dynamic: as for ``torch.compile``.
+    """
+    context: Any = torch._dynamo.optimize(backend, nopython=True, dynamic=dynamic)
+    if callable(getattr(context, "callback", None)):  # else Dynamo is switched off
+        context.callback = _Under(config, context.callback)
+    quick = context(function)
+
+    def call(*args: Any) -> Any:
+        stance: Any = eval_frame._stance
+        if stance.stance == "default" and getattr(stance, "backend", None) is None:
+            return quick(*args)
+        with _COMPILING, config():
+            return quick(*args)
+
+    return call
+
+
+class _Under:
+    """What Dynamo calls with a frame that no compiled graph fits, under settings."""
+
+    def __init__(self, config: Callable[[], contextlib.AbstractContextManager[None]], convert: Any) -> None:
+        self.__dict__.update(vars(convert))  # Dynamo looks for the backend there
+        self._config, self._convert = config, convert
+
+    def __call__(self, *frame: Any) -> Any:
+        with _COMPILING, self._config():
+            return self._convert(*frame)
 
 
 @torch._dynamo.assume_constant_result

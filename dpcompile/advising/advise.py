@@ -20,10 +20,12 @@ from dpcompile.accounting.arguments import (
 from dpcompile.accounting.sweeps import sweep_cost
 from dpcompile.advising.advice import Advice
 from dpcompile.advising.choosing import Run, choose_run
+from dpcompile.advising.measured import measured_physical_batch
 from dpcompile.advising.physical import PhysicalBatch, check_inputs, free_memory, largest_physical_batch, plain_module
 from dpcompile.data.sampling import default_physical_batch_size
 from dpcompile.errors import PrivacyError
 from dpcompile.module import engine_of
+from dpcompile.runtime.replicas import inner_module
 
 __all__ = ["advise"]
 
@@ -45,6 +47,7 @@ def advise(
     optimizer: Literal["adam", "sgd"] = "adam",
     runs: int = 1,
     memory: int | None = None,
+    measure: bool = False,
     accountant: Method = "pld",
 ) -> Advice:
     """Batch size, length, noise, C and learning rate to begin with; what fits; and what looks at the data cost.
@@ -57,7 +60,7 @@ def advise(
         dataset_size: n, number of examples (of users, with ``groups``).
         target_epsilon: that training may cost, above 0.
         target_delta: below 1 / n; None: a tenth of it, rounded down to one digit.
-        model: that will be trained. It is neither run nor changed.
+        model: that will be trained. It is neither run nor changed; with ``measure`` a copy of it runs.
         inputs: arguments of one call of it in training, examples along dimension 0: a tensor, a tuple, or a dict of
             keyword arguments. With them the largest physical batch is told.
         trainable: how many numbers are trained, if no ``model`` is given; None: about a million.
@@ -65,6 +68,9 @@ def advise(
         optimizer: "adam" (AdamW too) or "sgd" without momentum.
         runs: trainings on this data of which the results will be looked at; the target is for all of them together.
         memory: bytes for a step; None: those that are free now, where the model lies.
+        measure: find the largest physical batch by running steps of a copy of the model, which takes a compilation for
+            every size that is tried; else it is foretold by plans. Make the model private first to have it run with the
+            options that it will be trained with.
         accountant: "pld", or "rdp": at once, and with a few per cent more noise.
 
     Returns:
@@ -72,7 +78,8 @@ def advise(
         ``make_private(model, optimizer, loader, **advice.settings)`` takes the rest.
 
     Raises:
-        PrivacyError: an argument out of its range, ``inputs`` or ``memory`` without a model, or no good batch size.
+        PrivacyError: an argument out of its range, ``inputs`` or ``memory`` without a model, ``measure`` without
+            ``inputs``, or no good batch size.
         DPCompileError: not one example fits, or what the model is refused for.
 
     **Guarantee.** None on accuracy. A training with these settings, or ``runs`` of them, costs at most the target by
@@ -83,6 +90,10 @@ def advise(
     if model is None and (inputs is not None or memory is not None):
         raise PrivacyError(
             "inputs or memory without a model: nothing to be measured", remedy="give model= too, or leave them out"
+        )
+    if measure and inputs is None:
+        raise PrivacyError(
+            "measure=True without inputs: nothing can be run", remedy="give inputs= too, or leave it out"
         )
     if inputs is not None:
         check_inputs(inputs)
@@ -103,7 +114,9 @@ def advise(
     physical = None
     if plain is not None and inputs is not None:
         device = next(plain.parameters()).device
-        physical = largest_physical_batch(plain, inputs, memory or free_memory(device), usual)
+        sized = inputs, memory or free_memory(device), usual
+        measured = measured_physical_batch(inner_module(model), *sized) if measure else None
+        physical = measured or largest_physical_batch(plain, *sized)
     settings: dict[str, Any] = {"target_epsilon": run.epsilon, "target_delta": delta, "epochs": run.epochs}
     settings |= {"max_grad_norm": bound, **({} if accountant == "pld" else {"accountant": accountant})}
     if physical is not None and physical.rows < usual:
@@ -189,8 +202,9 @@ def _reasons(
             rest += f"memory_budget={physical.budget}, for what is quickest may need more"
         yield (
             "physical batch",
-            f"what the planner expects to fit{rest}. {physical.peak / 2**20:,.0f} MiB with weights, gradients and "
-            f"Adam's moments, of {physical.memory / 2**20:,.0f}. It changes time and memory, not what is learned.",
+            f"what {'was run and seen' if physical.measured else 'the planner expects'} to fit{rest}. "
+            f"{physical.peak / 2**20:,.0f} MiB with weights, gradients and Adam's moments, of "
+            f"{physical.memory / 2**20:,.0f}. It changes time and memory, not what is learned.",
         )
     yield (
         "looks",

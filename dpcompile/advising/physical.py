@@ -17,7 +17,7 @@ from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.module import PrivateModule, engine_of
 from dpcompile.runtime.replicas import inner_module
 
-__all__ = ["PhysicalBatch", "check_inputs", "free_memory", "largest_physical_batch", "plain_module"]
+__all__ = ["PhysicalBatch", "as_call", "check_inputs", "free_memory", "largest_physical_batch", "plain_module"]
 
 _PLANS = 12  # that are made at most
 _ROWS = 8, 16  # of the two steps from which the memory of larger ones is foretold
@@ -36,6 +36,8 @@ class PhysicalBatch(NamedTuple):
     """Bytes that there are."""
     budget: int
     """For ``memory_budget``: a step that is planned without one takes what is quickest, and may need more."""
+    measured: bool = False
+    """Whether a step of so many rows was run, and ``peak`` seen; else it is foretold."""
 
 
 def plain_module(model: Any) -> nn.Module:
@@ -73,7 +75,7 @@ def largest_physical_batch(model: nn.Module, inputs: Any, memory: float, at_most
         PrivacyError: no tensor with examples.
         DPCompileError: not even one row fits, or what the model is refused for.
     """
-    args, kwargs = _call(inputs)
+    args, kwargs = as_call(inputs)
     have = len(check_inputs(inputs)[0])
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     plain, options = copy.deepcopy(model), {"backend": "eager", "verify": False, "memory_budget": 2**62}
@@ -114,7 +116,8 @@ def largest_physical_batch(model: nn.Module, inputs: Any, memory: float, at_most
     )
 
 
-def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments: ``inputs`` are keyword arguments, several positional ones, or one."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
@@ -126,7 +129,7 @@ def check_inputs(inputs: Any) -> list[Tensor]:
     Raises:
         PrivacyError: none, or one without.
     """
-    tensors = [x for x in pytree.tree_leaves(_call(inputs)) if isinstance(x, Tensor)]
+    tensors = [x for x in pytree.tree_leaves(as_call(inputs)) if isinstance(x, Tensor)]
     if not tensors or any(not x.ndim or not len(x) for x in tensors):
         raise PrivacyError(
             "inputs hold no tensor of examples" if not tensors else "inputs hold a tensor without examples",

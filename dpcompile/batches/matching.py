@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpcompile.batches.row_keys import row_bytes, row_keys
 from dpcompile.errors import PrivacyError
-from dpcompile.kernels.content import different, fingerprints
+from dpcompile.kernels.content import Content, different, fingerprints
 
 __all__ = ["DrawnBatch", "Match", "recognised", "refuse_moved_rows"]
 
@@ -45,7 +45,7 @@ class DrawnBatch:
     of_pass: object = None
     of_users: bool = False
     keys: list[list[int]] = field(init=False)
-    contents: list[Tensor] = field(init=False)
+    contents: list[Content] = field(init=False)
 
     def __post_init__(self) -> None:
         self.keys = [row_keys(*row).tolist() for row in self.rows]

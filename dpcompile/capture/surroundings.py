@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpcompile._torch.autograd import in_functorch
+from dpcompile._torch.autograd import in_functorch, in_symbolic_trace
 from dpcompile._torch.parallel import in_context_parallel
 from dpcompile.errors import UnsupportedGraphError
 
@@ -25,6 +25,8 @@ def refuse_tracers() -> None:
     """Raise UnsupportedGraphError if the call is recorded or transformed by something that would lose its backward."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise UnsupportedGraphError("a private model cannot be traced by torch.jit", remedy=REBUILD)
+    if in_symbolic_trace():
+        raise UnsupportedGraphError("a private model cannot be traced by torch.fx", remedy=REBUILD)
     if torch.compiler.is_exporting():
         raise UnsupportedGraphError("a private model cannot be exported", remedy=REBUILD)
     if in_functorch():

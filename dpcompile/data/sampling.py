@@ -6,15 +6,18 @@ Sources: Abadi et al. 2016, section 2.2; for truncated draws arXiv:2508.15089, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from dpcompile.data.padding import Request
 from dpcompile.noise.counter import Stream
-from dpcompile.noise.normal import uniform, uniform_at
+from dpcompile.noise.normal import uniform, uniform_at, uniforms
 
-__all__ = ["PoissonBatches", "cut", "default_physical_batch_size", "kept", "poisson_draw"]
+__all__ = ["PoissonBatches", "cut", "default_physical_batch_size", "kept", "poisson_draw", "poisson_draws"]
+
+_TOGETHER = 1024  # numbers that are made at once, for several steps
 
 
 def poisson_draw(seed: int, *, step: int, size: int, sample_rate: float, secure: bool = False) -> list[int]:
@@ -42,15 +45,41 @@ def poisson_draw(seed: int, *, step: int, size: int, sample_rate: float, secure:
     if sample_rate >= 1:
         return list(range(size))
     at_a_time = _at_a_time(size * sample_rate)
-    drawn, last, used = [], -1, 0
-    while last < size:
+    drawn, used = [-1], 0
+    while drawn[-1] < size:
         u = uniform(seed, step=step, stream=Stream.SAMPLING, numel=at_a_time, start=used, secure=secure)
-        # P(gap >= k) = (1 - q)**k for u' = 1 - u uniform in (0, 1]; no gap needs to reach beyond the dataset
-        gaps = torch.log(1 - u).div_(math.log1p(-sample_rate)).floor_().clamp_(0, size)
-        positions = last + torch.cumsum(gaps.to(torch.int64) + 1, 0)
-        drawn += positions.tolist()
-        last, used = drawn[-1], used + at_a_time
-    return [i for i in drawn if i < size]
+        drawn += _positions(u, drawn[-1], size, sample_rate)
+        used += at_a_time
+    return [i for i in drawn[1:] if i < size]
+
+
+def poisson_draws(
+    seed: int, *, steps: Sequence[int], size: int, sample_rate: float, secure: bool = False
+) -> Iterator[list[int]]:
+    """:func:`poisson_draw` of each of these steps. Their numbers are made together: few take as long as many.
+
+    **Guarantee.** The very same draws: numbers are counters' in both, and what is made of a step's has its shape.
+    """
+    if sample_rate >= 1:
+        yield from (list(range(size)) for _ in steps)
+        return
+    at_a_time = _at_a_time(size * sample_rate)
+    together = max(1, _TOGETHER // at_a_time)
+    for begin in range(0, len(steps), together):
+        some = steps[begin : begin + together]
+        numbers = uniforms(seed, steps=some, stream=Stream.SAMPLING, numel=at_a_time, secure=secure)
+        for step, u in zip(some, numbers, strict=True):
+            drawn = _positions(u, -1, size, sample_rate)
+            if drawn[-1] < size:
+                drawn = poisson_draw(seed, step=step, size=size, sample_rate=sample_rate, secure=secure)
+            yield [i for i in drawn if i < size]
+
+
+def _positions(u: Tensor, last: int, size: int, sample_rate: float) -> list[int]:
+    """Where the next indices are, behind the last one, by a uniform number for each gap; beyond ``size``: none."""
+    # P(gap >= k) = (1 - q)**k for u' = 1 - u uniform in (0, 1]; no gap needs to reach beyond the dataset
+    gaps = torch.log(1 - u).div_(math.log1p(-sample_rate)).floor_().clamp_(0, size)
+    return (last + torch.cumsum(gaps.to(torch.int64) + 1, 0)).tolist()
 
 
 def _at_a_time(expected: float) -> int:
@@ -164,18 +193,28 @@ class PoissonBatches:
         """Indices of one logical step, ascending."""
         rate = self.sample_rate(step) if callable(self.sample_rate) else self.sample_rate
         drawn = poisson_draw(seed, step=step, size=self.size, sample_rate=rate, secure=self.secure)
-        if self.max_batch_size is None:
-            return drawn
-        return kept(drawn, self.max_batch_size, seed=seed, step=step, secure=self.secure)
+        return self._kept(drawn, seed, step)
 
     def __iter__(self) -> Iterator[Request]:
         # bound now: a generator would read them at its first item
         return self._requests(self.seed, self._steps, self._whole)
 
+    def _kept(self, drawn: list[int], seed: int, step: int) -> list[int]:
+        if self.max_batch_size is None:
+            return drawn
+        return kept(drawn, self.max_batch_size, seed=seed, step=step, secure=self.secure)
+
+    def _draws(self, seed: int, steps: range) -> Iterator[list[int]]:
+        if type(self).draw is not PoissonBatches.draw or callable(self.sample_rate):
+            return (self.draw(seed, step) for step in steps)
+        numbers = {"size": self.size, "sample_rate": self.sample_rate, "secure": self.secure}
+        drawn = poisson_draws(seed, steps=steps, **numbers)
+        return (self._kept(one, seed, step) for step, one in zip(steps, drawn, strict=True))
+
     def _requests(self, seed: int, steps: range, whole: bool) -> Iterator[Request]:
-        for step in steps:
+        for step, drawn in zip(steps, self._draws(seed, steps), strict=True):
             yield from cut(
-                self.draw(seed, step),
+                drawn,
                 physical_batch_size=self.physical_batch_size,
                 step=step,
                 rank=self.rank,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,14 +21,16 @@ from dpcompile._torch.tensors import is_fake
 from dpcompile.kernels.build import kernel
 from dpcompile.kernels.handed import handed
 
-__all__ = ["different", "fingerprints"]
+__all__ = ["Content", "different", "fingerprints"]
+
+Content: TypeAlias = "Tensor | int"
 
 _CHUNK = 1 << 20  # words of 32 bits that are worked on at once; keys repeat after as many
 _STRIDE, _START, _WORD = 0x9E3779B1, 0x85EBCA6B, 0xFFFFFFFF
 
 
-def fingerprints(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """For each tensor int64 ``[]``, on its device, of its bits and their places.
+def fingerprints(tensors: Sequence[Tensor]) -> list[Content]:
+    """For each tensor a number of its bits and their places: int64 ``[]`` on its device, of one on the CPU an int.
 
     **Guarantee.** Equal for equal bits in equal layouts. A changed, scaled, negated or swapped element changes it, but
     for about one change in 2**32 that happens to leave it. Nothing waits for the device.
@@ -35,7 +38,7 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[Tensor]:
     With ``w`` the 32-bit words of a chunk ``c`` of a tensor, and keys ``k_i = START + i * STRIDE`` modulo 2**32: the
     sum over chunks of ``(2c + 1) * sum_i ((w_2i + k_2i) mod 2**32) * ((w_2i+1 + k_2i+1) mod 2**32)``, modulo 2**64.
     """
-    found: list[Tensor] = [torch.empty(0)] * len(tensors)
+    found: list[Content] = [0] * len(tensors)
     groups: dict[torch.device, list[int]] = {}
     for i, tensor in enumerate(tensors):
         groups.setdefault(tensor.device, []).append(i)
@@ -47,23 +50,35 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[Tensor]:
         else:  # the operator is for graphs alone: its dispatch takes longer than small tensors do
             flat = [t if t.is_contiguous() and not t.is_complex() else _flat(t.detach()) for t in given]
             own = contents(flat) if any(map(is_fake, flat)) else _contents(library, flat)
-        for i, value in zip(members, own.unbind(), strict=True):
+        for i, value in zip(members, own.tolist() if _is_at_hand(own) else own.unbind(), strict=True):
             found[i] = value
     return found
 
 
-def different(before: Sequence[Tensor], now: Sequence[Tensor]) -> list[int]:
+def different(before: Sequence[Content], now: Sequence[Content]) -> list[int]:
     """At which positions two lists of fingerprints differ; waits for their devices."""
     groups: dict[torch.device, list[int]] = {}
-    for i, value in enumerate(now):
-        groups.setdefault(value.device, []).append(i)
     found: list[int] = []
+    for i, (earlier, value) in enumerate(zip(before, now, strict=True)):
+        if isinstance(value, int):
+            if earlier != value:
+                found.append(i)
+        else:
+            groups.setdefault(value.device, []).append(i)
     for members in groups.values():
-        differ = torch.stack([before[i] for i in members]) != torch.stack([now[i] for i in members])
+        differ = _stack([before[i] for i in members]) != _stack([now[i] for i in members])
         if not bool(differ.any()):
             continue
         found += [i for i, d in zip(members, differ.tolist(), strict=True) if d]
     return sorted(found)
+
+
+def _stack(values: Sequence[Content]) -> Tensor:
+    return torch.stack([value for value in values if isinstance(value, Tensor)])
+
+
+def _is_at_hand(numbers: Tensor) -> bool:
+    return numbers.device.type == "cpu" and not is_fake(numbers)
 
 
 def _flat(tensor: Tensor) -> Tensor:

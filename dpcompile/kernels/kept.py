@@ -17,6 +17,7 @@ from dpcompile.graph.slices import order_in_memory, scaled
 from dpcompile.kernels.build import kernel
 from dpcompile.kernels.exact import norms_of
 from dpcompile.kernels.on_gpu import proven, runs_triton
+from dpcompile.kernels.operators import operator
 from dpcompile.kernels.squares import squares_of, squares_run_on
 
 __all__ = ["FEW", "has_operations", "norms_of_vectors", "squared_norms", "weighted_sums"]
@@ -29,7 +30,7 @@ def has_operations(device: torch.device) -> bool:
     return device.type == "cpu" or runs_triton(device)
 
 
-@torch.library.custom_op("dpcompile::norms_of_vectors", mutates_args=())
+@operator("norms_of_vectors")
 def norms_of_vectors(each: Sequence[Tensor]) -> Tensor:
     """Squared norms of every example's vectors.
 
@@ -46,7 +47,7 @@ def norms_of_vectors(each: Sequence[Tensor]) -> Tensor:
     return torch.stack([squares_of(vectors) for vectors in each])
 
 
-@norms_of_vectors.register_fake
+@torch.library.register_fake("dpcompile::norms_of_vectors")
 def _(each: Sequence[Tensor]) -> Tensor:
     """Shapes only."""
     return each[0].new_empty((len(each), each[0].shape[0]), dtype=torch.float64)
@@ -62,19 +63,19 @@ def squared_norms(each: Tensor) -> Tensor:
     return norms_of_rows(each.flatten(2))
 
 
-@torch.library.custom_op("dpcompile::norms_of_rows", mutates_args=())
+@operator("norms_of_rows")
 def norms_of_rows(rows: Tensor) -> Tensor:
     """Squared norms of every example's ``[P, D]``, in one pass: ``[B, P, D]`` to ``[B]``, float64."""
     return norms_of(rows)
 
 
-@norms_of_rows.register_fake
+@torch.library.register_fake("dpcompile::norms_of_rows")
 def _(rows: Tensor) -> Tensor:
     """Shapes only."""
     return rows.new_empty(rows.shape[0], dtype=torch.float64)
 
 
-@torch.library.custom_op("dpcompile::weighted_sums", mutates_args=())
+@operator("weighted_sums")
 def weighted_sums(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) -> list[Tensor]:
     """``sum_i weight_i * gradient_i`` of k parameters.
 
@@ -102,7 +103,7 @@ def weighted_sums(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) 
     return [_weighted_sum(values[row], used[row], gradients) for row, gradients in zip(rows, each, strict=True)]
 
 
-@weighted_sums.register_fake
+@torch.library.register_fake("dpcompile::weighted_sums")
 def _(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) -> list[Tensor]:
     """Shapes only."""
     return [gradients.new_empty(gradients.shape[1:]) for gradients in each]

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 __all__ = ["full_precision"]
 
+_BACKENDS: tuple[Any, ...] = (
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+)
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def full_precision() -> contextlib.AbstractContextManager[None]:
+    """Float32 products and convolutions as IEEE says within, whatever is allowed outside at the time of this call."""
+    allowed = [(b, precision) for b in _BACKENDS if (precision := b.fp32_precision) in ("tf32", "bf16")]
+    return _changed(allowed) if allowed else _AS_IT_IS
+
 
 @contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 products and convolutions as IEEE says, whatever is allowed outside."""
-    backends: list[Any] = [
-        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-        torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-    ]
-    before = [b.fp32_precision for b in backends]
-    changed = [(b, p) for b, p in zip(backends, before, strict=True) if p in ("tf32", "bf16")]
-    for backend, _ in changed:
+def _changed(allowed: Sequence[tuple[Any, str]]) -> Iterator[None]:
+    for backend, _ in allowed:
         backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for backend, precision in changed:
+        for backend, precision in allowed:
             backend.fp32_precision = precision

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from dpcompile.kernels.onednn import multiply_
+from dpcompile.kernels.operators import operator
 from dpcompile.kernels.precision import full_precision
 from dpcompile.kernels.rates import rates_for
 
 __all__ = ["BLOCK", "blocked_product_", "own_product", "product", "product_", "quicker"]
 
 BLOCK = 128  # terms that :func:`blocked_product_` adds up at a time
+_SMALL = 1 << 15  # multiplications that torch is done with before oneDNN has looked its code up
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ def quicker(value: Tensor) -> bool:
 def product_(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Write ``a @ b`` to ``out``, contiguous: ``[M, K]`` and ``[K, N]``, or ``[B, M, K]`` and ``[B, K, N]``."""
     with full_precision():
-        if quicker(a):
+        if a.numel() * b.shape[-1] > _SMALL and quicker(a):
             multiply_(a, b, out)
         else:
             torch.matmul(a, b, out=out)
@@ -68,7 +70,7 @@ def blocked_product_(a: Tensor, b: Tensor, out: Tensor) -> int:
     return BLOCK + -(-terms // BLOCK) + 1
 
 
-@torch.library.custom_op("dpcompile::product", mutates_args=())
+@operator("product")
 def own_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in full precision, contiguous."""
     result = a.new_empty(*a.shape[:-1], b.shape[-1])
@@ -79,7 +81,7 @@ def own_product(a: Tensor, b: Tensor) -> Tensor:
     return result
 
 
-@own_product.register_fake
+@torch.library.register_fake("dpcompile::product")
 def _(a: Tensor, b: Tensor) -> Tensor:
     """Shapes only."""
     return a.new_empty(*a.shape[:-1], b.shape[-1])

@@ -20,7 +20,7 @@ from dpcompile.kernels.on_gpu import captured
 from dpcompile.noise import chacha, philox
 from dpcompile.noise.counter import MASK, STEPS, Span, Stream, check_range, check_seed, counter_tag, refuse_twice
 
-__all__ = ["add_gaussian_", "batches_of", "gaussian", "gaussians", "uniform", "uniform_at"]
+__all__ = ["add_gaussian_", "batches_of", "gaussian", "gaussians", "uniform", "uniform_at", "uniforms"]
 _SCRATCH_CPU, _SCRATCH = 2**17, 2**22  # values per pass; scratch is about 16 times half that many int64 lanes
 _NORMAL = (Stream.GRADIENT, Stream.VOTES, Stream.TREE, Stream.BUFFERED)
 _NOISE = (*_NORMAL, Stream.DISCRETE, Stream.DECISIONS)
@@ -199,6 +199,21 @@ def uniform(
     _check_uniform(stream)
     parts = list(_pieces(seed, step, [Span(0, numel, start)], torch.device(device), secure, stream, _unit))
     return torch.cat([v for _, _, v in parts]) if parts else torch.empty(0, dtype=torch.float64, device=device)
+
+
+def uniforms(seed: int, *, steps: Sequence[int], stream: Stream, numel: int, secure: bool = False) -> Tensor:
+    """The first ``numel`` elements of :func:`uniform` at each of n steps, drawn together: float64 ``[n, numel]``."""
+    _check_uniform(stream)
+    check_seed(seed, secure=secure)
+    for step in steps:
+        check_range("logical step", step, STEPS)
+    generate, key, per_block = _generator(seed, secure)
+    blocks = -(-numel // per_block)
+    block = torch.arange(blocks, dtype=torch.int64).repeat(len(steps))
+    step_n = torch.tensor(steps, dtype=torch.int64).repeat_interleave(blocks)
+    tag = torch.full((1,), counter_tag(stream, 0), dtype=torch.int64)
+    values = _unit(fractions(generate([block & MASK, block >> 32, step_n, tag], key)))
+    return values.view(len(steps), blocks * per_block)[:, :numel]
 
 
 def uniform_at(seed: int, *, step: int, stream: Stream, places: Tensor, secure: bool = False) -> Tensor:

@@ -18,7 +18,7 @@ from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.lowering.pending import LoweredBackward, PendingSums
 from dpcompile.options import AT_ONCE, TWO_PASS, Lowering, Options
 from dpcompile.planning.shared_uses import HandedOut, Part, Redone, Use, joint_norm
-from dpcompile.runtime.delivery import warn_of_lost_examples
+from dpcompile.runtime.delivery import refuse_asked_for, warn_of_lost_examples
 from dpcompile.runtime.loss_scale import Unscaling, refused_scale
 from dpcompile.runtime.sums import Delivered, Sums
 
@@ -202,8 +202,7 @@ class RegionBackward:
     def weights_of(self, run: RegionRun) -> Tensor:
         """``[parameters, B]``, in the second part."""
         assert self.weights is not None
-        found = [self.weights[group_of(self.options.clipping, n)] for n in run.names]
-        return torch.stack(found).to(run.given.dtype)
+        return torch.stack([self.weights[group_of(self.options.clipping, n)] for n in run.names]).to(run.given.dtype)
 
     def _finish(self) -> None:
         self.done = True
@@ -346,5 +345,6 @@ class _Receive(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, squared: Tensor | None, *sums: Tensor | None) -> Any:  # noqa: D102
         assert all(s is None for s in sums), "a gradient of a parameter was handed to autograd"
+        refuse_asked_for(ctx.next_functions if ctx.run.whole.over is None else ())  # schedules ask stages for some
         ctx.run.whole.receive(ctx.run, squared)
         return (None, *(None for _ in sums))

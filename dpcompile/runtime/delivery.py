@@ -16,7 +16,7 @@ from dpcompile._torch.dynamo import disable
 from dpcompile.errors import PrivacyError, running_line
 from dpcompile.runtime.sums import Delivered
 
-__all__ = ["Delivery", "through_delivery", "warn_of_lost_examples"]
+__all__ = ["Delivery", "refuse_asked_for", "through_delivery", "warn_of_lost_examples"]
 
 
 def through_delivery(
@@ -97,6 +97,21 @@ def warn_of_lost_examples(norms: Tensor, mask: Tensor) -> None:
         )
 
 
+def refuse_asked_for(leaves: Sequence[tuple[Any, int]]) -> None:
+    """Raise PrivacyError if the running backward is a ``torch.autograd.grad`` that asks for what goes to a ledger.
+
+    Args:
+        leaves: where in autograd's graph the parameters are that a compiled graph reads: ``ctx.next_functions``.
+    """
+    if any(asks_for(node) for node, _ in leaves if node is not None):
+        raise PrivacyError(
+            "torch.autograd.grad was asked for gradients of the private model's parameters, and they leave no such "
+            "way: what is clipped is written to p.grad",
+            where=running_line(),
+            remedy="call loss.backward() and read p.grad; torch.autograd.grad is for gradients of inputs",
+        )
+
+
 class _Deliver(torch.autograd.Function):
     """Stands between the parameters and the compiled graph; its backward gets all clipped sums and the norms at once.
 
@@ -119,12 +134,6 @@ class _Deliver(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, norms: Tensor | None, of_groups: Tensor | None, *sums: Tensor | None) -> Any:  # noqa: D102
-        if any(asks_for(node) for node, _ in ctx.next_functions if node is not None):
-            raise PrivacyError(
-                "torch.autograd.grad was asked for gradients of the private model's parameters, and they leave no such "
-                "way: what is clipped is written to p.grad",
-                where=running_line(),
-                remedy="call loss.backward() and read p.grad; torch.autograd.grad is for gradients of inputs",
-            )
+        refuse_asked_for(ctx.next_functions)
         ctx.delivery.receive(norms, of_groups, sums)
         return (None, None, *(None for _ in sums))

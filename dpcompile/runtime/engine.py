@@ -16,7 +16,7 @@ from dpcompile.capture.flow import Untrained, compile_untrained
 from dpcompile.capture.inputs import extend
 from dpcompile.capture.roles import NoExample, Roles, assign_roles
 from dpcompile.capture.surroundings import no_second_derivatives
-from dpcompile.capture.tracing import tracing_config
+from dpcompile.capture.tracing import one_graph
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.compile import compile_joint
 from dpcompile.kernels.workspace import keep_freed_memory
@@ -39,7 +39,7 @@ from dpcompile.runtime.kept_numbers import Reads, reads_of
 from dpcompile.runtime.loss_scale import Unscaling
 from dpcompile.runtime.parts import WholeBatch, joined, split_call
 from dpcompile.runtime.sums import Delivered, lying_like
-from dpcompile.runtime.translate import translated
+from dpcompile.runtime.translate import found_nothing, translated
 from dpcompile.runtime.verify import Verifier
 
 __all__ = ["GraphEngine"]
@@ -97,6 +97,8 @@ class GraphEngine(Engine):
             if plan is not None:
                 raise Planned(plan) from None
             if parts is None:
+                if found_nothing(error):
+                    self._compiled.clear()
                 refusal = translated(error, partial(self.example_dims, forward.call))
                 if refusal is None:
                     raise
@@ -110,7 +112,7 @@ class GraphEngine(Engine):
         """The module, compiled, on a call or a part of one."""
         self._record(forward)
         self.kept.numbers.begin()
-        with self.running.during(forward), tracing_config(dynamic=self.options.dynamic):
+        with self.running.during(forward):
             result = self._compiled_call(forward.batch.parts)(self.module, *forward.call)
         if not forward.ran and self.trainable() and torch.is_grad_enabled():
             raise UnsupportedGraphError(
@@ -172,10 +174,8 @@ class GraphEngine(Engine):
         situation = tuple(self.trainable()), parts
         if situation not in self._compiled:
             own = with_own_code(_call, type(self.module).__name__)
-            dynamic = self.options.dynamic
-            self._compiled[situation] = torch.compile(
-                own, backend=constants_where_needed(self._backend), fullgraph=True, dynamic=dynamic
-            )
+            backend = constants_where_needed(self._backend)
+            self._compiled[situation] = one_graph(own, backend, self.options.dynamic)
         return self._compiled[situation]
 
     def _splits(self) -> bool:

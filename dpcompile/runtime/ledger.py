@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dpcompile._torch.tensors import base_of
 from dpcompile.distributed.shards import as_gradient, local_part, zeros_for
 from dpcompile.errors import PrivacyError, running_line
-from dpcompile.kernels.content import different, fingerprints
+from dpcompile.kernels.content import Content, different, fingerprints
 from dpcompile.runtime.ledger_faults import Change, foreign, second_step, taken, without_backward, zeroed
 from dpcompile.runtime.loss_scale import scales_of
 
@@ -29,7 +29,7 @@ __all__ = ["GradientLedger"]
 class _Entry:
     grad: Tensor
     total: Tensor  # float32 or wider; the same memory as ``grad`` unless the parameter is narrower
-    content: Tensor | None = None  # of ``grad``
+    content: Content | None = None  # of ``grad``
 
 
 class GradientLedger:
@@ -246,12 +246,14 @@ class GradientLedger:
         cleared = self._kept and self._parameters[name].grad is None and name not in changed
         return self._stands(name, changed) or cleared
 
-    def _contents(self, names: Iterable[str]) -> list[Tensor]:
+    def _contents(self, names: Iterable[str]) -> list[Content]:
         return fingerprints([local_part(self._entries[name].grad) for name in names])
 
     def _changed(self) -> set[str]:
         """The entries that may count and no longer hold what was put there. What ``unscale_`` did is undone first."""
         noted = {n: e.content for n, e in self._entries.items() if e.content is not None and self._counts(n, e)}
+        if not noted:
+            return set()
         names, before = list(noted), list(noted.values())
         changed = {names[i] for i in different(before, self._contents(names))}
         if changed and self.scales:

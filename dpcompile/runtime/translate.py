@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dpcompile._torch.autograd import entered_modes
 from dpcompile._torch.dynamo import (
     BackendCompilerFailed,
     TorchDynamoException,
@@ -18,7 +19,12 @@ from dpcompile._torch.dynamo import (
 )
 from dpcompile.errors import DPCompileError, UnsupportedGraphError, running_line
 
-__all__ = ["translated"]
+__all__ = ["found_nothing", "translated"]
+
+
+def found_nothing(error: Exception) -> bool:
+    """Whether Dynamo passed the function over; it does so ever after, also where it could compile it."""
+    return "no compiled frames" in str(error)
 
 
 def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompileError | TypeError | None:
@@ -31,7 +37,14 @@ def translated(error: Exception, check_arguments: Callable[[], Any]) -> DPCompil
     """
     if isinstance(error, DPCompileError):
         return error
-    if "no compiled frames" in str(error):
+    if found_nothing(error) and entered_modes():
+        return UnsupportedGraphError(
+            f"the model is called under {' and '.join(entered_modes())}, which sees each of torch's operations, and "
+            "Dynamo compiles nothing there",
+            where=running_line(),
+            remedy="use that mode with an ordinary model (model.state_dict() loads into one), or leave it for the call",
+        )
+    if found_nothing(error):
         return UnsupportedGraphError(
             "the model cannot be compiled here: torch.compile found nothing to compile",
             remedy="switch torch.compile on again (TORCHDYNAMO_DISABLE, or Dynamo's config)",

@@ -101,6 +101,22 @@ def test_how_many_gaps_are_drawn_at_a_time_changes_nothing(monkeypatch):
     assert [poisson_draw(2, step=s, size=300, sample_rate=0.3) for s in range(4)] == expected
 
 
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize(("size", "rate"), [(600, 0.01), (1, 0.5), (40, 1e-6), (50, 0.999), (7, 1.0), (30000, 0.2)])
+def test_draws_that_are_made_together_are_the_same(monkeypatch, size, rate, secure):
+    """At every place among their neighbours; also where the numbers of one pass do not reach the end."""
+    at_a_time = sampling._at_a_time
+    for short in (False, True):
+        monkeypatch.setattr(sampling, "_at_a_time", (lambda expected: 3) if short and size < 1000 else at_a_time)
+        for steps in (range(70), range(5, 9), range(2**32 - 2, 2**32), range(3, 3)):
+            steps = steps[:4] if size > 1000 else steps
+            together = list(sampling.poisson_draws(7, steps=steps, size=size, sample_rate=rate, secure=secure))
+            each = [poisson_draw(7, step=s, size=size, sample_rate=rate, secure=secure) for s in steps]
+            assert together == each
+    with pytest.raises(PrivacyError, match="logical step"):
+        list(sampling.poisson_draws(7, steps=[2**32], size=9, sample_rate=0.5))
+
+
 def test_draws_depend_on_seed_and_step_only():
     assert draws(loader_of()) == draws(loader_of(physical_batch_size=3)) == draws(loader_of(num_workers=0))
     assert draws(loader_of()) != draws(loader_of(seed=1))

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.skipif(not has_onednn(), reason="torch was built withou
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine on which oneDNN is quicker."""
+    """A machine on which oneDNN is quicker, for small matrices too."""
+    monkeypatch.setattr(products, "_SMALL", 0)
     typical = rates.rates_for(torch.device("cpu"))
     monkeypatch.setattr(products, "rates_for", lambda device: replace(typical, summed=2 * typical.large))
     yield
@@ -57,6 +58,18 @@ def test_products_of_any_layout(left: tuple[int, ...], right: tuple[int, ...], h
     assert found.is_contiguous()
     torch.testing.assert_close(found, (a.double() @ b.double()).float(), rtol=1e-5, atol=1e-5)
     torch.library.opcheck(own_product, (a, b))
+
+
+@pytest.mark.usefixtures("quick")
+def test_small_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN takes longer to look its code up; both are of float32 numbers, in full precision."""
+    taken: list[tuple[int, ...]] = []
+    monkeypatch.setattr(products, "multiply_", lambda a, b, out: taken.append(tuple(a.shape)) or out.copy_(a @ b))
+    monkeypatch.setattr(products, "_SMALL", 2 * 3 * 4 * 5)
+    for left, right in (((6, 4), (4, 5)), ((7, 4), (4, 5)), ((2, 3, 4), (2, 4, 5)), ((2, 3, 4), (2, 4, 6))):
+        a, b = torch.randn(left), torch.randn(right)
+        torch.testing.assert_close(own_product(a, b), (a.double() @ b.double()).float())
+    assert taken == [(7, 4), (2, 3, 4)]
 
 
 @pytest.fixture
