@@ -12,7 +12,7 @@ from dpcompile.graph.sizes import Size, hinted, is_one, product, shape_of
 from dpcompile.graph.slices import accumulation_dtype
 from dpcompile.kernels.by_index import has_sums_by_index
 from dpcompile.kernels.narrow import NARROW
-from dpcompile.norms.factors import Factored, alone, oriented
+from dpcompile.norms.factors import Factored, alone, bare, oriented
 from dpcompile.norms.over_ranks import takes_positions
 from dpcompile.planning.cost import Cost, Shape, costs, gram_cost, summed_cost
 from dpcompile.planning.exchanges import Exchange, added_up, exchange_of
@@ -85,6 +85,7 @@ class _Options:
         found = exchange_of(self._gradient, self._situation)
         if found is None:
             forms = oriented(self._gradient, self._situation.batch)
+            forms = bare(forms) if forms is not None and not self._later else forms
         else:
             self._exchange, forms = found
         if forms is None:
@@ -233,5 +234,9 @@ def _holding(choice: Choice, memory: float, hints: Mapping[sympy.Symbol, int], e
 
 
 def _operands(choice: Choice, hints: Mapping[sympy.Symbol, int]) -> dict[str, float]:
-    nodes = (storage_of(n) for s in choice.gradient.sites for n in s.operands.values())
-    return {n.name: bytes_of(n, hints) for n in nodes}
+    forms = choice.forms
+    if choice.rule != "keep" and forms is not None and all(f.one_hot is not None for f in forms):
+        operands = (n for f in forms for n in f.operands)
+    else:
+        operands = (n for s in choice.gradient.sites for n in s.operands.values())
+    return {n.name: bytes_of(n, hints) for n in map(storage_of, operands)}
