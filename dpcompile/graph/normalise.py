@@ -103,7 +103,7 @@ def expand_last(graph: fx.Graph) -> None:
         source = node.args[0] if node.op == "call_function" and node.args else None
         if node.target not in _SCALES or not isinstance(source, fx.Node) or source.target is not aten.expand.default:
             continue
-        inner, shape = source.args[0], node.meta["val"].shape
+        inner, shape = source.all_input_nodes[0], node.meta["val"].shape
         others = any(isinstance(x, fx.Node) for x in (*node.args[1:], *node.kwargs.values()))
         if others or shape_of(source.meta["val"]) != shape_of(node.meta["val"]):
             continue

@@ -35,4 +35,4 @@ def is_zero(node: object) -> bool:
         return False
     schema = getattr(node.target, "_schema")  # noqa: B009
     named = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-    return isinstance(named.get(name), (int, float)) and named[name] == 0
+    return isinstance(named.get(name), (int, float)) and bool(named[name] == 0)

@@ -50,8 +50,8 @@ class ByBatchNorm(nn.Conv2d):
 class OfLength(nn.Linear):
     """Rows of trained length (Salimans and Kingma 2016, arXiv:1602.07868)."""
 
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes)
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__(inside, outside)
         self.length = nn.Parameter(torch.rand(self.out_features, 1) + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,10 +243,10 @@ def mapped_of(rows: Tensor, cols: Tensor, scale: Tensor, weight: Tensor, mixed: 
 @pytest.mark.parametrize("place", ["rows", "cols"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_stays_in_its_example(bad: float, place: str) -> None:
-    given = operands()
-    wanted = kernel.mapped_norms(*given)
-    given[place == "cols"][1, 0, 2, 3] = bad
-    found = kernel.mapped_norms(*given)
+    rows, cols, *others = operands()
+    wanted = kernel.mapped_norms(rows, cols, *others)
+    (rows if place == "rows" else cols)[1, 0, 2, 3] = bad
+    found = kernel.mapped_norms(rows, cols, *others)
     assert found.isfinite().tolist() == [True, False, True, True]
     assert torch.equal(found[[0, 2, 3]], wanted[[0, 2, 3]])
 
