@@ -19,6 +19,7 @@ from dpcompile.graph.labels import Label, as_ranks_own
 from dpcompile.graph.matrix_exp import fold_matrix_exp
 from dpcompile.graph.normalise import (
     copy_expanded_bases,
+    expand_last,
     save_what_is_overwritten,
     slices_for_splits,
     split_convolution_bias,
@@ -95,6 +96,7 @@ def normalise(work: Work) -> None:
     """Write every sum over examples as one operation that says so."""
     split_convolution_bias(work.module.graph)
     fold_matrix_exp(work.module.graph)
+    expand_last(work.module.graph)
     sums_of_outer_products(work.module.graph)
     if work.roles.ranks is not None:
         slices_for_splits(work.module.graph)

@@ -14,6 +14,7 @@ from dpcompile.graph.sizes import is_one, shape_of
 
 __all__ = [
     "copy_expanded_bases",
+    "expand_last",
     "save_what_is_overwritten",
     "slices_for_splits",
     "split_convolution_bias",
@@ -22,6 +23,10 @@ __all__ = [
 
 aten = torch.ops.aten
 _MASKS = (torch.bool, torch.uint8)
+_SCALES = (
+    aten.div.Scalar, aten.mul.Scalar, aten.div.Tensor, aten.mul.Tensor, aten.neg.default,
+    torch.ops.prims.convert_element_type.default,
+)  # fmt: skip
 
 
 def split_convolution_bias(graph: fx.Graph) -> None:
@@ -87,6 +92,28 @@ def _sides_of(values: fx.Node) -> list[tuple[fx.Node, int]] | None:
 def _is_zero(base: fx.Node) -> bool:
     filled = base.target is aten.full.default and bool(base.args[1] == 0)
     return filled and isinstance(base.meta["val"].shape[0], int)
+
+
+def expand_last(graph: fx.Graph) -> None:
+    """Scale, negate and cast what is spread over positions before it is spread: the cotangents of a mean, for one.
+
+    A kernel then reads a row where it would read one for each position. Contract: equal values.
+    """
+    for node in graph.nodes:
+        source = node.args[0] if node.op == "call_function" and node.args else None
+        if node.target not in _SCALES or not isinstance(source, fx.Node) or source.target is not aten.expand.default:
+            continue
+        inner, shape = source.all_input_nodes[0], node.meta["val"].shape
+        others = any(isinstance(x, fx.Node) for x in (*node.args[1:], *node.kwargs.values()))
+        if others or shape_of(source.meta["val"]) != shape_of(node.meta["val"]):
+            continue
+        with graph.inserting_before(node):
+            narrow = graph.call_function(node.target, (inner, *node.args[1:]), node.kwargs)
+            wide = graph.call_function(aten.expand.default, (narrow, source.args[1]), source.kwargs)
+        value = node.meta["val"].new_empty(inner.meta["val"].shape)
+        narrow.meta, wide.meta = {**node.meta, "val": value}, {**node.meta, "val": value.expand(shape)}
+        node.replace_all_uses_with(wide)
+        graph.erase_node(node)
 
 
 def save_what_is_overwritten(graph: fx.Graph) -> None:

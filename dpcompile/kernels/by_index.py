@@ -19,7 +19,9 @@ from dpcompile.kernels.build import kernel
 from dpcompile.kernels.on_gpu import proven, runs_triton
 from dpcompile.kernels.rounding import WIDE, gamma, with_floor
 
-__all__ = ["clipped_sums_by_index", "has_sums_by_index", "index_norms", "norms_by_index", "sums_and_sizes"]
+__all__ = ["LEFT_OUT", "clipped_sums_by_index", "has_sums_by_index", "index_norms", "norms_by_index", "sums_and_sizes"]
+
+LEFT_OUT = -(2**62)  # the index of a position that counts for nothing, whatever its cotangent is; on CPUs
 
 
 def has_sums_by_index(device: torch.device, dtype: torch.dtype) -> bool:
@@ -34,7 +36,8 @@ def index_norms(index: Tensor, cotangents: Tensor) -> Tensor:
     added to it. NaN and infinity stay in their example.
 
     Args:
-        index: integers ``[B, T]``; any numbers, only whether they are equal counts.
+        index: integers ``[B, T]``; any numbers, only whether they are equal counts, and whether they are
+            :data:`LEFT_OUT`.
         cotangents: ``[B, T, D]``, float32 or float64.
 
     Returns:
@@ -80,11 +83,15 @@ def sums_and_sizes(index: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.cat([ordered.new_zeros(batch, 1), (ordered[:, 1:] != ordered[:, :-1]).long()], 1)
     place = torch.zeros_like(order).scatter(1, order, first[:, :positions].cumsum(1))
     place = (place + positions * torch.arange(batch, device=index.device).unsqueeze(1)).flatten()
-    values = cotangents.double()
+    values = _without_left_out(index, cotangents).double()
     sums = values.new_zeros(batch * positions, width).index_add(0, place, values.flatten(0, 1))
     lengths = values.square().sum(2).sqrt().flatten()
     sizes = values.new_zeros(batch * positions).index_add(0, place, lengths).square()
     return sums.square().sum(1).reshape(batch, positions).sum(1), sizes.reshape(batch, positions).sum(1)
+
+
+def _without_left_out(index: Tensor, cotangents: Tensor) -> Tensor:
+    return torch.where((index == LEFT_OUT).unsqueeze(2), 0.0, cotangents) if index.dtype == torch.int64 else cotangents
 
 
 @torch.library.custom_op("dpcompile::clipped_sums_by_index", mutates_args=(), tags=[torch.Tag.flexible_layout])
@@ -96,7 +103,7 @@ def clipped_sums_by_index(weights: Tensor, index: Tensor, cotangents: Tensor, ro
 
     Args:
         weights: ``[B]``, finite.
-        index: integers in ``[0, rows)``, ``[B, T]``.
+        index: integers in ``[0, rows)``, or :data:`LEFT_OUT`, ``[B, T]``.
         cotangents: ``[B, T, D]``.
         rows: of the table.
 
@@ -109,8 +116,9 @@ def clipped_sums_by_index(weights: Tensor, index: Tensor, cotangents: Tensor, ro
     library = _library() if has_sums_by_index(cotangents.device, cotangents.dtype) else None
     if library is not None and weights.dtype == cotangents.dtype:
         return _sums(library, weights, index, cotangents, rows)
-    values = scaled(cotangents, Examples(0), weights).to(cotangents.dtype).flatten(0, 1)
-    return values.new_zeros(rows, values.shape[1]).index_add(0, index.flatten(), values)
+    values = scaled(_without_left_out(index, cotangents), Examples(0), weights).to(cotangents.dtype).flatten(0, 1)
+    places = torch.where(index == LEFT_OUT, 0, index) if index.dtype == torch.int64 and rows else index
+    return values.new_zeros(rows, values.shape[1]).index_add(0, places.flatten(), values)
 
 
 @clipped_sums_by_index.register_fake
@@ -124,7 +132,7 @@ def _norms(library: ctypes.CDLL, index: Tensor, values: Tensor) -> tuple[Tensor,
     found = [torch.empty(values.shape[0], dtype=torch.float64) for _ in range(2)]
     index, threads = index.long().contiguous(), ctypes.c_int(torch.get_num_threads())
     place, targets = ctypes.c_void_p(index.data_ptr()), [ctypes.c_void_p(x.data_ptr()) for x in found]
-    library.dp_norms_by_index(place, *_strided(values), *_sizes(values), *targets, threads)
+    library.dp_norms_by_index(place, *_strided(values), *_sizes(values), ctypes.c_int64(LEFT_OUT), *targets, threads)
     return found[0], found[1]
 
 
@@ -133,7 +141,8 @@ def _sums(library: ctypes.CDLL, weights: Tensor, index: Tensor, values: Tensor, 
     result = values.new_empty(rows, values.shape[2])
     index, weights = index.long().contiguous(), weights.contiguous()
     places, factors, target = (ctypes.c_void_p(x.data_ptr()) for x in (index, weights, result))
-    sizes, threads = [*_sizes(values), ctypes.c_int64(rows)], ctypes.c_int(torch.get_num_threads())
+    sizes = [*_sizes(values), ctypes.c_int64(rows), ctypes.c_int64(LEFT_OUT)]
+    threads = ctypes.c_int(torch.get_num_threads())
     if library.dp_sums_by_index(places, *_strided(values), factors, *sizes, target, threads):
         raise IndexError(f"an index is not that of one of the table's {rows} rows")
     return result
@@ -150,9 +159,9 @@ def _sizes(values: Tensor) -> list[ctypes.c_int64]:
 @kernel("by_index")
 def _library(library: ctypes.CDLL) -> bool:
     """Whether sums over small integers, which are exact, come out, of values in both orders in memory."""
-    index, weights = torch.tensor([[0, 2, 0], [1, 2, 1]]), torch.tensor([2.0, 0.0])
-    values = torch.zeros(2, 3, 4)
-    values[..., 0] = torch.tensor([[3.0, 5.0, 4.0], [-2.0, 7.0, 2.0]])
+    index, weights = torch.tensor([[0, 2, 0, LEFT_OUT], [1, LEFT_OUT, 2, 1]]), torch.tensor([2.0, 0.0])
+    values = torch.zeros(2, 4, 4)
+    values[..., 0] = torch.tensor([[3.0, 5.0, 4.0, torch.inf], [-2.0, 9.0, 7.0, 2.0]])
     norms, sizes = torch.tensor([74.0, 49.0]).double(), torch.tensor([74.0, 65.0]).double()
     sums = torch.zeros(3, 4)
     sums[:, 0] = torch.tensor([14.0, 0.0, 10.0])

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, fx
 
 from dpcompile.graph.labels import Examples
-from dpcompile.graph.operations import COPIES, REARRANGES, operation_name
 from dpcompile.graph.sizes import Size, product, shape_of, size
-from dpcompile.graph.slices import in_front
+from dpcompile.graph.slices import accumulation_dtype, in_front
+from dpcompile.kernels.by_index import LEFT_OUT, has_sums_by_index
+from dpcompile.norms.chains import chain_of
 from dpcompile.norms.convolutions import (
     Window,
     each_gradient,
@@ -30,10 +31,11 @@ from dpcompile.norms.convolutions import (
 )
 from dpcompile.norms.experts import expert_blocks, expert_gradients, norms_of_experts, positions_of_an_expert
 from dpcompile.norms.heads import HeadRows, head_each, head_sides, norms_of_head
+from dpcompile.norms.tables import zeroed_positions
 from dpcompile.proof.site_kinds import Form
 from dpcompile.proof.sites import ParameterGradient, Site
 
-__all__ = ["Factored", "alone", "factored", "oriented"]
+__all__ = ["Factored", "alone", "bare", "factored", "oriented"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class Factored:
         filled: how full the tiles of our filter kernel are, which makes both; 0 where it does not.
         ghost: from the same to the squared norms by Gram matrices, where those of the columns are cheaper than building
             the columns.
+        bare: of a table, the same without the zeros that are written into the cotangents at some positions: the index
+            is :data:`dpcompile.kernels.by_index.LEFT_OUT` there.
         flipped: rows and columns were exchanged: the first operand is the columns'.
         chain: what the tail does to the site's value (rows and columns of a flipped site are exchanged already).
         layout: how rows and columns lie in the parameter; sites of equal layouts add up along T.
@@ -72,6 +76,7 @@ class Factored:
     norms: Callable[..., Tensor] | None = None
     filled: float = 0.0
     ghost: Callable[..., Tensor] | None = None
+    bare: Factored | None = None
     flipped: bool = False
     chain: tuple[Any, ...] = ("identity",)
     layout: Hashable = None
@@ -87,6 +92,7 @@ class Factored:
             sizes=(k, t, d, p),
             one_hot=swapped,
             ghost=None,
+            bare=None if self.bare is None else self.bare.transposed(),
             flipped=not self.flipped,
         )
 
@@ -113,7 +119,7 @@ def oriented(gradient: ParameterGradient, batch: Size, through: Collection[str] 
     reference: object = None
     for site in gradient.sites:
         form = factored(site, batch)
-        chain = _chain(site.value, gradient, through)
+        chain = chain_of(site.value, gradient, through)
         if form is None or chain is None or site.value.meta["val"].dtype.is_complex:
             return None
         if chain == ("transposed",):
@@ -126,67 +132,16 @@ def oriented(gradient: ParameterGradient, batch: Size, through: Collection[str] 
     return forms
 
 
+def bare(forms: Sequence[Factored]) -> list[Factored]:
+    """The same, where all sites are look-ups each without the zeros in its cotangents (:attr:`Factored.bare`)."""
+    if any(f.one_hot is None for f in forms):
+        return list(forms)
+    return [f if f.bare is None else replace(f.bare, aligned=f.aligned, chain=f.chain, layout=f.layout) for f in forms]
+
+
 def alone(forms: Sequence[Factored]) -> Factored | None:
     """The only form, if its norms come without values; they are the gradient's, as its tail preserves norms."""
     return forms[0] if len(forms) == 1 and forms[0].norms is not None else None
-
-
-def _chain(value: fx.Node, gradient: ParameterGradient, through: Collection[str]) -> tuple[Any, ...] | None:
-    """What the tail does to one site's value: a tuple that is equal for equal rearrangements, or None.
-
-    None where the tail scales, slices or combines it otherwise than by adding it once.
-    """
-    moves: list[Any] = []
-    tail = set(gradient.tail)
-    node = value
-    while node is not gradient.gradient:
-        users = [u for u in node.users if u in tail]
-        if len(users) != 1:
-            return None
-        node = users[0]
-        name = operation_name(node.target)
-        if name == "add":
-            if node.kwargs.get("alpha", 1) != 1 or node.args[0] is node.args[1] or not _same_shapes(node):
-                return None
-        elif name not in REARRANGES | COPIES | {"getitem", *through}:
-            return None
-        elif name in REARRANGES:
-            moves.append(_move(node, name))
-    return _simplify(moves)
-
-
-def _same_shapes(node: fx.Node) -> bool:
-    shapes = {shape_of(n.meta["val"]) for n in node.all_input_nodes}
-    return len(shapes) == 1
-
-
-def _move(node: fx.Node, name: str) -> tuple[Any, ...]:
-    before, after = shape_of(node.all_input_nodes[0].meta["val"]), shape_of(node.meta["val"])
-    if name in ("permute", "transpose", "t"):
-        ndim = len(before)
-        if name == "permute":
-            order = tuple(d % ndim for d in node.args[1])  # type: ignore[union-attr]
-        else:
-            a, b = (d % ndim for d in node.args[1:3]) if name == "transpose" else (0, 1)  # type: ignore[operator]
-            order = tuple({a: b, b: a}.get(d, d) for d in range(ndim))
-        return ("permute", order)
-    return ("view", before, after) if before != after else ("view",)
-
-
-def _simplify(moves: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-    kept: list[tuple[Any, ...]] = []
-    for move in moves:
-        if move == ("view",):
-            continue
-        if kept and kept[-1][0] == "permute" and move[0] == "permute":
-            before = kept.pop()[1]
-            move = ("permute", tuple(before[i] for i in move[1]))
-        if move[0] == "permute" and move[1] == tuple(range(len(move[1]))):
-            continue
-        kept.append(move)
-    if not kept:
-        return ("identity",)
-    return ("transposed",) if kept == [("permute", (1, 0))] else tuple(kept)
 
 
 def _side(value: Tensor, axis: Examples | None, dim: int, batch: int) -> Tensor:
@@ -232,7 +187,16 @@ def _index_put(site: Site, batch: Size) -> Factored | None:
         return in_front(wrapped, axis, b).flatten(1), in_front(values, axis, b).flatten(1, -2).unsqueeze(1)
 
     positions = product([axis.outer, axis.inner, *(n for i, n in enumerate(shape[:-1]) if i != axis.dim)])
-    return Factored(site, (index, values), build, (1, positions, rows, table[1]), one_hot="rows")
+    form = Factored(site, (index, values), build, (1, positions, rows, table[1]), one_hot="rows")
+    found = zeroed_positions(values)
+    if found is None or not has_sums_by_index(values.meta["val"].device, accumulation_dtype(values.meta["val"].dtype)):
+        return form
+
+    def bare(index: Tensor, left_out: Tensor, source: Tensor, b: int) -> tuple[Tensor, Tensor]:
+        index, cols = build(index, source, b)
+        return torch.where(in_front(left_out, axis, b).flatten(1), LEFT_OUT, index), cols
+
+    return replace(form, bare=replace(form, operands=(index, *found), build=bare))
 
 
 def _experts(site: Site, batch: Size) -> Factored:

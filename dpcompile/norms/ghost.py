@@ -52,7 +52,9 @@ def merge(all_sides: Sequence[Sides]) -> list[Sides]:
     merged = []
     for kind in (None, "rows", "cols"):
         same = [s for s in all_sides if s.one_hot == kind]
-        if same:
+        if len(same) == 1:  # as it lies, expanded or not
+            merged += same
+        elif same:
             rows = torch.cat([s.rows for s in same], dim=1 if kind == "rows" else 2)
             cols = torch.cat([s.cols for s in same], dim=1 if kind == "cols" else 2)
             merged.append(Sides(rows, cols, kind))

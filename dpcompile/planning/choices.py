@@ -12,9 +12,10 @@ from dpcompile.graph.sizes import Size, hinted, is_one, product, shape_of
 from dpcompile.graph.slices import accumulation_dtype
 from dpcompile.kernels.by_index import has_sums_by_index
 from dpcompile.kernels.narrow import NARROW
-from dpcompile.norms.factors import Factored, alone, oriented
+from dpcompile.norms.factors import Factored, alone, bare, oriented
+from dpcompile.norms.mapped import Mapped, mapped
 from dpcompile.norms.over_ranks import takes_positions
-from dpcompile.planning.cost import Cost, Shape, costs, gram_cost, summed_cost
+from dpcompile.planning.cost import Cost, Shape, costs, gram_cost, mapped_cost, summed_cost
 from dpcompile.planning.exchanges import Exchange, added_up, exchange_of
 from dpcompile.planning.modes import MODES, Mode
 from dpcompile.planning.replay import Holding, bytes_of, storage_of
@@ -43,6 +44,7 @@ class Choice:
         shared: other regions use the parameter too.
         late: kept gradients are made when the backward is over, to fit a budget.
         exchange: what ranks do first, of a gradient that is a sum over them; None of any other.
+        mapped: of rule "ghost", the tail that the norm is taken behind, if it does more than move the gradient.
         fused: whether rule "direct" or "ghost" is one operator, where there is one (:mod:`dpcompile.norms.fused`).
     """
 
@@ -58,6 +60,7 @@ class Choice:
     shared: bool = False
     late: bool = False
     exchange: Exchange | None = None
+    mapped: Mapped | None = None
 
 
 def options_of(gradient: ParameterGradient, situation: Situation) -> list[tuple[Choice, Candidate]]:
@@ -85,6 +88,7 @@ class _Options:
         found = exchange_of(self._gradient, self._situation)
         if found is None:
             forms = oriented(self._gradient, self._situation.batch)
+            forms = bare(forms) if forms is not None and not self._later else forms
         else:
             self._exchange, forms = found
         if forms is None:
@@ -92,8 +96,26 @@ class _Options:
             why = why if self._exchange is None else str(self._exchange)
             rule = "redo" if mode == "redo" and not self._later else "keep"
             cost = summed_cost(self._situation.batch, self._weight, self._element, fresh=True)
-            return [self._option(rule, cost, f"per-example gradients, {why}")]
+            kept = self._option(rule, cost, f"per-example gradients, {why}")
+            return self._behind_tail(kept) or [kept]
         return self._of_products(forms)
+
+    def _behind_tail(self, kept: tuple[Choice, Candidate]) -> list[tuple[Choice, Candidate]]:
+        """The rules of a gradient behind a tail that works row by row; none, where it does not."""
+        situation = self._situation
+        found = None if self._exchange or self._later else mapped(self._gradient, situation.batch)
+        if found is None:
+            return []
+        mode, shape = MODES[situation.mode], _together(found.forms, self._value, self._element, situation.hints)
+        fits = mode.wanted(*(hinted(n, situation.hints) for n in (shape.t, shape.p, shape.d)))
+        if not ("ghost" in mode.rules and fits("ghost")):
+            return []
+        cost = mapped_cost(shape, situation.batch, found.bases)
+        choice, candidate = self._option("ghost", cost, "", found.forms)
+        ghost = replace(choice, mapped=found), candidate
+        if "keep" not in mode.rules:
+            return [ghost]
+        return [(replace(kept[0], why=""), kept[1]), ghost]
 
     def _of_products(self, forms: Sequence[Factored]) -> list[tuple[Choice, Candidate]]:
         situation = self._situation
@@ -233,5 +255,9 @@ def _holding(choice: Choice, memory: float, hints: Mapping[sympy.Symbol, int], e
 
 
 def _operands(choice: Choice, hints: Mapping[sympy.Symbol, int]) -> dict[str, float]:
-    nodes = (storage_of(n) for s in choice.gradient.sites for n in s.operands.values())
-    return {n.name: bytes_of(n, hints) for n in nodes}
+    forms = choice.forms
+    if choice.rule != "keep" and forms is not None and all(f.one_hot is not None for f in forms):
+        operands = (n for f in forms for n in f.operands)
+    else:
+        operands = (n for s in choice.gradient.sites for n in s.operands.values())
+    return {n.name: bytes_of(n, hints) for n in map(storage_of, operands)}

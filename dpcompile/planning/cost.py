@@ -15,7 +15,7 @@ import sympy
 from dpcompile.graph.sizes import Size, product
 from dpcompile.kernels.rates import Rates
 
-__all__ = ["DIRECT_TILES", "Cost", "Shape", "costs", "gram_cost", "summed_cost"]
+__all__ = ["DIRECT_TILES", "Cost", "Shape", "costs", "gram_cost", "mapped_cost", "summed_cost"]
 
 DIRECT_TILES = 8  # how many parts of a gradient the direct rule makes, one after the other
 
@@ -225,6 +225,23 @@ def gram_cost(shape: Shape, batch: Size, width: Size, *, index: bool, copied: Si
     traffic = 2 * grams * 8 * part + product([batch, k, terms, width]) * e + 2 * copy
     products = _cost(batched=flops) if e == 8 else _cost(wide=flops)  # Gram matrices are in float64
     return products + _cost(traffic=traffic, fresh=copy, calls=2 * shape.panels, memory=copy)
+
+
+def mapped_cost(shape: Shape, batch: Size, bases: int) -> Cost:
+    """A ghost norm behind a tail that works row by row (:mod:`dpcompile.kernels.mapped_norms`).
+
+    Args:
+        shape: of the sites.
+        batch: B.
+        bases: values of parameters that are multiplied with every column.
+    """
+    t, p, d, e = shape.t, shape.p, shape.d, shape.element
+    grams, seen = product([batch, t, t]), product([batch, t, p, d])
+    flops = 2 * grams * (p + d) + 2 * bases * seen
+    copied = product([batch, shape.copied]) * e
+    traffic = 4 * grams * 8 + product([batch, t, p + d]) * (e + 16) + bases * product([p, d]) * (e + 16) + 2 * copied
+    products = _cost(batched=flops) if e == 8 else _cost(wide=flops)
+    return products + _cost(traffic=traffic, fresh=copied, calls=12, memory=copied)
 
 
 def summed_cost(batch: Size, elements: Size, element: int, *, fresh: bool = False) -> Cost:

@@ -22,6 +22,7 @@ from dpcompile.kernels.products import product
 from dpcompile.norms.factors import Factored, alone, factored
 from dpcompile.norms.fused import fused_norm, fusible
 from dpcompile.norms.ghost import Sides, ghost, merge, outer
+from dpcompile.norms.mapped import Mapped, norms_of_mapped
 from dpcompile.norms.over_ranks import are_looked_up, are_multiplied
 from dpcompile.norms.per_example import per_example_site, tail_inputs, through_tail
 from dpcompile.norms.tied_heads import norms_by_parts
@@ -112,7 +113,9 @@ def _whole_norm(gradient: Tensor) -> Tensor:
 
 def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
     assert choice.forms is not None
-    forms, rule = choice.forms, choice.rule
+    forms, rule, behind_tail = choice.forms, choice.rule, choice.mapped
+    if behind_tail is not None:
+        return _norm_behind_tail(joint, choice, behind_tail)
     fused = choice.fused and fusible(rule, [f.one_hot for f in forms])
     dtype = None if fused else sum_dtype(choice.gradient)
 
@@ -131,6 +134,18 @@ def _factored_norm(joint: JointGraph, choice: Choice) -> fx.Node:
         return ghost(sides, choice.panels)
 
     nodes = [joint.mask, *(n for f in forms for n in f.operands)]
+    return insert(joint.graph, behind(joint.graph, nodes), compute, nodes)
+
+
+def _norm_behind_tail(joint: JointGraph, choice: Choice, found: Mapped) -> fx.Node:
+    gradient, dtype = choice.gradient, sum_dtype(choice.gradient)
+    operands = len(found.operands) - len(found.values)
+
+    def compute(mask: Tensor, *values: Tensor) -> Tensor:
+        taken = [*_taken(found.forms, values[:operands], dtype), *values[operands:]]
+        return norms_of_mapped(gradient, found, mask.shape[0], taken)
+
+    nodes = [joint.mask, *found.operands]
     return insert(joint.graph, behind(joint.graph, nodes), compute, nodes)
 
 

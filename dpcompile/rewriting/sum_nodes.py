@@ -18,7 +18,7 @@ from dpcompile.kernels.by_index import clipped_sums_by_index, has_sums_by_index
 from dpcompile.kernels.exact_convolution import filters_gradient
 from dpcompile.kernels.kept import FEW, has_operations, weighted_sums
 from dpcompile.kernels.products import product
-from dpcompile.norms.factors import factored
+from dpcompile.norms.factors import Factored, factored
 from dpcompile.norms.per_example import run_operation, run_tail, tail_inputs
 from dpcompile.planning.plan import Plan
 from dpcompile.proof.prove import Proof
@@ -123,32 +123,42 @@ def _redone_sum(
     second: Mapping[fx.Node, fx.Node],
 ) -> fx.Node:
     """The original sites and tail, on operands scaled per example, by us or by a second backward."""
-    needed = dict.fromkeys(n for s in gradient.sites for n in s.operation.all_input_nodes)
-    operands = [*needed, *(n for n in tail_inputs(gradient) if n not in needed)]
     dtype = sum_dtype(gradient)
+    found = [
+        None if second else _by_index(s, joint.batch, joint.mask.meta["val"].device, dtype) for s in gradient.sites
+    ]
+    sites = list(zip(gradient.sites, found, strict=True))
+    needed = dict.fromkeys(n for s, f in sites for n in (s.operation.all_input_nodes if f is None else f.operands))
+    operands = [*needed, *(n for n in tail_inputs(gradient) if n not in needed)]
 
     def redo(w: Tensor, *values: Any) -> Tensor:
         narrow = dict(zip(operands, values, strict=True))
         wide = {n: widened(v, dtype) for n, v in narrow.items()}
         sums = {}
-        for site in gradient.sites:
+        for site, form in sites:
+            if form is not None:
+                index, cols = form.build(*(wide[n] for n in form.operands), w.shape[0])
+                sums[site.value] = clipped_sums_by_index(w, index, cols.squeeze(1), int(form.sizes[2]))
+                continue
             reweighted = any(n in second for n in site.operation.all_input_nodes)
             own = (w != 0).to(w.dtype) if reweighted else w
-            sums[site.value] = _weighted_site(site, joint.batch, narrow if site.widens else wide, own, dtype)
+            sums[site.value] = _weighted_site(site, narrow if site.widens else wide, own, dtype)
         return run_tail(gradient, sums, wide, dtype).to(wanted)
 
     nodes = [weights, *(second.get(n, n) for n in operands)]
     return insert(joint.graph, behind(joint.graph, nodes), redo, nodes)
 
 
-def _weighted_site(
-    site: Site, batch: Size, known: Mapping[fx.Node, Any], weights: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The site with one operand scaled by the weights, and every example of weight 0 erased from the others."""
+def _by_index(site: Site, batch: Size, device: torch.device, dtype: torch.dtype) -> Factored | None:
+    """The site as a table that is looked up, where one pass over its cotangents makes its clipped sum."""
     form = factored(site, batch)
-    if form is not None and form.one_hot == "rows" and has_sums_by_index(weights.device, dtype):
-        index, cols = form.build(*(known[n] for n in form.operands), weights.shape[0])
-        return clipped_sums_by_index(weights, index, cols.squeeze(1), int(form.sizes[2]))
+    if form is None or form.one_hot != "rows" or not has_sums_by_index(device, dtype):
+        return None
+    return form if form.bare is None else form.bare
+
+
+def _weighted_site(site: Site, known: Mapping[fx.Node, Any], weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The site with one operand scaled by the weights, and every example of weight 0 erased from the others."""
     first = site.linear_operands[0]
     present = (weights != 0).to(weights.dtype)
     values = dict(known)

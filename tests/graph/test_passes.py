@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dpcompile import DPCompileError, ExampleMixingError, dp_compile, pipeline
+from dpcompile.graph.normalise import expand_last
 from dpcompile.graph.passes import run_passes
 
 
@@ -66,3 +69,32 @@ def test_a_pass_that_breaks_the_graph_is_caught() -> None:
 
     with pytest.raises(RuntimeError, match="before it has been defined"):
         run_passes([breaks], _Work(fx.GraphModule({}, graph)))
+
+
+def _traced(function: Callable[..., Tensor], *values: Tensor) -> fx.GraphModule:
+    return make_fx(function, tracing_mode="fake")(*values)
+
+
+SPREAD: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "scaled": (lambda x, y: x.expand(4, 5, 3) / 7, True),
+    "scaled twice": (lambda x, y: -(x.expand(4, 5, 3) / 7), True),
+    "cast": (lambda x, y: torch.ops.prims.convert_element_type.default(x.expand(4, 5, 3), torch.float64), True),
+    "more dimensions": (lambda x, y: x.expand(2, 4, 5, 3) * 2.0, True),
+    "by another value": (lambda x, y: x.expand(4, 5, 3) * y, False),
+    "by itself": (lambda x, y: (lambda z: z * z)(x.expand(4, 5, 3)), False),
+}
+
+
+@pytest.mark.parametrize("case", list(SPREAD))
+def test_what_is_spread_is_scaled_before(case: str) -> None:
+    function, moved = SPREAD[case]
+    values = torch.randn(4, 1, 3), torch.randn(4, 5, 3)
+    module = _traced(function, *values)
+    expand_last(module.graph)
+    module.graph.lint()
+    module.recompile()
+    assert torch.equal(module(*values), function(*values))
+    last = module.graph.output_node().all_input_nodes[0]
+    assert (last.target is torch.ops.aten.expand.default) == moved
+    assert last.meta["val"].shape == function(*values).shape
+    assert last.meta["val"].dtype == function(*values).dtype

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dpcompile
 from dpcompile.kernels import by_index
-from dpcompile.kernels.by_index import clipped_sums_by_index, norms_by_index, sums_and_sizes
+from dpcompile.kernels.by_index import LEFT_OUT, clipped_sums_by_index, norms_by_index, sums_and_sizes
 
 dp_compile: Any = dpcompile.dp_compile
 WORDS = 11
@@ -122,6 +122,25 @@ def test_an_index_that_is_no_row_is_an_error(wrong: int) -> None:
         clipped_sums_by_index(torch.ones(2), index, torch.ones(2, 2, 4), WORDS)
 
 
+@pytest.mark.parametrize("layout", ["rows", "spread", "positions last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("compiled")
+def test_positions_that_are_left_out(dtype: torch.dtype, layout: str) -> None:
+    """Whatever their cotangents are, in an example of nothing else too."""
+    index, values = torch.randint(0, WORDS, (5, 9)), torch.randn(5, 9, 6, dtype=dtype)
+    index[1] = LEFT_OUT
+    if layout != "spread":
+        index[2, ::2], values[2, ::2] = LEFT_OUT, torch.nan
+    values[1] = torch.inf
+    cotangents, there = LAYOUTS[layout](values), index != LEFT_OUT
+    known = torch.where(there.unsqueeze(2), cotangents, 0.0)
+    places, weights = torch.where(there, index, 0), torch.rand(5, dtype=dtype)
+    for found in (norms_by_index(index, cotangents), sums_and_sizes(index, cotangents)[0]):
+        torch.testing.assert_close(found, dense(places, known))
+    sums = clipped_sums_by_index(weights, index, cotangents, WORDS)
+    torch.testing.assert_close(sums, clipped_sums_by_index(weights, places, known, WORDS))
+
+
 class Words(nn.Module):
     """A table that is looked up, twice if told, and summed over positions."""
 
@@ -160,8 +179,20 @@ class Negative(nn.Module):
         return torch.sin(self.table[signed]).sum(1)
 
 
+class Averaged(nn.Module):
+    """Cotangents that are one row for each example, but for the padding."""
+
+    def __init__(self, words: int = WORDS, width: int = 6) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(words, width, padding_idx=2), nn.Linear(width, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(-self.table(ids).mean(1) / 3)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "once": Words,
+    "averaged": Averaged,
     "twice": lambda: Words(twice=True),
     "padding": lambda: Words(padding_idx=2),
     "transposed": Transposed,
@@ -238,8 +269,18 @@ def test_ghost_norms_of_long_texts_need_little() -> None:
     assert long.traffic == 8 * short.traffic
 
 
+def test_cotangents_that_are_alike_for_all_positions_are_one_row() -> None:
+    """Neither the graph nor the plan has a value for every position: the budget is kept in one part."""
+    private = dp_compile(Averaged(500, 32), memory_budget=1.25, backend="eager")
+    private.trace(torch.randint(0, 500, (16, 64)))
+    assert private.plan.parts == 1
+    assert private.plan.prediction.peak < 1.25 * private.plan.prediction.plain_peak
+    (norms,) = (n for n in private.graph.graph.nodes if n.target is torch.ops.dpcompile.norms_by_index.default)
+    assert norms.args[1].meta["val"].stride()[1] == 0
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("model", ["once", "twice"])
+@pytest.mark.parametrize("model", ["once", "twice", "averaged"])
 def test_inductor(model: str) -> None:
     net, ids, loss = MODELS[model](), torch.randint(0, WORDS, (4, 12)), PseudoLoss(4)
     truth = clip(per_example_gradients(net, (ids,), {}, loss), 0.5)

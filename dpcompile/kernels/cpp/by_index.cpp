@@ -28,10 +28,11 @@ static double length_of(const float* from, int64_t step, int64_t width) {
 }
 
 // Of every example: the sum, over the distinct numbers of its index, of |the sum of the values at their positions|^2,
-// and of (the sum of their lengths)^2. Values lie at value[b * strides[0] + t * strides[1] + i * strides[2]].
+// and of (the sum of their lengths)^2. Values lie at value[b * strides[0] + t * strides[1] + i * strides[2]]. Those of the
+// index left_out are not read.
 extern "C" void dp_norms_by_index(
     const int64_t* index, const float* values, const int64_t* strides, int64_t batch, int64_t positions, int64_t width,
-    double* result, double* sizes, int threads) {
+    int64_t left_out, double* result, double* sizes, int threads) {
 #pragma omp parallel num_threads(threads) if (batch > 1)
   {
     std::vector<std::pair<int64_t, int64_t>> order(positions);
@@ -46,6 +47,7 @@ extern "C" void dp_norms_by_index(
         std::fill(sum.begin(), sum.end(), 0.0);
         double lengths = 0;
         for (last = first; last < positions && order[last].first == order[first].first; ++last) {
+          if (order[last].first == left_out) continue;
           const float* value = values + b * strides[0] + order[last].second * strides[1];
           add(to, 1.0f, value, strides[2], width);
           lengths += length_of(value, strides[2], width);
@@ -61,10 +63,10 @@ extern "C" void dp_norms_by_index(
 
 // result[r] = sum, over the examples of weight other than 0 and their positions of index r, of weight x value. Values lie
 // as above. Every part of the rows has a thread of its own: nothing is written by two, and sums have one order. Returns
-// whether an index is not that of a row; its value is left out.
+// whether an index is neither that of a row nor left_out; its value is not read.
 extern "C" int dp_sums_by_index(
     const int64_t* index, const float* values, const int64_t* strides, const float* weights, int64_t batch,
-    int64_t positions, int64_t width, int64_t rows, float* result, int threads) {
+    int64_t positions, int64_t width, int64_t rows, int64_t left_out, float* result, int threads) {
   int64_t parts = 1;
   while (parts < threads) parts *= 2;
   int outside = 0;
@@ -77,7 +79,7 @@ extern "C" int dp_sums_by_index(
       for (int64_t t = 0; t < positions; ++t) {
         const int64_t r = index[b * positions + t];
         if (r < 0 || r >= rows) {
-          outside = 1;
+          outside |= r != left_out;
           continue;
         }
         if ((r & (parts - 1)) != part) continue;
