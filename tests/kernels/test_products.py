@@ -17,6 +17,7 @@ from dpcompile.kernels import build, onednn, products, rates
 from dpcompile.kernels import gram as gram_kernel
 from dpcompile.kernels.gram import gram, gram_norms
 from dpcompile.kernels.onednn import has_onednn, multiply_
+from dpcompile.kernels.product_op import product_with_norms
 from dpcompile.kernels.products import own_product, product
 from dpcompile.planning import situation
 
@@ -194,3 +195,16 @@ def test_a_plan_may_expect_less_time_than_without_privacy(monkeypatch: pytest.Mo
     private.trace(torch.randn(B, T, 64))
     assert private.plan.prediction.extra_seconds < 0
     assert "less than without privacy (by its products)" in str(private.plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(5, 3, 7, 6), (1, 4, 9, 3), (40, 2, 1, 5)])
+def test_operands_with_the_positions_in_front(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """As recurrent layers have them, and alike for all positions: read as they lie."""
+    positions, batch, p, d = sizes
+    rows, cols = (torch.randn(positions, batch, n).to(dtype).permute(1, 0, 2).unsqueeze(1) for n in (p, d))
+    for one in (rows, rows[:, :, :1].expand(rows.shape)):
+        each, squared = product_with_norms(one, cols, False)
+        wanted, norms = product_with_norms(one.contiguous(), cols.contiguous(), False)
+        torch.testing.assert_close(each, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(squared, norms, rtol=1e-5, atol=1e-9)
