@@ -29,7 +29,7 @@ def test_values_and_gradients(dtype: torch.dtype) -> None:
     compiled: Any = torch.compile(products_of_experts, backend="aot_eager")
     for function in (products_of_experts, by_loop, compiled):
         own = [rows.clone().requires_grad_(), matrices.clone().requires_grad_()]
-        result = function(*own, EXPERTS)
+        result = function(own[0], own[1], EXPERTS)
         (result * cotangents).sum().backward()
         found.append([result.detach(), *(x.grad for x in own)])
     for other in found[:1] + found[2:]:
