@@ -36,6 +36,7 @@ from dpcompile.planning.region_memory import RegionMemory, region_memory
 from dpcompile.planning.shared_uses import Use, uses_of
 from dpcompile.planning.situation import situation_of
 from dpcompile.proof.certificate import Certificate, certify
+from dpcompile.proof.experts_of_ranks import check_experts, refuse_other_experts
 from dpcompile.proof.prove import Proof, prove
 from dpcompile.proof.replication import check_replication, refuse_moved_rows, refuse_ranks_own
 from dpcompile.proof.scaling import check_scaling
@@ -111,6 +112,7 @@ def move_elsewhere(work: Work) -> None:
 def unsort_rows(work: Work) -> None:
     """Write what is done to sorted rows on the rows in their own order."""
     refuse_moved_rows(work.module.graph)
+    refuse_other_experts(work.module.graph, work.roles.experts)
     unsort(work.module.graph, work.roles.hints)
 
 
@@ -151,6 +153,11 @@ def check_ranks(work: Work) -> None:
     work.ranks_own = check_replication(work.joint, work.proof, work.roles.ranks)
 
 
+def check_sent(work: Work) -> None:
+    """Refuse rows that go to other ranks' experts but where norms and sums take them to go."""
+    check_experts(work.joint, work.gradients, work.roles.experts, work.roles.shared)
+
+
 def write_certificate(work: Work) -> None:
     """Keep the proof in a form that is printed."""
     work.certificate = certify(work.joint, work.proof, work.gradients)
@@ -189,8 +196,8 @@ def repair(work: Work) -> None:
 _PROVE = (check_returned, label, check_growth)
 
 PRIVATIZE = (
-    normalise, move_elsewhere, unsort_rows, name, *_PROVE, find_sites, check_ranks, write_certificate, choose_rules,
-    insert_clipping, repair,
+    normalise, move_elsewhere, unsort_rows, name, *_PROVE, find_sites, check_ranks, check_sent, write_certificate,
+    choose_rules, insert_clipping, repair,
 )  # fmt: skip
 LABEL = (*_PROVE, check_ranks)
 
@@ -299,6 +306,7 @@ def label_outputs(
     the cotangents of the outputs lie like the outputs.
     """
     refuse_moved_rows(module.graph)
+    refuse_other_experts(module.graph, roles.experts)
     unsort(module.graph, roles.hints)
     joint = name_joint(module, roles, trained=False)
     if joint is None:

@@ -34,6 +34,7 @@ LONG_FUNCTIONS = {
 
 # What a module holds that changes: what kind of thing it is.
 MUTABLE = {
+    "distributed/expert_parallel.py:_GROUPS": "registry of process groups, weak",
     "capture/arguments.py:_OF_FUNCTIONS": "cache of the signatures of functions",
     "capture/arguments.py:_OF_METHODS": "cache of the signatures of methods, by function",
     "extending.py:_registered": "registry of the rules that users gave",

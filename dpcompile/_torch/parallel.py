@@ -14,6 +14,7 @@ from dpcompile._torch.autograd import current_backward
 __all__ = [
     "ddp_options",
     "forward_hooks",
+    "group_named",
     "active_replica",
     "checkpointed",
     "clear_interrupted",
@@ -45,6 +46,13 @@ def inner_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def mixed_precision(module: torch.nn.Module) -> Any:
     """The policy of a unit of FSDP2."""
     return cast(Any, module)._get_fsdp_state()._mp_policy
+
+
+def group_named(name: str) -> Any:
+    """The process group that a graph knows by its name."""
+    from torch.distributed import distributed_c10d  # not on every build
+
+    return cast(Any, distributed_c10d)._resolve_process_group(name)
 
 
 def ranks_of_group(group: Any) -> list[int]:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from dpcompile._torch.aot import add_inputs
 from dpcompile._torch.parallel import inner_tensor
 from dpcompile._torch.tensors import fix_sizes
+from dpcompile.distributed.expert_parallel import ExpertParallel
 from dpcompile.distributed.shards import is_distributed
 from dpcompile.distributed.tensor_parallel import TensorParallel
 from dpcompile.errors import UnsupportedGraphError
@@ -75,13 +76,13 @@ class Localised:
         return [stand_ins.make(x) if is_distributed(x) else x for x in (live[p] for p in self.kept)]
 
 
-def localise(gm: fx.GraphModule, live: Sequence[Any], parallel: TensorParallel | None) -> Localised:
+def localise(gm: fx.GraphModule, live: Sequence[Any], parallel: TensorParallel | ExpertParallel | None) -> Localised:
     """Wrap ``DTensor`` inputs inside the graph; a graph without any is left as it is.
 
     Args:
         gm: Dynamo's graph.
         live: its inputs.
-        parallel: the ranks that tensor parallelism is over; None if the model has none.
+        parallel: the ranks that tensor or expert parallelism is over; None if the model has none.
 
     Raises:
         UnsupportedGraphError: a ``DTensor`` that lies on other ranks, or that was computed outside.
@@ -109,7 +110,7 @@ def _is_mesh(value: Any) -> bool:
     return type(value).__name__ == "DeviceMesh"
 
 
-def _check(node: fx.Node, value: Any, parallel: TensorParallel | None) -> None:
+def _check(node: fx.Node, value: Any, parallel: TensorParallel | ExpertParallel | None) -> None:
     mesh = value.device_mesh
     if not value.is_leaf:
         raise UnsupportedGraphError(
@@ -120,7 +121,8 @@ def _check(node: fx.Node, value: Any, parallel: TensorParallel | None) -> None:
         raise UnsupportedGraphError(
             f"the model reads a DTensor with the placements {tuple(value.placements)} on other ranks than those that "
             "its parameters are cut over by parallelize_module",
-            remedy="use one mesh of one dimension for parallelize_module",
+            remedy="use one mesh of one dimension for parallelize_module; let fully_shard hold what cut_experts cut "
+            "(mesh=mesh['edp']), without ignored_params",
         )
 
 
@@ -138,7 +140,7 @@ def _wrap(graph: fx.Graph, node: fx.Node, value: Any) -> None:
 
 
 def _unwrap_outputs(
-    graph: fx.Graph, live: Sequence[Any], parallel: TensorParallel | None
+    graph: fx.Graph, live: Sequence[Any], parallel: TensorParallel | ExpertParallel | None
 ) -> dict[int, Callable[[Tensor], Tensor]]:
     """Outputs that are ``DTensor`` leave as what lies on this rank; by position, what makes them whole again."""
     output, found = graph.output_node(), {}
@@ -167,7 +169,7 @@ def _unwrap_outputs(
     return found
 
 
-def _mesh_like(mesh: Any, live: Sequence[Any], parallel: TensorParallel | None) -> Any:
+def _mesh_like(mesh: Any, live: Sequence[Any], parallel: TensorParallel | ExpertParallel | None) -> Any:
     """The mesh that ``mesh`` is, or stands for, if it is that of tensor parallelism."""
     known = [x if _is_mesh(x) else x.device_mesh for x in live if _is_mesh(x) or is_distributed(x)]
     if parallel is None or mesh.ndim != 1 or mesh.get_group(0).group_name != parallel.name:

@@ -16,7 +16,7 @@ from dpcompile._torch.dynamo import is_number
 from dpcompile.capture.outputs import check_differentiable
 from dpcompile.clipping.groups import SEVERAL, Clipping, clip_groups
 from dpcompile.errors import UnsupportedGraphError
-from dpcompile.graph.joint import OverRanks
+from dpcompile.graph.joint import OfExperts, OverRanks
 from dpcompile.graph.labels import Examples
 from dpcompile.graph.sizes import Size, divide, is_one, product, same, shape_of, size
 from dpcompile.options import Lowering
@@ -51,6 +51,7 @@ class Roles:
         lowering: of a region; None for a model in one graph.
         layouts: position -> how the examples lie, where that is more than a dimension of their own.
         ranks: what the inputs are on the other ranks of tensor parallelism; None without it.
+        experts: which parameters are experts of ranks with examples of their own; None: none are.
         shared: names of the trainable parameters that other regions use too.
         alike: position -> the dimensions along which all positions of a shared input are known to be the same.
         groups: of a model in one graph the clip groups whose bounds are an input; empty: one group, whose bound is a
@@ -69,6 +70,7 @@ class Roles:
     lowering: Lowering | None = None
     layouts: Mapping[int, Examples] = field(default_factory=dict)
     ranks: OverRanks | None = None
+    experts: OfExperts | None = None
     shared: frozenset[str] = frozenset()
     alike: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     groups: tuple[str, ...] = ()

@@ -276,7 +276,7 @@ def reduce_sums(parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> Pending
         padded = torch.cat([total, total.new_zeros((missing, *total.shape[1:]))]) if missing else total
         parts.append(padded.reshape(world, -1))
     sent = torch.cat(parts, 1)
-    if layouts[0].shards is None:
+    if layouts[0].shards is None or world == 1:
         return Pending(parameters, layouts, sent.view(-1), None, None)
     received = sent.new_empty(sent.shape[1])
     work = _reduce_scatter(received, sent.view(-1), group=layouts[0].shards, async_op=True)

@@ -9,6 +9,7 @@ expert parallelism another rank has it, and the libraries' products stop before 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,21 @@ def expert_sums(left: Tensor, right: Tensor, expert: Tensor, count: int) -> Tens
 def _(left: Tensor, right: Tensor, expert: Tensor, count: int) -> Tensor:
     """Shapes only."""
     return left.new_empty(count, left.shape[1], right.shape[1])
+
+
+def _save(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    rows, matrices, expert = ctx.saved_tensors
+    products, sums = torch.ops.dpcompile.expert_products, torch.ops.dpcompile.expert_sums
+    of_rows = products(grad, matrices.mT, expert) if ctx.needs_input_grad[0] else None
+    of_matrices = sums(rows, grad, expert, matrices.shape[0]) if ctx.needs_input_grad[1] else None
+    return of_rows, of_matrices, None
+
+
+expert_products.register_autograd(_backward, setup_context=_save)
 
 
 def each_expert_sum(left: Tensor, right: Tensor, expert: Tensor, count: int) -> Tensor:

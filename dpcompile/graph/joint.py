@@ -11,7 +11,7 @@ from torch import fx
 from dpcompile.graph.labels import Examples
 from dpcompile.graph.sizes import Size
 
-__all__ = ["JointGraph", "OverRanks", "mutations"]
+__all__ = ["JointGraph", "OfExperts", "OverRanks", "mutations"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,19 @@ class OverRanks:
     name: str
     cut: frozenset[int]
     copied: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class OfExperts:
+    """Which of a graph's parameters are experts that lie on ranks with examples of their own.
+
+    Attributes:
+        name: of their group, as graphs have it.
+        cut: names of the parameters.
+    """
+
+    name: str
+    cut: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from dpcompile.graph.labels import Examples
+from dpcompile.graph.sent_products import all_experts
 from dpcompile.graph.sizes import Size, product, shape_of, size
 from dpcompile.graph.slices import accumulation_dtype, in_front
 from dpcompile.kernels.by_index import LEFT_OUT, has_sums_by_index
@@ -63,6 +64,7 @@ class Factored:
         flipped: rows and columns were exchanged: the first operand is the columns'.
         chain: what the tail does to the site's value (rows and columns of a flipped site are exchanged already).
         layout: how rows and columns lie in the parameter; sites of equal layouts add up along T.
+        on_ranks: the gradient of an example lies on several ranks: rule "ghost" is the only one.
     """
 
     site: Site
@@ -80,6 +82,7 @@ class Factored:
     flipped: bool = False
     chain: tuple[Any, ...] = ("identity",)
     layout: Hashable = None
+    on_ranks: bool = False
 
     def transposed(self) -> Factored:
         """The same with rows and columns exchanged."""
@@ -200,9 +203,12 @@ def _index_put(site: Site, batch: Size) -> Factored | None:
 
 
 def _experts(site: Site, batch: Size) -> Factored:
-    """Blocks are the experts; T is what comes to one of them."""
+    """Blocks are the experts, those of all ranks; T is what comes to one of them."""
     left, right, expert = (site.operands[name] for name in ("left", "right", "expert"))
     axis, (count, p, d) = next(iter(site.axes.values())), site.value.meta["val"].shape
+    on_ranks = site.form == "experts of ranks"  # what is summed here, of other ranks' examples too, is no example's
+    if on_ranks:
+        count = all_experts(int(count), str(site.operation.args[4]))
 
     def each(left: Tensor, right: Tensor, expert: Tensor, b: int, reuse: bool, kept: bool) -> tuple[Tensor, Tensor]:
         return expert_gradients(left, right, expert, count, axis, b)
@@ -214,7 +220,8 @@ def _experts(site: Site, batch: Size) -> Factored:
         return norms_of_experts(left, right, expert, count, axis, b)
 
     sizes = (count, positions_of_an_expert(product([axis.outer, axis.inner]), count), size(p), size(d))
-    return Factored(site, (left, right, expert), build, sizes, each=each, norms=norms, ghost=norms)
+    ways = {} if on_ranks else {"each": each, "norms": norms}
+    return Factored(site, (left, right, expert), build, sizes, ghost=norms, on_ranks=on_ranks, **ways)
 
 
 def _head(site: Site, batch: Size) -> Factored:
@@ -298,5 +305,6 @@ _MAKERS: dict[Form, Callable[[Site, Size], Factored | None]] = {
     "table": _index_put,
     "filters": _convolution,
     "experts": _experts,
+    "experts of ranks": _experts,
     "head": _head,
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
+from dpcompile.graph.sent_products import no_gradient_of_one_example
 from dpcompile.graph.sizes import Size, hinted, is_one, product, shape_of
 from dpcompile.graph.slices import accumulation_dtype
 from dpcompile.kernels.by_index import has_sums_by_index
@@ -91,6 +92,8 @@ class _Options:
             forms = bare(forms) if forms is not None and not self._later else forms
         else:
             self._exchange, forms = found
+        if forms is None and any(s.form == "experts of ranks" for s in sites):
+            no_gradient_of_one_example()
         if forms is None:
             why = "its sites are sums" if all(s.kind == "sum" for s in sites) else "through the tail"
             why = why if self._exchange is None else str(self._exchange)
@@ -123,7 +126,8 @@ class _Options:
         shape = _together(forms, self._value, self._element, hints)
         allowed = {"outer"} if is_one(shape.t) else {"ghost"}
         allowed |= {"keep", "redo"} | ({"direct"} if all(f.one_hot is None for f in forms) else set())
-        if shape.head:  # anything else holds what its logits were taken apart for
+        on_ranks = any(f.on_ranks for f in forms)
+        if shape.head or on_ranks:  # anything else holds what its logits were taken apart for, or lies elsewhere
             allowed = {"ghost"}
         _, t, p, d = (hinted(n, hints) for n in (1, shape.t, shape.p, shape.d))
         fits = mode.wanted(t, p, d)
@@ -131,6 +135,8 @@ class _Options:
         if self._exchange is not None:  # what was gathered is less than the gradients are
             wanted = [r for r in wanted if takes_positions(r, forms)] or wanted
         table = costs(shape, situation.batch, reuse=situation.reuse)
+        if on_ranks:
+            return [self._option("ghost", table["ghost"], "its rows are sent to other ranks", forms, shape)]
         if self._later:
             rule = "keep" if mode.rules == ("keep",) else "later"
             table["later"] = table["outer"]

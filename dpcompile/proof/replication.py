@@ -54,8 +54,8 @@ def refuse_moved_rows(graph: fx.Graph) -> None:
                 where=where(node),
                 remedy="let the ranks that hold other experts work on one batch: cut the experts over the mesh of "
                 "parallelize_module, let each rank run its own on all rows, and all-reduce the results (Transformers: "
-                "ep_size = tp_size, ep_implementation='all_reduce'); batches differ over the mesh of fully_shard "
-                "(docs/distributed.md, Expert parallelism)",
+                "ep_size = tp_size, ep_implementation='all_reduce'); or send rows by "
+                "dpcompile.experts.products_of_experts (docs/distributed.md, Expert parallelism)",
             )
 
 

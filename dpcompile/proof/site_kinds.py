@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["Form", "SiteKind", "add_site_kind", "find_site_kind", "own_site_kind", "site_kinds"]
 
 
-Form: TypeAlias = Literal["product", "filters", "table", "experts", "head"]
+Form: TypeAlias = Literal["product", "filters", "table", "experts", "experts of ranks", "head"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,8 @@ class SiteKind:
     Attributes:
         linear: the operands in which it is linear, of which one is scaled to weight the examples; preferred first.
         lies_along: operand -> the dimension that runs along the examples, where its place in the operation tells.
-        form: how the summed outer products are found: "product", "filters", "table", "experts" or "head"; None: by no
-            general way.
+        form: how the summed outer products are found: "product", "filters", "table", "experts", "experts of ranks" or
+            "head"; None: by no general way.
         widens: it takes bfloat16 and float16 as they are, and adds up in float32 or wider; what others are given is
             widened first.
         per_example: the same for each example by itself: operands with the examples in front to ``[B, *shape]``; None

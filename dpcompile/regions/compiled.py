@@ -12,7 +12,6 @@ from torch import fx
 from dpcompile.capture.roles import Roles
 from dpcompile.clipping.groups import clip_groups, group_of
 from dpcompile.distributed.ranks import any_rank
-from dpcompile.graph.joint import OverRanks
 from dpcompile.options import AT_ONCE, DEFERRED, TWO_PASS, Lowering, Options
 from dpcompile.pipeline import Transformed
 from dpcompile.planning.plan import Plan
@@ -101,7 +100,7 @@ class CompiledRegions:
         live: Sequence[Any],
         examples: Callable[[], Sequence[Any]],
         scope: Scope,
-        over_ranks: Callable[[Roles], OverRanks | None],
+        on_ranks: Callable[[Roles], Roles],
         *,
         proving: bool,
         place: str,
@@ -113,7 +112,7 @@ class CompiledRegions:
             live: its inputs.
             examples: makes what to trace with.
             scope: what is known of the inputs.
-            over_ranks: see :func:`dpcompile.regions.region.compile_region`.
+            on_ranks: see :func:`dpcompile.regions.region.compile_region`.
             proving: a backward of the model may follow.
             place: what to call the region.
         """
@@ -124,9 +123,7 @@ class CompiledRegions:
         if key is None or key not in self._regions:
             self.compilations += 1
             with torch.set_grad_enabled(torch.is_grad_enabled() and proving):
-                region = compile_region(
-                    gm, live, examples(), scope, self._options, lowering, over_ranks, proving, place
-                )
+                region = compile_region(gm, live, examples(), scope, self._options, lowering, on_ranks, proving, place)
             if region.transformed is not None:
                 self.newest = region.transformed
                 self._plans.append(region.transformed.plan)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dpcompile.batches.draws import Given
 from dpcompile.capture.roles import no_example_axis
 from dpcompile.capture.tracing import tracing_config
+from dpcompile.distributed.expert_parallel import find_expert_parallel
 from dpcompile.distributed.ranks import refuse_some, world_size
 from dpcompile.distributed.shards import local_part
 from dpcompile.distributed.tensor_parallel import NormsOverRanks, find_tensor_parallel
@@ -67,15 +68,19 @@ class RegionEngine(Engine):
         if options.pipeline is not None:
             self.stage, self.ledger.holds = Stage(self, options.pipeline, self._run_chunk), True
             stages = self.stage.ranks
-        parallel = find_tensor_parallel(self._parameters, fsdp=self._sharded, stages=stages)
+        experts = find_expert_parallel(self._parameters, fsdp=self._sharded, pipeline=self.stage is not None)
+        parallel = None
+        if experts is None:
+            parallel = find_tensor_parallel(self._parameters, fsdp=self._sharded, stages=stages)
         two_pass = MODES[options.norm].second_backward
-        if parallel is not None:
-            _check_parallel(options, two_pass=two_pass)
+        if parallel is not None or experts is not None:
+            _check_parallel(options, "tensor" if experts is None else "expert", two_pass=two_pass)
         elif self.stage is not None and not self._sharded:
             refuse_some("a pipeline", stages)
-        self._rank_parts = RankParts(parallel)
+        self._rank_parts = RankParts(parallel, experts)
         self._owners = Owners(module)
-        deferred = parallel is not None or self.stage is not None  # norms are added up over ranks before any weight
+        # Norms are added up over ranks before any weight is known; and all ranks send rows in one order.
+        deferred = any(x is not None for x in (parallel, experts, self.stage))
         self.graphs = CompiledRegions(options, self._owners, deferred=deferred, two_pass=two_pass)
         self.running: Running[RegionForward] = Running()
         self._calls = CapturedCalls(options, self.graphs, self._rank_parts, self.running)
@@ -175,7 +180,9 @@ class RegionEngine(Engine):
             root = one_unit(self.module) if single else find_units(self.module, blocks=not breaks)
             self.graphs.share(self._owners.with_two_names() if breaks else self._owners.tied(root))
             if self.sharded:
-                check_sharded(root, self._parameters, 1 if self.stage is None else self.stage.ranks)
+                stages, parallel = 1 if self.stage is None else self.stage.ranks, self._rank_parts.parallel
+                sharing = 1 if parallel is None else parallel.size
+                check_sharded(root, self._parameters, stages=stages, sharing=sharing)
             self._root = root
         if self.sharded and self.stage is None:  # a stage's micro-batches are under way together
             clear_failed(self._root)
@@ -224,21 +231,21 @@ class RegionEngine(Engine):
         return self._run_model(forward)[0]
 
 
-def _check_parallel(options: Options, *, two_pass: bool) -> None:
-    """Raise UnsupportedGraphError for what cannot be had under tensor parallelism."""
+def _check_parallel(options: Options, kind: str, *, two_pass: bool) -> None:
+    """Raise UnsupportedGraphError for what cannot be had under tensor or expert parallelism."""
     if options.check:
         raise UnsupportedGraphError(
-            "check=True compares with torch.func.vmap on whole parameters, and tensor parallelism holds parts",
-            remedy="check the model on one process before parallelize_module",
+            f"check=True compares with torch.func.vmap on whole parameters, and {kind} parallelism holds parts",
+            remedy="check the model on one process, before its parameters are cut",
         )
     if two_pass:
         raise UnsupportedGraphError(
-            f"norm={options.norm!r} has two backward passes, and under tensor parallelism there is one",
+            f"norm={options.norm!r} has two backward passes, and under {kind} parallelism there is one",
             remedy="use one backward: norm='auto', 'book_keeping', 'bk_mixed_ghost'",
         )
     if options.regions == "breaks":
         raise UnsupportedGraphError(
-            "regions='breaks' under tensor parallelism: what Python does between graphs could differ from rank to "
+            f"regions='breaks' under {kind} parallelism: what Python does between graphs could differ from rank to "
             "rank, and nothing would tell",
             remedy="remove the graph breaks, and leave regions out or use regions='blocks'",
         )

@@ -9,17 +9,24 @@ from torch import nn
 
 from dpcompile._torch.parallel import clear_interrupted, forward_hooks, is_fsdp_hook
 from dpcompile.distributed.ranks import refuse_some
-from dpcompile.distributed.shards import check_layout, is_distributed
+from dpcompile.distributed.shards import check_layout, is_distributed, tensor_parallel_dims
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.regions.units import Unit
 
 __all__ = ["check_sharded", "clear_failed", "held_by_units"]
 
 
-def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter], stages: int = 1) -> None:
+def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter], *, stages: int = 1, sharing: int = 1) -> None:
     """Raise UnsupportedGraphError unless FSDP2 holds every trainable parameter in a way that is understood here.
 
-    Of a pipeline over so many ranks, ``stages``, it shards one stage over the others.
+    **Guarantee.** If this returns, then every trainable parameter's sums are added up over all ranks that have examples
+    of their own.
+
+    Args:
+        root: the model.
+        parameters: of it.
+        stages: of a pipeline over so many ranks; FSDP shards one stage over the others.
+        sharing: so many ranks of tensor parallelism share a batch, and hold copies of what is not cut over them.
     """
     for name, parameter in parameters.items():
         if parameter.requires_grad and not is_distributed(parameter):
@@ -29,9 +36,10 @@ def check_sharded(root: Unit, parameters: Mapping[str, nn.Parameter], stages: in
             )
         if parameter.requires_grad:
             check_layout(parameter, fsdp=True)
-    meshes = [cast(Any, p).device_mesh.size() for p in parameters.values() if p.requires_grad]
-    if meshes:
-        refuse_some("FSDP shards the model", max(meshes) * stages)
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            copies = 1 if tensor_parallel_dims(parameter, fsdp=True) else sharing
+            refuse_some(f"FSDP shards '{name}'", cast(Any, parameter).device_mesh.size() * stages * copies)
     for unit in _all(root):
         if unit.sharded and not all(map(is_fsdp_hook, forward_hooks(unit.module))):
             raise UnsupportedGraphError(

@@ -1,8 +1,8 @@
-"""What the inputs of a region's graphs are on the other ranks of tensor parallelism."""
+"""What the inputs of a region's graphs are on the other ranks of tensor or expert parallelism."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 from dpcompile._torch.parallel import inner_tensor
 from dpcompile.capture.localise import Localised, StandIns, localise
 from dpcompile.capture.roles import Roles
+from dpcompile.distributed.expert_parallel import ExpertParallel
 from dpcompile.distributed.shards import is_distributed
 from dpcompile.distributed.tensor_parallel import Compared, TensorParallel, check_copies
 from dpcompile.errors import UnsupportedGraphError
-from dpcompile.graph.joint import OverRanks
+from dpcompile.graph.joint import OfExperts, OverRanks
 from dpcompile.graph.labels import Examples, Label, Shared, Whole
 from dpcompile.graph.sizes import is_one
 from dpcompile.regions.region import CompiledRegion, Scope
@@ -27,10 +28,11 @@ class RankParts:
 
     Args:
         parallel: the ranks; None without tensor parallelism.
+        experts: those of expert parallelism; None without it.
     """
 
-    def __init__(self, parallel: TensorParallel | None) -> None:
-        self.parallel = parallel
+    def __init__(self, parallel: TensorParallel | None, experts: ExpertParallel | None = None) -> None:
+        self.parallel, self.experts = parallel, experts
         self._compared = None if parallel is None else Compared(parallel)
         self._copies_checked = False
 
@@ -42,17 +44,22 @@ class RankParts:
 
     def localise(self, gm: fx.GraphModule, live: Sequence[Any]) -> Localised:
         """The graph with plain tensors for inputs."""
-        return localise(gm, live, self.parallel)
+        return localise(gm, live, self.parallel or self.experts)
 
-    def over_ranks(self, live: Sequence[Any], stand_ins: StandIns, scope: Scope, roles: Roles) -> OverRanks | None:
-        """What a graph's inputs, with what stands in for them in this forward, are on the other ranks."""
+    def on_ranks(self, live: Sequence[Any], stand_ins: StandIns, scope: Scope, roles: Roles) -> Roles:
+        """Roles of a graph's inputs, with what these, or what stands in for them now, are on the other ranks."""
+        if self.experts is not None:
+            own = {p: n for p, n in roles.parameters.items() if stand_ins.is_cut(live[p])}
+            self._check_experts(own.values(), roles.parameters.values())
+            return replace(roles, experts=OfExperts(self.experts.name, frozenset(own.values())))
         if self.parallel is None:
-            return None
+            return roles
         assert self._compared is not None
         parts = {p for p, value in enumerate(live) if stand_ins.is_cut(value) or scope.is_ranks_own(value)}
         compared = {p: self._compared.same(live[p]) for p in roles.others if isinstance(live[p], Tensor)}
         copied = frozenset(p for p, same in compared.items() if same)
-        return OverRanks(self.parallel.group, self.parallel.name, frozenset(parts | compared.keys() - copied), copied)
+        cut = frozenset(parts | compared.keys() - copied)
+        return replace(roles, ranks=OverRanks(self.parallel.group, self.parallel.name, cut, copied))
 
     def check_copy(self, roles: Roles, position: int, name: str, value: Tensor) -> None:
         """An equal block may read another tensor than the one that the proof took for the same on all ranks."""
@@ -66,15 +73,30 @@ class RankParts:
     def check_cut(self, region: CompiledRegion, names: Sequence[str]) -> None:
         """What the proof took for parts of parameters are those that norms are added up for."""
         assert region.roles is not None
+        if region.roles.experts is not None:
+            first = region.roles.parameters
+            known = [n for p, n in zip(region.trained, names, strict=True) if first[p] in region.roles.experts.cut]
+            self._check_experts(known, names)
         ranks, parallel = region.roles.ranks, self.parallel
         proved = {n for p, n in zip(region.trained, names, strict=True) if ranks is not None and p in ranks.cut}
         assert proved == (set() if parallel is None else parallel.cut & set(names)), (proved, names)
+
+    def _check_experts(self, found: Iterable[str], names: Iterable[str]) -> None:
+        """What a graph has of the experts is all of it that lies on several ranks."""
+        assert self.experts is not None
+        found, wanted = set(found), self.experts.cut & set(names)
+        if found != wanted:
+            raise UnsupportedGraphError(
+                f"FSDP did not gather parameter '{min(found ^ wanted)}', or it is not cut as the experts are",
+                remedy="fully_shard(experts, mesh=mesh['edp']) for each module that cut_experts was called on, without "
+                "ignored_params",
+            )
 
     def gathered(self, parameter: Any) -> bool:
         """Whether FSDP gathered a parameter: it is plain, or lies on the ranks of tensor parallelism alone."""
         if not is_distributed(parameter):
             return True
-        mesh, parallel = parameter.device_mesh, self.parallel
+        mesh, parallel = parameter.device_mesh, self.parallel or self.experts
         return parallel is not None and mesh.ndim == 1 and mesh.get_group(0).group_name == parallel.name
 
 

@@ -17,7 +17,6 @@ from dpcompile.capture.outputs import separate_outputs
 from dpcompile.capture.roles import Roles, assign_roles
 from dpcompile.errors import ExampleMixingError, UnsupportedGraphError
 from dpcompile.graph.compile import compile_joint
-from dpcompile.graph.joint import OverRanks
 from dpcompile.graph.labels import Examples, Label, Mixed, Shared, Summed, Whole
 from dpcompile.graph.sizes import shape_of
 from dpcompile.lowering.backward import lower_backward
@@ -115,7 +114,7 @@ def compile_region(
     scope: Scope,
     options: Options,
     lowering: Lowering,
-    over_ranks: Callable[[Roles], OverRanks | None],
+    on_ranks: Callable[[Roles], Roles],
     proving: bool,
     place: str = "",
 ) -> CompiledRegion:
@@ -128,7 +127,7 @@ def compile_region(
         scope: what is known of ``live``.
         options: of the model.
         lowering: of the region.
-        over_ranks: what inputs of these roles are on the other ranks of tensor parallelism.
+        on_ranks: adds to these roles what the inputs are on other ranks.
         proving: a backward of the model will follow.
         place: what to call the region.
 
@@ -142,7 +141,7 @@ def compile_region(
     leaves = _leaves(live, scope)
     trained = torch.is_grad_enabled() and _needs_gradient(gm) and any(_is_trainable(x, scope) for x in live)
     roles = assign_roles(gm, live, scope.parameters, leaves, trained=trained)
-    roles = replace(roles, ranks=over_ranks(roles), alike=_alike(live, scope))
+    roles = replace(on_ranks(roles), alike=_alike(live, scope))
     symbols = _symbols(gm)
     if not trained:
         return _label_only(gm, examples, roles, options, symbols, place)
@@ -188,8 +187,9 @@ def compile_region(
 
 
 def _verifier(options: Options, roles: Roles, place: str, lowered: LoweredBackward | None) -> Verifier | None:
-    """None where nothing is to be compared: under tensor parallelism ranks could part ways in a graph's collectives."""
-    return Verifier(place, lowered) if options.verify and roles.ranks is None else None
+    """None where nothing is to be compared: ranks could part ways in a graph's collectives."""
+    alone = roles.ranks is None and roles.experts is None
+    return Verifier(place, lowered) if options.verify and alone else None
 
 
 def _label_only(

@@ -96,8 +96,8 @@ class RegionRunner:
     def region(self, gm: fx.GraphModule, live: Sequence[Any], examples: Callable[[], Sequence[Any]]) -> CompiledRegion:
         """What a graph is compiled to, for these inputs; ``examples`` makes what to trace with."""
         scope, place = self.frame.scope, self.frame.place
-        over_ranks = partial(self.parts.over_ranks, live, self.stand_ins, scope)
-        return self.graphs.region(gm, live, examples, scope, over_ranks, proving=self.proving, place=place)
+        on_ranks = partial(self.parts.on_ranks, live, self.stand_ins, scope)
+        return self.graphs.region(gm, live, examples, scope, on_ranks, proving=self.proving, place=place)
 
     def run_region(self, region: CompiledRegion, inputs: Sequence[Any], recompute: bool = False) -> Sequence[Any]:
         """Run a region on these inputs; with ``recompute``, keep of it for the backward nothing but them."""

@@ -180,7 +180,11 @@ def _fake_call(unit: Unit, args: Any, kwargs: Any) -> Any:
         policy = mixed_precision(module)
         if policy.param_dtype is not None and policy.cast_forward_inputs:
             args, kwargs = _cast((args, kwargs), policy.param_dtype)
-        outputs = torch.func.functional_call(module, _fake_state(module, policy.param_dtype, fsdp=True), args, kwargs)
+        state, before = _fake_state(module, policy.param_dtype, fsdp=True), f"{unit.path}." if unit.path else ""
+        inside = tuple(f"{child.path.removeprefix(before)}." for child in unit.children)
+        own = {n: x for n, x in state.items() if not n.startswith(inside)}
+        with stubs(unit.children):  # which answer for themselves
+            outputs = torch.func.functional_call(module, own, args, kwargs)
         return outputs if policy.output_dtype is None else _cast(outputs, policy.output_dtype)
     finally:
         if stand_in is not None:

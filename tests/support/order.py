@@ -18,7 +18,7 @@ regions
 module
 reporting
 optim
-data extending losses rates schedules viz
+data experts extending losses rates schedules viz
 api step checkpoint per_example
 validating advising
 private

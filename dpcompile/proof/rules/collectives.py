@@ -86,7 +86,8 @@ def all_to_all(call: Call) -> Label:
         return call.mixes(
             "it hands every rank some of the examples only",
             "exchange heads or positions: move their dimension to the front, or flatten it there before the examples; "
-            "let experts that are cut over ranks work on one batch, and all-reduce their results (docs/distributed.md)",
+            "let experts that are cut over ranks work on one batch, and all-reduce their results, or send rows to them "
+            "by dpcompile.experts.products_of_experts (docs/distributed.md)",
         )
     return Examples(0, outer, label.inner)
 

@@ -1,9 +1,10 @@
-"""Rows with one matrix each, chosen by an index (:mod:`dpcompile.graph.expert_products`)."""
+"""Rows with one matrix each, chosen by an index: :mod:`dpcompile.graph.expert_products`, and those of other ranks."""
 
 from __future__ import annotations
 
 from dpcompile.graph.expert_products import each_expert_sum  # and registers the operations
 from dpcompile.graph.labels import Examples, Label, Summed
+from dpcompile.graph.sent_products import no_gradient_of_one_example  # and registers the operations
 from dpcompile.proof.rules.growth import Product
 from dpcompile.proof.rules.registry import Call, axis_rule
 from dpcompile.proof.rules.stripes import Behind, Stripes, row_wise
@@ -12,7 +13,7 @@ from dpcompile.proof.site_kinds import SiteKind
 __all__ = ["along_rows"]
 
 
-@axis_rule("dpcompile.expert_products", growth=Product(("rows", "matrices")))
+@axis_rule("dpcompile.expert_products", "dpcompile.sent_products", growth=Product(("rows", "matrices")))
 def expert_products(call: Call) -> Label:
     """Every row's product with the matrix that its index chooses."""
     if call.summed() or isinstance(call.label(call["matrices"]), Examples):
@@ -27,6 +28,25 @@ def expert_products(call: Call) -> Label:
 )
 def expert_sums(call: Call) -> Label:
     """Outer products of rows, added up by an index."""
+    return _sums(call)
+
+
+@axis_rule(
+    "dpcompile.sent_sums",
+    growth=Product(("left", "right")),
+    site=SiteKind(
+        ("left", "right"),
+        {"left": 0, "right": 0, "expert": 0},
+        per_example=no_gradient_of_one_example,
+        form="experts of ranks",
+    ),
+)
+def sent_sums(call: Call) -> Label:
+    """The same, and what other ranks' examples add: each is clipped where it lies, as this rank's are."""
+    return _sums(call)
+
+
+def _sums(call: Call) -> Label:
     if call.summed():
         return call.mixes("it multiplies a sum over all examples with other values")
     found = along_rows(call, "left", "right", "expert")
