@@ -14,6 +14,7 @@ from dpcompile._torch.autograd import current_backward
 __all__ = [
     "ddp_options",
     "forward_hooks",
+    "gathered_parameters",
     "active_replica",
     "checkpointed",
     "clear_interrupted",
@@ -45,6 +46,19 @@ def inner_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def mixed_precision(module: torch.nn.Module) -> Any:
     """The policy of a unit of FSDP2."""
     return cast(Any, module)._get_fsdp_state()._mp_policy
+
+
+def gathered_parameters(unit: torch.nn.Module) -> set[int]:
+    """``id`` of the parameters in a unit of FSDP2, and in units inside, in the form that they have while gathered."""
+    found = set()
+    for module in unit.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            state = cast(Any, module)._get_fsdp_state()
+            several = getattr(state, "_fsdp_param_groups", None)  # newer torch
+            groups = [state._fsdp_param_group] if several is None else several
+            held = (p for group in groups if group is not None for p in group.fsdp_params)
+            found.update(id(p._unsharded_param) for p in held if hasattr(p, "_unsharded_param"))
+    return found
 
 
 def ranks_of_group(group: Any) -> list[int]:

@@ -747,8 +747,6 @@ def main() -> None:
                 f"automatic, {name} and stages": partial(meshed, kind, "1F1B", clipping="automatic"),
                 f"checkpoints of {name} and stages": partial(meshed_checkpoints, kind, directory),
             }
-        for name in ("zero bubble, {} and stages", "{} and two stages each"):
-            del checks[name.format(MESHES["both"])]  # docs/distributed.md
         checks = {n: c for n, c in checks.items() if n in ("gradients", "loading", "own checkpoints") or "stages" in n}
     failing = {"accident": accident, "late accident": late_accident, "killed": killed}
     if wanted[:1] and wanted[0] in failing:
