@@ -47,6 +47,14 @@ def test_what_layers_that_are_cut_twice_do_otherwise(tmp_path: Path) -> None:
     assert passed(launch(4, "tensor_worker.py", str(tmp_path), *few)) == few
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_noise_that_is_correlated_over_steps(ranks: int, tmp_path: Path) -> None:
+    """Weights are those of one process, so that its variance is there once; on four ranks with FSDP2."""
+    found = passed(launch(ranks, "tensor_worker.py", str(tmp_path), "correlated"))
+    assert found == {"correlated by bands", "correlated by buffers"}
+
+
 BOXES = [
     ((6, 4), (0, 0), (6, 4)), ((6, 4), (2, 0), (3, 4)), ((6, 4), (0, 2), (6, 2)), ((6, 4), (3, 2), (2, 2)),
     ((4, 3, 6), (1, 0, 2), (2, 3, 2)), ((4, 3, 6), (1, 1, 0), (2, 1, 6)), ((5,), (2,), (3,)), ((), (), ()),
