@@ -105,7 +105,7 @@ def check_replication(joint: JointGraph, proof: Proof, ranks: OverRanks | None) 
     return found
 
 
-def _refuse_shares(joint: JointGraph, proof: Proof, axis: OverAxis, own: Mapping[Any, str]) -> None:
+def _refuse_shares(joint: JointGraph, proof: Proof, axis: OverAxis, own: Mapping[fx.Node, str]) -> None:
     """Along a dimension of the mesh: what would be updated, or handed back, as one value and is another on each rank.
 
     Raises:
@@ -113,7 +113,7 @@ def _refuse_shares(joint: JointGraph, proof: Proof, axis: OverAxis, own: Mapping
     """
     along = f", along {axis.label}" * bool(axis.label)
     for name, gradient in joint.gradients.items():
-        if gradient in own and _position(joint.parameters[name]) not in axis.cut:
+        if gradient is not None and gradient in own and _position(joint.parameters[name]) not in axis.cut:
             raise UnsupportedGraphError(
                 f"every rank of tensor parallelism holds parameter '{name}' whole, and its gradient is another one on "
                 f"each{along} ({own[gradient]})",

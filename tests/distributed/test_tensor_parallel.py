@@ -139,14 +139,37 @@ class Partial(_Placement):
         ((Replicate(), _StridedShard(0, 3), Shard(0)), False),
         ((Replicate(), Shard(1), Shard(0)), False),
         ((Replicate(), Replicate(), Shard(0)), False),
-        ((Shard(0), Replicate(), Shard(1)), False),
+        ((Shard(0), Replicate(), Shard(1)), True),
+        ((Shard(0), Replicate(), Replicate()), True),
+        ((_StridedShard(0, 2), Replicate(), Shard(0)), True),
+        ((_StridedShard(0, 2), Shard(0), Shard(1)), True),
+        ((_StridedShard(0, 4), Shard(0), Shard(1)), False),
+        ((_StridedShard(0, 4), Shard(0), Shard(0)), False),
         ((Shard(0), Shard(1), Shard(1)), False),
+        ((Shard(0), Replicate(), Replicate(), Shard(1)), False),
+        ((Replicate(), Shard(0), Replicate(), Shard(1)), True),
         ((Replicate(), Replicate(), Shard(0), Shard(1)), False),
     ],
 )
 def test_only_placements_that_are_understood_pass(placements: tuple[_Placement, ...], understood: bool) -> None:
-    """Any other could lie elsewhere in the parameter than its noise."""
-    assert shards._is_understood(placements, [2] * len(placements)) is understood
+    """Under FSDP2; any other could lie elsewhere in the parameter than its noise."""
+    assert shards._is_understood(placements, [2] * len(placements), fsdp=True) is understood
+
+
+@pytest.mark.parametrize(
+    ("placements", "understood"),
+    [
+        ((Replicate(), Replicate()), True),
+        ((Replicate(), Shard(1)), True),
+        ((Shard(1), Shard(0)), True),
+        ((Shard(0), Shard(0)), False),
+        ((_StridedShard(0, 2), Shard(0)), False),
+        ((Replicate(), Partial()), False),
+        ((Replicate(), Replicate(), Shard(0)), False),
+    ],
+)
+def test_placements_without_fsdp(placements: tuple[_Placement, ...], understood: bool) -> None:
+    assert shards._is_understood(placements, [2] * len(placements), fsdp=False) is understood
 
 
 def test_fingerprints_tell_batches_apart() -> None:

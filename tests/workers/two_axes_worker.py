@@ -128,7 +128,8 @@ CUT = {"q": 0, "k": 0, "v": 0, "gate": 0, "up": 0, "head": 0, "o": 1, "down": 1}
 
 def placed(mesh: DeviceMesh, make: Callable[[], Any] = Llama) -> Any:
     """On the mesh, or on its last two dimensions and sharded over the first."""
-    model, both = made(make), mesh["cp", "tp"]
+    model: Any = made(make)
+    both = mesh["cp", "tp"]
     for module in model.modules():
         if isinstance(module, Placed):
             module.mesh, module.tp, module.both = mesh["cp"], mesh["tp"], both
