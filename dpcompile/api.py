@@ -50,6 +50,7 @@ def dp_compile(  # type: ignore[misc]
     verify: bool = True,
     examples_per_user: int = 1,
     pipeline: Any = None,
+    untied: bool = False,
 ) -> Any:
     """Compile a model so that its backward clips every example's gradient.
 
@@ -93,6 +94,9 @@ def dp_compile(  # type: ignore[misc]
         pipeline: the model is a stage of a pipeline of ``torch.distributed.pipelining``: the group of its
             ``PipelineStage``, a mesh of one dimension, or True for all ranks. Norms are those over all stages
             (:mod:`dpcompile.runtime.stages`).
+        untied: of a stage: its parameters are copies of none in other stages, though some start from the same values
+            (both stages were initialised from one seed). Without it a parameter that equals another stage's bit by bit
+            is refused, as a head tied to an embedding would be trained as two parameters.
 
     Returns:
         A module of the model's own class and signature with, in addition, ``grad_norms``, ``plan``, ``graph``,
@@ -114,6 +118,7 @@ def dp_compile(  # type: ignore[misc]
     options = Options(
         max_grad_norm, clipping, norm, in_dims, loss_reduction, backend, dynamic, memory_budget, check, regions, verify,
         examples_per_user, pipeline=None if pipeline is None or pipeline is False else group_of(pipeline),
+        untied=untied,
     )  # fmt: skip
     check_pipeline(options)
     if model is None:

@@ -24,6 +24,7 @@ class PassedOptions(TypedDict, total=False):
     regions: str | None
     verify: bool
     pipeline: Any
+    untied: bool
 
 
 class CompileOptions(PassedOptions, total=False):
@@ -56,6 +57,7 @@ class Options:
     examples_per_user: int = 1
     machine: str | None = None
     pipeline: Any = None
+    untied: bool = False
 
 
 DEFERRED, AT_ONCE, TWO_PASS = "deferred", "at once", "two passes"

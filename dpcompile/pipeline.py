@@ -15,7 +15,7 @@ from dpcompile.capture.joint import check_outputs, name_joint
 from dpcompile.capture.roles import Roles
 from dpcompile.clipping.groups import clip_groups
 from dpcompile.graph.joint import JointGraph
-from dpcompile.graph.labels import Label, as_ranks_own
+from dpcompile.graph.labels import Label, Own, as_ranks_own
 from dpcompile.graph.matrix_exp import fold_matrix_exp
 from dpcompile.graph.normalise import (
     copy_expanded_bases,
@@ -35,10 +35,11 @@ from dpcompile.planning.plan import Plan, make_plan
 from dpcompile.planning.region_memory import RegionMemory, region_memory
 from dpcompile.planning.shared_uses import Use, uses_of
 from dpcompile.planning.situation import situation_of
+from dpcompile.proof.between_ranks import refuse_moved_rows
 from dpcompile.proof.certificate import Certificate, certify
 from dpcompile.proof.experts_of_ranks import check_experts, refuse_other_experts
 from dpcompile.proof.prove import Proof, prove
-from dpcompile.proof.replication import check_replication, refuse_moved_rows, refuse_ranks_own
+from dpcompile.proof.replication import check_replication, refuse_ranks_own
 from dpcompile.proof.scaling import check_scaling
 from dpcompile.proof.shared_outputs import labels_of_no_example
 from dpcompile.proof.sites import ParameterGradient, find_gradients
@@ -74,7 +75,7 @@ class Work:
     certificate: Certificate = field(init=False)
     plan: Plan = field(init=False)
     memory: RegionMemory | None = field(init=False, default=None)
-    ranks_own: Mapping[int, str] = field(init=False)
+    ranks_own: Mapping[int, Own] = field(init=False)
 
     @property
     def mean(self) -> bool:
@@ -85,7 +86,7 @@ class Work:
     def output_labels(self) -> tuple[Label, ...]:
         """Of the forward outputs, in the order of the captured graph, as another graph must know them."""
         own = self.ranks_own
-        return tuple(as_ranks_own(self.proof.leaving(n), own.get(i, "")) for i, n in enumerate(self.joint.outputs))
+        return tuple(as_ranks_own(self.proof.leaving(n), own.get(i, ())) for i, n in enumerate(self.joint.outputs))
 
     @property
     def mean_of(self) -> int | None:

@@ -3,12 +3,13 @@
     torchrun --nproc-per-node 4 examples/train_parallel.py --dp 2 --pp 2
     torchrun --nproc-per-node 4 examples/train_parallel.py --pp 2 --tp 2 --schedule 1F1B
     torchrun --nproc-per-node 8 examples/train_parallel.py --dp 2 --pp 2 --cp 2
+    torchrun --nproc-per-node 8 examples/train_parallel.py --dp 2 --tp 2 --cp 2
     torchrun --nproc-per-node 4 examples/train_parallel.py --dp 2 --pp 2 --public
 
 ``--dp`` shards by FSDP2 over ranks with examples of their own, ``--pp`` divides the layers into stages
 (torch.distributed.pipelining), ``--tp`` cuts the layers, ``--cp`` every example's tokens (context parallelism, with
-keys and values gathered). ``--tp`` and ``--cp`` do not go together. On CPUs the ranks talk through gloo, on GPUs
-through NCCL. The held-out losses that are printed do not depend on the mesh, but for rounding.
+keys and values gathered). On CPUs the ranks talk through gloo, on GPUs through NCCL. The held-out losses that are
+printed do not depend on the mesh, but for rounding.
 
 The text is the reference documentation that ships with Python (``pydoc_data.topics``), cut into windows of 32 bytes:
 one example is one window, and epsilon is for one window more or less. Every tenth is held out.
@@ -29,8 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.utils.data import TensorDataset
 
 from dpcompile import DPOptimizer, PoissonLoader, PrivacyAccountant, calibrate_noise, dp_compile
@@ -40,18 +40,41 @@ BYTES = 256
 CONTEXT = 32
 HEAD = 16  # dimensions of an attention head
 EVALUATED = 256  # held-out windows
-CUT = {
-    "q": ColwiseParallel, "k": ColwiseParallel, "v": ColwiseParallel, "out": RowwiseParallel,
-    "gate": ColwiseParallel, "up": ColwiseParallel, "down": RowwiseParallel,
-}  # fmt: skip
+CUT = {"q": 0, "k": 0, "v": 0, "gate": 0, "up": 0, "out": 1, "down": 1}  # along which dimension, over --tp
 
 
-class Tokens:
-    """Which tokens of every example lie on this rank: all, or one run of several."""
+class Ranks:
+    """Ranks that share a batch: along ``cp`` each has a run of every example's tokens, along ``tp`` a part of layers.
 
-    def __init__(self, mesh: DeviceMesh | None = None) -> None:
-        self.mesh = mesh
-        self.rank = 0 if mesh is None else mesh.get_local_rank()
+    Without a mesh along one of them all of that is here.
+    """
+
+    def __init__(self, cp: DeviceMesh | None = None, tp: DeviceMesh | None = None) -> None:
+        self.mesh, self.tp = cp, tp
+        self.rank = 0 if cp is None else cp.get_local_rank()
+
+    def here(self, parameter: Any, over_tp: Placement) -> Tensor:
+        """What of a parameter lies here, of whose gradient each rank along ``cp`` has a share."""
+        shares: list[Placement] = [Partial()] * (self.mesh is not None)
+        shares = shares + [over_tp] * (self.tp is not None)
+        return parameter.to_local(grad_placements=shares) if shares else parameter
+
+    def columns(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """A layer of whose outputs each rank along ``tp`` has some: the gradients of its input are added up."""
+        if self.tp is not None:
+            x = DTensor.from_local(x, self.tp, [Replicate()]).to_local(grad_placements=[Partial()])
+        return F.linear(x, self.here(layer.weight, Shard(0)))
+
+    def rows(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """A layer of whose inputs each rank along ``tp`` has some: its outputs are added up."""
+        y = F.linear(x, self.here(layer.weight, Shard(1)))
+        if self.tp is None:
+            return y
+        return DTensor.from_local(y, self.tp, [Partial()]).redistribute(placements=[Replicate()]).to_local()
+
+    def normed(self, layer: nn.RMSNorm, x: Tensor) -> Tensor:
+        """A norm, whole along ``tp``."""
+        return F.rms_norm(x, x.shape[-1:], self.here(layer.weight, Replicate()), layer.eps)
 
     def own(self, x: Tensor) -> Tensor:
         """Of ``[B, T, ..]`` what lies here."""
@@ -85,9 +108,9 @@ def rotated(x: Tensor, places: Tensor) -> Tensor:
 class Block(nn.Module):
     """Causal attention and a gated network, each added to its input."""
 
-    def __init__(self, width: int, tokens: Tokens) -> None:
+    def __init__(self, width: int, ranks: Ranks) -> None:
         super().__init__()
-        self.tokens = tokens
+        self.ranks = ranks
         self.norm_1, self.norm_2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.gate, self.up = (nn.Linear(width, 2 * width, bias=False) for _ in range(2))
@@ -95,26 +118,27 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, width]`` to the same, where T counts the tokens that lie here."""
-        h, places = self.norm_1(x), self.tokens.places(x)
-        q, k, v = self.q(h), self.tokens.gathered(self.k(h)), self.tokens.gathered(self.v(h))
-        q, k, v = (y.unflatten(-1, (-1, HEAD)).transpose(1, 2) for y in (q, k, v))
+        ranks = self.ranks
+        h, places = ranks.normed(self.norm_1, x), ranks.places(x)
+        q, k, v = (ranks.columns(layer, h) for layer in (self.q, self.k, self.v))
+        q, k, v = (y.unflatten(-1, (-1, HEAD)).transpose(1, 2) for y in (q, ranks.gathered(k), ranks.gathered(v)))
         everywhere = torch.arange(k.shape[2], device=x.device)
         seen = places[:, None] >= everywhere
         attended = F.scaled_dot_product_attention(rotated(q, places), rotated(k, everywhere), v, attn_mask=seen)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        h = self.norm_2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        x = x + ranks.rows(self.out, attended.transpose(1, 2).flatten(2))
+        h = ranks.normed(self.norm_2, x)
+        return x + ranks.rows(self.down, F.silu(ranks.columns(self.gate, h)) * ranks.columns(self.up, h))
 
 
 class Llama(nn.Module):
     """The layers ``[first, end)`` of a transformer over bytes, by the names that they have in the whole."""
 
-    def __init__(self, layers: int, width: int, first: int, end: int, tokens: Tokens) -> None:
+    def __init__(self, layers: int, width: int, first: int, end: int, ranks: Ranks) -> None:
         super().__init__()
-        self.tokens = tokens
+        self.ranks = ranks
         self.bytes = nn.Embedding(BYTES, width)
         # All of them: random numbers are those of the whole model.
-        blocks = {str(i): Block(width, tokens) for i in range(layers)}
+        blocks = {str(i): Block(width, ranks) for i in range(layers)}
         self.blocks = nn.ModuleDict({name: block for name, block in blocks.items() if first <= int(name) < end})
         self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, BYTES, bias=False)
         self.ends = first == 0, end == layers
@@ -125,11 +149,14 @@ class Llama(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Bytes ``[B, T]``, or what the stage before returns, to logits, or what the next stage is given."""
-        x = self.tokens.own(x)
-        h = self.bytes(x) if self.ends[0] else x
+        ranks, whole = self.ranks, Replicate()
+        x = ranks.own(x)
+        h = F.embedding(x, ranks.here(self.bytes.weight, whole)) if self.ends[0] else x
         for block in self.blocks.values():
             h = block(h)
-        return self.tokens.whole(self.head(self.norm(h)) if self.ends[1] else h)
+        if self.ends[1]:
+            h = F.linear(ranks.normed(self.norm, h), ranks.here(self.head.weight, whole))
+        return ranks.whole(h)
 
 
 def windows() -> tuple[TensorDataset, TensorDataset]:
@@ -161,14 +188,16 @@ def placed(options: argparse.Namespace, mesh: DeviceMesh) -> nn.Module:
     """What of the model lies on this rank."""
     torch.manual_seed(0)  # the same first weights on every mesh: they are no secret
     stage, each = mesh.get_local_rank("pp"), options.layers // options.pp
-    tokens = Tokens(mesh["cp"] if options.cp > 1 else None)
-    model = Llama(options.layers, options.width, stage * each, (stage + 1) * each, tokens).to(mesh.device_type)
-    if options.cp > 1:  # every gradient is a sum over these ranks
-        style = SequenceParallel(use_local_output=True)
-        parallelize_module(model, mesh["cp"], {n: style for n, m in model.named_modules() if not list(m.children())})
+    shared = tuple(name for name in ("cp", "tp") if getattr(options, name) > 1)
+    ranks = Ranks(*(mesh[name] if name in shared else None for name in ("cp", "tp")))
+    model = Llama(options.layers, options.width, stage * each, (stage + 1) * each, ranks).to(mesh.device_type)
+    for name, module in model.named_modules() if shared else ():
+        cut = CUT.get(name.rpartition(".")[2])
+        lies = {"cp": Replicate(), "tp": Replicate() if cut is None else Shard(cut)}
+        for own, p in list(module.named_parameters(recurse=False)):
+            laid = distribute_tensor(p.data, mesh[shared], [lies[dimension] for dimension in shared])
+            setattr(module, own, nn.Parameter(laid))
     for block in model.blocks.values():
-        if options.tp > 1:
-            parallelize_module(block, mesh["tp"], {name: style() for name, style in CUT.items()})
         if options.dp > 1:
             fully_shard(block, mesh=mesh["dp"])
     if options.dp > 1:
@@ -277,8 +306,6 @@ def main() -> None:
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
     parser.add_argument("--seed", type=int, help="to repeat a run; leave it out where the privacy is meant")
     options = parser.parse_args()
-    if options.tp > 1 and options.cp > 1:
-        parser.error("--tp and --cp do not go together")
     trainer = Trainer(options, start(options))
     trainer.publicly() if options.public else trainer.privately()
     dist.destroy_process_group()  # not after an error: it would wait for the other ranks

@@ -11,9 +11,10 @@ clip weights are made::
 A ring of ``n`` ranks sends ``(n - 1) / n`` of a tensor for a gather or a reduction, and twice that for both. A
 micro-batch sends, of each rank, with ``T`` tokens, ``d`` features and 2 bytes for an activation::
 
-    tp    4 sums of [b, T / cp, d] a block (two forward, two backward); norms: [2, b] and 8 float64 numbers
+    tp    4 sums of [b, T / cp, d] a block (two forward, two backward); norms: [2, b] and 8 float64 numbers, with cp 10
     cp    keys and values of T tokens gathered, their gradients reduced; private: for each weight [p, q] the smaller of
-          every example's gradient summed, 4 b p q, and rows and columns gathered, 4 b T (p + q)
+          every example's gradient summed, 4 b p q, and rows and columns gathered, 4 b T (p + q); norms: [2, b] and 8
+          float64 numbers, with tp [4, b]
     pp    [b, T / cp, d] to the next stage and its gradient back; private: [b] float64 numbers summed
     dp    FSDP2's gathers and reductions, as counted
 
@@ -50,7 +51,8 @@ def links(sizes: Sizes, mesh: Mesh, cell: Answer, *, private: bool, batch: int =
         "dp": (cell["gathered"] + cell["reduced"]) * (mesh.dp - 1) / mesh.dp,
     }
     if private:
-        found["tp"] += _both(8 * (2 * batch + 8), mesh.tp)
+        found["tp"] += _both(8 * (2 * batch + 8 + 2 * (mesh.cp > 1)), mesh.tp)
+        found["cp"] += _both(8 * ((4 if mesh.tp > 1 else 2) * batch + 8), mesh.cp)
         found["pp"] += _both(8 * batch, mesh.pp)
         found["cp"] += blocks * sum(
             _for_norms(p, q, sizes.context, mesh.cp, batch) for p, q in _weights(sizes, mesh.tp)

@@ -24,8 +24,7 @@ NAMES = {
 _METHOD = f"""## Meshes of four dimensions
 
 FSDP2 × tensor × pipeline × context parallelism, of models of 70 and 405 billion parameters, all of them trained, on
-`data × tensor × stages × context` ranks; `*` marks meshes that dpcompile refuses today, as tensor and context
-parallelism do not go together yet: they are sized all the same.
+`data × tensor × stages × context` ranks.
 
 One rank's share of the first stage runs without content, as above, under FSDP2 with parameters, sums and optimizer in
 float32 and products in bfloat16, on one example of 8,192 tokens as the micro-batch. Heads and inner features are cut
@@ -73,7 +72,7 @@ def _model(name: str, cells: list[dict[str, Any]], ratio: float) -> str:
     memory, sent, speed = [], [], []
     for cell in cells:
         mesh = Mesh(*cell["mesh"])
-        label = f"{mesh}{'' if mesh.runs else ' *'}"
+        label = str(mesh)
         if "error" in cell:
             memory.append([label, str(mesh.ranks), NAMES[cell["way"]], cell["error"], "", "", "", ""])
             continue

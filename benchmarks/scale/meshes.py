@@ -65,11 +65,6 @@ class Mesh:
         """Of the whole mesh."""
         return self.dp * self.tp * self.pp * self.cp
 
-    @property
-    def runs(self) -> bool:
-        """Whether such a mesh can be had: tensor and context parallelism do not go together yet."""
-        return self.tp == 1 or self.cp == 1
-
     def __str__(self) -> str:
         return f"{self.dp} × {self.tp} × {self.pp} × {self.cp}"
 

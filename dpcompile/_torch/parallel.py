@@ -15,6 +15,7 @@ __all__ = [
     "ddp_options",
     "forward_hooks",
     "group_named",
+    "gathered_parameters",
     "active_replica",
     "checkpointed",
     "clear_interrupted",
@@ -53,6 +54,19 @@ def group_named(name: str) -> Any:
     from torch.distributed import distributed_c10d  # not on every build
 
     return cast(Any, distributed_c10d)._resolve_process_group(name)
+
+
+def gathered_parameters(unit: torch.nn.Module) -> set[int]:
+    """``id`` of the parameters in a unit of FSDP2, and in units inside, in the form that they have while gathered."""
+    found = set()
+    for module in unit.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            state = cast(Any, module)._get_fsdp_state()
+            several = getattr(state, "_fsdp_param_groups", None)  # newer torch
+            groups = [state._fsdp_param_group] if several is None else several
+            held = (p for group in groups if group is not None for p in group.fsdp_params)
+            found.update(id(p._unsharded_param) for p in held if hasattr(p, "_unsharded_param"))
+    return found
 
 
 def ranks_of_group(group: Any) -> list[int]:

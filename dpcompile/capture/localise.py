@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +25,8 @@ from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.locate import where
 
 __all__ = ["Localised", "StandIns", "localise"]
+
+Wrapper: TypeAlias = "tuple[Callable[[Tensor], Tensor], tuple[str, ...]]"
 
 
 @dataclass(slots=True)
@@ -51,10 +53,14 @@ class StandIns:
         known = self.originals.get(id(value))
         return value if known is None else known[1]
 
-    def is_cut(self, value: Any) -> bool:
-        """Whether it stands in for a tensor of which other ranks hold other parts."""
+    def is_cut(self, value: Any, group: str) -> bool:
+        """Whether it stands in for a tensor of which the ranks of the group of this name hold other parts."""
         original: Any = self.original(value)
-        return original is not value and any(type(p).__name__ != "Replicate" for p in original.placements)
+        if original is value:
+            return False
+        mesh, placements = original.device_mesh, original.placements
+        cut = (i for i, p in enumerate(placements) if type(p).__name__ != "Replicate")
+        return any(mesh.get_group(i).group_name == group for i in cut)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +70,13 @@ class Localised:
     Attributes:
         graph: the graph.
         kept: positions of its inputs among those of the captured graph; meshes are left out.
-        wrapped: position of an output that the captured graph has as a ``DTensor`` -> makes it of what lies here.
+        wrapped: position of an output that the captured graph has as a ``DTensor`` -> makes it of what lies here; and
+            the dimensions of the ranks' mesh that it lies along.
     """
 
     graph: fx.GraphModule
     kept: tuple[int, ...]
-    wrapped: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    wrapped: Mapping[int, Wrapper] = field(default_factory=dict)
 
     def inputs(self, live: Sequence[Any], stand_ins: StandIns) -> list[Any]:
         """Its inputs, from those of the captured graph."""
@@ -117,12 +124,13 @@ def _check(node: fx.Node, value: Any, parallel: TensorParallel | ExpertParallel 
             "a DTensor that was computed goes into a compiled graph",
             remedy="pass plain tensors to the model and between its blocks (use_local_output=True)",
         )
-    if parallel is None or mesh.ndim != 1 or mesh.get_group(0).group_name != parallel.name:
+    if parallel is None or parallel.along(mesh) is None:
         raise UnsupportedGraphError(
             f"the model reads a DTensor with the placements {tuple(value.placements)} on other ranks than those that "
             "its parameters are cut over by parallelize_module",
-            remedy="use one mesh of one dimension for parallelize_module; let fully_shard hold what cut_experts cut "
-            "(mesh=mesh['edp']), without ignored_params",
+            remedy="use one mesh for parallelize_module and for all that the model reads; where it has two dimensions, "
+            "some parameter lies along each (distribute_tensor(p, mesh['cp', 'tp'], [Replicate(), Shard(0)])); let "
+            "fully_shard hold what cut_experts cut (mesh=mesh['edp']), without ignored_params",
         )
 
 
@@ -141,8 +149,8 @@ def _wrap(graph: fx.Graph, node: fx.Node, value: Any) -> None:
 
 def _unwrap_outputs(
     graph: fx.Graph, live: Sequence[Any], parallel: TensorParallel | ExpertParallel | None
-) -> dict[int, Callable[[Tensor], Tensor]]:
-    """Outputs that are ``DTensor`` leave as what lies on this rank; by position, what makes them whole again."""
+) -> dict[int, Wrapper]:
+    """Outputs that are ``DTensor`` leave as what lies on this rank; by position, see :class:`Localised`."""
     output, found = graph.output_node(), {}
     values: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     for position, node in enumerate(values):
@@ -151,6 +159,7 @@ def _unwrap_outputs(
             continue
         placements = tuple(fake.placements)
         mesh = _mesh_like(fake.device_mesh, live, parallel)  # the one of a fake tensor may be fake
+        axes = () if mesh is None or parallel is None else parallel.along(mesh)
         if mesh is None or {type(p).__name__ for p in placements} - {"Shard", "Replicate"}:
             raise UnsupportedGraphError(
                 f"the model returns a DTensor with the placements {placements}"
@@ -159,7 +168,7 @@ def _unwrap_outputs(
                 remedy="return it whole or cut, on the mesh of parallelize_module (Replicate(), Shard(dim)), or as a "
                 "plain tensor",
             )
-        found[position] = _wrapper(mesh, placements, tuple(fake.shape), tuple(fake.stride()))
+        found[position] = _wrapper(mesh, placements, tuple(fake.shape), tuple(fake.stride())), axes or ()
         with graph.inserting_before(output):
             local = graph.call_function(_to_local, (node,))
         value = inner_tensor(fake).detach().requires_grad_(fake.requires_grad)
@@ -170,11 +179,12 @@ def _unwrap_outputs(
 
 
 def _mesh_like(mesh: Any, live: Sequence[Any], parallel: TensorParallel | ExpertParallel | None) -> Any:
-    """The mesh that ``mesh`` is, or stands for, if it is that of tensor parallelism."""
+    """The mesh that ``mesh`` is, or stands for, if its dimensions are those of the ranks that share a batch."""
     known = [x if _is_mesh(x) else x.device_mesh for x in live if _is_mesh(x) or is_distributed(x)]
-    if parallel is None or mesh.ndim != 1 or mesh.get_group(0).group_name != parallel.name:
+    wanted = None if parallel is None else parallel.along(mesh)
+    if wanted is None:
         return None
-    return next((m for m in known if m.ndim == 1 and m.get_group(0).group_name == parallel.name), None)
+    return next((m for m in known if parallel is not None and parallel.along(m) == wanted), None)
 
 
 def _to_local(value: Any) -> Tensor:
@@ -187,7 +197,8 @@ def _bind(graph: fx.Graph, mesh_node: fx.Node, mesh: Any) -> None:
         if user.op != "call_function":
             raise UnsupportedGraphError(
                 f"the model hands a DeviceMesh to `{user.target}`",
-                remedy="leave redistribution to the styles of parallelize_module",
+                remedy="take the dimensions of a mesh before forward (self.tp = mesh['tp']), or leave redistribution "
+                "to the styles of parallelize_module",
             )
         places = tuple(i for i, a in enumerate(user.args) if a is mesh_node)
         names = tuple(k for k, a in user.kwargs.items() if a is mesh_node)

@@ -30,6 +30,10 @@ class ExpertParallel:
     name: str
     cut: frozenset[str]
 
+    def along(self, mesh: Any) -> tuple[str, ...] | None:
+        """Which dimensions of ranks that share a batch a ``DeviceMesh`` has: none; None if it is of other ranks."""
+        return () if mesh.ndim == 1 and mesh.get_group(0).group_name == self.name else None
+
 
 def note_group(group: Any) -> None:
     """The ranks of this process group have batches of their own: what is cut over them are experts."""

@@ -58,7 +58,7 @@ def agreed(own: Mapping[int, Mapping[str, Any]], stages: int, ranks: int) -> dic
 
     Args:
         own: number of each stage of this rank -> what is known of it: ``"parameters"``, their names and shapes;
-            ``"values"``, what tells equal ones; and what must be the same for all stages.
+            ``"values"``, what tells equal ones, of those that may be copies; and what must be the same for all stages.
         stages: how many the pipeline has.
         ranks: how many ranks a pipeline has.
 
@@ -112,7 +112,7 @@ def _refuse_copies(values: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
                     f"parameter '{name}' of stage {index} and '{twin}' of stage {other} are equal bit by bit: if they "
                     "are copies of one (a head tied to an embedding), the norm of the sum of their gradients is wanted "
                     "and each stage would take its own; if they are two, they were initialised from one seed",
-                    remedy="put both uses of a tied parameter into one stage, or train two; initialise each stage from "
-                    "a seed of its own (torch.manual_seed(seed + stage)). Two that are to start from the same values "
-                    "are told apart by one element: with torch.no_grad(): head.weight[0, 0] += 1e-3",
+                    remedy="if they are one: put both uses into one stage, freeze both, or train two. If they are two: "
+                    "dp_compile(part, ..., untied=True) for one of the stages; each is clipped and noised as a "
+                    "parameter of its own",
                 )

@@ -14,9 +14,11 @@ from dpcompile.errors import PrivacyError, UnsupportedGraphError
 
 __all__ = [
     "any_rank",
+    "differ_along",
     "digest",
     "from_first",
     "gathered",
+    "gathered_over",
     "rank",
     "refuse_disagreement",
     "refuse_other_place",
@@ -52,6 +54,31 @@ def gathered(value: Any) -> list[Any]:
     everywhere: list[Any] = [None] * world_size()
     dist.all_gather_object(everywhere, value)
     return everywhere
+
+
+def gathered_over(groups: Sequence[Any], value: Any) -> list[Any]:
+    """The values of all ranks of a mesh that has these groups along its dimensions; every rank of it must call this.
+
+    Returns:
+        In the order of the ranks' places, of which those along the first dimension come one after the other.
+    """
+    found = [value]
+    for group in groups:
+        everywhere: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everywhere, found, group=group)
+        found = [x for part in everywhere for x in part]
+    return found
+
+
+def differ_along(groups: Sequence[Any], values: Sequence[Any]) -> list[bool]:
+    """Along which dimensions of a mesh what :func:`gathered_over` returned is not the same."""
+    found, run = [], 1
+    for group in groups:
+        size = dist.get_world_size(group)
+        firsts = [values[i - i // run % size * run] for i in range(len(values))]
+        found.append(any(a != b for a, b in zip(values, firsts, strict=True)))
+        run *= size
+    return found
 
 
 def summed(value: Tensor) -> Tensor:

@@ -91,7 +91,10 @@ def check_layout(parameter: Tensor, *, fsdp: bool) -> None:
     """Raise UnsupportedGraphError if a ``DTensor`` is cut in a way that is not understood here."""
     layout = _layout(parameter)
     distributed: Any = parameter
-    on_all = layout.fsdp_dim is None and distributed.device_mesh.size() == world_size()
+    mesh = distributed.device_mesh
+    if not _is_understood(distributed.placements, [mesh.size(i) for i in range(mesh.ndim)], fsdp=fsdp):
+        raise _not_understood(parameter)
+    on_all = layout.fsdp_dim is None and mesh.size() == world_size()
     if fsdp and layout.fsdp_dim != 0 and not on_all:
         raise _not_understood(parameter)
 
@@ -111,7 +114,7 @@ def fake_gathered(parameter: Any, dtype: torch.dtype, *, fsdp: bool) -> Tensor:
         return local
     return type(parameter).from_local(
         local,
-        mesh[mesh.mesh_dim_names[dims[0]]] if fsdp else mesh,
+        mesh[tuple(mesh.mesh_dim_names[d] for d in dims)] if fsdp else mesh,
         [parameter.placements[d] for d in dims],
         run_check=False,
         shape=parameter.shape,
@@ -130,6 +133,8 @@ def tensor_parallel_dims(parameter: Any, *, fsdp: bool) -> list[int]:
 @dataclass(frozen=True, slots=True)
 class _Layout:
     """How a parameter is cut, first by tensor parallelism and what is left of it by FSDP2, into rows.
+
+    Of a mesh without FSDP2 the first dimension that cuts stands in its place; nobody asks for sums over it.
 
     Attributes:
         offset: where what lies here begins in the parameter, by dimension.
@@ -159,7 +164,8 @@ def _is_cut(placement: Any) -> bool:
 def _layout(parameter: Any) -> _Layout:
     mesh, placements = parameter.device_mesh, parameter.placements
     cut = [i for i, p in enumerate(placements) if _is_cut(p)]
-    if not _is_understood(placements, [mesh.size(i) for i in range(mesh.ndim)]):
+    sizes = [mesh.size(i) for i in range(mesh.ndim)]
+    if not any(_is_understood(placements, sizes, fsdp=fsdp) for fsdp in (True, False)):
         raise _not_understood(parameter)
     offset, here = [0] * parameter.ndim, list(parameter.shape)
     gathered, rows = list(here), here[0] if here else 1
@@ -193,27 +199,26 @@ def _not_understood(parameter: Any) -> UnsupportedGraphError:
     return UnsupportedGraphError(
         f"a parameter of shape {list(parameter.shape)} has the placements {tuple(parameter.placements)} on its mesh",
         remedy="shard along dimension 0 of the parameters (fully_shard's default), on a mesh of (replicas, shards, "
-        "that of parallelize_module), of which the first and the last may be missing",
+        "those of parallelize_module, up to two), of which the first and the last may be missing",
     )
 
 
-def _is_understood(placements: Sequence[Any], sizes: Sequence[int]) -> bool:
-    """A mesh of up to three dimensions, of which two cut; twice the same dimension only as FSDP2 does it."""
+def _is_understood(placements: Sequence[Any], sizes: Sequence[int], *, fsdp: bool) -> bool:
+    """Replicas, FSDP2's shards, and up to two dimensions behind; twice the same dimension only as FSDP2 cuts it."""
     cut = [i for i, p in enumerate(placements) if _is_cut(p)]
-    whole = all(_is_cut(p) or type(p).__name__ == "Replicate" for p in placements)
-    if not whole or len(placements) > 3 or (not cut and len(placements) > 1):
+    if not all(_is_cut(p) or type(p).__name__ == "Replicate" for p in placements):
         return False
-    if len(placements) == 3 and cut[0] != 1:  # replicas, FSDP's shards, tensor parallelism
+    first = cut[0] if fsdp and cut else -1
+    if first > 1 or len(placements) - first - 1 > 2 or (fsdp and not cut and len(placements) > 1):
         return False
+    behind = [i for i in cut if i > first]
+    dims = [placements[i].dim for i in behind]
     strided = [i for i in cut if type(placements[i]).__name__ == "_StridedShard"]
-    if len(cut) < 2:
-        return not strided
-    first, second = (placements[i] for i in cut)
-    if first.dim != 0:
+    if len(set(dims)) < len(dims) or (first >= 0 and behind and placements[first].dim != 0):
         return False
-    if second.dim != 0:
+    if first < 0 or 0 not in dims:
         return not strided
-    return strided == [cut[0]] and first.split_factor == sizes[cut[1]]
+    return strided == [first] and placements[first].split_factor == sizes[behind[dims.index(0)]]
 
 
 def _runs(whole: tuple[int, ...], offset: tuple[int, ...], here: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -11,22 +11,24 @@ from torch import fx
 from dpcompile.graph.labels import Examples
 from dpcompile.graph.sizes import Size
 
-__all__ = ["JointGraph", "OfExperts", "OverRanks", "mutations"]
+__all__ = ["JointGraph", "OfExperts", "OverAxis", "OverRanks", "mutations"]
 
 
 @dataclass(frozen=True, slots=True)
-class OverRanks:
-    """What a graph's inputs are on the other ranks of tensor parallelism.
+class OverAxis:
+    """What a graph's inputs are along one dimension of the mesh of ranks that share a batch.
 
     Attributes:
-        group: of the ranks.
+        group: of the ranks along it.
         name: of the group, as graphs have it.
+        label: of the dimension; "" if the mesh has no other.
         cut: positions of the inputs of which every rank holds another part, or another value.
         copied: positions of the others that are neither parameters nor arguments of the call; they were compared.
     """
 
     group: Any
     name: str
+    label: str
     cut: frozenset[int]
     copied: frozenset[int]
 
@@ -42,6 +44,24 @@ class OfExperts:
 
     name: str
     cut: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class OverRanks:
+    """What a graph's inputs are on the other ranks that share a batch (tensor and context parallelism).
+
+    Attributes:
+        axes: dimension by dimension of the mesh.
+        everyone: all these ranks.
+    """
+
+    axes: tuple[OverAxis, ...]
+    everyone: frozenset[int]
+
+    @property
+    def groups(self) -> list[Any]:
+        """Of the dimensions."""
+        return [axis.group for axis in self.axes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from torch import fx
 
 from dpcompile.graph.sizes import Size, divide, is_one, product, same
 
-__all__ = ["Examples", "Label", "Mixed", "Shared", "Summed", "Whole", "as_ranks_own", "reshape_axis"]
+__all__ = ["Examples", "Label", "Mixed", "Own", "Shared", "Summed", "Whole", "as_ranks_own", "reshape_axis"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +36,19 @@ class Shared:
         cotangent: made from the cotangent of a sum over examples (a loss reduced inside the model), so that
             broadcasting it over the example axis hands every example its own cotangent.
         alike: of a value that passes from one graph to another: along these dimensions all its positions are the same.
-        own: of such a value, that it may be another one on each rank of tensor parallelism, and why; "" if not.
+        own: of such a value, along which dimensions of the mesh of ranks that share a batch it may be another one on
+            each rank, and why.
     """
 
     zero: bool = False
     counts: int | None = None
     cotangent: bool = False
     alike: tuple[int, ...] = ()
-    own: str = ""
+    own: Own = ()
 
     def __str__(self) -> str:
         text = f"shared, the same along dim {', '.join(map(str, self.alike))}" if self.alike else "shared"
-        return text + _OWN * bool(self.own)
+        return text + _told(self.own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Examples:
     dim: int
     outer: Size = 1
     inner: Size = 1
-    own: str = ""
+    own: Own = ()
 
     def same_layout(self, other: Examples) -> bool:
         """Whether both dimensions enumerate the examples in the same order."""
@@ -74,7 +75,7 @@ class Examples:
     def __str__(self) -> str:
         layout = "B" if is_one(self.outer) else f"{self.outer}·B"
         lies = layout if is_one(self.inner) else f"{layout}·{self.inner}"
-        return f"examples on dim {self.dim} ({lies})" + _OWN * bool(self.own)
+        return f"examples on dim {self.dim} ({lies})" + _told(self.own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +90,10 @@ class Summed:
 class Whole:
     """The batch is one example: every element belongs to it. ``own``: as in :class:`Shared`."""
 
-    own: str = ""
+    own: Own = ()
 
     def __str__(self) -> str:
-        return "the only example" + _OWN * bool(self.own)
+        return "the only example" + _told(self.own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +116,20 @@ class Mixed:
         return f"mixed by {self.origin}: {self.reason}"
 
 
+Own: TypeAlias = "tuple[tuple[str, str], ...]"  # dimension of the mesh, and why
 Label: TypeAlias = "Shared | Examples | Summed | Whole | Mixed"
-_OWN = ", another on each rank"
 
 
-def as_ranks_own(label: Label, reason: str) -> Label:
-    """The label of a value that leaves a graph and may be another one on each rank; ``""``: is the same on all."""
-    assert not reason or isinstance(label, (Shared, Examples, Whole)), label
-    return replace(label, own=reason) if isinstance(label, (Shared, Examples, Whole)) else label
+def _told(own: Own) -> str:
+    """Values that differ along other dimensions of the mesh read otherwise, and are compiled for apart."""
+    axes = " and ".join(axis for axis, _ in own if axis)
+    return (", another on each rank" + f" of {axes}" * bool(axes)) * bool(own)
+
+
+def as_ranks_own(label: Label, own: Own) -> Label:
+    """The label of a value that leaves a graph and may be another one on each rank; ``()``: is the same on all."""
+    assert not own or isinstance(label, (Shared, Examples, Whole)), label
+    return replace(label, own=own) if isinstance(label, (Shared, Examples, Whole)) else label
 
 
 def reshape_axis(axis: Examples, old: Sequence[Size], new: Sequence[Size], batch: Size) -> Examples | None:

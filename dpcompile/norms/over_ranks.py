@@ -13,13 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dpcompile._torch.parallel import ranks_of_group
 from dpcompile.graph.operations import operation_name
 from dpcompile.graph.sizes import Size, product
 from dpcompile.norms.factors import Factored, oriented
 from dpcompile.norms.per_example import OVER_RANKS
 from dpcompile.proof.sites import ParameterGradient
 
-__all__ = ["all_ranks_positions", "are_looked_up", "are_multiplied", "is_sum_over_ranks", "reduced", "takes_positions"]
+__all__ = [
+    "all_ranks_positions",
+    "are_looked_up",
+    "are_multiplied",
+    "is_sum_over_ranks",
+    "ranks_of",
+    "reduced",
+    "takes_positions",
+]
 
 _ops = torch.ops._c10d_functional
 
@@ -32,6 +41,12 @@ def is_sum_over_ranks(gradient: ParameterGradient) -> bool:
 def reduced(gradient: ParameterGradient) -> list[fx.Node]:
     """The sums over ranks that its sites' values go through."""
     return [n for n in gradient.tail if _reduction(n) is not None]
+
+
+def ranks_of(gradient: ParameterGradient) -> int:
+    """Over how many ranks it is added up, where its sums are all over the same."""
+    ((_, group),) = {_reduction(n) for n in reduced(gradient)}  # type: ignore[misc]
+    return len(ranks_of_group(group))
 
 
 def are_looked_up(forms: Sequence[Factored]) -> bool:
@@ -49,7 +64,7 @@ def takes_positions(rule: str, forms: Sequence[Factored]) -> bool:
     return rule not in ("keep", "redo") or are_multiplied(forms) or (rule == "redo" and are_looked_up(forms))
 
 
-def all_ranks_positions(gradient: ParameterGradient, batch: Size, ranks: int) -> list[Factored] | None:
+def all_ranks_positions(gradient: ParameterGradient, batch: Size) -> list[Factored] | None:
     """The sites as outer products over the positions of all ranks, if each is summed over them once; else None.
 
     **Guarantee.** Rows and columns are those of the sum over the ranks, alike on all of them: for sites that reach the
@@ -61,7 +76,7 @@ def all_ranks_positions(gradient: ParameterGradient, batch: Size, ranks: int) ->
         return None
     ((kind, group),) = groups  # type: ignore[misc]
     forms = oriented(gradient, batch, through=OVER_RANKS) if kind == "sum" else None
-    return None if forms is None else [_gathered(f, group, ranks) for f in forms]
+    return None if forms is None else [_gathered(f, group, ranks_of(gradient)) for f in forms]
 
 
 def _reduction(node: fx.Node) -> tuple[str, str] | None:

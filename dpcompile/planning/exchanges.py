@@ -8,7 +8,7 @@ import torch
 
 from dpcompile.graph.sizes import Size, hinted, product, shape_of
 from dpcompile.norms.factors import Factored
-from dpcompile.norms.over_ranks import all_ranks_positions, is_sum_over_ranks, reduced
+from dpcompile.norms.over_ranks import all_ranks_positions, is_sum_over_ranks, ranks_of, reduced
 from dpcompile.planning.modes import MODES
 from dpcompile.planning.situation import Situation
 from dpcompile.proof.sites import ParameterGradient
@@ -44,14 +44,14 @@ def exchange_of(gradient: ParameterGradient, situation: Situation) -> tuple[Exch
     if not is_sum_over_ranks(gradient):
         return None
     added, element = added_up(gradient, situation).sent, _element(gradient)
-    rules, hints, n = MODES[situation.mode].rules, situation.hints, situation.ranks
-    forms = all_ranks_positions(gradient, situation.batch, n) if "ghost" in rules else None
+    rules, hints = MODES[situation.mode].rules, situation.hints
+    forms = all_ranks_positions(gradient, situation.batch) if "ghost" in rules else None
     if forms is None:
         return Exchange(False, added), None
     everywhere = product([situation.batch, sum((_side_bytes(f, element) for f in forms), start=0)])  # type: ignore[misc]
     if "keep" in rules and hinted(everywhere, hints) >= 2 * hinted(added, hints):
         return Exchange(False, added), None
-    return Exchange(True, hinted(everywhere, hints) // n), forms
+    return Exchange(True, hinted(everywhere, hints) // ranks_of(gradient)), forms
 
 
 def added_up(gradient: ParameterGradient, situation: Situation) -> Exchange:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import sympy
 import torch
-import torch.distributed as dist
 
 from dpcompile._torch.tensors import real_tensors
 from dpcompile.capture.roles import Roles
@@ -47,7 +46,6 @@ class Situation:
         untouched: trainable parameters whose gradient is identically zero.
         shared: parameters that other regions use too (:mod:`dpcompile.planning.shared_uses`).
         machine: what to print of the machine, if it is not the one at hand.
-        ranks: how many share the work on the same examples.
     """
 
     batch: Size
@@ -62,7 +60,6 @@ class Situation:
     untouched: tuple[str, ...] = ()
     shared: Collection[str] = ()
     machine: str = ""
-    ranks: int = 1
 
 
 def situation_of(
@@ -103,7 +100,6 @@ def situation_of(
         untouched=tuple(untouched),
         shared=roles.shared,
         machine=machine,
-        ranks=1 if roles.ranks is None else dist.get_world_size(roles.ranks.group),
     )
 
 

@@ -1,4 +1,8 @@
-"""Which values of a graph are the same on all ranks of tensor parallelism, and which are each rank's own.
+"""Which values of a graph are the same on all ranks that share a batch, and which are each rank's own.
+
+Those ranks are a mesh, with tensor parallelism along one dimension and context parallelism along the other, or with one
+of them. Each dimension is looked at by itself: along it a value is the same on all, whatever their place along the
+other, or each rank's own.
 
 A parameter that every rank holds whole is updated on every rank with the gradient found there. So this gradient must be
 the same on all, and then its norm counts once. A parameter of which every rank holds another part is updated part by
@@ -10,59 +14,27 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx
 
 from dpcompile._torch import OpOverload
 from dpcompile._torch.aot import PlainAOTInput
-from dpcompile._torch.parallel import ranks_of_group
-from dpcompile._torch.tensors import free_unbacked_symbols, real_tensors
+from dpcompile._torch.tensors import real_tensors
+from dpcompile.distributed.ranks import differ_along, gathered_over
 from dpcompile.errors import UnsupportedGraphError
-from dpcompile.graph.joint import JointGraph, OverRanks
-from dpcompile.graph.labels import Shared
+from dpcompile.graph.joint import JointGraph, OverAxis, OverRanks
+from dpcompile.graph.labels import Own, Shared
 from dpcompile.graph.locate import where
 from dpcompile.graph.operations import operation_name
 from dpcompile.kernels.rates import adopt, rates_for
+from dpcompile.proof.between_ranks import GROUP, TOGETHER, dimensions_of, is_collective, is_wait, told_to
 from dpcompile.proof.prove import Proof
 from dpcompile.proof.rules.registry import named_arguments
 
-__all__ = ["agree_on_rates", "check_replication", "refuse_moved_rows", "refuse_ranks_own"]
-
-_TOGETHER = {"all_reduce", "all_gather_into_tensor", "broadcast"}  # give every rank the same
-_APART = {"reduce_scatter_tensor", "all_to_all_single", "shard_dim_alltoall"}
-
-
-def refuse_moved_rows(graph: fx.Graph) -> None:
-    """No row goes to the rank that data says, where another example's rows would come in its place.
-
-    What is exchanged in equal parts, or in parts that are known, is asked of the proof
-    (:mod:`dpcompile.proof.rules.collectives`).
-
-    Raises:
-        UnsupportedGraphError: naming the operation.
-    """
-    for node in graph.nodes:
-        if _is_collective(node) and "all_to_all" in operation_name(node.target) and _lengths_of_data(node):
-            raise UnsupportedGraphError(
-                f"`{operation_name(node.target)}` hands rows of examples to other ranks, as expert parallelism does "
-                "where each rank has examples of its own: an expert's gradient would be made of examples that are "
-                "clipped elsewhere",
-                where=where(node),
-                remedy="let the ranks that hold other experts work on one batch: cut the experts over the mesh of "
-                "parallelize_module, let each rank run its own on all rows, and all-reduce the results (Transformers: "
-                "ep_size = tp_size, ep_implementation='all_reduce'); or send rows by "
-                "dpcompile.experts.products_of_experts (docs/distributed.md, Expert parallelism)",
-            )
-
-
-def _lengths_of_data(node: fx.Node) -> bool:
-    """Whether numbers that were read from tensors say how much goes to each rank."""
-    lengths = [x for arg in node.args if isinstance(arg, (list, tuple)) for x in arg if isinstance(x, fx.Node)]
-    return any(free_unbacked_symbols(x.meta["val"]) for x in lengths)
+__all__ = ["agree_on_rates", "check_replication", "refuse_ranks_own"]
 
 
 def refuse_ranks_own(graph: fx.Graph, ranks: OverRanks | None) -> None:
@@ -72,33 +44,34 @@ def refuse_ranks_own(graph: fx.Graph, ranks: OverRanks | None) -> None:
         UnsupportedGraphError: naming the operation or input.
     """
     for node in graph.nodes:
-        if _is_collective(node):
+        if is_collective(node):
             raise UnsupportedGraphError(
                 f"`{operation_name(node.target)}` exchanges values between ranks, in a graph where no batch is shared "
                 "out by tensor parallelism",
                 where=where(node),
                 remedy="remove it from the model; the batch is dealt out and gradients are added up outside of it",
             )
-        if ranks is not None and node.op == "placeholder" and node.users and _position(node) in ranks.cut:
+        if ranks is not None and node.op == "placeholder" and node.users and _is_cut(node, ranks):
             raise UnsupportedGraphError(
                 f"input `{node.name}`, of which every rank holds a part, is used where no example is",
                 remedy="use such parameters and buffers in the block that they belong to",
             )
 
 
-def check_replication(joint: JointGraph, proof: Proof, ranks: OverRanks | None) -> dict[int, str]:
+def check_replication(joint: JointGraph, proof: Proof, ranks: OverRanks | None) -> dict[int, Own]:
     """Prove of every value whether it is the same on all ranks, and refuse what the norms cannot stand on.
 
     Every rank calls this on its own graph at the same time: the graphs are compared, and what stands otherwise in
     another rank's graph (a slice that begins elsewhere) is that rank's own.
 
     Returns:
-        Positions of the outputs that may be others on each rank, and why. So may their cotangents, then.
+        Positions of the outputs that may be others on each rank, along which dimensions, and why. So may their
+        cotangents, then.
 
     **Guarantee.** If this returns, then the gradient of every trainable parameter that all ranks hold whole is the same
     on all, as long as they are given the same examples, and the same cotangents of outputs that are the same; so is
-    the gradient of every input that is. Every collective is one over these ranks, who see the same examples in the same
-    order.
+    the gradient of every input that is. Every collective is one over these ranks, or those along a dimension of their
+    mesh, who see the same examples in the same order.
 
     ====================================================  ===========================================================
     edge case                                             outcome
@@ -121,17 +94,29 @@ def check_replication(joint: JointGraph, proof: Proof, ranks: OverRanks | None) 
     if ranks is None:
         refuse_ranks_own(joint.graph, None)
         return {}
-    for node in joint.graph.nodes:
-        if _is_collective(node):
-            _check_collective(node, ranks)
-    own = _ranks_own(joint, ranks)
-    positions = {joint.parameters[n]: n for n in joint.gradients}
-    cut = {_position(node) for node in positions} & ranks.cut
+    over = {node: dimensions_of(node, ranks) for node in joint.graph.nodes if is_collective(node) and not is_wait(node)}
+    differences, found = _differences(joint, ranks, over), dict[int, Own]()
+    for axis, different in zip(ranks.axes, differences, strict=True):
+        own = _ranks_own(joint, axis, different, over)
+        _refuse_shares(joint, proof, axis, own)
+        for i, node in enumerate(joint.outputs):
+            if node in own:
+                found[i] = (*found.get(i, ()), (axis.label, own[node]))
+    return found
+
+
+def _refuse_shares(joint: JointGraph, proof: Proof, axis: OverAxis, own: Mapping[fx.Node, str]) -> None:
+    """Along a dimension of the mesh: what would be updated, or handed back, as one value and is another on each rank.
+
+    Raises:
+        UnsupportedGraphError: naming the parameter, the input or the buffer.
+    """
+    along = f", along {axis.label}" * bool(axis.label)
     for name, gradient in joint.gradients.items():
-        if gradient in own and _position(joint.parameters[name]) not in cut:
+        if gradient is not None and gradient in own and _position(joint.parameters[name]) not in axis.cut:
             raise UnsupportedGraphError(
                 f"every rank of tensor parallelism holds parameter '{name}' whole, and its gradient is another one on "
-                f"each ({own[gradient]})",
+                f"each{along} ({own[gradient]})",
                 where=where(gradient),
                 remedy="let it see whole activations, or give its module the style that adds the ranks' shares up "
                 "(SequenceParallel, for what is cut over tokens; `to_local(grad_placements=[Partial()])` on rows and "
@@ -142,8 +127,8 @@ def check_replication(joint: JointGraph, proof: Proof, ranks: OverRanks | None) 
     for node, gradient in joint.input_gradients.items():
         if gradient in own and node not in own and not isinstance(proof.of(gradient), Shared):
             raise UnsupportedGraphError(
-                f"the gradient of input '{joint.input_name(node)}' is another one on each rank of tensor parallelism "
-                f"({own[gradient]}): it was not added up",
+                f"the gradient of input '{joint.input_name(node)}' is another one on each rank of tensor parallelism"
+                f"{along} ({own[gradient]}): it was not added up",
                 where=where(gradient),
                 remedy="use the input layouts of ColwiseParallel (Replicate) and RowwiseParallel (Shard(-1))",
             )
@@ -154,7 +139,6 @@ def check_replication(joint: JointGraph, proof: Proof, ranks: OverRanks | None) 
                 where=where(source),
                 remedy="write to no buffer in forward",
             )
-    return {i: own[node] for i, node in enumerate(joint.outputs) if node in own}
 
 
 def agree_on_rates(device: torch.device, ranks: OverRanks | None) -> None:
@@ -164,28 +148,36 @@ def agree_on_rates(device: torch.device, ranks: OverRanks | None) -> None:
     holds, and updates for itself, do not drift apart by rounding.
     """
     if ranks is not None:
-        everywhere: list[Any] = [None] * dist.get_world_size(ranks.group)
         with real_tensors():
-            dist.all_gather_object(everywhere, rates_for(device), group=ranks.group)
+            everywhere = gathered_over(ranks.groups, rates_for(device))
         adopt(device, everywhere[0])
 
 
-def _ranks_own(joint: JointGraph, ranks: OverRanks) -> dict[fx.Node, str]:
-    """The values that may be others on other ranks, and why."""
+def _ranks_own(
+    joint: JointGraph, axis: OverAxis, different: Mapping[fx.Node, str], over: Mapping[fx.Node, Collection[str]]
+) -> dict[fx.Node, str]:
+    """The values that may be others on other ranks along a dimension of the mesh, and why.
+
+    Args:
+        joint: the graph.
+        axis: the dimension.
+        different: nodes that are others in the graphs of those ranks.
+        over: of collectives, the dimensions that they are over. What one over the other dimension returns is the same
+            along this one if what it is given is.
+    """
     own: dict[fx.Node, str] = {}
-    different = _differences(joint, ranks)
     for node in _outputs_before_cotangents(joint):
         if node.op == "output":
             continue
         name = operation_name(node.target) if node.op == "call_function" else ""
         if node.op == "placeholder":
-            if _position(node) in ranks.cut:
+            if _position(node) in axis.cut:
                 own[node] = f"{joint.input_name(node)} is not the same on all"
             elif (output := joint.tangent_of.get(node)) in own:
                 own[node] = own[output]
-        elif _is_collective(node) and name.rpartition("::")[2] in _TOGETHER:
+        elif axis.name in over.get(node, ()) and name.rpartition("::")[2] in TOGETHER:
             continue
-        elif _is_collective(node) and not _is_wait(node):
+        elif axis.name in over.get(node, ()):
             own[node] = f"`{name}` hands each rank another part"
         elif _draws(node):
             own[node] = f"`{name}` draws random numbers"
@@ -219,42 +211,8 @@ def _outputs_before_cotangents(joint: JointGraph) -> list[fx.Node]:
     return [*(n for n in joint.graph.nodes if n not in late), *late]
 
 
-def _is_collective(node: fx.Node) -> bool:
-    return node.op == "call_function" and str(getattr(node.target, "namespace", "")) in (
-        "_c10d_functional",
-        "_c10d_functional_autograd",
-        "c10d_functional",
-        "c10d",
-        "_dtensor",
-        "symm_mem",
-    )
-
-
-def _is_wait(node: fx.Node) -> bool:
-    return node.target is torch.ops._c10d_functional.wait_tensor.default
-
-
-def _check_collective(node: fx.Node, ranks: OverRanks) -> None:
-    kind = node.target._schema.name.rpartition("::")[2]  # type: ignore[union-attr]
-    if _is_wait(node):
-        return
-    schema: Any = node.target._schema  # type: ignore[union-attr]
-    named = {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)} | dict(node.kwargs)
-    group = named.get("group_name", named.get("group"))
-    of_torch = node.target.namespace in ("_c10d_functional", "_dtensor")  # type: ignore[union-attr]
-    if not of_torch or kind not in _TOGETHER | _APART:
-        raise UnsupportedGraphError(
-            f"`{operation_name(node.target)}` exchanges values between ranks in a way that has no rule",
-            where=where(node),
-            remedy="use ColwiseParallel and RowwiseParallel with whole inputs and outputs",
-        )
-    if group != ranks.name and ranks_of_group(group) != ranks_of_group(ranks.group):  # a mesh like it has others
-        raise UnsupportedGraphError(
-            f"`{operation_name(node.target)}` exchanges values with ranks that are not those of tensor parallelism, "
-            "and whose examples are others",
-            where=where(node),
-            remedy="use one mesh for all parallelize_module, and keep other communication out of the model",
-        )
+def _is_cut(node: fx.Node, ranks: OverRanks) -> bool:
+    return any(_position(node) in axis.cut for axis in ranks.axes)
 
 
 def _position(node: fx.Node) -> int | None:
@@ -262,14 +220,14 @@ def _position(node: fx.Node) -> int | None:
     return descriptor.idx if isinstance(descriptor, PlainAOTInput) else None
 
 
-def _differences(joint: JointGraph, ranks: OverRanks) -> dict[fx.Node, str]:
-    """The nodes that are others in another rank's graph."""
+def _differences(
+    joint: JointGraph, ranks: OverRanks, over: Mapping[fx.Node, Collection[str]]
+) -> list[dict[fx.Node, str]]:
+    """The nodes that are others in the graph of another rank, along each dimension of the mesh."""
     nodes = list(joint.graph.nodes)
+    labels = {node: [axis.label for axis in ranks.axes if axis.name in names] for node, names in over.items()}
     with real_tensors():
-        own = _lines(joint, nodes)
-        everywhere: list[Any] = [None] * dist.get_world_size(ranks.group)
-        dist.all_gather_object(everywhere, own, group=ranks.group)
-    first = everywhere[0]
+        everywhere = gathered_over(ranks.groups, _lines(joint, nodes, labels))
     shapes = [[kind for kind, _ in lines] for lines in everywhere]
     if any(s != shapes[0] for s in shapes):
         raise UnsupportedGraphError(
@@ -277,15 +235,19 @@ def _differences(joint: JointGraph, ranks: OverRanks) -> dict[fx.Node, str]:
             remedy="run the same code on all of them, with sizes that divide by the number of ranks, and dynamic=False "
             "where a rank's number meets a size that varies; call torch.compiler.reset() on all or on none",
         )
-    return {
-        node: f"`{operation_name(node.target)}` is not given the same on all"
-        for i, node in enumerate(nodes)
-        if any(lines[i] != first[i] for lines in everywhere)
-    }
+    found: list[dict[fx.Node, str]] = [{} for _ in ranks.axes]
+    for i, node in enumerate(nodes):
+        for own, differ in zip(found, differ_along(ranks.groups, [lines[i] for lines in everywhere]), strict=True):
+            if differ:
+                own[node] = f"`{operation_name(node.target)}` is not given the same on all"
+    return found
 
 
-def _lines(joint: JointGraph, nodes: Sequence[fx.Node]) -> list[tuple[str, str]]:
-    """Of each node what must be equal for graphs that are built alike, and what else it is given."""
+def _lines(joint: JointGraph, nodes: Sequence[fx.Node], over: Mapping[fx.Node, Sequence[str]]) -> list[tuple[str, str]]:
+    """Of each node what must be equal for graphs that are built alike, and what else it is given.
+
+    A collective's group has another name on other ranks; by ``over`` it is named as the dimensions of the mesh are.
+    """
     numbers = {node: i for i, node in enumerate(nodes)}
     lines = []
     for node in nodes:
@@ -294,7 +256,10 @@ def _lines(joint: JointGraph, nodes: Sequence[fx.Node]) -> list[tuple[str, str]]
         inputs = [numbers[n] for n in node.all_input_nodes]
         target = _target(node.target) if node.op == "call_function" else ""
         given: Collection[Any] = ()
-        if node.op == "call_function":
+        if node in over:
+            target = f"{target} over {list(over[node])}"
+            given = (_text([x for name, x in told_to(node).items() if name not in GROUP]),)
+        elif node.op == "call_function":
             given = (_text(node.args), _text(node.kwargs))
         elif node.op == "get_attr":
             constant = operator.attrgetter(str(node.target))(joint.module)

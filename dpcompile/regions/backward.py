@@ -285,13 +285,7 @@ class RegionBackward:
         """Squared norms of each group's parameters, of all ranks' parts where they lie on several."""
         if self.ranks is None:
             return {group: list(rows.values()) for group, rows in groups.items()}
-        cut = self.ranks.parallel.cut
-
-        def own(rows: Mapping[str, Tensor], parts: bool) -> Tensor:
-            return _sum([row for name, row in rows.items() if (name in cut) == parts], self.mask)
-
-        every = list(groups.values())
-        sums = self.ranks.add([own(rows, True) for rows in every], [own(rows, False) for rows in every])
+        sums = self.ranks.add(list(groups.values()), self.mask)
         return {group: [total] for group, total in zip(groups, sums, strict=True)}
 
 

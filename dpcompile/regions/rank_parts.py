@@ -1,4 +1,4 @@
-"""What the inputs of a region's graphs are on the other ranks of tensor or expert parallelism."""
+"""What the inputs of a region's graphs are on the other ranks that share a batch, or that hold other experts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpcompile.distributed.expert_parallel import ExpertParallel
 from dpcompile.distributed.shards import is_distributed
 from dpcompile.distributed.tensor_parallel import Compared, TensorParallel, check_copies
 from dpcompile.errors import UnsupportedGraphError
-from dpcompile.graph.joint import OfExperts, OverRanks
+from dpcompile.graph.joint import OfExperts, OverAxis, OverRanks
 from dpcompile.graph.labels import Examples, Label, Shared, Whole
 from dpcompile.graph.sizes import is_one
 from dpcompile.regions.region import CompiledRegion, Scope
@@ -49,22 +49,28 @@ class RankParts:
     def on_ranks(self, live: Sequence[Any], stand_ins: StandIns, scope: Scope, roles: Roles) -> Roles:
         """Roles of a graph's inputs, with what these, or what stands in for them now, are on the other ranks."""
         if self.experts is not None:
-            own = {p: n for p, n in roles.parameters.items() if stand_ins.is_cut(live[p])}
+            own = {p: n for p, n in roles.parameters.items() if stand_ins.is_cut(live[p], self.experts.name)}
             self._check_experts(own.values(), roles.parameters.values())
             return replace(roles, experts=OfExperts(self.experts.name, frozenset(own.values())))
         if self.parallel is None:
             return roles
         assert self._compared is not None
-        parts = {p for p, value in enumerate(live) if stand_ins.is_cut(value) or scope.is_ranks_own(value)}
         compared = {p: self._compared.same(live[p]) for p in roles.others if isinstance(live[p], Tensor)}
-        copied = frozenset(p for p, same in compared.items() if same)
-        cut = frozenset(parts | compared.keys() - copied)
-        return replace(roles, ranks=OverRanks(self.parallel.group, self.parallel.name, cut, copied))
+        axes = []
+        for axis in self.parallel.axes:
+            copied = frozenset(p for p, same in compared.items() if axis.label in same)
+            parts = (
+                p for p, x in enumerate(live) if stand_ins.is_cut(x, axis.name) or scope.is_ranks_own(x, axis.label)
+            )
+            cut = frozenset(parts) | compared.keys() - copied
+            axes.append(OverAxis(axis.group, axis.name, axis.label, cut, copied))
+        return replace(roles, ranks=OverRanks(tuple(axes), self.parallel.everyone))
 
     def check_copy(self, roles: Roles, position: int, name: str, value: Tensor) -> None:
         """An equal block may read another tensor than the one that the proof took for the same on all ranks."""
-        if self._compared is not None and roles.ranks is not None and position in roles.ranks.copied:
-            if not self._compared.same(value):
+        if self._compared is not None and roles.ranks is not None:
+            copied = {axis.label for axis in roles.ranks.axes if position in axis.copied}
+            if copied and not copied <= self._compared.same(value):
                 raise UnsupportedGraphError(
                     f"the model reads {name}, which is not the same on all ranks of tensor parallelism",
                     remedy="make it on all of them alike, or a DTensor",
@@ -77,9 +83,11 @@ class RankParts:
             first = region.roles.parameters
             known = [n for p, n in zip(region.trained, names, strict=True) if first[p] in region.roles.experts.cut]
             self._check_experts(known, names)
-        ranks, parallel = region.roles.ranks, self.parallel
-        proved = {n for p, n in zip(region.trained, names, strict=True) if ranks is not None and p in ranks.cut}
-        assert proved == (set() if parallel is None else parallel.cut & set(names)), (proved, names)
+        proved = () if region.roles.ranks is None else region.roles.ranks.axes
+        axes = () if self.parallel is None else self.parallel.axes
+        for axis, other in zip(proved, axes, strict=True):
+            cut = {n for p, n in zip(region.trained, names, strict=True) if p in axis.cut}
+            assert axis.name == other.name and cut == other.cut & set(names), (cut, names)
 
     def _check_experts(self, found: Iterable[str], names: Iterable[str]) -> None:
         """What a graph has of the experts is all of it that lies on several ranks."""
@@ -96,8 +104,8 @@ class RankParts:
         """Whether FSDP gathered a parameter: it is plain, or lies on the ranks of tensor parallelism alone."""
         if not is_distributed(parameter):
             return True
-        mesh, parallel = parameter.device_mesh, self.parallel or self.experts
-        return parallel is not None and mesh.ndim == 1 and mesh.get_group(0).group_name == parallel.name
+        parallel = self.parallel or self.experts
+        return parallel is not None and parallel.along(parameter.device_mesh) is not None
 
 
 def plain_inputs(local: Localised, live: Sequence[Any], stand_ins: StandIns, scope: Scope) -> list[Any]:
@@ -119,7 +127,7 @@ def wrapped_outputs(local: Localised, values: Sequence[Any], scope: Scope, *, tu
         UnsupportedGraphError: the examples do not have a dimension of their own, or the model runs in several turns.
     """
     found = list(values)
-    for position, wrap in local.wrapped.items():
+    for position, (wrap, axes) in local.wrapped.items():
         value = values[position]
         label = scope.label(value)
         found[position] = wrap(value)
@@ -133,7 +141,8 @@ def wrapped_outputs(local: Localised, values: Sequence[Any], scope: Scope, *, tu
                 remedy="return a batch with a dimension of its own that is not cut, and train on loader.parts(); or "
                 "compute the loss in the model",
             )
-        scope.note(found[position], f"output {position}", replace(label, own=""))
+        kept = tuple(o for o in label.own if o[0] not in axes)  # type: ignore[union-attr]
+        scope.note(found[position], f"output {position}", replace(label, own=kept))
     return found
 
 
@@ -145,9 +154,11 @@ def refuse_outputs_of_ranks(labels: Sequence[Label]) -> None:
     """
     for position, label in enumerate(labels):
         if isinstance(label, (Shared, Examples, Whole)) and label.own:
+            axis, why = label.own[0]
             raise UnsupportedGraphError(
-                f"output {position} of the model is another one on each rank of tensor parallelism ({label.own}), and "
-                "what is computed from it would not be known",
+                f"output {position} of the model is another one on each rank of tensor parallelism"
+                + f", along {axis}" * bool(axis)
+                + f" ({why}), and what is computed from it would not be known",
                 remedy="return whole values: ColwiseParallel(output_layouts=Replicate()) on the last layer, or its "
                 "input_layouts=Shard(1) where the sequence is cut; or compute the loss in the model",
             )

@@ -65,10 +65,10 @@ class Scope:
         known = self.tensors.get(id(tensor))
         return None if known is None else known[2]
 
-    def is_ranks_own(self, value: Any) -> bool:
-        """Whether a tensor that was noted may be another one on each rank of tensor parallelism."""
+    def is_ranks_own(self, value: Any, axis: str) -> bool:
+        """Whether a tensor that was noted may be another one on each rank along this dimension of their mesh."""
         label = self.label(value) if isinstance(value, Tensor) else None
-        return isinstance(label, (Shared, Examples, Whole)) and bool(label.own)
+        return isinstance(label, (Shared, Examples, Whole)) and any(axis == own for own, _ in label.own)
 
 
 @dataclass(slots=True)
@@ -257,7 +257,7 @@ def _leaves(live: Sequence[Any], scope: Scope) -> dict[int, tuple[str, Examples 
                 )
             leaves[id(value)] = (name, None)
         else:
-            leaves[id(value)] = (name, _of_one(value) if isinstance(label, Whole) else replace(label, own=""))
+            leaves[id(value)] = (name, _of_one(value) if isinstance(label, Whole) else replace(label, own=()))
     return leaves
 
 

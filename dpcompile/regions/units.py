@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpcompile._torch import pytree
 from dpcompile._torch.autograd import in_functorch
 from dpcompile._torch.dynamo import opaque
-from dpcompile._torch.parallel import mixed_precision
+from dpcompile._torch.parallel import gathered_parameters, mixed_precision
 from dpcompile._torch.tensors import fake_mode_of, taking_real_tensors
 from dpcompile.distributed.shards import fake_gathered, is_distributed
 from dpcompile.errors import UnsupportedGraphError
@@ -193,8 +193,9 @@ def _fake_call(unit: Unit, args: Any, kwargs: Any) -> Any:
 
 def _fake_state(module: nn.Module, dtype: torch.dtype | None, *, fsdp: bool) -> dict[str, Tensor]:
     held = nn.Module.named_parameters(module)  # as they are: wrappers rename theirs
-    state = {n: _fake(p, dtype if p.is_floating_point() else None, fsdp) for n, p in held}
-    return state | {n: _fake(b, None, fsdp) for n, b in module.named_buffers()}
+    whole = gathered_parameters(module) if fsdp else ()  # ahead of the forward: `unshard`, schedules of pipelines
+    state = {n: _fake(p, dtype if p.is_floating_point() else None, fsdp and id(p) not in whole) for n, p in held}
+    return state | {n: _fake(b, None, False) for n, b in module.named_buffers()}
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:

@@ -111,7 +111,7 @@ def facts_of(engine: StagedEngine, count: int) -> dict[str, Any]:
     options = engine.options
     return {
         "parameters": [(n, tuple(p.shape), p.requires_grad) for n, p in engine.parameters().items()],
-        "values": _values({n: engine.parameters()[n] for n in engine.trainable()}),
+        "values": {} if options.untied else _values({n: engine.parameters()[n] for n in engine.trainable()}),
         "num_stages": count,
         "max_grad_norm": engine.max_grad_norm,
         "clipping": options.clipping if isinstance(options.clipping, str) else "a function",
@@ -129,7 +129,13 @@ def _values(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[Any, ...]
 
 
 def check_pipeline(options: Options) -> None:
-    """Raise UnsupportedGraphError for options that a stage of a pipeline cannot have."""
+    """Raise UnsupportedGraphError for options that a stage of a pipeline cannot have, or that only a stage has."""
+    if options.pipeline is None and options.untied:
+        raise UnsupportedGraphError(
+            "untied=True for a model that is no stage of a pipeline: it says of equal parameters of several stages "
+            "that they are several",
+            remedy="leave it out; within one model a tied parameter is one, and its norm that of the sum",
+        )
     if options.pipeline is None:
         return
     refused: dict[str, tuple[bool, str]] = {

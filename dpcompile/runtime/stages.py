@@ -52,7 +52,7 @@ class Stage:
     ranks at other draws, or with other padding              refused on all ranks
     a gradient that is not finite in one stage               weight 0 in all
     a parameter in two stages of one rank                    refused
-    a parameter equal, bit by bit, to one of another stage   refused at the first step: a copy, or one seed for both
+    a parameter equal, bit by bit, to one of another stage   refused at the first step, unless one stage is ``untied``
     =======================================================  =======================================================
 
     Attributes:

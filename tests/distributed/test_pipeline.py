@@ -53,7 +53,7 @@ def test_stages_on_two_ranks_come_to_what_one_process_does(tmp_path: Path) -> No
     [
         (2, REST),
         (4, ON_FOUR),
-        *((4, {n.format(m) for n in WITH | (SEVERAL if kind != "both" else set())}) for kind, m in MESHES.items()),
+        *((4, {n.format(m) for n in WITH | SEVERAL}) for m in MESHES.values()),
     ],
 )
 def test_other_schedules_and_more_ranks(ranks: int, checks: set[str], tmp_path: Path) -> None:

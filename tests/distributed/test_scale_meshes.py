@@ -30,7 +30,10 @@ def test_bytes_of_each_dimension() -> None:
     keys = 2 * 2 * TOY.context * 2 * 128
     shapes = [(256, 256)] * 4 + [(256, 512)] * 3 + [(256, 1)] * 2
     gathered = [min(4 * p * q, 4 * TOY.context * (p + q) // 2) for p, q in shapes]
-    assert cut == 4 * (keys + sum(gathered))
+    assert cut == 4 * (keys + sum(gathered)) + 8 * 10
+    alone, both = (links(TOY, Mesh(1, n, 1, 2), {**CELL}, private=True)["cp"] for n in (1, 2))
+    norms = [links(TOY, Mesh(1, 2, 1, n), CELL, private=True)["tp"] * n for n in (1, 2)]
+    assert norms[1] - norms[0] == 8 * (2 * 12 - 10) and both < alone  # [4, 1] and 8; [2, 1] and 10
 
 
 def test_memory_and_bubble_of_a_pipeline() -> None:

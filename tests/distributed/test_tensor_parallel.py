@@ -47,6 +47,14 @@ def test_what_layers_that_are_cut_twice_do_otherwise(tmp_path: Path) -> None:
     assert passed(launch(4, "tensor_worker.py", str(tmp_path), *few)) == few
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_noise_that_is_correlated_over_steps(ranks: int, tmp_path: Path) -> None:
+    """Weights are those of one process, so that its variance is there once; on four ranks with FSDP2."""
+    found = passed(launch(ranks, "tensor_worker.py", str(tmp_path), "correlated"))
+    assert found == {"correlated by bands", "correlated by buffers"}
+
+
 BOXES = [
     ((6, 4), (0, 0), (6, 4)), ((6, 4), (2, 0), (3, 4)), ((6, 4), (0, 2), (6, 2)), ((6, 4), (3, 2), (2, 2)),
     ((4, 3, 6), (1, 0, 2), (2, 3, 2)), ((4, 3, 6), (1, 1, 0), (2, 1, 6)), ((5,), (2,), (3,)), ((), (), ()),
@@ -131,14 +139,37 @@ class Partial(_Placement):
         ((Replicate(), _StridedShard(0, 3), Shard(0)), False),
         ((Replicate(), Shard(1), Shard(0)), False),
         ((Replicate(), Replicate(), Shard(0)), False),
-        ((Shard(0), Replicate(), Shard(1)), False),
+        ((Shard(0), Replicate(), Shard(1)), True),
+        ((Shard(0), Replicate(), Replicate()), True),
+        ((_StridedShard(0, 2), Replicate(), Shard(0)), True),
+        ((_StridedShard(0, 2), Shard(0), Shard(1)), True),
+        ((_StridedShard(0, 4), Shard(0), Shard(1)), False),
+        ((_StridedShard(0, 4), Shard(0), Shard(0)), False),
         ((Shard(0), Shard(1), Shard(1)), False),
+        ((Shard(0), Replicate(), Replicate(), Shard(1)), False),
+        ((Replicate(), Shard(0), Replicate(), Shard(1)), True),
         ((Replicate(), Replicate(), Shard(0), Shard(1)), False),
     ],
 )
 def test_only_placements_that_are_understood_pass(placements: tuple[_Placement, ...], understood: bool) -> None:
-    """Any other could lie elsewhere in the parameter than its noise."""
-    assert shards._is_understood(placements, [2] * len(placements)) is understood
+    """Under FSDP2; any other could lie elsewhere in the parameter than its noise."""
+    assert shards._is_understood(placements, [2] * len(placements), fsdp=True) is understood
+
+
+@pytest.mark.parametrize(
+    ("placements", "understood"),
+    [
+        ((Replicate(), Replicate()), True),
+        ((Replicate(), Shard(1)), True),
+        ((Shard(1), Shard(0)), True),
+        ((Shard(0), Shard(0)), False),
+        ((_StridedShard(0, 2), Shard(0)), False),
+        ((Replicate(), Partial()), False),
+        ((Replicate(), Replicate(), Shard(0)), False),
+    ],
+)
+def test_placements_without_fsdp(placements: tuple[_Placement, ...], understood: bool) -> None:
+    assert shards._is_understood(placements, [2] * len(placements), fsdp=False) is understood
 
 
 def test_fingerprints_tell_batches_apart() -> None:

@@ -181,9 +181,11 @@ def batch(rows: int = B) -> tuple[Tensor, Tensor]:
     return torch.randint(0, V, (rows, T)), torch.randint(0, V, (rows, T))
 
 
-def oracle(x: Tensor, y: Tensor, users: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+def oracle(
+    x: Tensor, y: Tensor, users: int = 1, make: Callable[[], nn.Module] = Model
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Norms and clipped sums by one backward per example, or user, of the whole model."""
-    model, norms, sums = Model(), [], {}
+    model, norms, sums = make(), [], {}
     for rows_x, rows_y in zip(x.split(users), y.split(users), strict=True):
         model.zero_grad()
         (loss_of(model(rows_x), rows_y) * (users if users > 1 else 1)).backward()
@@ -196,10 +198,18 @@ def oracle(x: Tensor, y: Tensor, users: int = 1) -> tuple[Tensor, dict[str, Tens
     return torch.stack(norms).float(), sums
 
 
-def check_sums(pipeline: Pipeline, x: Tensor, y: Tensor, *, real: Tensor | None = None, users: int = 1) -> None:
+def check_sums(
+    pipeline: Pipeline,
+    x: Tensor,
+    y: Tensor,
+    *,
+    real: Tensor | None = None,
+    users: int = 1,
+    make: Callable[[], nn.Module] = Model,
+) -> None:
     """Without noise ``p.grad`` is the clipped sum over the expected batch size."""
     keep = slice(None) if real is None else real
-    norms, sums = oracle(x[keep], y[keep], users)
+    norms, sums = oracle(x[keep], y[keep], users, make)
     named = pipeline.named()
     for part in pipeline.parts:
         torch.testing.assert_close(part.grad_norms, norms, rtol=1e-5, atol=1e-6)
@@ -309,9 +319,9 @@ def training(schedule: str, steps: int = 5) -> None:
         same(pipeline, alone(steps, 0.5, adam=True, data=data))
 
 
-def placed(mesh: DeviceMesh, kind: str, first: int, end: int) -> nn.Module:
+def placed(mesh: DeviceMesh, kind: str, first: int, end: int, make: Callable[[int, int], Model] = Cut) -> nn.Module:
     """A stage that FSDP2 shards ("dp"), that tensor parallelism cuts ("tp"), or both."""
-    model = Cut(first, end)
+    model = make(first, end)
     for block in model.blocks.values():
         if kind != "dp":
             parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
@@ -435,14 +445,30 @@ class Copied(Model):
             self.head.weight.data.copy_(Model().tokens.weight)
 
 
+class FrozenCopies(Copied):
+    """Neither is trained."""
+
+    def __init__(self, first: int = 0, end: int = BLOCKS) -> None:
+        super().__init__(first, end)
+        for name, p in self.named_parameters():
+            p.requires_grad_(name not in ("tokens.weight", "head.weight"))
+
+
 def copies() -> None:
-    """Of one parameter on the first and the last rank: refused on both, at the first step."""
+    """Of one parameter on the first and the last rank: refused on both, at the first step, unless said to be two."""
     pipeline = Pipeline("1F1B", make=Copied).optimize()
     refused("are equal bit by bit", pipeline)
     if dist.get_rank():
         pipeline.parts[0].head.weight.data[0, 0] += 1e-3
     for optimizer in pipeline.optimizers:
         optimizer.step()
+    for untied in (True, dist.get_rank() == 0):  # both stages say so, or the first alone
+        x, y = batch()
+        two = Pipeline("1F1B", make=Copied, untied=untied).optimize()
+        two.step(x, y)
+        check_sums(two, x, y, make=Copied)
+    frozen = Pipeline("1F1B", make=FrozenCopies).optimize()
+    frozen.step(*batch())
     plain = Pipeline("1F1B", make=Copied).optimize()
     plain.run(*batch())
     assert all(p.grad is None for p in plain.named().values())  # nothing that a loop could add up over ranks
@@ -759,8 +785,6 @@ def main() -> None:
                 f"automatic, {name} and stages": partial(meshed, kind, "1F1B", clipping="automatic"),
                 f"checkpoints of {name} and stages": partial(meshed_checkpoints, kind, directory),
             }
-        for name in ("zero bubble, {} and stages", "{} and two stages each"):
-            del checks[name.format(MESHES["both"])]  # docs/distributed.md
         checks = {n: c for n, c in checks.items() if n in ("gradients", "loading", "own checkpoints") or "stages" in n}
     failing = {"accident": accident, "late accident": late_accident, "killed": killed}
     if wanted[:1] and wanted[0] in failing:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+from correlated_worker import KINDS, STEPS, train
 from launching import run_checks
 from sharded_worker import Collectives, made, raises
 from torch import Tensor, nn
@@ -269,6 +270,24 @@ def training(mesh: DeviceMesh, few: int = 4, clipping: str = "flat", **options: 
             assert torch.equal(value, everywhere[0][name]), name
 
 
+def correlated(mesh: DeviceMesh, kind: str) -> None:
+    """Noise that is correlated over the steps: weights are those of one process."""
+    of_loader, options, _ = KINDS[kind]
+    group = (0, 1) if mesh.ndim == 1 else (mesh.get_local_rank(0), mesh.size(0))
+    found = []
+    for model, rank, groups in ((made(GPT), 0, 1), (placed(GPT, mesh), *group)):
+        data = TensorDataset(torch.randint(0, V, (40, T), generator=torch.Generator().manual_seed(5)))
+        loader = PoissonLoader(
+            data, expected_batch_size=4, steps=STEPS, seed=3, rank=rank, world_size=groups, **of_loader
+        )  # fmt: skip
+        inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+        private = dp_compile(model, max_grad_norm=C, backend="eager")
+        found.append(train(*make_private(private, inner, loader, noise_multiplier=0.5, seed=7, **options)))
+    alone, cut = found
+    for name, value in alone.items():
+        torch.testing.assert_close(cut[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
 def other_rates(mesh: DeviceMesh) -> None:
     """Ranks that measured other speeds plan and compute alike nevertheless: copies of a parameter stay copies."""
     typical = rates.rates_for(torch.device("cpu"))
@@ -414,10 +433,20 @@ def refused(mesh: DeviceMesh) -> None:
 def refused_on_two_dimensions(mesh: DeviceMesh) -> None:
     alone = cut(made(MLP), mesh["tp"])
     raises(UnsupportedGraphError, "over 2 of 4 ranks", lambda: dp_compile(alone, backend="eager"))
-    doubled = made(MLP)
-    for name, p in list(doubled.up.named_parameters()):  # type: ignore[union-attr]
-        setattr(doubled.up, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Replicate(), Shard(0)])))
-    raises(UnsupportedGraphError, "a mesh of 2 dimensions", lambda: dp_compile(doubled, backend="eager"))
+    doubled = dp_compile(Doubled(mesh), max_grad_norm=C, backend="eager")  # along both dimensions the batch is shared
+    x = part(torch.randn(B, T, D), mesh)
+    raises(PrivacyError, "were given different examples, or different padding", lambda: step(doubled, x))
+
+
+class Doubled(nn.Module):
+    """A weight on both dimensions of a mesh."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(distribute_tensor(torch.eye(D), mesh, [Replicate(), Replicate()]))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x @ self.weight.to_local()  # type: ignore[attr-defined]
 
 
 class Scaled(MLP):
@@ -504,6 +533,8 @@ def main() -> None:
     checks["loading"] = lambda: loading(mesh)
     checks["checkpoints"] = lambda: checkpoints(mesh, Path(sys.argv[1]))
     checks["communication"] = lambda: communication(mesh)
+    if "correlated" in sys.argv:  # on demand alone
+        checks = {f"correlated by {kind}": lambda kind=kind: correlated(mesh, kind) for kind in ("bands", "buffers")}
     if alone:
         checks["regions"] = lambda: gradients("GPT", mesh, regions="blocks")
         checks["cut embedding"] = lambda: cut_embedding(mesh)
