@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, fx, nn
 
@@ -204,7 +204,7 @@ def _engine(module: nn.Module, options: Options) -> Engine:
 def _undecorated(model: Any) -> nn.Module:
     """The same module with the calls and look-ups of an ordinary one, on the same state."""
     kind = type(model)
-    own = {"__call__": nn.Module.__call__, "__getattr__": super(PrivateModule, model).__getattr__.__func__}
+    own = {"__call__": nn.Module.__call__, "__getattr__": cast(Any, super(PrivateModule, model)).__getattr__.__func__}
     plain = type(kind.__name__, (kind,), own)
     module = plain.__new__(plain)
     object.__setattr__(module, "__dict__", model.__dict__)

@@ -88,21 +88,23 @@ def test_the_search_ends_at_the_border(base: int, each: int, bend: float, out_of
 def test_nothing_is_touched() -> None:
     """Model, gradients, optimizer, random state, accountant, loader, and hooks: in the middle of a run."""
     plain, data = Pictures(), TensorDataset(torch.randn(40, 3, 8, 8), torch.randint(0, 3, (40,)))
-    model, optimizer, loader = make_private(
+    private: Any = make_private(
         plain,
         torch.optim.Adam(plain.parameters()),
         DataLoader(data, batch_size=8),
         noise_multiplier=1.0,
         backend="eager",
     )
-    batches = iter(loader)
+    model, optimizer, loader = private
+    batches, accountant = iter(loader), optimizer.accountant
     x, y = next(batches)
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
     optimizer.zero_grad()
     x, y = next(batches)
     F.cross_entropy(model(x), y).backward()
-    engine, called = engine_of(model), []
+    engine: Any = engine_of(model)
+    called: list[int] = []
     handle = plain.register_forward_hook(lambda *_: called.append(1))
     before = {
         "state": copy.deepcopy(plain.state_dict()),
@@ -110,7 +112,7 @@ def test_nothing_is_touched() -> None:
         "versions": [(p._version, id(p)) for p in (*plain.parameters(), *plain.buffers())],
         "optimizer": copy.deepcopy(optimizer.state_dict()),
         "random": torch.get_rng_state(),
-        "accountant": copy.deepcopy(optimizer.accountant.state_dict()),
+        "accountant": copy.deepcopy(accountant.state_dict()),
         "loader": copy.deepcopy(loader.state_dict()),
         "norms": engine.grad_norms,
         "transformed": engine.transformed,
@@ -129,7 +131,7 @@ def test_nothing_is_touched() -> None:
     assert before["versions"] == [(p._version, id(p)) for p in (*plain.parameters(), *plain.buffers())]
     assert str(before["optimizer"]) == str(optimizer.state_dict())
     assert torch.equal(before["random"], torch.get_rng_state())
-    assert before["accountant"] == optimizer.accountant.state_dict()
+    assert before["accountant"] == accountant.state_dict()
     assert str(before["loader"]) == str(loader.state_dict())
     assert engine.transformed is before["transformed"] and torch.equal(engine.grad_norms, before["norms"])
     optimizer.step()

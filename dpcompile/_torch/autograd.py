@@ -9,6 +9,7 @@ import torch
 import torch._decomp.decompositions
 import torch._dynamo
 from torch._dispatch.python import enable_python_dispatcher
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 __all__ = [
@@ -56,7 +57,7 @@ def in_functorch() -> bool:
 
 def in_symbolic_trace() -> bool:
     """Whether ``torch.fx`` records what runs: ``symbolic_trace`` or ``make_fx``."""
-    return torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+    return is_fx_symbolic_tracing()
 
 
 def entered_modes() -> list[str]:

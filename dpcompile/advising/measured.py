@@ -63,7 +63,7 @@ def measured_physical_batch(
             tried[rows] = needed(rows)
         except torch.OutOfMemoryError:
             tried[rows] = float("inf")
-            _give_back()
+        _give_back()
         return tried[rows] <= _SHARE * memory
 
     low, high = 0, at_most + 1
@@ -153,10 +153,8 @@ class _Steps:
             kept_gradients.release()
             return self._beside + peak_of(step, self._device)
         finally:
-            private = module = call = None
             kept_gradients.release()
             before.restore()
-            _give_back()
 
     def _tensors(self) -> list[tuple[Tensor, int | None]]:
         return [(x, self._dims.get(id(x))) for x in pytree.tree_leaves(self._call) if isinstance(x, Tensor)]

@@ -109,7 +109,7 @@ def _sites() -> Iterator[str]:
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
-_KINDS = ("ExampleMixingError", "UnsupportedGraphError", "PrivacyError", "DPCompileError")
+_KINDS = ("ExampleMixingError", "UnsupportedGraphError", "PrivacyError", "NotReadyError", "DPCompileError")
 
 
 def _refusals() -> Iterator[str]:

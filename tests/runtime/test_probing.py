@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import dpcompile
@@ -99,7 +100,7 @@ TRACERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "jit.script, inside": ("torch.jit", lambda m: torch.jit.script(nn.Sequential(m))),
     "export": ("exported", lambda m: torch.export.export(m, (X,))),
     "export, inside": ("exported", lambda m: torch.export.export(nn.Sequential(m), (X,))),
-    "make_fx": ("torch.fx", lambda m: torch.fx.experimental.proxy_tensor.make_fx(m)(X)),
+    "make_fx": ("torch.fx", lambda m: make_fx(m)(X)),
     "symbolic_trace, inside": ("torch.fx", lambda m: torch.fx.symbolic_trace(nn.Sequential(m))),
 }
 
