@@ -181,7 +181,7 @@ class RegionEngine(Engine):
             self.graphs.share(self._owners.with_two_names() if breaks else self._owners.tied(root))
             if self.sharded:
                 stages, parallel = 1 if self.stage is None else self.stage.ranks, self._rank_parts.parallel
-                sharing = 1 if parallel is None else parallel.size
+                sharing = 1 if parallel is None else len(parallel.everyone)
                 check_sharded(root, self._parameters, stages=stages, sharing=sharing)
             self._root = root
         if self.sharded and self.stage is None:  # a stage's micro-batches are under way together

@@ -329,4 +329,5 @@ def test_a_list_in_place_of_a_tensor(told: int) -> Right:
 
 @refused("leave it out; within one model a tied parameter is one, and its norm that of the sum")
 def test_untied_without_a_pipeline(told: int) -> Right:
-    return equals(dp_compile(plain(), backend="eager", **({} if told else {"untied": True})).training, True)
+    options: dict[str, Any] = {} if told else {"untied": True}
+    return equals(dp_compile(plain(), backend="eager", **options).training, True)
