@@ -154,7 +154,8 @@ def _in_two_passes(backward: _Backward, compile_graph: GraphCompiler, lowered: L
             f"a backward that is to run twice draws random numbers or writes to memory (`{once.name}`): the second "
             "time it would not come to the same",
             where=where(once),
-            remedy="use norm='auto' without memory_budget, or compute it in the forward",
+            remedy="use norm='auto' without memory_budget, or draw the numbers outside of the model and pass them "
+            "to it",
         )
     own, norms = backward.placeholders, backward.norms
     first = _ancestors(v for v in backward.early if isinstance(v, fx.Node))
