@@ -76,6 +76,23 @@ def test_no_compiler(tmp_path: Any) -> None:
     assert (done.returncode, done.stdout) == (0, f"loop {said}evaluation {said}blocks {said}"), done.stderr
 
 
+FIRST = """
+import torch
+from torch import nn
+from dpcompile import dp_compile
+
+model = dp_compile(nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Flatten()), backend="eager")
+model(torch.randn(3, 1, 6, 6)).square().sum(1).mean().backward()
+print(*model.grad_norms.shape)
+"""
+
+
+def test_max_pooling_first_of_all() -> None:
+    """Before anything has imported the parts of Inductor that its decomposition takes for granted."""
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
+
+
 def private(**options: Any) -> Any:
     torch.manual_seed(0)
     plain = nn.Linear(5, 3)

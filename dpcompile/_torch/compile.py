@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Any, Protocol, cast
 
 import torch
@@ -70,6 +71,7 @@ def _decompositions(further: Decompositions) -> Iterator[dict[Any, Callable[...,
     cannot be done, and the cache would be off.
     """
     masked = torch.ops.aten._unsafe_masked_index_put_accumulate.default
+    import_module("torch._inductor.lowering")  # which that of max pooling takes for granted, in 2.11 to 2.14
     table = _decomposition.select_decomp_table()
     ours = {**further, masked: torch._decomp.global_decomposition_table["post_autograd"][masked]}
     before = {op: table[op] for op in ours if op in table}
