@@ -17,6 +17,7 @@ from dpcompile.accounting.arguments import number
 from dpcompile.accounting.by_step import RateSchedule
 from dpcompile.accounting.truncation import no_bound_of_parts
 from dpcompile.data.rate import SamplingRate
+from dpcompile.data.repeated import refuse_repeated
 from dpcompile.data.users import Users
 from dpcompile.errors import PrivacyError
 from dpcompile.module import Engine
@@ -148,6 +149,7 @@ def turns_of(size: int, expected_batch_size: Any, bands: int, sample_rate: Any) 
 def users_of(dataset: Any, groups: Any, examples_per_user: int | None) -> Users | None:
     """Whose examples are whose; None without groups."""
     if groups is None and examples_per_user is None:
+        refuse_repeated(dataset)
         return None
     if groups is None or examples_per_user is None:
         given, missing = ("examples_per_user", "groups") if groups is None else ("groups", "examples_per_user")
@@ -156,7 +158,9 @@ def users_of(dataset: Any, groups: Any, examples_per_user: int | None) -> Users 
             remedy="give groups, whose each example of the dataset is, and examples_per_user, how many rows a user has "
             "in a batch; or neither, where every example is drawn by itself",
         )
-    return Users(groups, checked_size(dataset), examples_per_user)
+    users = Users(groups, checked_size(dataset), examples_per_user)
+    refuse_repeated(dataset, users.of_examples)
+    return users
 
 
 def refuse_other_users(engine: Engine, examples_per_user: int) -> None:

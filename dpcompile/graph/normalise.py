@@ -9,7 +9,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 import dpcompile.graph.expert_products  # noqa: F401  # registers the operations
-from dpcompile.graph.operations import WRITES_BY_INDEX
+from dpcompile.graph.operations import IN_THE_SAME_MEMORY, WRITES_BY_INDEX, operation_name
 from dpcompile.graph.sizes import is_one, shape_of
 
 __all__ = [
@@ -97,7 +97,8 @@ def _is_zero(base: fx.Node) -> bool:
 def expand_last(graph: fx.Graph) -> None:
     """Scale, negate and cast what is spread over positions before it is spread: the cotangents of a mean, for one.
 
-    A kernel then reads a row where it would read one for each position. Contract: equal values.
+    A kernel then reads a row where it would read one for each position. Not where a view is taken of the result, which
+    may need it as it lies. Contract: equal values.
     """
     for node in graph.nodes:
         source = node.args[0] if node.op == "call_function" and node.args else None
@@ -105,7 +106,8 @@ def expand_last(graph: fx.Graph) -> None:
             continue
         inner, shape = source.all_input_nodes[0], node.meta["val"].shape
         others = any(isinstance(x, fx.Node) for x in (*node.args[1:], *node.kwargs.values()))
-        if others or shape_of(source.meta["val"]) != shape_of(node.meta["val"]):
+        viewed = any(operation_name(user.target) in IN_THE_SAME_MEMORY or user.op == "output" for user in node.users)
+        if others or viewed or shape_of(source.meta["val"]) != shape_of(node.meta["val"]):
             continue
         with graph.inserting_before(node):
             narrow = graph.call_function(node.target, (inner, *node.args[1:]), node.kwargs)

@@ -52,7 +52,7 @@ def merge(all_sides: Sequence[Sides]) -> list[Sides]:
     merged = []
     for kind in (None, "rows", "cols"):
         same = [s for s in all_sides if s.one_hot == kind]
-        if len(same) == 1:  # as it lies, expanded or not
+        if len(same) == 1 and kind is not None:  # as it lies: a look-up's cotangents may be expanded
             merged += same
         elif same:
             rows = torch.cat([s.rows for s in same], dim=1 if kind == "rows" else 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -42,26 +41,26 @@ def watch_loss(result: Any, labels: Mapping[int, Label]) -> None:
         labels: ``id(tensor)`` -> how the examples lie in it.
     """
     outputs = [result] if isinstance(result, Tensor) else pytree.tree_leaves(result)
-    nodes = set()
+    nodes: dict[Any, dict[int, Outer]] = {}
     for x in outputs:
         if type(x) is not Tensor or x.grad_fn is None:
             continue
         label = _outer(x, labels.get(id(x)))
         if label is not None:
             note(x.grad_fn, x.output_nr, label)
-            nodes.add(x.grad_fn)
-    for node in nodes:
-        node.register_prehook(partial(_look, weakref.proxy(node)))
+            nodes.setdefault(x.grad_fn, {})[x.output_nr] = label
+    for node, known in nodes.items():
+        node.register_prehook(partial(_look, known))
 
 
-def _look(node: Any, cotangents: Sequence[Tensor | None]) -> None:
+def _look(known: Mapping[int, Outer], cotangents: Sequence[Tensor | None]) -> None:
     new = [root for root in roots() if noted(root[0], _LOOKED_AT) is None]
     for root, _ in new:
         note(root, _LOOKED_AT, True)
     means = [mean for root in new for mean in refuse_mixing(root)]
-    given = [(c, noted(node, i)) for i, c in enumerate(cotangents) if c is not None]
+    given = [(c, known.get(i)) for i, c in enumerate(cotangents) if c is not None]
     if means and len(given) == 1 and given[0][1] is not None:
-        refuse_uneven(means, *given[0])
+        refuse_uneven(means, given[0][0], given[0][1])
 
 
 def _outer(tensor: Tensor, label: Label | None) -> Outer | None:

@@ -117,9 +117,8 @@ def test_parameters_gradients_and_states_are_what_stays(sizes: dict[str, Any]) -
         assert abs(cell["init"] - unit) < small, way
         assert abs(cell["backward"] - 4 * unit) < small, way
     large = CASES["tiny"]
-    contents = DOUBLE * len(list(large.make(large.depth).parameters()))  # what the ledger knows p.grad by
     more = sizes["ours"]["backward"] - sizes["plain"]["backward"]
-    assert contents < more <= contents + DOUBLE * large.batch + 64  # model.grad_norms
+    assert 0 < more <= DOUBLE * large.batch + 64  # model.grad_norms
 
 
 def test_two_passes_keep_less(sizes: dict[str, Any]) -> None:

@@ -30,8 +30,8 @@ def test_a_trace_shows_the_graph_before_and_after(tmp_path: pathlib.Path, monkey
     assert [line.split()[0] for line in table.splitlines()] == ["pass", *(p.__name__ for p in pipeline.PRIVATIZE)]
     assert "Prove that examples do not mix: a label for every value." in table
     written = {f.name: f.read_text() for f in folder.iterdir()}
-    assert set(written) == {"passes.txt", "00-captured.txt", "12-insert_clipping.txt"}
-    assert "where" in written["12-insert_clipping.txt"]  # weight 0 is exact
+    assert set(written) == {"passes.txt", "00-captured.txt", "13-insert_clipping.txt"}
+    assert "where" in written["13-insert_clipping.txt"]  # weight 0 is exact
     assert "where" not in written["00-captured.txt"]
 
 
@@ -82,19 +82,26 @@ SPREAD: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
     "more dimensions": (lambda x, y: x.expand(2, 4, 5, 3) * 2.0, True),
     "by another value": (lambda x, y: x.expand(4, 5, 3) * y, False),
     "by itself": (lambda x, y: (lambda z: z * z)(x.expand(4, 5, 3)), False),
+    "with a view behind": (lambda x, y: (lambda z: z.view(20, 3).sum() * z)(x.expand(4, 5, 3) / 7), False),
 }
+
+
+def test_what_is_spread_and_returned_stays_as_it_is() -> None:
+    module = _traced(lambda x: x.expand(4, 5, 3) / 7, torch.randn(4, 1, 3))
+    expand_last(module.graph)
+    assert not module(torch.randn(4, 1, 3)).stride(1) == 0
 
 
 @pytest.mark.parametrize("case", list(SPREAD))
 def test_what_is_spread_is_scaled_before(case: str) -> None:
     function, moved = SPREAD[case]
     values = torch.randn(4, 1, 3), torch.randn(4, 5, 3)
-    module = _traced(function, *values)
+    module = _traced(lambda *given: function(*given).exp(), *values)
     expand_last(module.graph)
     module.graph.lint()
     module.recompile()
-    assert torch.equal(module(*values), function(*values))
-    last = module.graph.output_node().all_input_nodes[0]
+    assert torch.equal(module(*values), function(*values).exp())
+    (last,) = module.graph.output_node().all_input_nodes[0].all_input_nodes
     assert (last.target is torch.ops.aten.expand.default) == moved
     assert last.meta["val"].shape == function(*values).shape
     assert last.meta["val"].dtype == function(*values).dtype
