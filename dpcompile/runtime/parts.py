@@ -16,10 +16,10 @@ from torch import Tensor
 
 from dpcompile._torch import pytree
 from dpcompile.clipping.groups import Bounds
-from dpcompile.errors import PrivacyError, UnsupportedGraphError
+from dpcompile.errors import PrivacyError, UnsupportedGraphError, running_line
 from dpcompile.graph.labels import Examples, Label
 
-__all__ = ["PartOfBatch", "WholeBatch", "joined", "split_call"]
+__all__ = ["OfSeveralForwards", "PartOfBatch", "WholeBatch", "joined", "split_call"]
 
 
 @dataclass(eq=False, slots=True)
@@ -79,6 +79,27 @@ class PartOfBatch:
         return slice(self.index * size, (self.index + 1) * size)
 
 
+class OfSeveralForwards:
+    """Stands where a batch ran in several forwards and each returned an object, such as a cache of keys and values.
+
+    Most loops never look at it; one that does is told.
+    """
+
+    def __init__(self, kind: type, forwards: int) -> None:
+        self._kind, self._forwards = kind, forwards
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnsupportedGraphError(
+            f"the batch ran in {self._forwards} forwards, and each returned a {self._kind.__name__} of its own, which "
+            "cannot be put together",
+            where=running_line(),
+            remedy="read it where one forward runs: without gradients, or with a physical_batch_size as large as the "
+            "largest draw and without memory_budget",
+        )
+
+
 def split_call(
     args: tuple[Any, ...], kwargs: dict[str, Any], dims: Sequence[tuple[str, Tensor, int | None]], parts: int
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -105,7 +126,7 @@ def joined(results: Sequence[Any], labels: Sequence[Mapping[int, Label]]) -> Any
         labels: for every part ``id(tensor)`` -> how the examples lie in it.
 
     Raises:
-        UnsupportedGraphError: a result that is not a tensor of the examples.
+        UnsupportedGraphError: a tensor that is not one of the examples, or a number.
     """
     columns = [pytree.tree_leaves(r) for r in results]
     structure = pytree.tree_flatten(results[0])[1]
@@ -116,6 +137,8 @@ def joined(results: Sequence[Any], labels: Sequence[Mapping[int, Label]]) -> Any
             leaves.append(torch.cat(values, dim=found[0].dim))  # type: ignore[union-attr]
         elif all(v is None for v in values):
             leaves.append(None)
+        elif not isinstance(values[0], (Tensor, bool, int, float, complex, str)):
+            leaves.append(OfSeveralForwards(type(values[0]), len(values)))
         else:
             raise UnsupportedGraphError(
                 f"memory_budget needs the batch in parts, and the model returns {type(values[0]).__name__} "

@@ -21,7 +21,7 @@ from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.labels import Examples, Label, Shared, Summed, Whole
 from dpcompile.runtime.autocast import Autocast
 from dpcompile.runtime.loss_scale import scaled_like_this
-from dpcompile.runtime.parts import split_call
+from dpcompile.runtime.parts import OfSeveralForwards, split_call
 from dpcompile.runtime.random_state import RandomState
 from dpcompile.runtime.watched_loss import watch_loss
 
@@ -175,6 +175,8 @@ class _Turns:
             same = all(isinstance(v, Tensor) and torch.equal(v, first) for v in values)
         if same:
             return first
+        if not isinstance(first, (Tensor, type(None), bool, int, float, str)):
+            return OfSeveralForwards(type(first), len(values))
         raise UnsupportedGraphError(
             f"a draw larger than the physical batch runs in {len(values)} forwards, and what they return cannot be put "
             f"together: {f'a tensor that is {label}' if isinstance(first, Tensor) else type(first).__name__}",

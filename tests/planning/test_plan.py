@@ -261,6 +261,26 @@ def test_results_that_cannot_be_joined_are_refused() -> None:
         private(torch.randn(32, 50, 64))
 
 
+def test_an_object_of_each_part_is_told_of_where_it_is_read() -> None:
+    class Cache:
+        seen = 32
+
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = deep()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Cache]:
+            return self.inner(x), Cache()
+
+    private: Any = dp_compile(Caching(), backend="eager", memory_budget=1.0)
+    out, cache = private(torch.randn(32, 50, 64))
+    out.square().mean().backward()
+    assert private.plan.parts > 1 and cache is not None
+    with pytest.raises(UnsupportedGraphError, match="each returned a Cache of its own[^$]*without memory_budget"):
+        cache.seen  # noqa: B018
+
+
 def test_a_replay_counts_what_lives() -> None:
     """Three kept squares: the peak is the start of the backward."""
     net = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)))

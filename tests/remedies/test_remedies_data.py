@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from remedies import Right, data, equals, plain, private, refused, sgd, stepped, trains
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
-from torch.utils.data import IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
 
 from dpcompile import DPOptimizer, PoissonLoader, PrivacyAccountant, dp_compile
 
@@ -297,3 +297,15 @@ def test_a_cap_and_a_loader_that_is_made(told: int) -> Right:
 def test_batch_sizes_by_the_step_and_a_loader_that_is_made(told: int) -> Right:
     loader = poisson(expected_batch_size=(lambda t: 6.0 + t) if told == 2 else 8)
     return trains(*private(loader, batch_size_schedule=None if told else lambda t: 1.0 + t))
+
+
+@refused(
+    "leave the copies out (weigh the losses of rare classes instead, by constants), or name their owner: groups=, with "
+    "copies of a row in one group, and examples_per_user=",
+    ways=2,
+)
+def test_rows_that_are_there_twice(told: int) -> Right:
+    rows = [*range(20), 3, 3, 5] if told != 1 else list(range(20))
+    owners = {"groups": rows, "examples_per_user": 3} if told == 2 else {}
+    loader = DataLoader(Subset(data().dataset, rows), batch_size=8)
+    return trains(*private(loader, **owners))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from private_steps import X
-from remedies import Right, equals, private, refused, right, trains
+from remedies import Right, equals, plain, private, refused, right, trains
 from test_remedies_proof import Net
 from torch import Tensor, nn
 
@@ -229,3 +229,37 @@ def test_parts_that_return_something_else(told: int) -> Right:
         loss(model(x), slice(None)).mean().backward()
         return equals(model.plan.parts, 1)
     return right(model, x, loss=loss, tolerance=1e-4)
+
+
+class Cache:
+    """Kept by nobody but the model that made it."""
+
+    def __init__(self, seen: int) -> None:
+        self.seen = seen
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = plain()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x), Cache(len(x))
+
+
+@refused(
+    "read it where one forward runs: without gradients, or with a physical_batch_size as large as the largest draw "
+    "and without memory_budget",
+    ways=2,
+)
+def test_an_object_of_each_of_several_forwards(told: int) -> Right:
+    model, optimizer, loader = private(model=Caching(), physical_batch_size=24 if told == 2 else 2, seed=3)
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        with torch.no_grad():
+            _, apart = model(batch[0])
+        outputs, cache = model(batch[0])
+        assert (apart if told == 1 else cache).seen == len(batch[0])
+        return nn.functional.cross_entropy(outputs, batch[-1])
+
+    return trains(model, optimizer, loader, loss=loss)
