@@ -155,7 +155,7 @@ bfloat16:
   gate.weight          keep   0.51 ms; ghost 35.1 ms
   up.weight            keep   0.51 ms; ghost 35.1 ms
   down.weight          keep   0.51 ms; ghost 35.1 ms
-  expected: 26.7 ms a step, 1.97 ms of them for privacy; peak 3.69GB, 1.32 of the plain step's
+  expected: 26.8 ms a step, 1.97 ms of them for privacy; peak 3.69GB, 1.32 of the plain step's
 """,
         )
 
@@ -171,7 +171,7 @@ bfloat16:
   gate.weight          keep   0.829 ms; ghost 119 ms
   up.weight            keep   0.829 ms; ghost 119 ms
   down.weight          keep   0.829 ms; ghost 119 ms
-  expected: 71.2 ms a step, 3.15 ms of them for privacy; peak 3.69GB, 1.32 of the plain step's
+  expected: 71.3 ms a step, 3.15 ms of them for privacy; peak 3.69GB, 1.32 of the plain step's
 """,
         )
 
