@@ -105,7 +105,7 @@ TRACERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
 @pytest.mark.parametrize("tracer", TRACERS)
 def test_tracers_are_named_before_and_after_the_first_call(model: Any, tracer: str) -> None:
     named, trace = TRACERS[tracer]
