@@ -79,6 +79,7 @@ def compiled_with(
     config: Callable[[], contextlib.AbstractContextManager[None]],
     function: Callable[..., Any],
     *,
+    stand_ins: StandIns,
     backend: Callable[..., Any],
     dynamic: bool | None,
 ) -> Callable[..., Any]:
@@ -93,18 +94,20 @@ def compiled_with(
     Args:
         config: makes the settings; global ones, so that one compilation at a time is under them.
         function: to be compiled.
+        stand_ins: those of the settings; guards look for some of them at every call.
         backend: of its graphs.
         dynamic: as for ``torch.compile``.
     """
     context: Any = torch._dynamo.optimize(backend, nopython=True, dynamic=dynamic)
     if callable(getattr(context, "callback", None)):  # else Dynamo is switched off
         context.callback = _Under(config, context.callback)
-    quick = context(function)
+    quick, in_place = context(function), stand_ins.in_place
 
     def call(*args: Any) -> Any:
         stance: Any = eval_frame._stance
         if stance.stance == "default" and getattr(stance, "backend", None) is None:
-            return quick(*args)
+            with in_place:
+                return quick(*args)
         with _COMPILING, config():
             return quick(*args)
 

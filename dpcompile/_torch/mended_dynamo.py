@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -113,6 +115,11 @@ class StandIns(NamedTuple):
     functions: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]
     layer: Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
+    @property
+    def in_place(self) -> AbstractContextManager[None]:
+        """The recurrent functions alone: what was compiled with them is called in here."""
+        return _in_place(self.layer)
+
 
 _VF: Any = torch._VF
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -122,16 +129,45 @@ _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 def replaced(by: StandIns) -> Iterator[None]:
     """Let Dynamo trace functions of ours in the place of torch's."""
     rules: dict[Any, Any] = get_torch_obj_rule_map()
-    ours = _layers(by.layer)
     before = {function: rules.get(function) for function, _ in by.functions}
-    layers = {name: vars(_VF).get(name) for name in ours}
     rules.update(dict.fromkeys(before, _kind(by.functions)))
-    vars(_VF).update(ours)
     try:
-        yield
+        with by.in_place:
+            yield
     finally:
-        _put_back(rules, before)
-        _put_back(vars(_VF), layers)
+        for function, rule in before.items():
+            if rule is None:
+                rules.pop(function, None)
+            else:
+                rules[function] = rule
+
+
+class _InPlace:
+    """Our recurrent functions in the place of torch's, as long as any thread is in here.
+
+    Guards of what was compiled look for them there: it is to be entered for every call.
+    """
+
+    def __init__(self, layer: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+        self._layer, self._inside, self._lock = layer, 0, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                vars(_VF).update(_layers(self._layer))
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                for name in _RECURRENT:
+                    vars(_VF).pop(name, None)
+
+
+@lru_cache(maxsize=1)
+def _in_place(layer: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> _InPlace:
+    return _InPlace(layer)
 
 
 @lru_cache(maxsize=1)
@@ -152,12 +188,3 @@ def _kind(functions: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]) 
             return UserFunctionVariable(ours[value])
 
     return Replaced
-
-
-def _put_back(table: dict[Any, Any], before: dict[Any, Any]) -> None:
-    """Entries as they were; None for what was not there."""
-    for key, value in before.items():
-        if value is None:
-            table.pop(key, None)
-        else:
-            table[key] = value

@@ -24,4 +24,4 @@ def tracing_config(*, regions: bool = False, dynamic: bool | None = None) -> Abs
 def one_graph(function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
     """A function compiled as one graph under :func:`tracing_config`: :func:`dpcompile._torch.dynamo.compiled_with`."""
     config = partial(tracing_config, dynamic=dynamic)
-    return dynamo.compiled_with(config, function, backend=backend, dynamic=dynamic)
+    return dynamo.compiled_with(config, function, stand_ins=_STAND_INS, backend=backend, dynamic=dynamic)

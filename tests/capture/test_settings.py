@@ -60,12 +60,23 @@ def test_they_are_entered_to_compile_and_left_to_run(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(GraphEngine, "ran", has_run)
     private, usual = (
         dp_compile(Recurrent(), backend="eager"),
-        (config.allow_rnn, config.skip_nnmodule_hook_guards, True),
+        (config.allow_rnn, config.skip_nnmodule_hook_guards, False),  # guards look for what stands in
     )
     for size in (3, 3, 5):
         norms_of(private, torch.randn(size, 4, 3))
     assert set(seen["compiling"]) == {(True, False, False)}
     assert seen["running"] == [usual] * 3
+    assert vars(torch._VF).get("lstm") is lstm
+
+
+def test_what_stands_in_is_found_by_the_guards_of_every_call() -> None:
+    private = dp_compile(Recurrent(), backend="eager")
+    norms_of(private, torch.randn(3, 4, 3))
+    compiled = engine_of(private).transformed
+    for _ in range(12):  # more than a function may be compiled
+        norms_of(private, torch.randn(3, 4, 3))
+        nn.LSTM(3, 4)(torch.randn(2, 3))  # torch's own, between
+    assert engine_of(private).transformed is compiled
     with pytest.raises(DPCompileError):
         private(torch.randn(3, 4, 7))
     assert (config.allow_rnn, config.skip_nnmodule_hook_guards, vars(torch._VF).get("lstm") is lstm) == usual
