@@ -38,7 +38,7 @@ def test_a_mode_that_counts(told: int) -> Right:
 
 @refused("give inputs= too, or leave it out", ways=2)
 def test_measured_advice_without_inputs(told: int) -> Right:
-    given = ({"measure": True}, {"measure": True, "inputs": X}, {})[told]
+    given: dict[str, Any] = ({"measure": True}, {"measure": True, "inputs": X}, {})[told]
     found = advise(1000, target_epsilon=3.0, model=plain(), accountant="rdp", **given)
     return equals((found.physical_batch is not None, found.batch_size > 0), (told == 1, True))
 
