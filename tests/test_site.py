@@ -24,7 +24,7 @@ def test_every_page_is_in_the_site() -> None:
 
 def test_every_public_name_is_on_the_page_of_the_api() -> None:
     named = re.findall(r"^::: dpcompile\.(\w+)$", (DOCS / "api.md").read_text("utf-8"), re.MULTILINE)
-    assert sorted(named) == sorted([*dpcompile.__all__, "viz"])
+    assert sorted(named) == sorted([*dpcompile.__all__, "experts", "viz"])
 
 
 class Ids(html.parser.HTMLParser):
