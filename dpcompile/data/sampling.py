@@ -205,7 +205,7 @@ class PoissonBatches:
         return kept(drawn, self.max_batch_size, seed=seed, step=step, secure=self.secure)
 
     def _draws(self, seed: int, steps: range) -> Iterator[list[int]]:
-        if type(self).draw is not PoissonBatches.draw or callable(self.sample_rate):
+        if getattr(self.draw, "__func__", None) is not PoissonBatches.draw or callable(self.sample_rate):
             return (self.draw(seed, step) for step in steps)
         numbers = {"size": self.size, "sample_rate": self.sample_rate, "secure": self.secure}
         drawn = poisson_draws(seed, steps=steps, **numbers)
