@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from dpcompile.runtime.forward import Forward
 __all__ = ["watch_loss", "watched"]
 
 F = TypeVar("F", bound=Forward)
+_Output: TypeAlias = "tuple[Outer, Callable[[], Tensor | None]]"
 _LOOKED_AT = -1  # no output of a node has this number
+_SMALL = 2**18  # numbers of an output that is held until its backward
 
 
 def watched(run: Callable[[F], Any], forward: F) -> Any:
@@ -41,26 +44,37 @@ def watch_loss(result: Any, labels: Mapping[int, Label]) -> None:
         labels: ``id(tensor)`` -> how the examples lie in it.
     """
     outputs = [result] if isinstance(result, Tensor) else pytree.tree_leaves(result)
-    nodes: dict[Any, dict[int, Outer]] = {}
+    nodes: dict[Any, dict[int, _Output]] = {}
     for x in outputs:
         if type(x) is not Tensor or x.grad_fn is None:
             continue
         label = _outer(x, labels.get(id(x)))
         if label is not None:
             note(x.grad_fn, x.output_nr, label)
-            nodes.setdefault(x.grad_fn, {})[x.output_nr] = label
+            nodes.setdefault(x.grad_fn, {})[x.output_nr] = label, _found_again(x)
     for node, known in nodes.items():
         node.register_prehook(partial(_look, known))
 
 
-def _look(known: Mapping[int, Outer], cotangents: Sequence[Tensor | None]) -> None:
+def _found_again(tensor: Tensor) -> Callable[[], Tensor | None]:
+    """What an output held, while anything else holds it, or it is small; without its way back to the node."""
+    if tensor.numel() > _SMALL:
+        return weakref.ref(tensor)
+    kept = tensor.detach()
+    return lambda: kept
+
+
+def _look(known: Mapping[int, _Output], cotangents: Sequence[Tensor | None]) -> None:
     new = [root for root in roots() if noted(root[0], _LOOKED_AT) is None]
-    for root, _ in new:
-        note(root, _LOOKED_AT, True)
     means = [mean for root in new for mean in refuse_mixing(root)]
     given = [(c, known.get(i)) for i, c in enumerate(cotangents) if c is not None]
-    if means and len(given) == 1 and given[0][1] is not None:
-        refuse_uneven(means, given[0][0], given[0][1])
+    if len(means) == len(given) == 1:
+        (cotangent, output), (mean,) = given[0], means
+        values = None if output is None else output[1]()
+        if output is not None and values is not None:
+            refuse_uneven(mean, cotangent, values.detach(), output[0])
+    for root, _ in new:
+        note(root, _LOOKED_AT, True)
 
 
 def _outer(tensor: Tensor, label: Label | None) -> Outer | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,7 @@ RIGHT: dict[str, Callable[[Tensor], Tensor]] = {
     "a function of one's own": lambda o: Doubled.apply(o).square().mean(),  # type: ignore[union-attr]
     "some rows": lambda o: o[torch.tensor([3, 1])].square().mean() + o[T > 0].square().mean(),
     "halves by themselves": lambda o: o[:3].square().mean() + o[3:].abs().mean() + o.chunk(2)[0].exp().mean(),
+    "the first rows in two ways": lambda o: (torch.stack([o[i].exp().sum() for i in range(3)]) * o[:3, 0]).mean(),
     "compiled": lambda o: torch.compile(lambda z: F.cross_entropy(z, Y), backend="eager")(o),
     "of the library": lambda o: per_example_cross_entropy(o, torch.where(Y > 2, -100, Y)).mean(),
     "units that are off": lambda o: F.cross_entropy(F.relu(o - 0.5), Y),
@@ -286,3 +288,31 @@ def test_several_losses_in_one_backward() -> None:
     outputs = model(torch.randn(B, 5))
     with pytest.raises(ExampleMixingError, match="`topk`"):
         torch.autograd.backward([F.cross_entropy(outputs, Y), each(outputs).topk(2).values.sum()])
+
+
+def test_targets_that_are_certain_are_not_ignored() -> None:
+    """Their rows of the cotangent are zero too: where the model leaves one class, or its scores are far apart."""
+    model = dp_compile(Tokens(), backend="eager")
+    x = torch.randn(B, 3, 5)
+    x[0] *= 1e5
+    logits, _ = model(x)
+    labels = logits.detach().argmax(-1)
+    loss = F.cross_entropy(logits.view(-1, C), labels.view(-1))
+    (cotangent,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert not cotangent[0].any() and cotangent[1:].flatten(0, 1).any(-1).all()
+    loss.backward()
+
+
+def test_a_refused_loss_stays_refused() -> None:
+    loss = MIXED["simclr"](private()(torch.randn(B, 5)))
+    for _ in range(2):
+        with pytest.raises(ExampleMixingError, match="`mm`"):
+            loss.backward(retain_graph=True)
+
+
+def test_outputs_are_not_held_by_their_own_hooks() -> None:
+    model = dp_compile(nn.Linear(5, C), backend="eager")
+    outputs = model(torch.randn(B, 5))
+    seen = weakref.ref(outputs)
+    del outputs
+    assert seen() is None

@@ -1,7 +1,8 @@
 """A mean over the targets that count, of the whole batch: whether examples have different numbers of them.
 
 Autograd has freed the targets when the backward of the model begins. What is left is that a target that is ignored
-hands nothing back: its row of the cotangent is zero, where that of any other one is a softmax less one class.
+hands nothing back: its row of the cotangent is zero. That of any other one is a softmax less one class, and zero only
+where the softmax of the row is that class alone.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _PASS_ON = (
     "Slice",
     "ToCopy",
     "Clone",
-    "Div",
 )
 _LOOKED_AT = 8  # classes of each target, before all of them are
+_CERTAIN = 0.999  # the probability from which on a row may round to one class alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,29 +69,36 @@ def _of_outputs(node: Any) -> bool:
             return False
 
 
-def refuse_uneven(means: Sequence[MeanOfTargets], cotangent: Tensor, label: Outer) -> None:
+def refuse_uneven(mean: MeanOfTargets, cotangent: Tensor, output: Tensor, label: Outer) -> None:
     """Refuse a mean over targets of which the examples have different numbers.
 
     Args:
-        means: of the loss.
+        mean: the one of the loss.
         cotangent: of the model's output that it is made of.
+        output: that output.
         label: of that output.
 
     Raises:
-        ExampleMixingError: a mean that divides by a number which depends on all examples.
+        ExampleMixingError: a mean that divides by a number which depends on all examples. Rows that the loss does not
+            read are zero too, as many of each example.
     """
-    if len(means) != 1 or not isinstance(label, Of) or not label.plain:
+    if not isinstance(label, Of) or not label.plain:
         return
     if cotangent.device.type != "cpu" or cotangent.dtype == torch.float16:
         return  # another device would have to be waited for; float16 rounds small ones to zero
-    of_classes = _dim_of_classes(means[0], cotangent, label.axis.dim)
+    of_classes = _dim_of_classes(mean, cotangent, label.axis.dim)
     if of_classes is None:
         return
     rows = cotangent.movedim((label.axis.dim, of_classes), (0, -1))
-    if int(torch.count_nonzero(rows[..., :_LOOKED_AT].ne(0).any(-1))) >= means[0].targets:
+    if int(torch.count_nonzero(rows[..., :_LOOKED_AT].ne(0).any(-1))) >= mean.targets:
         return
-    of_examples = rows.ne(0).any(-1).reshape(len(rows), -1).sum(1)
-    if 0 < int(of_examples.sum()) < means[0].targets and int(of_examples.min()) < int(of_examples.max()):
+    nothing = rows.eq(0).all(-1)
+    scores = output.movedim((label.axis.dim, of_classes), (0, -1))[nothing].float()
+    ignored = nothing.clone()
+    ignored[nothing] = scores.softmax(-1).amax(-1) < _CERTAIN  # and not NaN
+    none, certain = (x.reshape(len(rows), -1).sum(1) for x in (nothing, ignored))
+    if not bool(nothing.all()) and int(certain.max()) > int(none.min()):
+        of_examples = nothing[0].numel() - none
         raise ExampleMixingError(
             "the loss mixes examples: its mean divides by the number of targets that are not ignored, of the whole "
             f"batch, and the examples have from {int(of_examples.min())} to {int(of_examples.max())} of them",

@@ -60,7 +60,9 @@ def _part(node: Any, values: Sequence[Value], shape: tuple[int, ...], output: in
     if name in ("Select", "Unbind"):
         return OneExample(signed(saved(node, "index")) % length if name == "Select" else output)
     start, step = _start(node, name, output, length), saved(node, "step") if name == "Slice" else 1
-    return OneExample(start) if shape[dim] == 1 else Of(axis, (start, step, shape[dim]))
+    if shape[dim] == 1:
+        return OneExample(start)
+    return Of(axis, EVERY if (start, step) == (0, 1) else (start, step))  # beside others: as many, from the first on
 
 
 def _start(node: Any, name: str, output: int, length: int) -> int:
@@ -103,7 +105,7 @@ def _together(node: Any, values: Sequence[Value], shape: tuple[int, ...], _: int
     rows = [x.index for x in labels if isinstance(x, OneExample)]
     if len(rows) == len(labels) > 1:
         whole = len(set(rows)) == len(rows) == shape[dim]
-        picked = EVERY if rows == list(range(len(rows))) else ("stacked", *rows)
+        picked = EVERY if rows == list(range(len(rows))) else ("these", *rows)
         return labels[0] if len(set(rows)) == 1 else Of(Examples(dim), picked) if whole else Unknown()
     if any(not isinstance(x, (Of, Shared)) for x in labels):
         return Unknown()

@@ -47,7 +47,7 @@ def refuse_mixing(root: tuple[Any, int]) -> list[MeanOfTargets]:
         if edge not in values:
             found = [_CONSTANT if e[0] is None else values[e] for e in inputs]
             values[edge] = _value(node, output, label, found)
-            means += means_of_targets(node, found)
+            means += means_of_targets(node, found) if found else []
     return means
 
 
