@@ -31,12 +31,11 @@ def refuse_repeated(dataset: Any, of_examples: Tensor | None = None) -> None:
     if not isinstance(dataset, (Subset, ConcatDataset)):
         return
     parts: dict[int, tuple[Any, list[Tensor], list[Tensor]]] = {}
-    begin = 0
-    for base, rows in _rows(dataset, torch.arange(len(dataset))):
+    whole = torch.arange(len(dataset))
+    for base, rows, place in _rows(dataset, whole, whole):
         _, found, places = parts.setdefault(id(base), (base, [], []))
         found.append(rows)
-        places.append(torch.arange(begin, begin + len(rows)))
-        begin += len(rows)
+        places.append(place)
     for base, found, places in parts.values():
         rows, order = torch.cat(found).sort(stable=True)
         again = (rows[1:] == rows[:-1]).nonzero().flatten()
@@ -55,26 +54,17 @@ def refuse_repeated(dataset: Any, of_examples: Tensor | None = None) -> None:
             )
 
 
-def _rows(dataset: Any, places: Tensor) -> Iterator[tuple[Any, Tensor]]:
-    """Which rows of which datasets these places read, in their order."""
+def _rows(dataset: Any, rows: Tensor, places: Tensor) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """``(dataset, its rows, places)``: what these places read, which have these rows of a dataset made of others."""
     if isinstance(dataset, Subset):
-        indices = torch.as_tensor(list(dataset.indices), dtype=torch.int64)[places]
+        indices = torch.as_tensor(list(dataset.indices), dtype=torch.int64)[rows]
         length = len(dataset.dataset)  # type: ignore[arg-type]
-        yield from _rows(dataset.dataset, torch.where(indices < 0, indices + length, indices))
+        yield from _rows(dataset.dataset, torch.where(indices < 0, indices + length, indices), places)
     elif isinstance(dataset, ConcatDataset):
         ends = torch.tensor(dataset.cumulative_sizes)
-        owners = torch.searchsorted(ends, places, right=True)
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        for at, part in _runs(owners):
-            yield from _rows(dataset.datasets[part], places[at] - starts[part])
+        owners = torch.searchsorted(ends, rows, right=True)
+        for part, (own, end) in enumerate(zip(dataset.datasets, ends.tolist(), strict=True)):
+            here = owners == part
+            yield from _rows(own, rows[here] - (end - len(own)), places[here])  # type: ignore[arg-type]
     else:
-        yield dataset, places
-
-
-def _runs(owners: Tensor) -> Iterator[tuple[slice, int]]:
-    """Stretches of places of one part."""
-    values, lengths = torch.unique_consecutive(owners, return_counts=True)
-    begin = 0
-    for value, length in zip(values.tolist(), lengths.tolist(), strict=True):
-        yield slice(begin, begin + length), value
-        begin += length
+        yield dataset, rows, places
