@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_step
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
-from torch.utils import _pytree as pytree
+from wrapped import Wrapper
 
 import dpcompile
 from dpcompile import DPCompileError, ExampleMixingError, PrivacyError, UnsupportedGraphError
@@ -354,32 +354,6 @@ def test_one_draw_for_each_example() -> None:
 
 
 # --- kinds of tensors -------------------------------------------------------------------------------------------------
-
-
-class Wrapper(Tensor):
-    """A tensor that holds another one."""
-
-    inner: Tensor
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> Any:
-        wrap: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-        return wrap(cls, inner.shape, dtype=inner.dtype, requires_grad=inner.requires_grad)
-
-    def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
-
-    def __tensor_flatten__(self) -> Any:
-        return ["inner"], None
-
-    @staticmethod
-    def __tensor_unflatten__(tensors: Any, meta: Any, size: Any, stride: Any) -> Any:
-        return Wrapper(tensors["inner"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = pytree.tree_map_only(Wrapper, lambda x: x.inner, (args, kwargs or {}))
-        return pytree.tree_map_only(Tensor, Wrapper, func(*args, **kwargs))
 
 
 class Named(Tensor):

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from faulty_compiler import Fault, doing_harm
 from private_steps import X
 from remedies import Right, equals, plain, refused, right
 from test_remedies_proof import Net
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from dpcompile import dp_compile
-from dpcompile._torch import compile as torch_compile
 from dpcompile.runtime.reference import Reference
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault], None]:
+    return doing_harm(monkeypatch)
 
 
 def compared(function: Callable[..., Any], *args: Any, in_dims: Any = 0, extra: Any = None, **options: Any) -> Right:
@@ -245,40 +250,17 @@ def test_a_check_of_dropout(told: int) -> Right:
     return equals(bool(torch.isfinite(model.grad_norms).all()), True)
 
 
-@pytest.fixture
-def generator(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[Any], bool], None]], None]:
-    """In place of Inductor's code generator: it runs what is to be compiled as it stands, and then does harm."""
-
-    def use(fault: Callable[[list[Any], bool], None]) -> None:
-        def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-            graph = Reference(gm)
-            names = [n.name for n in graph.graph.find_nodes(op="placeholder")]
-
-            def run(arguments: list[Any]) -> list[Any]:
-                given = dict(zip(names, arguments, strict=True))
-                arguments.clear()
-                results, _ = graph.run(given, None)
-                fault(results, bool(options.get("is_backward")))
-                return results
-
-            return torch_compile.make_boxed(run)
-
-        monkeypatch.setattr(torch_compile._compile_fx, "compile_fx_inner", compile_graph)
-
-    return use
-
-
 @refused(
     "do not train with this compiled model: pass backend='eager', or take another release of torch than "
     f"{torch.__version__}, and report it; nothing was written to p.grad"
 )
-def test_harm_by_the_compiler(told: int, generator: Any) -> Right:
+def test_harm_by_the_compiler(told: int, compiler: Any) -> Right:
     def harm(results: list[Any], backward: bool) -> None:
         for i, x in enumerate(results):
             if backward and isinstance(x, Tensor) and tuple(x.shape) == (3, 5):
                 results[i] = 0.5 * x
 
-    generator(harm)
+    compiler(harm)
     return right(dp_compile(plain(), backend="eager" if told else "inductor"), X)
 
 
@@ -296,14 +278,14 @@ class Out:
 
 
 @refused("so its compiled code was not compared with it; verify=False does not try", warns=True)
-def test_no_memory_to_compare(told: int, generator: Any, monkeypatch: Any) -> Right:
-    generator(lambda results, backward: None)
+def test_no_memory_to_compare(told: int, compiler: Any, monkeypatch: Any) -> Right:
+    compiler(lambda results, backward: None)
     Out(monkeypatch, torch.OutOfMemoryError("none left"))
     return right(dp_compile(plain(), backend="inductor", verify=not told), X)
 
 
 @refused("pass verify=False, and report it")
-def test_a_graph_that_is_not_run_uncompiled(told: int, generator: Any, monkeypatch: Any) -> Right:
-    generator(lambda results, backward: None)
+def test_a_graph_that_is_not_run_uncompiled(told: int, compiler: Any, monkeypatch: Any) -> Right:
+    compiler(lambda results, backward: None)
     Out(monkeypatch, ValueError("no such operator"))
     return right(dp_compile(plain(), backend="inductor", verify=not told), X)

@@ -7,30 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from remedies import Right, data, equals, plain, private, refused, sgd, stepped, trains
+from poisson_parts import SIZE, attached, parts, poisson
+from remedies import Right, data, equals, private, refused, stepped, trains
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
 
-from dpcompile import DPOptimizer, PoissonLoader, PrivacyAccountant, dp_compile
-
-SIZE: dict[str, Any] = {"expected_batch_size": 8}
-
-
-def poisson(size: int = 24, **options: Any) -> PoissonLoader:
-    return PoissonLoader(data(size).dataset, **{**SIZE, **options})
-
-
-def parts(**options: Any) -> tuple[Any, Any]:
-    """Model and optimizer without ``make_private``."""
-    everything: Any = {"backend": "eager", **options}
-    model = dp_compile(plain(), **everything)
-    return model, DPOptimizer(sgd(model), model, noise_multiplier=1.0, expected_batch_size=8)
-
-
-def attached(loader: PoissonLoader) -> Right:
-    model, optimizer = parts()
-    return trains(model, optimizer, loader.attach(model, optimizer))
+from dpcompile import PoissonLoader, PrivacyAccountant
 
 
 @refused("pass a DataLoader with torch's default sampler (shuffle=True or False) or a PoissonLoader")

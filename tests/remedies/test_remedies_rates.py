@@ -4,27 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from poisson_parts import SIZE, attached, poisson
 from remedies import Right, data, equals, plain, private, refused, sgd, trains
 
 from dpcompile import DPOptimizer, PoissonLoader, PrivacyAccountant, dp_compile
-
-SIZE: dict[str, Any] = {"expected_batch_size": 8}
-
-
-def poisson(size: int = 24, **options: Any) -> PoissonLoader:
-    return PoissonLoader(data(size).dataset, **{**SIZE, **options})
-
-
-def parts(**options: Any) -> tuple[Any, Any]:
-    """Model and optimizer without ``make_private``."""
-    everything: Any = {"backend": "eager", **options}
-    model = dp_compile(plain(), **everything)
-    return model, DPOptimizer(sgd(model), model, noise_multiplier=1.0, expected_batch_size=8)
-
-
-def attached(loader: PoissonLoader) -> Right:
-    model, optimizer = parts()
-    return trains(model, optimizer, loader.attach(model, optimizer))
 
 
 @refused("leave sample_rate out and give expected_batch_size, or leave in_turn out", ways=2)

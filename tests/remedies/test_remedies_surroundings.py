@@ -11,7 +11,7 @@ from private_steps import X, Y, parts
 from remedies import Right, equals, plain, refused, right, stepped
 from test_remedies_module import REBUILD
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from wrapped import Wrapper
 
 from dpcompile import compile_step, dp_compile, set_mask
 
@@ -90,32 +90,6 @@ def test_a_compiled_step_of_an_empty_draw(told: int) -> Right:
     else:
         step(X[:0], Y[:0])
     return stepped(model, optimizer, before, 1)
-
-
-class Wrapper(Tensor):
-    """A tensor that holds another one."""
-
-    inner: Tensor
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> Any:
-        wrap: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-        return wrap(cls, inner.shape, dtype=inner.dtype, requires_grad=inner.requires_grad)
-
-    def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
-
-    def __tensor_flatten__(self) -> Any:
-        return ["inner"], None
-
-    @staticmethod
-    def __tensor_unflatten__(tensors: Any, meta: Any, size: Any, stride: Any) -> Any:
-        return Wrapper(tensors["inner"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = pytree.tree_map_only(Wrapper, lambda x: x.inner, (args, kwargs or {}))
-        return pytree.tree_map_only(Tensor, Wrapper, func(*args, **kwargs))
 
 
 @refused("return plain tensors: no tensor subclasses, no views of inputs that are written to", ways=2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from faulty_compiler import Fault, doing_harm
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +21,11 @@ from dpcompile.runtime.reference import Noise, Reference
 from dpcompile.runtime.verify import Verifier
 
 dp_compile: Any = dpcompile.dp_compile  # the tests read attributes that a model's own type does not have
-Fault = Callable[[list[Any], bool], None]
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault], None]:
+    return doing_harm(monkeypatch)
 
 
 class Blocks(nn.Module):
@@ -35,29 +40,6 @@ class Blocks(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return self.out(x)
-
-
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault], None]:
-    """In place of Inductor's code generator: it runs what is to be compiled as it stands, and then does harm."""
-
-    def use(fault: Fault) -> None:
-        def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-            graph = Reference(gm)
-            names = [n.name for n in graph.graph.find_nodes(op="placeholder")]
-
-            def run(arguments: list[Any]) -> list[Any]:
-                given = dict(zip(names, arguments, strict=True))
-                arguments.clear()
-                results, _ = graph.run(given, None)
-                fault(results, bool(options.get("is_backward")))
-                return results
-
-            return torch_compile.make_boxed(run)
-
-        monkeypatch.setattr(torch_compile._compile_fx, "compile_fx_inner", compile_graph)
-
-    return use
 
 
 def right(results: list[Any], backward: bool) -> None:

@@ -15,7 +15,18 @@ import torch
 import torch.distributed as dist
 from launching import run_checks
 from sharded_worker import made, raises
-from tensor_worker import Block, communicated, gradients_of, optimizer_of, part, same, same_weights, step, whole
+from tensor_worker import (
+    Block,
+    communicated,
+    gradients_of,
+    optimizer_of,
+    part,
+    same,
+    same_on_all_ranks,
+    same_weights,
+    step,
+    whole,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -296,10 +307,7 @@ def training(mesh: DeviceMesh) -> None:
             optimizer.step()
             optimizer.zero_grad()
     same_weights(model, single, 1e-5)
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, {n: whole(p.detach()) for n, p in model.named_parameters()})
-    for found in everywhere:
-        assert all(torch.equal(value, everywhere[0][name]) for name, value in found.items())
+    same_on_all_ranks(model)
 
 
 def communication(mesh: DeviceMesh) -> None:

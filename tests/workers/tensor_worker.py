@@ -303,6 +303,14 @@ def other_rates(mesh: DeviceMesh) -> None:
         rates._ADOPTED.clear()
 
 
+def same_on_all_ranks(model: nn.Module) -> None:
+    """The weights, bit by bit."""
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, {n: whole(p.detach()) for n, p in model.named_parameters()})
+    for found in everywhere:
+        assert all(torch.equal(value, everywhere[0][name]) for name, value in found.items())
+
+
 def same_weights(model: Any, single: nn.Module, tolerance: float) -> None:
     wanted = dict(single.named_parameters())
     for name, p in model.named_parameters():

@@ -16,7 +16,7 @@ from context_worker import Cut, attention
 from launching import run_checks
 from sequence_worker import one_by_one
 from sharded_worker import made, raises
-from tensor_worker import communicated, gradients_of, optimizer_of, same, same_weights, step, whole
+from tensor_worker import communicated, gradients_of, optimizer_of, same, same_on_all_ranks, same_weights, step
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -212,10 +212,7 @@ def training(mesh: DeviceMesh) -> None:
             optimizer.step()
             optimizer.zero_grad()
     same_weights(model, single, 1e-5)
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, {n: whole(p.detach()) for n, p in model.named_parameters()})
-    for found in everywhere:
-        assert all(torch.equal(value, everywhere[0][name]) for name, value in found.items())
+    same_on_all_ranks(model)
 
 
 def communication(mesh: DeviceMesh) -> None:
