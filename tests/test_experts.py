@@ -37,6 +37,13 @@ def test_values_and_gradients(dtype: torch.dtype) -> None:
             torch.testing.assert_close(value, wanted)
 
 
+def test_forward_mode_derivatives_are_refused() -> None:
+    """They would be zero: operators drop them in silence."""
+    rows, matrices = torch.randn(N, P), torch.randn(E, P, D)
+    with pytest.raises(NotImplementedError, match="a product with experts' matrices has no forward-mode derivative"):
+        torch.func.jvp(lambda r: products_of_experts(r, matrices, EXPERTS), (rows,), (rows,))
+
+
 def test_rows_are_taken_in_the_dtype_of_the_matrices() -> None:
     result = products_of_experts(torch.randn(N, P).bfloat16(), torch.randn(E, P, D), EXPERTS)
     assert result.dtype == torch.float32 and not result[EXPERTS >= E].any()

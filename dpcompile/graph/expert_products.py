@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpcompile._torch.autograd import refuse_forward_mode
+
 __all__ = ["each_expert_sum", "expert_products", "expert_sums", "experts_of_examples", "stretches"]
 
 _TAGS = (torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)  # rows are counted
@@ -35,7 +37,9 @@ def expert_products(rows: Tensor, matrices: Tensor, expert: Tensor) -> Tensor:
 
     Raises:
         IndexError: a number below 0.
+        NotImplementedError: a forward-mode derivative is taken.
     """
+    refuse_forward_mode("a product with experts' matrices")
     result = rows.new_zeros(rows.shape[0], matrices.shape[2])
     for number, which in stretches(expert, matrices.shape[0]):
         result[which] = rows[which] @ matrices[number]
@@ -45,6 +49,7 @@ def expert_products(rows: Tensor, matrices: Tensor, expert: Tensor) -> Tensor:
 @expert_products.register_fake
 def _(rows: Tensor, matrices: Tensor, expert: Tensor) -> Tensor:
     """Shapes only."""
+    refuse_forward_mode("a product with experts' matrices")
     return rows.new_empty(rows.shape[0], matrices.shape[2])
 
 

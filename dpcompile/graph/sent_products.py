@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpcompile._torch.autograd import refuse_forward_mode
 from dpcompile._torch.parallel import group_named, ranks_of_group
 from dpcompile.errors import PrivacyError, UnsupportedGraphError
 from dpcompile.graph.expert_products import expert_products, expert_sums
@@ -49,7 +50,9 @@ def sent_products(rows: Tensor, matrices: Tensor, expert: Tensor, group: str) ->
     Raises:
         IndexError: on all ranks, a number below 0 on one of them.
         PrivacyError: on all ranks, another call on one of them.
+        NotImplementedError: a forward-mode derivative is taken.
     """
+    refuse_forward_mode("a product with experts' matrices")
     dealt = _Dealt.of(expert, matrices.shape[0], group, (_PRODUCTS, *matrices.shape[1:]))
     products = expert_products(dealt.there(rows), matrices, dealt.local)
     return dealt.back(products, rows.shape[0])
@@ -58,6 +61,7 @@ def sent_products(rows: Tensor, matrices: Tensor, expert: Tensor, group: str) ->
 @sent_products.register_fake
 def _(rows: Tensor, matrices: Tensor, expert: Tensor, group: str) -> Tensor:
     """Shapes only."""
+    refuse_forward_mode("a product with experts' matrices")
     return rows.new_empty(rows.shape[0], matrices.shape[2])
 
 
