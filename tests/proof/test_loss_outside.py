@@ -316,3 +316,13 @@ def test_outputs_are_not_held_by_their_own_hooks() -> None:
     seen = weakref.ref(outputs)
     del outputs
     assert seen() is None
+
+
+def test_large_outputs_are_not_held_for_their_targets() -> None:
+    model = dp_compile(nn.Linear(5, 50_000), backend="eager")
+    x, labels = torch.randn(B, 5), torch.arange(B)
+    labels[0] = -100
+    F.cross_entropy(model(x), labels).backward()  # nobody holds them: not seen, as docs/sharp_edges.md says
+    outputs = model(x)
+    with pytest.raises(ExampleMixingError, match="the examples have from 0 to 1 of them"):
+        F.cross_entropy(outputs, labels).backward()
