@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,6 @@ def test_faults_end_every_rank_and_the_last_checkpoint_goes_on(tmp_path: Path) -
         "(exitcode: -9) local_rank: 1",
     ):
         assert error in done.stderr, error
-    assert (
-        done.stderr.count("failed (exitcode: 1) local_rank: 1")
-        + done.stderr.count("failed (exitcode: 1) local_rank: 0")
-        == 3
-    )
+    ended = re.findall(r"failed \(exitcode: (-?\d+)\) local_rank: \d", done.stderr)
+    # Which rank torchrun sees first is chance: the one that raised, or the other, which gloo aborts as its peer is gone.
+    assert len(ended) == 4 and set(ended) <= {"1", "-6", "-9"}, ended
