@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpcompile.distributed.borders import Borders
+from dpcompile.distributed.ranks import world_size
+
 __all__ = ["NormSums"]
 
 _TAGS = 2  # numbers with each message: of the batch, and of the micro-batch
@@ -34,6 +37,9 @@ class NormSums:
     a batch of which the first stage has not all           :meth:`give_up`: NaN for the others
     one rank                                               nothing is sent
     =====================================================  =======================================================
+
+    Attributes:
+        borders: what stages tell each other besides; None where no rank shares a stage with another.
     """
 
     def __init__(self, group: Any) -> None:
@@ -45,6 +51,7 @@ class NormSums:
         self._wrong: list[Tensor] = []
         if self._size > 1:
             self._to_first, self._from_first = self._own_group(group), self._own_group(group)
+        self.borders = Borders(self._own_group(group)) if self._size < world_size() else None
 
     @staticmethod
     def of(group: Any) -> NormSums:

@@ -8,14 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from dpcompile._torch import pytree
+from dpcompile.distributed.borders import Border
 from dpcompile.errors import UnsupportedGraphError
 from dpcompile.graph.labels import Examples, Label, Whole
 
-__all__ = ["check_border"]
+__all__ = ["border_of"]
 
 
-def check_border(result: Any, labels: Mapping[int, Label], examples_per_user: int) -> None:
-    """Raise UnsupportedGraphError unless a stage returns floating-point tensors with the examples on dimension 0.
+def border_of(result: Any, labels: Mapping[int, Label], examples_per_user: int) -> Border:
+    """Along which dimensions of the ranks' mesh each tensor that a stage hands on may be another one on each rank.
 
     Args:
         result: of the stage's module.
@@ -23,7 +24,11 @@ def check_border(result: Any, labels: Mapping[int, Label], examples_per_user: in
         examples_per_user: rows of a user, one after the other.
 
     **Guarantee.** Row i of what the next stage is given depends on example i alone, or this raises.
+
+    Raises:
+        UnsupportedGraphError: they are not floating-point tensors with the examples on dimension 0.
     """
+    border = []
     for tensor in pytree.tree_leaves(result):
         label = labels.get(id(tensor)) if isinstance(tensor, Tensor) else None
         rows = isinstance(label, Examples) and (label.dim, label.outer, label.inner) == (0, 1, examples_per_user)
@@ -36,3 +41,6 @@ def check_border(result: Any, labels: Mapping[int, Label], examples_per_user: in
                 remedy="return floating-point tensors with the examples on dimension 0; give other inputs to each "
                 "stage itself (schedule.step(..., name=tensor)), and compute what no example has where it is needed",
             )
+        assert isinstance(label, (Examples, Whole))
+        border.append(tuple(axis for axis, _ in label.own))
+    return tuple(border)

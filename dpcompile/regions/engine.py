@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dpcompile.batches.draws import Given
 from dpcompile.capture.roles import no_example_axis
 from dpcompile.capture.tracing import tracing_config
+from dpcompile.distributed.borders import Border
 from dpcompile.distributed.expert_parallel import find_expert_parallel
 from dpcompile.distributed.ranks import refuse_some, world_size
 from dpcompile.distributed.shards import local_part
@@ -23,7 +24,7 @@ from dpcompile.planning.modes import MODES
 from dpcompile.planning.plan import Plan
 from dpcompile.proof.functions import ProvenClipping
 from dpcompile.regions.backward import RegionBackward
-from dpcompile.regions.between_stages import check_border
+from dpcompile.regions.between_stages import border_of
 from dpcompile.regions.captured import CapturedCalls
 from dpcompile.regions.compiled import CompiledRegions
 from dpcompile.regions.fsdp import check_sharded, clear_failed, held_by_units
@@ -120,15 +121,17 @@ class RegionEngine(Engine):
         with torch.enable_grad():
             self._run(Forward(args, kwargs, tracing=True))
 
-    def _run_chunk(self, chunk: int, args: Any, kwargs: Any, given: Given, *, last: bool) -> Any:
-        """A micro-batch of a pipeline, whose stages hand on rows of examples."""
-        forward = Forward(args, kwargs, given, chunk=chunk)
+    def _run_chunk(
+        self, chunk: int, args: Any, kwargs: Any, given: Given, border: Border, *, last: bool
+    ) -> tuple[Any, Border]:
+        """A micro-batch of a pipeline, whose stages hand on rows of examples; and what is to be said of those."""
+        forward = Forward(args, kwargs, given, chunk=chunk, border=border, hands_on=not last)
+        self._rank_parts.check_border(border)
         result = self._run(forward)
-        if last:
-            watch_loss(result, forward.labels)
-        else:
-            check_border(result, forward.labels, self.options.examples_per_user)
-        return result
+        if not last:
+            return result, border_of(result, forward.labels, self.options.examples_per_user)
+        watch_loss(result, forward.labels)
+        return result, ()
 
     def _run(self, forward: Forward) -> Any:
         """One call of the compiled module."""
@@ -199,7 +202,9 @@ class RegionEngine(Engine):
         awaited = self.await_backward(forward, *batch, sums)
         ranks, mask = None, awaited.mask
         if self._rank_parts.parallel is not None:
-            ranks = NormsOverRanks.of(self._rank_parts.parallel, [t for _, t, dim in dims if dim is not None] + [mask])
+            own = forward.on_ranks()
+            alike = [t for (_, t, dim), axes in zip(dims, own, strict=True) if dim is not None and not axes]
+            ranks = NormsOverRanks.of(self._rank_parts.parallel, [*alike, mask])
         deliver, bounds = partial(self.deliver, awaited), self.clip.in_graph(forward.batch.bound)
         backward = RegionBackward(options, mask, sums, deliver, bounds, forward.batch.refused, ranks)
         if forward.chunk is not None:

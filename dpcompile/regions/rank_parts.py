@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from dpcompile._torch.parallel import inner_tensor
 from dpcompile.capture.localise import Localised, StandIns, localise
 from dpcompile.capture.roles import Roles
+from dpcompile.distributed.borders import Border
 from dpcompile.distributed.expert_parallel import ExpertParallel
 from dpcompile.distributed.shards import is_distributed
 from dpcompile.distributed.tensor_parallel import Compared, TensorParallel, check_copies
@@ -41,6 +42,19 @@ class RankParts:
         if self.parallel is not None and not self._copies_checked:
             check_copies(module, self.parallel)
             self._copies_checked = True
+
+    def check_border(self, border: Border) -> None:
+        """Raise UnsupportedGraphError if a stage of a pipeline is handed parts of values, along what it has not."""
+        own = () if self.parallel is None else self.parallel.axes
+        unknown = {label for axes in border for label in axes} - {axis.label for axis in own}
+        if unknown:
+            raise UnsupportedGraphError(
+                "the stage before hands on tensors of which each rank has its own part"
+                + f", along {min(unknown)}" * bool(min(unknown))
+                + ", and no parameter of this stage lies on those ranks",
+                remedy="hand on whole values there (output_layouts=Replicate() on the last layer of the stage before), "
+                "or parallelize_module every stage along the same dimensions",
+            )
 
     def localise(self, gm: fx.GraphModule, live: Sequence[Any]) -> Localised:
         """The graph with plain tensors for inputs."""

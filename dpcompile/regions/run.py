@@ -14,7 +14,7 @@ from dpcompile._torch import pytree
 from dpcompile._torch.aot import add_inputs
 from dpcompile._torch.tensors import base_of
 from dpcompile.errors import UnsupportedGraphError
-from dpcompile.graph.labels import Label, Shared
+from dpcompile.graph.labels import Label, Shared, as_ranks_own
 from dpcompile.regions.checkpoints import checkpoint_of
 from dpcompile.regions.compiled import CompiledRegions
 from dpcompile.regions.graph_breaks import Following, GraphBreakWatch, check_hooks_between, compiled_alone
@@ -30,6 +30,7 @@ from dpcompile.runtime.example_memory import ExampleMemory, held_tensors
 __all__ = ["RegionForward", "UnitCalls"]
 
 Calls = Callable[..., Any]
+_HANDED = "the stage before hands it on so"
 
 
 class UnitCalls(Protocol):
@@ -75,7 +76,10 @@ class RegionForward(RegionRunner):
     def run(self, root: Unit, dims: Sequence[tuple[str, Tensor, int | None]]) -> Any:
         """The model on the arguments of the call, whose example dimensions these are."""
         kept, forward = self.engine.kept, self.forward
-        given: list[Label | None] = [self.engine.lies(t, dim) or Shared() for _, t, dim in dims]
+        given: list[Label | None] = [
+            as_ranks_own(self.engine.lies(t, dim) or Shared(), tuple((axis, _HANDED) for axis in axes))
+            for (_, t, dim), axes in zip(dims, forward.on_ranks(), strict=True)
+        ]
         kept.note_arguments((t for _, t, dim in dims if dim is not None), trained=self.proving)
         kept.numbers.begin()
         result, labels = self._run_unit(root, *forward.call, given)
@@ -87,7 +91,8 @@ class RegionForward(RegionRunner):
             kept.check_buffers(self.engine.module)
             tensors = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
             assert len(tensors) == len(labels), "the model returns other tensors than its graph"
-            refuse_outputs_of_ranks(labels)
+            if not forward.hands_on:
+                refuse_outputs_of_ranks(labels)
             self.engine.returns(forward, tensors, labels)
             if forward.first_step is not None:
                 forward.first_step.watch(result)

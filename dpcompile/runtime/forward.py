@@ -9,7 +9,9 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from dpcompile._torch import pytree
 from dpcompile.batches.draws import Given
+from dpcompile.distributed.borders import Border
 from dpcompile.graph.labels import Label
 from dpcompile.runtime.first_step import FirstStep
 from dpcompile.runtime.parts import PartOfBatch, WholeBatch
@@ -35,6 +37,9 @@ class Forward:
         labels: ``id(output)`` -> how the examples lie in it.
         ran: whether a compiled graph ran.
         chunk: number of the micro-batch that it is of a pipeline's batch; None: it is none.
+        border: of the positional tensors, along which dimensions of the ranks' mesh they may be another one on each
+            rank; empty: they are the same on all.
+        hands_on: what it returns goes to another stage.
     """
 
     args: tuple[Any, ...]
@@ -47,6 +52,8 @@ class Forward:
     labels: dict[int, Label] = field(default_factory=dict)
     ran: bool = False
     chunk: int | None = None
+    border: Border = ()
+    hands_on: bool = False
 
     @property
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -57,6 +64,11 @@ class Forward:
     def batch(self) -> WholeBatch:
         """The batch that it is, or is a part of."""
         return self.part.whole
+
+    def on_ranks(self) -> list[tuple[str, ...]]:
+        """Of each tensor of the call, along which dimensions of the ranks' mesh it may be another one on each rank."""
+        count = sum(isinstance(x, Tensor) for x in pytree.tree_leaves(self.call))
+        return [self.border[i] if i < len(self.border) else () for i in range(count)]
 
     def part_of(self, whole: WholeBatch, index: int, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Forward:
         """A part of this call, as a forward of its own."""

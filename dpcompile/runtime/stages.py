@@ -19,7 +19,9 @@ from torch import Tensor
 from dpcompile._torch import pytree
 from dpcompile._torch.pipelining import StageCall, leave_weights
 from dpcompile.batches.draws import Given
+from dpcompile.distributed.borders import Border
 from dpcompile.distributed.norm_sums import NormSums
+from dpcompile.distributed.shards import computing_device
 from dpcompile.errors import PrivacyError, UnsupportedGraphError, running_line
 from dpcompile.runtime.micro_batch import MicroBatch, Waiting
 from dpcompile.runtime.micro_batches import MicroBatches
@@ -69,6 +71,8 @@ class Stage:
         self._batches = MicroBatches(engine)
         self._waiting: dict[int, MicroBatch] = {}
         self._cleared = 0
+        self._border_before: Border = ()
+        self._border_behind: Border = ()
         _STAGES[id(engine.module.__dict__)] = self
 
     @property
@@ -87,10 +91,42 @@ class Stage:
         """A micro-batch forward."""
         dims = self.engine.example_dims((args, kwargs))
         _check_dims(call, dims, args)
+        first = not self.waiting
         given = self._given(call, [(t, dim) for _, t, dim in dims if dim is not None])
         run = self._run()
         assert run is not None
-        return run(call.chunk, args, kwargs, given, last=call.stage.is_last)
+        result, border = run(call.chunk, args, kwargs, given, self._handed(call, first=first), last=call.stage.is_last)
+        self._hand_on(call, border, first=first)
+        return result
+
+    def _handed(self, call: StageCall, *, first: bool) -> Border:
+        """What the stage before says of the tensors that a micro-batch is, once for all of a batch."""
+        borders, index = self._sums.borders, call.stage.stage_index
+        if first and borders is not None and not call.stage.is_first:
+            assert self.rank is not None
+            by = call.stage.stage_index_to_group_rank[index - 1]
+            self._border_before = borders.told(self.rank.batch, index, by, self._device())
+        return self._border_before
+
+    def _hand_on(self, call: StageCall, border: Border, *, first: bool) -> None:
+        """Tell the next stage of what it is handed."""
+        borders, index = self._sums.borders, call.stage.stage_index
+        if call.stage.is_last or borders is None:
+            return
+        if first:
+            assert self.rank is not None
+            self._border_behind, to = border, call.stage.stage_index_to_group_rank[index + 1]
+            borders.tell(self.rank.batch, index + 1, to, border, self._device())
+        elif border != self._border_behind:
+            raise UnsupportedGraphError(
+                f"stage {index} hands on tensors of which each rank has its own part, in some micro-batches of a batch "
+                "and not in others",
+                remedy="give all micro-batches of a batch one size, and run the same code on them",
+            )
+
+    def _device(self) -> torch.device:
+        """Where sends and receives work."""
+        return computing_device(next(iter(self.engine.parameters().values())))
 
     def _given(self, call: StageCall, tensors: Sequence[tuple[Tensor, int]]) -> Given:
         """What is said of a micro-batch that is about to run.

@@ -93,6 +93,11 @@ class StagesOfRank:
         _refuse_ties(self.stages)
 
     @property
+    def batch(self) -> int:
+        """Number of the batch under way."""
+        return self._number
+
+    @property
     def held(self) -> int:
         """See the class."""
         return sum(m.waiting is not None for s in self.stages.values() for m in s.waiting.values())

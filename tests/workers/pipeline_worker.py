@@ -332,13 +332,15 @@ def placed(mesh: DeviceMesh, kind: str, first: int, end: int, make: Callable[[in
     return model
 
 
-def two_by_two(kind: str, schedule: str, **options: Any) -> tuple[Pipeline, Callable[..., None]]:
+def two_by_two(
+    kind: str, schedule: str, place: Callable[..., nn.Module] = placed, **options: Any
+) -> tuple[Pipeline, Callable[..., None]]:
     """A pipeline of two ranks, by two; and a step of it on a batch of all ranks."""
     if kind == "both":  # on four ranks: FSDP2 over one
         mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("pp", "dp", "tp"))
     else:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", kind))
-    mine, make = mesh.get_local_rank(1), partial(placed, mesh, kind)
+    mine, make = mesh.get_local_rank(1), partial(place, mesh, kind)
     pipeline = Pipeline(schedule, make=make, group=mesh["pp"].get_group(), sigma=0.5, adam=True, **options)
     pipeline.optimize(2 * B)
 
@@ -350,9 +352,11 @@ def two_by_two(kind: str, schedule: str, **options: Any) -> tuple[Pipeline, Call
     return pipeline, step
 
 
-def whole_model(**options: Any) -> tuple[Any, DPOptimizer, Callable[[Tensor, Tensor], None]]:
+def whole_model(
+    make: Callable[[], nn.Module] = Cut, **options: Any
+) -> tuple[Any, DPOptimizer, Callable[[Tensor, Tensor], None]]:
     """On every rank by itself."""
-    model = dp_compile(Cut(), max_grad_norm=C, backend="eager", **options)
+    model = dp_compile(make(), max_grad_norm=C, backend="eager", **options)
     optimizer = optimizer_of(model, 0.5, adam=True, expected=2 * B)
 
     def step(x: Tensor, y: Tensor) -> None:

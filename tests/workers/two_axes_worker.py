@@ -109,12 +109,20 @@ class Llama(Placed):
         self.norm, self.head = nn.Parameter(1 + torch.randn(D) / 3), nn.Parameter(torch.randn(V, D))
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        x = self.own(x)
-        h = F.embedding(x, self.cut(self.tok))  # which is whole
-        if self.tp is not None and self.cut_over_tokens:
-            h = DTensor.from_local(h, self.tp, [Replicate()]).redistribute(placements=[Shard(1)]).to_local()
+        h = self.embedded(x)
         for block in self.blocks:
             h = block(h)
+        return self.logits(h)
+
+    def embedded(self, x: Tensor) -> Tensor:
+        """Of this rank's tokens."""
+        h = F.embedding(self.own(x), self.cut(self.tok))  # which is whole
+        if self.tp is None or not self.cut_over_tokens:
+            return h
+        return DTensor.from_local(h, self.tp, [Replicate()]).redistribute(placements=[Shard(1)]).to_local()
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Of all tokens and the whole vocabulary."""
         h = self.spread(F.rms_norm(h, (D,), self.whole(self.norm)))
         logits = F.linear(h, self.cut(self.head))
         if self.both is None or self.tp is None:
@@ -128,20 +136,24 @@ CUT = {"q": 0, "k": 0, "v": 0, "gate": 0, "up": 0, "head": 0, "o": 1, "down": 1}
 
 def placed(mesh: DeviceMesh, make: Callable[[], Any] = Llama) -> Any:
     """On the mesh, or on its last two dimensions and sharded over the first."""
-    model: Any = made(make)
-    both = mesh["cp", "tp"]
-    for module in model.modules():
-        if isinstance(module, Placed):
-            module.mesh, module.tp, module.both = mesh["cp"], mesh["tp"], both
-            for name, p in list(module._parameters.items()):
-                over_tp = Shard(CUT[name]) if name in CUT else Replicate()
-                laid = distribute_tensor(p.data, both, [Replicate(), over_tp])  # type: ignore[union-attr]
-                setattr(module, name, nn.Parameter(laid))
+    model = laid(made(make), mesh["cp", "tp"])
     if mesh.ndim == 2:
         return model
     for block in model.blocks:
         fully_shard(block, mesh=mesh["dp"])
     return fully_shard(model, mesh=mesh["dp"])
+
+
+def laid(model: Any, both: DeviceMesh) -> Any:
+    """On a mesh of ``cp`` × ``tp``."""
+    for module in model.modules():
+        if isinstance(module, Placed):
+            module.mesh, module.tp, module.both = both["cp"], both["tp"], both
+            for name, p in list(module._parameters.items()):
+                over_tp = Shard(CUT[name]) if name in CUT else Replicate()
+                lies = distribute_tensor(p.data, both, [Replicate(), over_tp])  # type: ignore[union-attr]
+                setattr(module, name, nn.Parameter(lies))
+    return model
 
 
 def share(x: Tensor, mesh: DeviceMesh) -> Tensor:
