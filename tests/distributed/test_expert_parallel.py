@@ -11,6 +11,7 @@ pytestmark = pytest.mark.full  # launches of several ranks
 
 FEW = {"one backward each", "few refusals"}
 BOTH = {"one backward each", "one graph", "by layer", "ghost", "instantiated", "training"}
+BESIDE = {"beside tensor parallelism", "beside it, by layer"}
 ALONE = {
     "regions", "inductor", "MixtralForCausalLM", "GptOssForCausalLM", "Qwen3MoeForCausalLM",
     "blocks of Mixtral", "few refusals", "all refusals", "all to all of Transformers",
@@ -23,7 +24,7 @@ def test_experts_cut_over_ranks() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "checks"), [(2, BOTH | ALONE), (4, BOTH)])
+@pytest.mark.parametrize(("ranks", "checks"), [(2, BOTH | ALONE), (4, BOTH | BESIDE)])
 def test_every_model_of_experts(ranks: int, checks: set[str]) -> None:
-    """Two ranks: experts alone. Four: with FSDP2, two by two."""
+    """Two ranks: experts alone. Four: with FSDP2 or tensor parallelism, two by two."""
     assert passed(launch(ranks, "experts_worker.py", *checks)) == checks

@@ -16,8 +16,9 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from launching import run_checks
+from sequence_worker import one_by_one
 from sharded_worker import made, raises
-from tensor_worker import gradients_of, optimizer_of, part, same, same_weights, step
+from tensor_worker import Block, cut, gradients_of, optimizer_of, part, same, same_weights, step
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -163,6 +164,52 @@ def training(mesh: DeviceMesh, few: int = 5) -> None:
     same_weights(model, single, 1e-5)
 
 
+# --- beside tensor parallelism ----------------------------------------------------------------------------------------
+
+
+class Layered(nn.Module):
+    """Attention and a network that are cut over ``tp``, and experts that are cut over ``ep``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok, self.head = nn.Embedding(V, D), nn.Linear(D, 12)
+        self.dense, self.experts = nn.ModuleList(Block() for _ in range(2)), nn.ModuleList(Experts() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        h = self.tok(x)
+        for dense, experts in zip(self.dense, self.experts, strict=True):
+            h = experts(dense(h))
+        return self.head(h)
+
+
+def beside_tensor_parallelism(**options: Any) -> None:
+    """On a mesh of ``ep`` × ``tp``, whose ranks share the batch: one backward each, then weights after noisy steps."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
+
+    def layered() -> Any:
+        model: Any = made(Layered)
+        for experts in model.experts:
+            experts.cut(mesh["ep"])
+        return cut(model, mesh["tp"])
+
+    x = torch.randint(0, V, (B, T))
+    wanted, norms = one_by_one(made(Layered), x, options.get("clipping", "flat"))
+    model = dp_compile(layered(), max_grad_norm=C, backend="eager", **options)
+    step(model, x)
+    torch.testing.assert_close(engine_of(model).row_norms, norms, rtol=1e-5, atol=1e-6)
+    same(gradients_of(model), wanted)
+    single = made(Layered)
+    alone, model = (dp_compile(m, max_grad_norm=C, backend="eager", **options) for m in (single, layered()))
+    optimizers = [(m, optimizer_of(m)) for m in (alone, model)]
+    for _ in range(3):
+        x = torch.randint(0, V, (B, T))
+        for trained, optimizer in optimizers:
+            step(trained, x)
+            optimizer.step()
+            optimizer.zero_grad()
+    same_weights(model, single, 1e-5)
+
+
 # --- Transformers' own plans ------------------------------------------------------------------------------------------
 
 
@@ -274,6 +321,9 @@ def main() -> None:
         "instantiated": lambda: gradients(mesh, norm="instantiate"),
         "training": lambda: training(mesh),
     }
+    if not alone:
+        checks["beside tensor parallelism"] = beside_tensor_parallelism
+        checks["beside it, by layer"] = lambda: beside_tensor_parallelism(clipping="per_layer")
     if alone:
         checks["regions"] = lambda: gradients(mesh, regions="blocks")
         checks["inductor"] = lambda: gradients(mesh, backend="inductor")
