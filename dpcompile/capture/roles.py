@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,7 @@ def assign_roles(
     *,
     trained: bool = True,
     clipping: Clipping = "flat",
+    region: str = "",
 ) -> Roles:
     """Recognise every input by identity: a live parameter, a tensor of the call, or neither.
 
@@ -110,6 +111,7 @@ def assign_roles(
         leaves: ``id(tensor)`` -> name and example dimension, of the call's tensors; or how the examples lie in it.
         trained: whether the graph is to give gradients of parameters; otherwise it need not hold examples.
         clipping: of a model in one graph.
+        region: what to call the graph, if it is one of several.
 
     Raises:
         UnsupportedGraphError: an input that needs a gradient and is no parameter; no input with an example axis; no
@@ -130,7 +132,7 @@ def assign_roles(
         else:
             found.other(position, node, value)
     if found.batch is None and trained:
-        raise no_example_axis()
+        raise _no_example_in(region, found.trainable.values()) if region else no_example_axis()
     return Roles(
         found.trainable,
         found.frozen,
@@ -245,6 +247,17 @@ def no_example_axis() -> UnsupportedGraphError:
     return UnsupportedGraphError(
         "no input of the model has an example axis",
         remedy="pass the batch as a tensor argument of the call; in_dims says which dimension holds the examples",
+    )
+
+
+def _no_example_in(region: str, parameters: Iterable[str]) -> UnsupportedGraphError:
+    names = sorted(parameters)
+    return UnsupportedGraphError(
+        f"{region} is given no example, and makes values of parameter '{names[0]}'"
+        + f" and {len(names) - 1} more" * (len(names) > 1)
+        + ": what each example has for a gradient is known where they are used",
+        remedy="compute these values where they meet the examples, in the block that uses them; or leave regions out, "
+        "where the model is not under FSDP2",
     )
 
 

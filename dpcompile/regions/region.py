@@ -140,7 +140,7 @@ def compile_region(
         return CompiledRegion(untrained.compiled, untrained=untrained)
     leaves = _leaves(live, scope)
     trained = torch.is_grad_enabled() and _needs_gradient(gm) and any(_is_trainable(x, scope) for x in live)
-    roles = assign_roles(gm, live, scope.parameters, leaves, trained=trained)
+    roles = assign_roles(gm, live, scope.parameters, leaves, trained=trained, region=place)
     roles = replace(on_ranks(roles), alike=_alike(live, scope))
     symbols = _symbols(gm)
     if not trained:

@@ -18,7 +18,7 @@ from dpcompile.regions.rank_parts import RankParts
 from dpcompile.runtime.stages import Stage
 
 FEW = {"gradients, cut", "gradients, whole"}
-REST = {"GPipe", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV", "regions", "inductor"}
+REST = {"GPipe", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV", "regions", "inductor", "users", "automatic"}
 ON_EIGHT = {"FSDP2", "FSDP2, noise", "tensor and context", "tensor, sequence and context"}
 
 

@@ -46,6 +46,38 @@ def test_a_weight_of_two_blocks_that_is_seen_late(told: int) -> Right:
     return right(private, x, groups=None if told == 2 else layers)
 
 
+class Hyper(nn.Module):
+    """A block makes a weight of a parameter; or its own layer does, where the weight is used."""
+
+    def __init__(self, *, within: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Makes() for _ in range(2))
+        self.given, self.within = nn.Parameter(torch.randn(D, D)), within
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.blocks
+        return second(first(x), self.given) if self.within else second(x) @ first(self.given)
+
+
+class Makes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        return self.linear(x).tanh() if given is None else x @ self.linear(given)
+
+
+@refused(
+    "compute these values where they meet the examples, in the block that uses them; or leave regions out, where the "
+    "model is not under FSDP2",
+    ways=2,
+)
+def test_a_block_that_makes_a_weight_of_parameters(told: int) -> Right:
+    torch.manual_seed(1)
+    return right(compiled(Hyper(within=told == 1), regions=None if told == 2 else "blocks"), rows())
+
+
 @refused("run the forward again, or add the losses before one backward", ways=2, slow=True)
 def test_two_backwards_through_regions(told: int) -> Right:
     torch.manual_seed(1)

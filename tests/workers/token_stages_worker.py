@@ -185,7 +185,7 @@ def gradients(case: Case, schedule: str = "1F1B", **options: Any) -> None:
     """Norms and clipped sums are those of one backward for each example."""
     pipeline = Pipeline(schedule, make=case.make, group=case.group, **options).optimize(2 * B)
     x, y = batch()
-    norms, sums = oracle(x, y, make=case.whole)
+    norms, sums = oracle(x, y, options.get("examples_per_user", 1), make=case.whole)
     pipeline.step(case.part(x), case.part(y))
     for stage in pipeline.parts:
         torch.testing.assert_close(engine_of(stage).row_norms, case.part(norms), rtol=1e-5, atol=1e-6)
@@ -196,12 +196,12 @@ def gradients(case: Case, schedule: str = "1F1B", **options: Any) -> None:
         torch.testing.assert_close(grad * 2 * B, sums[n], rtol=1e-5, atol=1e-6, msg=lambda m, n=n: f"{n}: {m}")
 
 
-def training(case: Case, schedule: str = "1F1B", steps: int = 3) -> None:
+def training(case: Case, schedule: str = "1F1B", steps: int = 3, **options: Any) -> None:
     """Weights after steps with noise are those of one rank."""
-    pipeline = Pipeline(schedule, make=case.make, group=case.group, sigma=0.5, adam=True).optimize(2 * B)
+    pipeline = Pipeline(schedule, make=case.make, group=case.group, sigma=0.5, adam=True, **options).optimize(2 * B)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # two optimizers of one seed
-        model, _, alone_step = whole_model(case.whole)
+        model, _, alone_step = whole_model(case.whole, **options)
         for _ in range(steps):
             x, y = batch()
             pipeline.step(case.part(x), case.part(y))
@@ -231,6 +231,8 @@ def main() -> None:
             **{s: lambda s=s: training(sequence("cut"), s) for s in SCHEDULES},
             "regions": lambda: gradients(sequence("cut"), regions="blocks"),
             "inductor": lambda: gradients(sequence("cut"), backend="inductor"),
+            "users": lambda: gradients(sequence("cut"), examples_per_user=2),
+            "automatic": lambda: training(sequence("cut"), clipping="automatic"),
         }
     else:
         checks = {
