@@ -58,8 +58,9 @@ class Left:
     sized: list[Tensor]
 
 
-# Of a module that was compiled: memory that holds examples, by address, and numbers. All who compile it share them.
-_MEMORY: WeakKeyDictionary[nn.Module, tuple[dict[int, _Noted], dict[Path, Any]]] = WeakKeyDictionary()
+# Of a module that was compiled: memory that holds examples, by address, where it was ever of a size that goes by their
+# values, and numbers. All who compile it share them.
+_MEMORY: WeakKeyDictionary[nn.Module, tuple[dict[int, _Noted], set[int], dict[Path, Any]]] = WeakKeyDictionary()
 
 
 class Trace:
@@ -116,7 +117,7 @@ class ExampleMemory:
     def __init__(self, module: nn.Module, *, breaks: bool = False) -> None:
         self._module = module
         known = module in _MEMORY
-        self._alive, left = _MEMORY.setdefault(module, ({}, {}))
+        self._alive, self._sized, left = _MEMORY.setdefault(module, ({}, set(), {}))
         self.numbers = KeptNumbers(module, exact=not breaks, left=left)
         self._purge_at = 64
         for name, part in module.named_modules():
@@ -135,11 +136,14 @@ class ExampleMemory:
                 before = self._noted(tensor) or _Noted(weak_memory(tensor), trained=False)
                 memory = weak_memory(tensor)
                 self._alive[address] = _Noted(memory, trained or before.trained, sized or before.sized, before.array)
+                if sized:
+                    self._sized.add(address)
                 if not trained:
                     self._leave_trace()
         if len(self._alive) > self._purge_at:
             for address in [a for a, n in self._alive.items() if n.memory.expired()]:
                 del self._alive[address]
+            self._sized &= self._alive.keys()
             self._purge_at = 64 + 2 * len(self._alive)
 
     def run(self, graph: Untrained, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -251,7 +255,7 @@ class ExampleMemory:
         Without ``whole``, Python of the model runs beside it.
         """
         self.numbers.check(reads, root, whole=whole)
-        if any(n.sized for n in self._alive.values()):
+        if self._sized:
             looked = [x for way, _ in reads.ways if isinstance(x := follow(root, way)[2], Tensor)]
             found = next((x for x in (looked if whole else self._held()) if (n := self._noted(x)) and n.sized), None)
             if found is not None:
