@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from dpcompile.distributed.messages import Messages
 from dpcompile.errors import PrivacyError
 
 __all__ = ["Border", "Borders"]
@@ -20,14 +20,14 @@ _SIZE = 4096  # of a message, bytes
 
 
 class Borders:
-    """Messages from the rank of a stage to that of the next, one in each batch, in a group of their own.
+    """Messages from the rank of a stage to that of the next, one in each batch.
 
     Where a stage's tensors are cut over tokens (sequence or context parallelism), its ranks may hand on what each has
     of them, to ranks that lie alike. What those compute with it is another value on each as well, and their proof has
     to know.
 
     Args:
-        group: of the pipeline's ranks, for these messages alone.
+        messages: of the pipeline's ranks, for these alone.
 
     **Guarantee.** :meth:`told` returns what the stage before said in this batch, or raises.
 
@@ -41,8 +41,8 @@ class Borders:
     =========================================  ===================================================================
     """
 
-    def __init__(self, group: Any) -> None:
-        self._group = group
+    def __init__(self, messages: Messages) -> None:
+        self._messages = messages
         self._there: dict[int, tuple[int, Border]] = {}
         self._sent: list[tuple[Any, Tensor]] = []
 
@@ -56,12 +56,12 @@ class Borders:
             border: for each tensor, in order, the labels of the dimensions.
             device: where sends and receives work.
         """
-        if to == dist.get_rank(self._group):
+        if to == self._messages.rank:
             self._there[stage] = batch, border
             return
         self._sent = [(work, sent) for work, sent in self._sent if not work.is_completed()]
         message = _packed([batch, stage, border], device)
-        self._sent.append((dist.isend(message, group=self._group, group_dst=to), message))
+        self._sent.append((self._messages.send(message, to), message))
 
     def told(self, batch: int, stage: int, by: int, device: torch.device) -> Border:
         """What was said of the tensors that this stage is handed; waits for it.
@@ -77,7 +77,7 @@ class Borders:
         """
         while (found := self._there.pop(stage, (-1, ())))[0] < batch:
             room = torch.empty(_SIZE, dtype=torch.uint8, device=device)
-            dist.recv(room, group=self._group, group_src=by)
+            self._messages.receive(room, by).wait()
             number, other, border = json.loads(bytes(room.tolist()).rstrip())
             self._there[other] = number, tuple(map(tuple, border))
         if found[0] > batch:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpcompile.distributed.borders import Borders
+from dpcompile.distributed.messages import Messages
 from dpcompile.distributed.ranks import world_size
 
 __all__ = ["NormSums"]
@@ -18,13 +19,14 @@ _TAGS = 2  # numbers with each message: of the batch, and of the micro-batch
 
 
 class NormSums:
-    """To the rank of the first stage, which is the last to know, and back from there, in messages of their own groups.
+    """To the rank of the first stage, which is the last to know, and back from there, in messages.
 
     Sends and receives, and no all-reduce: one of gloo that is under way when its rank fails keeps the process from
     ending, and so the others.
 
     Args:
         group: of the pipeline; all its ranks make this together.
+        device: of the norms.
 
     **Guarantee.** :meth:`take` returns the same numbers on every rank: the sum of what all ranks gave for that
     micro-batch of that batch, or NaN, and then :attr:`wrong` on all of them.
@@ -42,7 +44,7 @@ class NormSums:
         borders: what stages tell each other besides; None where no rank shares a stage with another.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, device: torch.device) -> None:
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
         self._batch, self._first = 0, 0
         self._sent: list[tuple[Any, Tensor]] = []
@@ -50,22 +52,16 @@ class NormSums:
         self._there: dict[tuple[int, int], Tensor] = {}
         self._wrong: list[Tensor] = []
         if self._size > 1:
-            self._to_first, self._from_first = self._own_group(group), self._own_group(group)
-        self.borders = Borders(self._own_group(group)) if self._size < world_size() else None
+            self._to_first, self._from_first = Messages(group, device), Messages(group, device)
+        self.borders = Borders(Messages(group, device)) if self._size < world_size() else None
 
     @staticmethod
-    def of(group: Any) -> NormSums:
+    def of(group: Any, device: torch.device) -> NormSums:
         """The one of this group; all its ranks call this equally often, or once more when it is new."""
         found = _OF_GROUPS.get(group)
         if found is None:
-            found = _OF_GROUPS[group] = NormSums(group)
+            found = _OF_GROUPS[group] = NormSums(group, device)
         return found
-
-    @staticmethod
-    def _own_group(group: Any) -> Any:
-        """Its messages come in an order of their own, whatever else the ranks send each other."""
-        ranks, backend = dist.get_process_group_ranks(group), str(dist.get_backend_config(group))
-        return dist.new_group(ranks, backend=backend, use_local_synchronization=True)
 
     @property
     def wrong(self) -> bool:
@@ -97,14 +93,12 @@ class NormSums:
         elif self._rank != self._first:
             self._send(own, self._first, self._to_first)
             room = torch.empty_like(own)
-            work = dist.irecv(room, group=self._from_first, group_src=self._first)
+            work = self._from_first.receive(room, self._first)
             self._coming[batch, chunk] = work, room
         else:
             total, tags, room = squared.clone(), own[-_TAGS:].clone(), torch.empty_like(own)
             for rank in self._others():
-                work = dist.irecv(room, group=self._to_first, group_src=rank)
-                assert work is not None
-                work.wait()
+                self._to_first.receive(room, rank).wait()
                 total += self._checked(room, batch, chunk)
                 tags = torch.where(room[-_TAGS:] == tags, tags, -1.0)  # then it is wrong for the others too
             self._return(batch, chunk, torch.cat([total, tags]))
@@ -140,8 +134,8 @@ class NormSums:
             self._send(message, rank, self._from_first)
         self._there[batch, chunk] = message
 
-    def _send(self, message: Tensor, rank: int, group: Any) -> None:
-        self._sent.append((dist.isend(message, group=group, group_dst=rank), message))
+    def _send(self, message: Tensor, rank: int, messages: Messages) -> None:
+        self._sent.append((messages.send(message, rank), message))
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self._size) if rank != self._first]

@@ -67,7 +67,7 @@ class Stage:
         self._engine, self.group, self._run = weakref.ref(engine), group, weakref.WeakMethod(run)
         self.first_parameter = 0
         self.rank: StagesOfRank | None = None
-        self._sums = NormSums.of(group)
+        self._sums = NormSums.of(group, self._device())
         self._batches = MicroBatches(engine)
         self._waiting: dict[int, MicroBatch] = {}
         self._cleared = 0
@@ -126,7 +126,7 @@ class Stage:
 
     def _device(self) -> torch.device:
         """Where sends and receives work."""
-        return computing_device(next(iter(self.engine.parameters().values())))
+        return next((computing_device(p) for p in self.engine.parameters().values()), torch.device("cpu"))
 
     def _given(self, call: StageCall, tensors: Sequence[tuple[Tensor, int]]) -> Given:
         """What is said of a micro-batch that is about to run.

@@ -14,6 +14,7 @@ from launching import launch, passed
 
 from dpcompile import PrivacyError, UnsupportedGraphError
 from dpcompile.distributed.borders import Borders
+from dpcompile.distributed.messages import Messages
 from dpcompile.regions.rank_parts import RankParts
 from dpcompile.runtime.stages import Stage
 
@@ -44,7 +45,7 @@ def test_schedules_and_other_meshes(ranks: int, checks: set[str]) -> None:
 def borders(tmp_path: Path) -> Iterator[Borders]:
     """Of one rank, in this process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield Borders(dist.group.WORLD)
+    yield Borders(Messages(dist.group.WORLD, torch.device("cpu")))
     dist.destroy_process_group()
 
 

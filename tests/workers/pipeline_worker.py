@@ -420,7 +420,7 @@ def messages() -> None:
     group: Any = dist.new_group([0, 1])
     pipeline = Pipeline("1F1B", group=group).optimize()
     if dist.get_rank():
-        NormSums.of(group).begin(0)
+        NormSums.of(group, torch.device("cpu")).begin(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NaN: all weights are 0
         for _ in range(2):
