@@ -63,7 +63,8 @@ def measured_physical_batch(
             tried[rows] = needed(rows)
         except torch.OutOfMemoryError:
             tried[rows] = float("inf")
-        _give_back()
+        if run is None:
+            _give_back()
         return tried[rows] <= _SHARE * memory
 
     low, high = 0, at_most + 1
