@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -166,18 +166,24 @@ class Case:
         return x if self.dp is None else x.chunk(2)[self.dp.get_local_rank()]
 
 
+@cache
+def mesh_of(*names: str) -> DeviceMesh:
+    """Two ranks along each dimension; one for all checks, as torch would take another one for the same."""
+    return init_device_mesh("cpu", (2,) * len(names), mesh_dim_names=names)
+
+
 def sequence(ends: str) -> Case:
     """Sequence parallelism: on eight ranks with FSDP2."""
     if dist.get_world_size() == 4:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
+        mesh = mesh_of("pp", "tp")
         return Case(partial(placed, None, mesh["tp"], ends), Stage, mesh["pp"].get_group())
-    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "tp"))
+    mesh = mesh_of("pp", "dp", "tp")
     return Case(partial(placed, mesh["dp"], mesh["tp"], ends), Stage, mesh["pp"].get_group(), mesh["dp"])
 
 
 def two_axes(*, over_tokens: bool) -> Case:
     """Tensor and context parallelism, on eight ranks."""
-    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "cp", "tp"))
+    mesh = mesh_of("pp", "cp", "tp")
     return Case(partial(on_two_axes, mesh["cp", "tp"], over_tokens=over_tokens), Stretch, mesh["pp"].get_group())
 
 
@@ -213,7 +219,7 @@ def training(case: Case, schedule: str = "1F1B", steps: int = 3, **options: Any)
 
 def forgotten() -> None:
     """Only the ranks of the second stage see it; the others wait, and end with them."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
+    mesh = mesh_of("pp", "tp")
 
     def make(first: int, end: int) -> nn.Module:
         return cut(mesh["tp"], "cut", first, end, Forgotten)
