@@ -34,6 +34,7 @@ _PASS_ON = (
     "Clone",
 )
 _LOOKED_AT = 8  # classes of each target, before all of them are
+_SMALL = 2**16  # numbers of a cotangent that are looked at all together
 _CERTAIN = 0.999  # the probability from which on a row may round to one class alone
 
 
@@ -86,6 +87,8 @@ def refuse_uneven(mean: MeanOfTargets, cotangent: Tensor, output: Tensor, label:
         return
     if cotangent.device.type != "cpu" or cotangent.dtype == torch.float16:
         return  # another device would have to be waited for; float16 rounds small ones to zero
+    if cotangent.numel() <= _SMALL and int(torch.count_nonzero(cotangent)) == cotangent.numel():
+        return
     of_classes = _dim_of_classes(mean, cotangent, label.axis.dim)
     if of_classes is None:
         return
