@@ -25,7 +25,7 @@ class Messages:
 
     def __init__(self, group: Any, device: torch.device) -> None:
         ranks, backend = dist.get_process_group_ranks(group), str(dist.get_backend_config(group))
-        self._group = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+        self._group: Any = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
         if device.type != "meta":
             dist.all_reduce(torch.zeros(1, device=device), group=self._group)
 
