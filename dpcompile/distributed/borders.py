@@ -53,7 +53,7 @@ class Borders:
             batch: its number.
             stage: the one that is handed it.
             to: the rank of that stage, in the group.
-            border: for each tensor, in order, the labels of the dimensions.
+            border: for each tensor, in order, the dimensions, each as the ranks along it, seen from this one.
             device: where sends and receives work.
         """
         if to == self._messages.rank:

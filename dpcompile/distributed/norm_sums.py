@@ -21,8 +21,8 @@ _TAGS = 2  # numbers with each message: of the batch, and of the micro-batch
 class NormSums:
     """To the rank of the first stage, which is the last to know, and back from there, in messages.
 
-    Sends and receives, and no all-reduce: one of gloo that is under way when its rank fails keeps the process from
-    ending, and so the others.
+    Sends and receives, and no all-reduce in a batch: one of gloo that is under way when its rank fails keeps the
+    process from ending, and so the others.
 
     Args:
         group: of the pipeline; all its ranks make this together.

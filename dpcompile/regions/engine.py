@@ -125,11 +125,12 @@ class RegionEngine(Engine):
         self, chunk: int, args: Any, kwargs: Any, given: Given, border: Border, *, last: bool
     ) -> tuple[Any, Border]:
         """A micro-batch of a pipeline, whose stages hand on rows of examples; and what is to be said of those."""
+        border = self._rank_parts.labels_of(border)
         forward = Forward(args, kwargs, given, chunk=chunk, border=border, hands_on=not last)
-        self._rank_parts.check_border(border)
         result = self._run(forward)
         if not last:
-            return result, border_of(result, forward.labels, self.options.examples_per_user)
+            behind = border_of(result, forward.labels, self.options.examples_per_user)
+            return result, self._rank_parts.places_of(behind)
         watch_loss(result, forward.labels)
         return result, ()
 

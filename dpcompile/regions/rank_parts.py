@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from dpcompile._torch.parallel import inner_tensor
@@ -13,6 +14,7 @@ from dpcompile.capture.localise import Localised, StandIns, localise
 from dpcompile.capture.roles import Roles
 from dpcompile.distributed.borders import Border
 from dpcompile.distributed.expert_parallel import ExpertParallel
+from dpcompile.distributed.ranks import rank
 from dpcompile.distributed.shards import is_distributed
 from dpcompile.distributed.tensor_parallel import Compared, TensorParallel, check_copies
 from dpcompile.errors import UnsupportedGraphError
@@ -43,18 +45,37 @@ class RankParts:
             check_copies(module, self.parallel)
             self._copies_checked = True
 
-    def check_border(self, border: Border) -> None:
-        """Raise UnsupportedGraphError if a stage of a pipeline is handed parts of values, along what it has not."""
-        own = () if self.parallel is None else self.parallel.axes
-        unknown = {label for axes in border for label in axes} - {axis.label for axis in own}
-        if unknown:
+    def places_of(self, border: Border) -> Border:
+        """What the next stage of a pipeline is told: of labels of dimensions, the ranks along them, seen from this one.
+
+        A stage may lie along other dimensions than the next, or name them otherwise; a regular mesh looks alike from
+        all of its ranks.
+        """
+        places = self._places()
+        return tuple(tuple(places[label] for label in axes) for axes in border)
+
+    def labels_of(self, border: Border) -> Border:
+        """The labels that the dimensions have here, of what the stage before tells.
+
+        **Guarantee.** What is another value on each rank there is taken for one along the same ranks here, or this
+        raises.
+
+        Raises:
+            UnsupportedGraphError: this stage does not lie along them.
+        """
+        labels = {place: label for label, place in self._places().items()}
+        if not labels.keys() >= {place for axes in border for place in axes}:
             raise UnsupportedGraphError(
-                "the stage before hands on tensors of which each rank has its own part"
-                + f", along {min(unknown)}" * bool(min(unknown))
-                + ", and no parameter of this stage lies on those ranks",
+                "the stage before hands on tensors of which each rank has its own part, and no parameter of this stage "
+                "lies along those ranks",
                 remedy="hand on whole values there (output_layouts=Replicate() on the last layer of the stage before), "
-                "or parallelize_module every stage along the same dimensions",
+                "or parallelize_module every stage along the same dimension of one mesh",
             )
+        return tuple(tuple(labels[place] for place in axes) for axes in border)
+
+    def _places(self) -> dict[str, str]:
+        axes = () if self.parallel is None else self.parallel.axes
+        return {a.label: ",".join(str(r - rank()) for r in dist.get_process_group_ranks(a.group)) for a in axes}
 
     def localise(self, gm: fx.GraphModule, live: Sequence[Any]) -> Localised:
         """The graph with plain tensors for inputs."""

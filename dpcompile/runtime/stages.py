@@ -54,6 +54,7 @@ class Stage:
     ranks at other draws, or with other padding              refused on all ranks
     a gradient that is not finite in one stage               weight 0 in all
     a parameter in two stages of one rank                    refused
+    handed what each rank has of an example's tokens         right, if the stages lie along the same ranks; else refused
     a parameter equal, bit by bit, to one of another stage   refused at the first step, unless one stage is ``untied``
     =======================================================  =======================================================
 

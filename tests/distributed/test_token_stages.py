@@ -15,6 +15,7 @@ from launching import launch, passed
 from dpcompile import PrivacyError, UnsupportedGraphError
 from dpcompile.distributed.borders import Borders
 from dpcompile.distributed.messages import Messages
+from dpcompile.distributed.tensor_parallel import Axis, TensorParallel
 from dpcompile.regions.rank_parts import RankParts
 from dpcompile.runtime.stages import Stage
 
@@ -73,6 +74,23 @@ def test_micro_batches_of_a_batch_are_handed_on_alike(borders: Borders) -> None:
 
 def test_parts_along_ranks_that_a_stage_does_not_lie_on() -> None:
     parts = RankParts(None)
-    parts.check_border(((), ()))
-    with pytest.raises(UnsupportedGraphError, match="each rank has its own part, along tp, and no parameter"):
-        parts.check_border(((), ("tp",)))
+    assert parts.labels_of(((), ())) == ((), ())
+    with pytest.raises(UnsupportedGraphError, match="each rank has its own part, and no parameter of this stage"):
+        parts.labels_of(((), ("0,1",)))
+
+
+def test_dimensions_are_told_by_their_ranks(borders: Borders) -> None:
+    """Whatever they are called; one along other ranks is not taken for them."""
+
+    def parts(*axes: tuple[str, list[int]]) -> RankParts:
+        found = [Axis(SimpleNamespace(ranks=ranks), label, len(ranks), label, frozenset()) for label, ranks in axes]
+        return RankParts(TensorParallel(tuple(found), frozenset(), 1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_process_group_ranks", lambda group: group.ranks)
+        border = parts(("cp", [0, 2]), ("tp", [0, 1])).places_of((("tp",), ("cp", "tp"), ()))
+        assert border == (("0,1",), ("0,2", "0,1"), ())
+        assert parts(("a", [0, 1]), ("b", [0, 2])).labels_of(border) == (("a",), ("b", "a"), ())
+        assert parts(("", [0, 1])).labels_of(border[:1]) == (("",),)
+        with pytest.raises(UnsupportedGraphError, match="no parameter of this stage lies along those ranks"):
+            parts(("tp", [0, 2])).labels_of(border[:1])

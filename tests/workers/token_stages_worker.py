@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from launching import run_checks
 from pipeline_worker import Pipeline, compare, oracle, whole_model
+from sequence_worker import block_styles
 from tensor_worker import Block
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -64,17 +65,9 @@ class Stage(nn.Module):
 def cut(mesh: DeviceMesh, ends: str, first: int, end: int, make: Callable[[int, int], Stage] = Stage) -> Stage:
     """A stage whose norms see cut tokens, and whose layers between them gather and scatter."""
     model = make(first, end)
-    styles: dict[str, Any] = {
-        "attention.norm": SequenceParallel(),
-        "mlp.norm": SequenceParallel(),
-        "mlp.up": ColwiseParallel(input_layouts=Shard(1)),
-        "mlp.down": RowwiseParallel(output_layouts=Shard(1)),
-        "attention.o": RowwiseParallel(output_layouts=Shard(1)),
-    }
-    styles |= {f"attention.{n}": ColwiseParallel(input_layouts=Shard(1)) for n in "qkv"}
     blocks = list(model.blocks.values())
     for block in blocks:
-        parallelize_module(block, mesh, styles)
+        parallelize_module(block, mesh, block_styles())
     if first == 0:
         ids = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
         parallelize_module(model, mesh, {"tokens": ids})
