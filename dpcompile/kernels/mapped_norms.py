@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dpcompile.kernels.exact import settled, sizes_of
+from dpcompile.kernels.mapped_products import by_products
 from dpcompile.kernels.rounding import WIDE, gamma
 
 __all__ = ["mapped_norms"]
@@ -30,11 +31,12 @@ _ANY_STRIDES = (torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)  # exampl
 def mapped_norms(rows: Tensor, cols: Tensor, scale: Tensor, bases: Sequence[Tensor], mixed: Tensor) -> Tensor:
     """Squared norms ``[B]``, float64, of the gradients ``[B, P, D]`` behind the function; right or too large.
 
-    **Guarantee.** All is float64. What its roundings can move, in any order of additions, is at most ``gamma`` of the
-    size ``L S``, where ``S = sum_t |rows_t| |cols_t|`` and ``L`` is the most that the function can make a row longer,
-    by its absolute terms. That is added where it is little; elsewhere the example is done again by its gradient, which
-    exists some rows at a time (:func:`dpcompile.kernels.exact.settled`). Bases may be nearly constant: their means are
-    taken from them first.
+    **Guarantee.** Three ways, each for the examples of which the one before could not tell: by float32 products of the
+    parameters (:mod:`dpcompile.kernels.mapped_products`); all in float64; by the gradient itself, which exists some
+    rows at a time (:func:`dpcompile.kernels.exact.settled`). In float64, what roundings can move, in any order of
+    additions, is at most ``gamma`` of the size ``L S``, where ``S = sum_t |rows_t| |cols_t|`` and ``L`` is the most
+    that the function can make a row longer, by its absolute terms. Bases may be nearly constant: their means are taken
+    from them first.
 
     ===========================================  ============================================
     edge case                                    outcome
@@ -51,6 +53,20 @@ def mapped_norms(rows: Tensor, cols: Tensor, scale: Tensor, bases: Sequence[Tens
         bases: ``w_k`` but for the first, which is a row of ones; of ``P D`` elements each.
         mixed: ``C [1 + bases, 1 + bases, P]``, float64.
     """
+    quick = by_products(rows, cols, scale, bases, mixed)
+    if quick is None:
+        return _in_float64(rows, cols, scale, bases, mixed)
+    return settled(*quick, redo=lambda which: _in_float64(rows[which], cols[which], scale, bases, mixed))
+
+
+@mapped_norms.register_fake
+def _(rows: Tensor, cols: Tensor, scale: Tensor, bases: Sequence[Tensor], mixed: Tensor) -> Tensor:
+    """Shapes only."""
+    return rows.new_empty(rows.shape[0], dtype=torch.float64)
+
+
+def _in_float64(rows: Tensor, cols: Tensor, scale: Tensor, bases: Sequence[Tensor], mixed: Tensor) -> Tensor:
+    """The same without float32 products."""
     batch, _, positions, p = rows.shape
     width = cols.shape[-1]
     tail = _centred(scale, [w.reshape(p, width) for w in bases], mixed, width)
@@ -69,12 +85,6 @@ def mapped_norms(rows: Tensor, cols: Tensor, scale: Tensor, bases: Sequence[Tens
         return (found.sqrt() + moved * spread[which].sqrt()).square()
 
     return settled(squared, (2 * tail.longest + moved) * moved * spread, sizes, redo)
-
-
-@mapped_norms.register_fake
-def _(rows: Tensor, cols: Tensor, scale: Tensor, bases: Sequence[Tensor], mixed: Tensor) -> Tensor:
-    """Shapes only."""
-    return rows.new_empty(rows.shape[0], dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,23 +51,29 @@ def product_(a: Tensor, b: Tensor, out: Tensor) -> None:
             torch.matmul(a, b, out=out)
 
 
-def blocked_product_(a: Tensor, b: Tensor, out: Tensor) -> int:
+def blocked_product_(a: Tensor, b: Tensor, out: Tensor, block: int = BLOCK) -> int:
     """:func:`product_` with the terms added up in blocks, and these sums then: rounding has less to add up.
+
+    Args:
+        a: see there.
+        b: see there.
+        out: see there.
+        block: terms of one; up to twice as many are one block too.
 
     Returns:
         How many roundings a term goes through at most.
     """
     terms = a.shape[-1]
-    if terms <= 2 * BLOCK:
+    if terms <= 2 * block:
         product_(a, b, out)
         return terms + 1
     part = torch.empty_like(out)
-    for start in range(0, terms, BLOCK):
-        own = slice(start, min(terms, start + BLOCK))
+    for start in range(0, terms, block):
+        own = slice(start, min(terms, start + block))
         product_(a[..., own], b[..., own, :], part if start else out)
         if start:
             out.add_(part)
-    return BLOCK + -(-terms // BLOCK) + 1
+    return block + -(-terms // block) + 1
 
 
 @operator("product")

@@ -30,7 +30,18 @@ from dpcompile.kernels.kept import squared_norms
 from dpcompile.kernels.rates import rates_for
 from dpcompile.norms.patches import patches
 
-__all__ = ["Window", "each_gradient", "each_norm", "filled", "ghost_of_patches", "patch_columns", "patch_gram"]
+__all__ = [
+    "Window",
+    "channels_first",
+    "channels_last",
+    "each_gradient",
+    "each_norm",
+    "filled",
+    "ghost_of_patches",
+    "patch_columns",
+    "patch_columns_last",
+    "patch_gram",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +120,25 @@ def patch_columns(large: Tensor, window: Window, axis: Examples, batch: int, spa
     """The patches as columns, unfolded: ``[B, G, F * S, C/G * kernel]``."""
     windows = patches(large, window.kernel, window.stride, window.padding, window.dilation, spatial)
     return positions_in_rows(windows.unflatten(1, (window.groups, -1)).flatten(2, -2), axis, batch)
+
+
+def patch_columns_last(large: Tensor, window: Window, axis: Examples, batch: int, spatial: Sequence[int]) -> Tensor:
+    """The same with the channels last, of one group: ``[B, 1, F * S, kernel * C]``."""
+    windows = patches(large, window.kernel, window.stride, window.padding, window.dilation, spatial)
+    return positions_in_rows(windows.movedim(1, -2).flatten(1, -2).unsqueeze(1), axis, batch)
+
+
+def channels_last(filters: Tensor) -> Tensor:
+    """Values of filters ``[P, C, *kernel]`` as rows in the order of :func:`patch_columns_last`: ``[P, kernel * C]``.
+
+    It is how Inductor lays filters out on CPUs: a view of what it has.
+    """
+    return filters.movedim(1, -1).flatten(1)
+
+
+def channels_first(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of :func:`channels_last`, for filters of this shape."""
+    return rows.unflatten(1, (*shape[2:], shape[1])).movedim(-1, 1)
 
 
 def positions_in_rows(value: Tensor, axis: Examples, batch: int) -> Tensor:

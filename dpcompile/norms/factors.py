@@ -28,6 +28,7 @@ from dpcompile.norms.convolutions import (
     filled,
     ghost_of_patches,
     patch_columns,
+    patch_columns_last,
     positions_in_rows,
 )
 from dpcompile.norms.experts import expert_blocks, expert_gradients, norms_of_experts, positions_of_an_expert
@@ -57,6 +58,7 @@ class Factored:
             product of the sides.
         norms: from the operands' values and B to the squared norms, where they come without the values.
         filled: how full the tiles of our filter kernel are, which makes both; 0 where it does not.
+        last: as :attr:`build`, with the columns of filters in another order: the channels last.
         ghost: from the same to the squared norms by Gram matrices, where those of the columns are cheaper than building
             the columns.
         bare: of a table, the same without the zeros that are written into the cotangents at some positions: the index
@@ -77,6 +79,7 @@ class Factored:
     each: Callable[..., tuple[Tensor, Tensor]] | None = None
     norms: Callable[..., Tensor] | None = None
     filled: float = 0.0
+    last: Callable[..., tuple[Tensor, Tensor]] | None = None
     ghost: Callable[..., Tensor] | None = None
     bare: Factored | None = None
     flipped: bool = False
@@ -94,6 +97,7 @@ class Factored:
             build=lambda *a: build(*a)[::-1],
             sizes=(k, t, d, p),
             one_hot=swapped,
+            last=None,
             ghost=None,
             bare=None if self.bare is None else self.bare.transposed(),
             flipped=not self.flipped,
@@ -267,6 +271,10 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
         rows = small.flatten(2).unflatten(1, (groups, -1))  # [N, G, P, S]
         return positions_in_rows(rows, layout, b), patch_columns(large, window, layout, b, small.shape[2:])
 
+    def last(small: Tensor, large: Tensor, b: int) -> tuple[Tensor, Tensor]:
+        rows = positions_in_rows(small.flatten(2).unsqueeze(1), layout, b)
+        return rows, patch_columns_last(large, window, layout, b, small.shape[2:])
+
     full = filled(source.meta["val"], shape, window)
 
     def each(small: Tensor, large: Tensor, b: int, reuse: bool, kept: bool) -> tuple[Tensor, Tensor]:
@@ -296,7 +304,7 @@ def _convolution(site: Site, batch: Size) -> Factored | None:
     narrow = groups == 1 and (columns <= _NARROW or patched or slim)
     return Factored(
         site, (small, large), build, sizes, unfolded=unfolded, ghost=ghost if cheaper else None, filled=full,
-        each=each if full or not narrow else None, norms=norms if full else None,
+        each=each if full or not narrow else None, norms=norms if full else None, last=last if groups == 1 else None,
     )  # fmt: skip
 
 

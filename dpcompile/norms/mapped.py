@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from dpcompile.graph.sizes import Size, is_one, product, shape_of
 from dpcompile.kernels.mapped_norms import mapped_norms
+from dpcompile.norms.convolutions import channels_last
 from dpcompile.norms.factors import Factored, factored
 from dpcompile.norms.ghost import Sides, merge
 from dpcompile.norms.row_maps import row_map
@@ -74,11 +75,16 @@ def norms_of_mapped(gradient: ParameterGradient, found: Mapped, batch: int, valu
         values: of :attr:`Mapped.operands`; those of the forms in the dtype of sums.
     """
     remaining, sides = list(values), []
+    whole = shape_of(gradient.gradient.meta["val"])
+    last = all(f.last is not None and shape_of(f.site.value.meta["val"]) == whole for f in found.forms)
     for form in found.forms:
         own = [remaining.pop(0) for _ in form.operands]
-        sides.append(Sides(*form.build(*own, batch)))
+        build = form.last if last and form.last is not None else form.build
+        sides.append(Sides(*build(*own, batch)))
     (merged,) = merge(sides)
     known = dict(zip(found.values, remaining, strict=True))
     tail = row_map(gradient, known.__getitem__, merged.rows)
     assert tail is not None, "the tail is read twice, by its graph"
-    return mapped_norms(merged.rows, merged.cols, tail.scale, [known[n] for n in tail.bases], tail.mixed)
+    bases = [known[n].reshape(whole) for n in tail.bases] if last else [known[n] for n in tail.bases]
+    bases = [channels_last(w) for w in bases] if last else bases
+    return mapped_norms(merged.rows, merged.cols, tail.scale, bases, tail.mixed)

@@ -46,6 +46,7 @@ class Choice:
         late: kept gradients are made when the backward is over, to fit a budget.
         exchange: what ranks do first, of a gradient that is a sum over them; None of any other.
         mapped: of rule "ghost", the tail that the norm is taken behind, if it does more than move the gradient.
+        patched: the clipped sum is a product of patches (:func:`is_patched`).
         fused: whether rule "direct" or "ghost" is one operator, where there is one (:mod:`dpcompile.norms.fused`).
     """
 
@@ -62,6 +63,7 @@ class Choice:
     late: bool = False
     exchange: Exchange | None = None
     mapped: Mapped | None = None
+    patched: bool = False
 
 
 def options_of(gradient: ParameterGradient, situation: Situation) -> list[tuple[Choice, Candidate]]:
@@ -109,13 +111,13 @@ class _Options:
         found = None if self._exchange or self._later else mapped(self._gradient, situation.batch)
         if found is None:
             return []
-        mode, shape = MODES[situation.mode], _together(found.forms, self._value, self._element, situation.hints)
+        mode, shape = MODES[situation.mode], _together(found.forms, self._value, self._element, situation)
         fits = mode.wanted(*(hinted(n, situation.hints) for n in (shape.t, shape.p, shape.d)))
         if not ("ghost" in mode.rules and fits("ghost")):
             return []
         cost = mapped_cost(shape, situation.batch, found.bases)
         choice, candidate = self._option("ghost", cost, "", found.forms)
-        ghost = replace(choice, mapped=found), candidate
+        ghost = replace(choice, mapped=found, patched=shape.patched), candidate
         if "keep" not in mode.rules:
             return [ghost]
         return [(replace(kept[0], why=""), kept[1]), ghost]
@@ -123,7 +125,7 @@ class _Options:
     def _of_products(self, forms: Sequence[Factored]) -> list[tuple[Choice, Candidate]]:
         situation = self._situation
         mode, hints = MODES[situation.mode], situation.hints
-        shape = _together(forms, self._value, self._element, hints)
+        shape = _together(forms, self._value, self._element, situation)
         allowed = {"outer"} if is_one(shape.t) else {"ghost"}
         allowed |= {"keep", "redo"} | ({"direct"} if all(f.one_hot is None for f in forms) else set())
         on_ranks = any(f.on_ranks for f in forms)
@@ -179,6 +181,7 @@ class _Options:
             shared=self._later,
             late=late,
             exchange=exchange,
+            patched=shape is not None and shape.patched,
         )
         held = _holding(choice, total.at(hints).memory, hints, self._element, self._weight)
         if late:
@@ -203,7 +206,26 @@ def _fallback(mode: Mode, shape: Shape) -> str:
     return "ghost" if shape.head else "redo"
 
 
-def _together(forms: Sequence[Factored], value: torch.Tensor, element: int, hints: Mapping[sympy.Symbol, int]) -> Shape:
+def is_patched(forms: Sequence[Factored], value: torch.Tensor, batch: Size, hints: Mapping[sympy.Symbol, int]) -> bool:
+    """Whether the clipped sum of filters is made as a matrix product, of cotangents and patches, on CPUs.
+
+    So it is where patches are no more than the filters: there oneDNN's convolution takes most of its time for sums of
+    filters, of which each of its threads has one.
+
+    Args:
+        forms: of the parameter's sites.
+        value: its gradient.
+        batch: B.
+        hints: sizes of symbols.
+    """
+    if value.device.type != "cpu" or value.dtype != torch.float32:
+        return False
+    filters = all(f.site.form == "filters" and f.last is not None for f in forms)
+    return filters and all(hinted(product([batch, f.sizes[1]]), hints) <= hinted(f.sizes[2], hints) for f in forms)
+
+
+def _together(forms: Sequence[Factored], value: torch.Tensor, element: int, situation: Situation) -> Shape:
+    hints = situation.hints
     k, _, p, d = forms[0].sizes
     if any(f.one_hot == "cols" for f in forms):
         p, d = d, p
@@ -225,6 +247,7 @@ def _together(forms: Sequence[Factored], value: torch.Tensor, element: int, hint
         alone=alone(forms) is not None,
         panels=panels_of(hinted(t, hints)),
         products=element == 4 and all(f.site.form == "product" for f in products),
+        patched=is_patched(forms, value, situation.batch, hints),
         head=any(f.site.form == "head" for f in forms),
         narrow=all(o.meta["val"].dtype in NARROW for f in products for o in f.operands),
         multiplied=sum((f.sizes[1] for f in products), start=0),  # type: ignore[misc]

@@ -128,6 +128,7 @@ class Shape:
         head: one of the sites makes its logits a part of the classes at a time, and makes them anew for the norm.
         panels: parts of a Gram matrix.
         products: the clipped sum is a matrix product, and so ours where the plain step's was torch's.
+        patched: of a convolution it is one too, of patches (:func:`dpcompile.planning.choices.is_patched`).
         narrow: the operands are bfloat16 or float16, which the plain step multiplies as they are, and rule "keep" too
             where all sites are products; all other products of ours are of float32 numbers.
         multiplied: positions of those sites that are products, where others look up; None: all.
@@ -148,6 +149,7 @@ class Shape:
     head: bool = False
     panels: int = 1
     products: bool = False
+    patched: bool = False
     narrow: bool = False
     multiplied: Size | None = None
 
@@ -186,8 +188,7 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
     norms = _cost(traffic=2 * dropped, fresh=0 if reuse else dropped, calls=3, memory=dropped)
     grams = product([batch, k, t, t]) * 8  # float64
     tile = weights * e * sympy.Rational(1, DIRECT_TILES)
-    redone = flops if shape.products else 0
-    scaled = _cost(traffic=2 * small, calls=1, **{plain: -sympy.sympify(redone)}, summed=redone)
+    scaled = _cost(traffic=2 * small, calls=1) + _sum_cost(shape, batch)
     ghost = _cost(traffic=4 * grams, calls=3 * shape.panels, memory=grams)
     if shape.indexed:
         copied = product([batch, shape.copied]) * e
@@ -205,6 +206,16 @@ def costs(shape: Shape, batch: Size, *, reuse: bool) -> dict[str, Cost]:
         "direct": scaled
         + _cost(batched=flops, traffic=2 * weights * e + sides, fresh=tile, calls=3 * DIRECT_TILES, memory=weights * e),
     }
+
+
+def _sum_cost(shape: Shape, batch: Size) -> Cost:
+    """The clipped sum as a product of ours, in the place of the plain step's."""
+    if not (shape.products or shape.patched):
+        return Cost()
+    flops = 2 * product([batch, shape.k, shape.terms, shape.p, shape.d])
+    patches = product([batch, shape.t, shape.d]) * shape.element if shape.patched else 0
+    plain = "convolved" if shape.patched else "narrow" if shape.narrow else "large"
+    return _cost(**{plain: -sympy.sympify(flops)}, summed=flops, traffic=3 * patches, calls=1 if shape.patched else 0)
 
 
 def gram_cost(shape: Shape, batch: Size, width: Size, *, index: bool, copied: Size) -> Cost:
@@ -237,11 +248,12 @@ def mapped_cost(shape: Shape, batch: Size, bases: int) -> Cost:
     """
     t, p, d, e = shape.t, shape.p, shape.d, shape.element
     grams, seen = product([batch, t, t]), product([batch, t, p, d])
-    flops = 2 * grams * (p + d) + 2 * bases * seen
+    inner, mapped = 2 * grams * (p + d), 2 * bases * seen
     copied = product([batch, shape.copied]) * e
-    traffic = 4 * grams * 8 + product([batch, t, p + d]) * (e + 16) + bases * product([p, d]) * (e + 16) + 2 * copied
-    products = _cost(batched=flops) if e == 8 else _cost(wide=flops)
-    return products + _cost(traffic=traffic, fresh=copied, calls=12, memory=copied)
+    traffic = 4 * grams * 8 + product([batch, t, p + d]) * (e + 16) + product([batch, t, bases, p]) * 2 * e
+    traffic += 2 * bases * product([p, d]) * e + 2 * copied
+    products = _cost(batched=inner + mapped) if e == 8 else _cost(wide=inner, summed=mapped)
+    return products + _sum_cost(shape, batch) + _cost(traffic=traffic, fresh=copied, calls=40, memory=copied)
 
 
 def summed_cost(batch: Size, elements: Size, element: int, *, fresh: bool = False) -> Cost:

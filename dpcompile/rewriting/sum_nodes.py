@@ -18,11 +18,13 @@ from dpcompile.kernels.by_index import clipped_sums_by_index, has_sums_by_index
 from dpcompile.kernels.exact_convolution import filters_gradient
 from dpcompile.kernels.kept import FEW, has_operations, weighted_sums
 from dpcompile.kernels.products import product
+from dpcompile.norms.convolutions import channels_first
 from dpcompile.norms.factors import Factored, factored
 from dpcompile.norms.per_example import run_operation, run_tail, tail_inputs
+from dpcompile.planning.choices import Choice
 from dpcompile.planning.plan import Plan
 from dpcompile.proof.prove import Proof
-from dpcompile.proof.sites import ParameterGradient, Site
+from dpcompile.proof.sites import Site
 from dpcompile.rewriting.norm_nodes import Norm, sum_dtype, widened
 from dpcompile.rewriting.second_backward import repeat_backward
 
@@ -108,7 +110,7 @@ def _clipped_sum(joint: JointGraph, norm: Norm, weights: fx.Node, second: Mappin
             return scaled(each, Examples(0), w).sum(0).to(wanted)
 
         return insert(joint.graph, behind(joint.graph, nodes), weighted, nodes)
-    return _redone_sum(joint, gradient, weights, wanted, second)
+    return _redone_sum(joint, norm.choice, weights, wanted, second)
 
 
 def _weighted_whole(weights: Tensor, gradient: Tensor) -> Tensor:
@@ -117,13 +119,13 @@ def _weighted_whole(weights: Tensor, gradient: Tensor) -> Tensor:
 
 def _redone_sum(
     joint: JointGraph,
-    gradient: ParameterGradient,
+    choice: Choice,
     weights: fx.Node,
     wanted: torch.dtype,
     second: Mapping[fx.Node, fx.Node],
 ) -> fx.Node:
     """The original sites and tail, on operands scaled per example, by us or by a second backward."""
-    dtype = sum_dtype(gradient)
+    gradient, dtype = choice.gradient, sum_dtype(choice.gradient)
     found = [
         None if second else _by_index(s, joint.batch, joint.mask.meta["val"].device, dtype) for s in gradient.sites
     ]
@@ -142,7 +144,8 @@ def _redone_sum(
                 continue
             reweighted = any(n in second for n in site.operation.all_input_nodes)
             own = (w != 0).to(w.dtype) if reweighted else w
-            sums[site.value] = _weighted_site(site, narrow if site.widens else wide, own, dtype)
+            patches = factored(site, joint.batch) if choice.patched else None
+            sums[site.value] = _weighted_site(site, narrow if site.widens else wide, own, dtype, patches)
         return run_tail(gradient, sums, wide, dtype).to(wanted)
 
     nodes = [weights, *(second.get(n, n) for n in operands)]
@@ -157,8 +160,13 @@ def _by_index(site: Site, batch: Size, device: torch.device, dtype: torch.dtype)
     return form if form.bare is None else form.bare
 
 
-def _weighted_site(site: Site, known: Mapping[fx.Node, Any], weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """The site with one operand scaled by the weights, and every example of weight 0 erased from the others."""
+def _weighted_site(
+    site: Site, known: Mapping[fx.Node, Any], weights: Tensor, dtype: torch.dtype, patches: Factored | None
+) -> Tensor:
+    """The site with one operand scaled by the weights, and every example of weight 0 erased from the others.
+
+    A convolution is made as the product of ``patches``, if these are given.
+    """
     first = site.linear_operands[0]
     present = (weights != 0).to(weights.dtype)
     values = dict(known)
@@ -170,6 +178,11 @@ def _weighted_site(site: Site, known: Mapping[fx.Node, Any], weights: Tensor, dt
             values[node] = scaled(known[node], axis, present)
     if site.form == "product":
         return product(values[site.operands["self"]], values[site.operands["mat2"]])
+    if patches is not None:
+        assert patches.last is not None
+        rows, cols = patches.last(*(values[n] for n in patches.operands), len(weights))
+        total = product(rows.flatten(0, 2).mT, cols.flatten(0, 2))
+        return channels_first(total, site.value.meta["val"].shape)
     if site.form == "filters" and site.value is not site.operation and site.value.args[1] == 1:
         cotangent, source = values[site.operands["grad_output"]], values[site.operands["input"]]
         arguments: Any = site.operation.args
