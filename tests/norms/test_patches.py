@@ -44,6 +44,27 @@ class Standardised(nn.Conv2d):
         return nn.functional.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
+class Flattened(nn.Conv2d):
+    """Standardised as a matrix, with a trained gain."""
+
+    def __init__(self, *sizes: Any, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.flatten(1)
+        weight = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + 1e-5)
+        return nn.functional.conv2d(x, weight.view_as(self.weight) * self.gain, self.bias, self.stride, self.padding)
+
+
+class Masked(nn.Conv2d):
+    """Behind a tail that works element by element."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones_like(self.weight).triu()
+        return nn.functional.conv2d(x, self.weight * mask, self.bias, self.stride, self.padding)
+
+
 # model, size of an input, how many of its filters' sums are products
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "plain": (lambda: nn.Conv2d(5, 64, 3, padding=1), (5, 3, 3), 1),
@@ -60,6 +81,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "twice": (Twice, (96, 2, 2), 1),
     "frames": (Frames, (2, 3, 4, 4), 1),
     "standardised": (lambda: Standardised(5, 64, 3, padding=1), (5, 3, 3), 1),
+    "flattened": (lambda: Flattened(5, 64, 3, padding=1), (5, 3, 3), 2),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(5, 64, 3, padding=1)), (5, 3, 3), 2),
+    "masked": (lambda: Masked(5, 64, 3, padding=1), (5, 3, 3), 0),
     "one position": (lambda: nn.Conv2d(5, 64, 3), (5, 3, 3), 1),
 }
 
@@ -92,7 +116,7 @@ def test_where_sums_are_products(name: str) -> None:
     assert len(of_filters) == MODELS[name][2]
 
 
-@pytest.mark.parametrize("name", ["strided", "transposed", "frames", "standardised", "one dimension"])
+@pytest.mark.parametrize("name", ["strided", "transposed", "frames", "standardised", "flattened", "one dimension"])
 def test_compiled_and_in_bfloat16(name: str) -> None:
     net, x = case(name)
     loss = PseudoLoss(len(x))
