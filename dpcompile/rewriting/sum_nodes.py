@@ -180,7 +180,7 @@ def _weighted_site(
         return product(values[site.operands["self"]], values[site.operands["mat2"]])
     if patches is not None:
         assert patches.last is not None
-        rows, cols = patches.last(*(values[n] for n in patches.operands), len(weights))
+        rows, cols = patches.last(*(values[n] for n in patches.operands), weights.shape[0])
         total = product(rows.flatten(0, 2).mT, cols.flatten(0, 2))
         return channels_first(total, site.value.meta["val"].shape)
     if site.form == "filters" and site.value is not site.operation and site.value.args[1] == 1:

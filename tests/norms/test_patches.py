@@ -130,6 +130,22 @@ def test_compiled_and_in_bfloat16(name: str) -> None:
     assert_right(private, truth, 5e-2)
 
 
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("strided", "inductor"), ("standardised", "inductor"), ("frames", "eager")],  # of frames Inductor fails by itself
+)
+def test_of_any_batch_size(name: str, backend: str) -> None:
+    """Planned for the first batch; a later one has more patches than the filters are."""
+    net, x = case(name)
+    private = dp_compile(net, max_grad_norm=1.0, norm="ghost", backend=backend, dynamic=True)
+    for batch in (7, 6, 40):
+        x = torch.randn(batch, *x.shape[1:])
+        loss = PseudoLoss(batch)
+        private.zero_grad()
+        train_step(private, (x,), {}, loss)
+        assert_right(private, clip(per_example_gradients(net, (x,), {}, loss), 1.0), 1e-5)
+
+
 def test_an_example_that_is_not_finite_leaves_no_trace() -> None:
     net, x = case("strided")
     loss = PseudoLoss(len(x))
