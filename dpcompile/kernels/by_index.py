@@ -17,6 +17,7 @@ from dpcompile.graph.labels import Examples
 from dpcompile.graph.slices import scaled
 from dpcompile.kernels.build import kernel
 from dpcompile.kernels.on_gpu import proven, runs_triton
+from dpcompile.kernels.operators import operator
 from dpcompile.kernels.rounding import WIDE, gamma, with_floor
 
 __all__ = ["LEFT_OUT", "clipped_sums_by_index", "has_sums_by_index", "index_norms", "norms_by_index", "sums_and_sizes"]
@@ -48,7 +49,7 @@ def index_norms(index: Tensor, cotangents: Tensor) -> Tensor:
     return _bounded(*sums_and_sizes(index, cotangents), index.shape[1])
 
 
-@torch.library.custom_op("dpcompile::norms_by_index", mutates_args=(), tags=[torch.Tag.flexible_layout])
+@operator("norms_by_index", tags=[torch.Tag.flexible_layout])
 def norms_by_index(index: Tensor, cotangents: Tensor) -> Tensor:
     """:func:`index_norms` on CPUs and GPUs."""
     if runs_triton(cotangents.device):
@@ -62,7 +63,7 @@ def norms_by_index(index: Tensor, cotangents: Tensor) -> Tensor:
     return _bounded(*found, index.shape[1])
 
 
-@norms_by_index.register_fake
+@torch.library.register_fake("dpcompile::norms_by_index")
 def _(index: Tensor, cotangents: Tensor) -> Tensor:
     """Shapes only."""
     return cotangents.new_empty(index.shape[0], dtype=torch.float64)
@@ -94,7 +95,7 @@ def _without_left_out(index: Tensor, cotangents: Tensor) -> Tensor:
     return torch.where((index == LEFT_OUT).unsqueeze(2), 0.0, cotangents) if index.dtype == torch.int64 else cotangents
 
 
-@torch.library.custom_op("dpcompile::clipped_sums_by_index", mutates_args=(), tags=[torch.Tag.flexible_layout])
+@operator("clipped_sums_by_index", tags=[torch.Tag.flexible_layout])
 def clipped_sums_by_index(weights: Tensor, index: Tensor, cotangents: Tensor, rows: int) -> Tensor:
     """``sum_b weight_b sum_{t: index_bt = i} c_bt`` for every row i, on CPUs.
 
@@ -121,7 +122,7 @@ def clipped_sums_by_index(weights: Tensor, index: Tensor, cotangents: Tensor, ro
     return values.new_zeros(rows, values.shape[1]).index_add(0, places.flatten(), values)
 
 
-@clipped_sums_by_index.register_fake
+@torch.library.register_fake("dpcompile::clipped_sums_by_index")
 def _(weights: Tensor, index: Tensor, cotangents: Tensor, rows: int) -> Tensor:
     """Shapes only."""
     return cotangents.new_empty(rows, cotangents.shape[2])

@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dpcompile.kernels.rounding import CLOSE, WIDE, gamma, unit_of, with_floor
-from dpcompile.kernels.squares import squares_of
+from dpcompile.kernels.rounding import CLOSE, WIDE, gamma, linear_slack, unit_of, with_floor
+from dpcompile.kernels.squares import settled_norms, squared_sizes, squares_of
 
 __all__ = [
     "exact_norms",
     "kinds_of",
-    "linear_slack",
     "norms_of",
     "rounded_again",
     "rounded_again_at_once",
@@ -42,6 +41,9 @@ def sizes_of(rows: Tensor, cols: Tensor) -> Tensor:
         rows: ``[B, K, T, P]``.
         cols: ``[B, K, T, D]``.
     """
+    found = squared_sizes(rows, cols)
+    if found is not None:
+        return found
     lengths = squares_of(rows).sqrt() * squares_of(cols).sqrt()
     return lengths.sum(2).square().sum(1)
 
@@ -68,13 +70,11 @@ def settled(squared: Tensor, slack: Tensor, sizes: Tensor, redo: Callable[[Tenso
         sizes: ``[B]``, the squared sizes of the gradients.
         redo: from the numbers of some examples to their squared norms, float64.
     """
-    certain = (slack <= CLOSE * squared) & squared.isfinite()
-    known = sizes.isfinite()
-    result = torch.where(known, squared + slack, sizes)
-    which = (known & ~certain).nonzero().flatten()
-    if len(which):
-        result[which] = redo(which)
-    return with_floor(result, sizes)
+    result, again = settled_norms(squared, slack, sizes, sizes)
+    if again:
+        which = torch.tensor(again, device=sizes.device)
+        result[which] = with_floor(redo(which), sizes[which])
+    return result
 
 
 def settled_at_once(
@@ -95,12 +95,6 @@ def settled_at_once(
     return with_floor(torch.where(known, torch.where(certain, squared + slack, again), sizes), sizes)
 
 
-def linear_slack(squared: Tensor, unit: float, sizes: Tensor) -> Tensor:
-    """What squared norms may be off, of gradients that are off by ``unit`` of their size."""
-    moved = unit * sizes.sqrt()
-    return moved * (2 * squared.sqrt() + moved)
-
-
 def rounded_again(
     each: Tensor, squared: Tensor, sizes: Tensor, positions: int, redo: Callable[[int], Tensor]
 ) -> Tensor:
@@ -118,14 +112,11 @@ def rounded_again(
         positions: how many terms each of their elements is a sum of.
         redo: an example's gradient, in float64.
     """
-    known = sizes.isfinite()
-    slack = linear_slack(squared, positions**0.5 * unit_of(each.dtype), sizes)
-    certain = (slack <= CLOSE * squared) & squared.isfinite()
-    result = torch.where(known, squared + slack, squared)
-    for i in (known & ~certain).nonzero().flatten().tolist() if each.dtype == torch.float32 else ():
+    result, again = settled_norms(squared, positions**0.5 * unit_of(each.dtype), sizes, squared)
+    for i in again if each.dtype == torch.float32 else ():
         each[i] = redo(i)
-        result[i] = norms_of(each[i : i + 1])[0]
-    return with_floor(result, sizes)
+        result[i] = with_floor(norms_of(each[i : i + 1])[0], sizes[i])
+    return result
 
 
 def rounded_again_at_once(

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpcompile.kernels.exact import linear_slack, norms_of, rounded_again, settled
+from dpcompile.kernels.exact import norms_of, rounded_again, settled
 from dpcompile.kernels.exact_convolution import filters_gradient
 from dpcompile.kernels.filters import Geometry, additions, gradients_, takes
+from dpcompile.kernels.operators import operator
 from dpcompile.kernels.precision import full_precision
-from dpcompile.kernels.rounding import WIDE, gamma, unit_of
+from dpcompile.kernels.rounding import WIDE, gamma, linear_slack, unit_of
 from dpcompile.kernels.squares import squares_of
 from dpcompile.kernels.workspace import kept_gradients
 
@@ -49,7 +50,7 @@ def grouped_convolution(cotangent: Tensor, source: Tensor, shape: Sequence[int],
 _ANY_STRIDES = (torch.Tag.flexible_layout,)
 
 
-@torch.library.custom_op("dpcompile::filter_gradients", mutates_args=(), tags=_ANY_STRIDES)
+@operator("filter_gradients", tags=_ANY_STRIDES)
 def filter_gradients(
     cotangent: Tensor,
     source: Tensor,
@@ -100,7 +101,7 @@ def filter_gradients(
     return result, _settled(squared, roundings, sizes, cotangent, source, shape, *options)
 
 
-@filter_gradients.register_fake
+@torch.library.register_fake("dpcompile::filter_gradients")
 def _(cotangent: Tensor, source: Tensor, shape: Sequence[int], *options: Any) -> tuple[Tensor, Tensor]:
     """Shapes only."""
     batch = source.shape[0]
@@ -108,7 +109,7 @@ def _(cotangent: Tensor, source: Tensor, shape: Sequence[int], *options: Any) ->
     return memory.movedim(-1, 2), source.new_empty(batch, dtype=torch.float64)
 
 
-@torch.library.custom_op("dpcompile::filter_norms", mutates_args=(), tags=_ANY_STRIDES)
+@operator("filter_norms", tags=_ANY_STRIDES)
 def filter_norms(
     cotangent: Tensor,
     source: Tensor,
@@ -135,13 +136,13 @@ def filter_norms(
     return filter_gradients(cotangent, source, shape, *options, False, False, False)[1]
 
 
-@filter_norms.register_fake
+@torch.library.register_fake("dpcompile::filter_norms")
 def _(cotangent: Tensor, source: Tensor, *options: Any) -> Tensor:
     """Shapes only."""
     return source.new_empty(source.shape[0], dtype=torch.float64)
 
 
-@torch.library.custom_op("dpcompile::certain_filter_norms", mutates_args=(), tags=_ANY_STRIDES)
+@operator("certain_filter_norms", tags=_ANY_STRIDES)
 def certain_filter_norms(
     totals: Tensor,
     sizes: Tensor,
@@ -170,7 +171,7 @@ def certain_filter_norms(
     return settled(totals, gamma(roundings, WIDE) * sizes, sizes, redo)
 
 
-@certain_filter_norms.register_fake
+@torch.library.register_fake("dpcompile::certain_filter_norms")
 def _(totals: Tensor, sizes: Tensor, *others: Any) -> Tensor:
     """Shapes only."""
     return torch.empty_like(totals)

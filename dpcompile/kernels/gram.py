@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpcompile.kernels.build import kernel
 from dpcompile.kernels.exact import exact_norms, settled
+from dpcompile.kernels.operators import operator
 from dpcompile.kernels.rounding import WIDE, gamma
 
 __all__ = ["certain_norms", "gram", "gram_norms"]
@@ -23,7 +24,7 @@ _AT_ONCE = 2**18  # elements of a side that are widened at once, on CPUs: they s
 _ANY_STRIDES = (torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)  # examples are counted that are done again
 
 
-@torch.library.custom_op("dpcompile::gram", mutates_args=(), tags=_ANY_STRIDES)
+@operator("gram", tags=_ANY_STRIDES)
 def gram(side: Tensor, panels: int) -> Tensor:
     """All inner products of an example's positions, the lower part of them, in float64.
 
@@ -51,14 +52,14 @@ def gram(side: Tensor, panels: int) -> Tensor:
     return total
 
 
-@gram.register_fake
+@torch.library.register_fake("dpcompile::gram")
 def _(side: Tensor, panels: int) -> Tensor:
     """Shapes only."""
     batch, blocks, positions, _ = side.shape
     return side.new_empty((batch, blocks, positions, positions), dtype=torch.float64)
 
 
-@torch.library.custom_op("dpcompile::gram_norms", mutates_args=())
+@operator("gram_norms")
 def gram_norms(rows: Tensor, cols: Tensor, panels: int) -> tuple[Tensor, Tensor]:
     """``sum_tt' R_tt' C_tt'``, and the squared size of what it is the norm of.
 
@@ -110,13 +111,13 @@ def _library(library: ctypes.CDLL) -> bool:
     return all(torch.equal(found, value) for sums in both for found, value in zip(sums, wanted, strict=True))
 
 
-@gram_norms.register_fake
+@torch.library.register_fake("dpcompile::gram_norms")
 def _(rows: Tensor, cols: Tensor, panels: int) -> tuple[Tensor, Tensor]:
     """Shapes only."""
     return rows.new_empty(rows.shape[0]), rows.new_empty(rows.shape[0])
 
 
-@torch.library.custom_op("dpcompile::certain_norms", mutates_args=(), tags=_ANY_STRIDES)
+@operator("certain_norms", tags=_ANY_STRIDES)
 def certain_norms(totals: Tensor, sizes: Tensor, rows: Sequence[Tensor], cols: Sequence[Tensor], kinds: str) -> Tensor:
     """Squared norms from sums over Gram matrices, right or too large.
 
@@ -151,7 +152,7 @@ def certain_norms(totals: Tensor, sizes: Tensor, rows: Sequence[Tensor], cols: S
     return settled(totals, gamma(roundings, WIDE) * sizes, sizes, redo)
 
 
-@certain_norms.register_fake
+@torch.library.register_fake("dpcompile::certain_norms")
 def _(totals: Tensor, sizes: Tensor, rows: Sequence[Tensor], cols: Sequence[Tensor], kinds: str) -> Tensor:
     """Shapes only."""
     return torch.empty_like(totals)

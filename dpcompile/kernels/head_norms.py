@@ -11,11 +11,11 @@ from torch import Tensor
 
 from dpcompile.graph.slices import accumulation_dtype
 from dpcompile.kernels.by_index import index_norms
-from dpcompile.kernels.exact import linear_slack, settled
+from dpcompile.kernels.exact import settled
 from dpcompile.kernels.gram import gram, gram_norms
 from dpcompile.kernels.head import class_parts, slopes
 from dpcompile.kernels.products import blocked_product_
-from dpcompile.kernels.rounding import WIDE, gamma, unit_of
+from dpcompile.kernels.rounding import WIDE, gamma, linear_slack, unit_of
 from dpcompile.kernels.squares import squares_of
 
 __all__ = ["head_norms"]

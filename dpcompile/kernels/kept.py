@@ -7,6 +7,7 @@ compiled anew for every model, and on a GPU each is a launch; here they are comp
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from dpcompile.kernels.build import kernel
 from dpcompile.kernels.exact import norms_of
 from dpcompile.kernels.on_gpu import proven, runs_triton
 from dpcompile.kernels.operators import operator
-from dpcompile.kernels.squares import squares_of, squares_run_on
+from dpcompile.kernels.squares import squares_of_vectors, squares_run_on
 
 __all__ = ["FEW", "has_operations", "norms_of_vectors", "squared_norms", "weighted_sums"]
 
@@ -44,7 +45,7 @@ def norms_of_vectors(each: Sequence[Tensor]) -> Tensor:
         from dpcompile.kernels.triton import squares
 
         return squares.norms_of_vectors(each)
-    return torch.stack([squares_of(vectors) for vectors in each])
+    return squares_of_vectors(each)
 
 
 @torch.library.register_fake("dpcompile::norms_of_vectors")
@@ -100,7 +101,12 @@ def weighted_sums(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) 
         return _on_gpu(weights, rows, each)
     used = [row.nonzero().flatten() for row in weights]
     values = [row[places] for row, places in zip(weights, used, strict=True)]
-    return [_weighted_sum(values[row], used[row], gradients) for row, gradients in zip(rows, each, strict=True)]
+    library = _library() if weights.device.type == "cpu" and weights.dtype == torch.float32 else None
+    if library is None:
+        return [_by_product(values[row], used[row], gradients) for row, gradients in zip(rows, each, strict=True)]
+    lying = [(own, None) if own.is_contiguous() else _dense(own) for own in each]
+    sums = _sums(library, [own for own, _ in lying], rows, used, values)
+    return [total if order is None else _put_back(total, order) for total, (_, order) in zip(sums, lying, strict=True)]
 
 
 @torch.library.register_fake("dpcompile::weighted_sums")
@@ -118,49 +124,67 @@ def _on_gpu(weights: Tensor, rows: Sequence[int], each: Sequence[Tensor]) -> lis
 
     lying = [_lying(gradients) for gradients in each]
     totals = kept.weighted_sums(weights, rows, [flat for flat, _, _ in lying])
-    return [_put_back(total, order, shape) for total, (_, order, shape) in zip(totals, lying, strict=True)]
+    return [_put_back(total.view(shape), order) for total, (_, order, shape) in zip(totals, lying, strict=True)]
 
 
 def _lying(each: Tensor) -> tuple[Tensor, list[int], torch.Size]:
     """``[B, n]``, with the elements of an example as they lie in memory; their axes' order, and the shape in it."""
-    order = order_in_memory(each[0])
-    lying = each.permute(0, *(i + 1 for i in order))
+    lying, order = _dense(each)
     return lying.reshape(each.shape[0], -1), order, lying.shape[1:]
 
 
-def _put_back(total: Tensor, order: Sequence[int], shape: torch.Size) -> Tensor:
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return total.view(shape).permute(back).contiguous()
+def _dense(each: Tensor) -> tuple[Tensor, list[int]]:
+    """``[B, ...]``, contiguous: the axes of an example in the order in which they lie in memory; and that order."""
+    order = order_in_memory(each[0])
+    return each.permute(0, *(i + 1 for i in order)).contiguous(), order
 
 
-def _weighted_sum(weights: Tensor, used: Tensor, each: Tensor) -> Tensor:
+def _put_back(total: Tensor, order: Sequence[int]) -> Tensor:
+    return total.permute(sorted(range(len(order)), key=order.__getitem__)).contiguous()
+
+
+def _by_product(weights: Tensor, used: Tensor, each: Tensor) -> Tensor:
     flat, order, shape = _lying(each)
-    library = _library() if flat.dtype == torch.float32 and flat.is_contiguous() else None
-    if library is None:
-        total = torch.mv((flat if len(used) == len(flat) else flat[used]).T, weights)
-    else:
-        total = _sum(library, flat, used, weights)
-    return _put_back(total, order, shape)
+    total = torch.mv((flat if len(used) == len(flat) else flat[used]).T, weights)
+    return _put_back(total.view(shape), order)
 
 
-def _sum(library: ctypes.CDLL, rows: Tensor, used: Tensor, weights: Tensor) -> Tensor:
-    """``sum_k weight_k row_(used_k)``, in one pass over these rows; no other is read: ``[B, n]`` to ``[n]``."""
-    result = rows.new_empty(rows.shape[1])
-    columns, count = (ctypes.c_int64(n) for n in (rows.shape[1], len(used)))
-    source, places, factors, target = (ctypes.c_void_p(x.data_ptr()) for x in (rows, used, weights, result))
-    threads = ctypes.c_int(torch.get_num_threads())
-    library.dp_weighted_sum(source, columns, places, factors, count, target, threads)
-    return result
+def _sums(
+    library: ctypes.CDLL,
+    each: Sequence[Tensor],
+    rows: Sequence[int],
+    used: Sequence[Tensor],
+    weights: Sequence[Tensor],
+) -> list[Tensor]:
+    """``sum_k weight_k gradient_(used_k)`` in one pass over these examples; no other is read.
+
+    Args:
+        library: has the kernel.
+        each: ``[B, ...]``, contiguous.
+        rows: for each of them, which of the following are its.
+        used: numbers of examples.
+        weights: theirs.
+    """
+    count = len(each)
+    results = [own.new_empty(own.shape[1:]) for own in each]
+    source, target = ((ctypes.c_void_p * count)(*(x.data_ptr() for x in own)) for own in (each, results))
+    columns, groups = ((ctypes.c_int64 * count)(*numbers) for numbers in ((x.numel() for x in results), rows))
+    starts = (ctypes.c_int64 * (len(used) + 1))(*itertools.accumulate((len(x) for x in used), initial=0))
+    places, factors = (torch.cat([*x]) if len(x) > 1 else x[0] for x in (used, weights))
+    numbers = ctypes.c_int64(count), ctypes.c_void_p(places.data_ptr()), ctypes.c_void_p(factors.data_ptr()), starts
+    library.dp_weighted_sums(source, columns, groups, target, *numbers, ctypes.c_int(torch.get_num_threads()))
+    return results
 
 
 @kernel("kept")
 def _library(library: ctypes.CDLL) -> bool:
     """Whether sums over small integers, which are exact, come out, and a row that is not used is not read."""
-    rows, used = torch.arange(7.0 * 1030).remainder(11).reshape(7, 1030), torch.tensor([0, 1, 2, 4, 5, 6])
-    weights = torch.arange(6.0)
-    wanted = weights @ rows[used]
-    rows[3] = torch.nan
-    return torch.equal(_sum(library, rows, used, weights), wanted)
+    each = [torch.arange(7.0 * n).remainder(11).reshape(7, n) for n in (1030, 1, 3000)]
+    used, weights = [torch.tensor([0, 1, 2, 4, 5, 6]), torch.arange(7)], [torch.arange(6.0), torch.arange(7.0)]
+    rows = [0, 1, 0]
+    wanted = [weights[row] @ own[used[row]] for row, own in zip(rows, each, strict=True)]
+    each[0][3] = each[2][3] = torch.nan
+    return all(torch.equal(a, b) for a, b in zip(_sums(library, each, rows, used, weights), wanted, strict=True))
 
 
 @proven("weighted sums", else_told="they are made by torch operations")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dpcompile.kernels.exact import settled, sizes_of
 from dpcompile.kernels.mapped_products import by_products
+from dpcompile.kernels.operators import operator
 from dpcompile.kernels.rounding import WIDE, gamma
 
 __all__ = ["mapped_norms"]
@@ -27,7 +28,7 @@ _PARAMETERS = 2**19  # the same of a parameter
 _ANY_STRIDES = (torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)  # examples are counted that are done again
 
 
-@torch.library.custom_op("dpcompile::mapped_norms", mutates_args=(), tags=_ANY_STRIDES)
+@operator("mapped_norms", tags=_ANY_STRIDES)
 def mapped_norms(rows: Tensor, cols: Tensor, scale: Tensor, bases: Sequence[Tensor], mixed: Tensor) -> Tensor:
     """Squared norms ``[B]``, float64, of the gradients ``[B, P, D]`` behind the function; right or too large.
 
@@ -59,7 +60,7 @@ def mapped_norms(rows: Tensor, cols: Tensor, scale: Tensor, bases: Sequence[Tens
     return settled(*quick, redo=lambda which: _in_float64(rows[which], cols[which], scale, bases, mixed))
 
 
-@mapped_norms.register_fake
+@torch.library.register_fake("dpcompile::mapped_norms")
 def _(rows: Tensor, cols: Tensor, scale: Tensor, bases: Sequence[Tensor], mixed: Tensor) -> Tensor:
     """Shapes only."""
     return rows.new_empty(rows.shape[0], dtype=torch.float64)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dpcompile.graph.slices import accumulation_dtype
 from dpcompile.kernels.by_index import index_norms
-from dpcompile.kernels.exact import exact_norms, kinds_of, linear_slack, settled, sizes_of
+from dpcompile.kernels.exact import exact_norms, kinds_of, settled, sizes_of
 from dpcompile.kernels.gram import certain_norms, gram, gram_norms
 from dpcompile.kernels.products import blocked_product_
-from dpcompile.kernels.rounding import gamma, unit_of
+from dpcompile.kernels.rounding import gamma, linear_slack, unit_of
 from dpcompile.kernels.squares import squares_of
 
 __all__ = ["direct_norm", "ghost_norm"]

@@ -24,13 +24,22 @@ def multiply_(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Write ``a @ b`` to ``out``: by oneDNN, or by torch where that cannot be.
 
     Args:
-        a: ``[M, K]`` or ``[B, M, K]``, float32, on the CPU; row by row or column by column, else it is copied.
+        a: ``[M, K]`` or ``[B, M, K]``, float32, on the CPU. oneDNN takes it row by row or column by column, dense; what
+            lies otherwise is copied, in the order that it has.
         b: ``[K, N]`` or ``[B, K, N]``, the same.
         out: ``[M, N]`` or ``[B, M, N]``, contiguous; memory of its own.
     """
     library = _library() if a.numel() and b.numel() else None
-    if library is None or not _multiplied(library, a, b, out):
+    if library is None or not _multiplied(library, _dense(a), _dense(b), out):
         torch.matmul(a, b, out=out)
+
+
+def _dense(matrices: Tensor) -> Tensor:
+    """The same without gaps. Of columns that are not dense torch would make rows, which takes several times as long."""
+    if matrices.is_contiguous() or matrices.mT.is_contiguous():
+        return matrices
+    by_columns = matrices.stride(-2) < matrices.stride(-1)
+    return matrices.mT.contiguous().mT if by_columns else matrices.contiguous()
 
 
 _address = lru_cache(maxsize=1)(onednn_matmul)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ __all__ = ["operator"]
 _LIBRARY = torch.library.Library("dpcompile", "FRAGMENT")
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+def operator(name: str, tags: Sequence[torch.Tag] = ()) -> Callable[[Callable[..., Any]], Any]:
     """``dpcompile::name`` of a function, for graphs that are not differentiated again.
 
     ``torch.library.custom_op`` puts wrappers of Python around each call, for autograd, aliases and Dynamo, that take
@@ -21,11 +21,12 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
     Args:
         name: of the operator, which gets no fake implementation here.
+        tags: of torch's, besides that it is for compiled graphs.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
         schema = torch.library.infer_schema(function, mutates_args=())
-        _LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
+        _LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag, *tags])
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         return getattr(torch.ops.dpcompile, name).default
 

@@ -15,6 +15,7 @@ from dpcompile.kernels.exact import norms_of, rounded_again, rounded_again_at_on
 from dpcompile.kernels.narrow import NARROW, narrow_products
 from dpcompile.kernels.norms_torch import direct_norm
 from dpcompile.kernels.on_gpu import proven
+from dpcompile.kernels.operators import operator
 from dpcompile.kernels.products import product_
 from dpcompile.kernels.rates import rates_for
 from dpcompile.kernels.workspace import kept_gradients
@@ -26,7 +27,7 @@ _FEW_NARROW, _FEW = 256, 32  # positions; by published rates of an A100, not mea
 _ANY_STRIDES = (torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)  # examples are counted that are done again
 
 
-@torch.library.custom_op("dpcompile::product_with_norms", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
+@operator("product_with_norms", tags=[torch.Tag.cudagraph_unsafe])
 def product_with_norms(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor, Tensor]:
     """``rows^T cols`` of every example and block, to be kept, and every example's squared norm.
 
@@ -112,7 +113,7 @@ def products_run_on(device: torch.device) -> bool:
     return True
 
 
-@product_with_norms.register_fake
+@torch.library.register_fake("dpcompile::product_with_norms")
 def _(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor, Tensor]:
     """Shapes only."""
     batch, blocks, _, p = rows.shape
@@ -120,7 +121,7 @@ def _(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor, Tensor]:
     return each, rows.new_empty(batch, dtype=torch.float64)
 
 
-@torch.library.custom_op("dpcompile::product_norms", mutates_args=(), tags=_ANY_STRIDES)
+@operator("product_norms", tags=_ANY_STRIDES)
 def product_norms(rows: Tensor, cols: Tensor) -> Tensor:
     """The squared norms of :func:`product_with_norms` where the products are dropped: right or too large.
 
@@ -129,7 +130,7 @@ def product_norms(rows: Tensor, cols: Tensor) -> Tensor:
     return direct_norm(rows, cols)
 
 
-@product_norms.register_fake
+@torch.library.register_fake("dpcompile::product_norms")
 def _(rows: Tensor, cols: Tensor) -> Tensor:
     """Shapes only."""
     return rows.new_empty(rows.shape[0], dtype=torch.float64)

@@ -15,7 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CLOSE", "FMA", "TENSOR_CORE", "TINY", "WIDE", "gamma", "gram_unit", "products_on", "unit_of", "with_floor"]
+__all__ = [
+    "CLOSE",
+    "FLOOR",
+    "FMA",
+    "TENSOR_CORE",
+    "TINY",
+    "WIDE",
+    "gamma",
+    "gram_unit",
+    "linear_slack",
+    "products_on",
+    "unit_of",
+    "with_floor",
+]
 
 FMA = "ieee"
 TENSOR_CORE = "tensor core"
@@ -24,7 +37,7 @@ TINY = 2.0**-126  # products below it may vanish in float32
 CLOSE = 9e-4  # a squared norm that is off by no more, relative to itself, is good enough: the bound is then added
 _LOST = {FMA: 0.0, "tf32": 2.0**-9, "bf16": 2.0**-7, TENSOR_CORE: 0.0, "tf32x3": 3 * 2.0**-20}
 _STEP = {TENSOR_CORE: 16, "tf32x3": 8 / 3}  # terms that a tensor core adds to its sum at once
-_SUMMED = 2.0**-24  # the unit of the float32 sums that gradients are added up in
+FLOOR = 2.0**-48  # of the squared size: the square of the unit of the float32 sums that gradients are added up in
 
 
 def unit_of(dtype: torch.dtype) -> float:
@@ -52,7 +65,13 @@ def with_floor(squared: Tensor, sizes: Tensor) -> Tensor:
         squared: ``[B]``, float64.
         sizes: ``[B]``, the squared sizes ``S**2``.
     """
-    return squared + _SUMMED**2 * sizes
+    return squared + FLOOR * sizes
+
+
+def linear_slack(squared: Tensor, unit: float, sizes: Tensor) -> Tensor:
+    """What squared norms may be off, of gradients that are off by ``unit`` of their size."""
+    moved = unit * sizes.sqrt()
+    return moved * (2 * squared.sqrt() + moved)
 
 
 def products_on(device: torch.device) -> str:

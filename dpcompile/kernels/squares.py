@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpcompile.kernels.build import kernel
 from dpcompile.kernels.on_gpu import proven, runs_triton
+from dpcompile.kernels.rounding import CLOSE, FLOOR, linear_slack, with_floor
 
-__all__ = ["squares_of", "squares_run_on"]
+__all__ = ["settled_norms", "squared_sizes", "squares_of", "squares_of_vectors", "squares_run_on"]
 
 
 def squares_of(values: Tensor) -> Tensor:
@@ -24,21 +27,85 @@ def squares_of(values: Tensor) -> Tensor:
 
             return squares.squares_of(values)
         return torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64).square()
-    fits = values.dtype in (torch.float32, torch.bfloat16) and values.device.type == "cpu" and values.ndim <= 4
-    library = _library() if fits else None
+    library = _library_for(values) if values.ndim <= 4 else None
     if library is None:
         return torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64).square()
     return _squares(library, values)
 
 
+def squares_of_vectors(vectors: Sequence[Tensor]) -> Tensor:
+    """The same of k matrices with as many rows, ``[B, n]`` each, of one dtype: ``[k, B]``."""
+    library = _library_for(*vectors) if vectors[0].dtype == torch.float32 else None
+    if library is None:
+        return torch.stack([squares_of(own) for own in vectors])
+    count, batch = len(vectors), vectors[0].shape[0]
+    result = torch.empty((count, batch), dtype=torch.float64)
+    memory = (ctypes.c_void_p * count)(*(own.data_ptr() for own in vectors))
+    shapes = (ctypes.c_int64 * (3 * count))(*(n for own in vectors for n in (*own.stride(), own.shape[1])))
+    numbers = (ctypes.c_int64(count), ctypes.c_int64(batch), ctypes.c_void_p(result.data_ptr()))
+    library.dp_squares_of_vectors(memory, shapes, *numbers, ctypes.c_int(torch.get_num_threads()))
+    return result
+
+
+def squared_sizes(rows: Tensor, cols: Tensor) -> Tensor | None:
+    """:func:`dpcompile.kernels.exact.sizes_of` in one pass, or None where there is no kernel for these tensors."""
+    library = _library_for(rows, cols) if rows.ndim == cols.ndim == 4 else None
+    if library is None:
+        return None
+    result = torch.empty(rows.shape[0], dtype=torch.float64)
+    sides = (argument for side in (rows, cols) for argument in _arguments(side))
+    library.dp_squared_sizes(*sides, ctypes.c_void_p(result.data_ptr()), ctypes.c_int(torch.get_num_threads()))
+    return result
+
+
+def settled_norms(squared: Tensor, slack: Tensor | float, sizes: Tensor, otherwise: Tensor) -> tuple[Tensor, list[int]]:
+    """Squared norms with what they may be off and the floor added, and the examples of which that is too much.
+
+    Args:
+        squared: ``[B]``, float64.
+        slack: ``[B]``, float64, how far each may be off; or the part of their size that the gradients may be off by.
+        sizes: ``[B]``, float64, the squared sizes of the gradients.
+        otherwise: ``[B]``, float64, what is taken where the size is not finite.
+
+    Returns:
+        ``[B]``, float64, and the numbers of the examples whose size is finite and of which the slack is more than
+        :data:`dpcompile.kernels.rounding.CLOSE` of the squared norm.
+    """
+    library = _library_for() if squared.device.type == "cpu" else None
+    if library is None:
+        known = sizes.isfinite()
+        slack = slack if isinstance(slack, Tensor) else linear_slack(squared, slack, sizes)
+        certain = (slack <= CLOSE * squared) & squared.isfinite()
+        result = with_floor(torch.where(known, squared + slack, otherwise), sizes)
+        return result, (known & ~certain).nonzero().flatten().tolist()
+    given = [x.contiguous() for x in (squared, sizes, otherwise, *((slack,) if isinstance(slack, Tensor) else ()))]
+    result, again = torch.empty_like(given[0]), torch.empty(len(squared), dtype=torch.bool)
+    source, spread, other, *off = (ctypes.c_void_p(x.data_ptr()) for x in given)
+    numbers = (ctypes.c_double(x) for x in (0.0 if isinstance(slack, Tensor) else slack, CLOSE, FLOOR))
+    target = (ctypes.c_void_p(x.data_ptr()) for x in (result, again))
+    size = ctypes.c_int64(len(squared))
+    count = library.dp_settled_norms(source, *(off or [None]), spread, other, size, *numbers, *target)
+    return result, again.nonzero().flatten().tolist() if count else []
+
+
+def _library_for(*values: Tensor) -> ctypes.CDLL | None:
+    """The kernels, if they are for all of these tensors: on CPUs, float32 or bfloat16."""
+    fits = all(v.device.type == "cpu" and v.dtype in (torch.float32, torch.bfloat16) for v in values)
+    return _library() if fits else None
+
+
 def _squares(library: ctypes.CDLL, values: Tensor) -> Tensor:
     whole = values.reshape(*[1] * (4 - values.ndim), *values.shape)
     result = torch.empty(values.shape[:-1], dtype=torch.float64)
-    sizes, strides = ((ctypes.c_int64 * 4)(*numbers) for numbers in (whole.shape, whole.stride()))
     target, threads = ctypes.c_void_p(result.data_ptr()), ctypes.c_int(torch.get_num_threads())
-    narrow = ctypes.c_bool(values.dtype == torch.bfloat16)
-    library.dp_squares(ctypes.c_void_p(whole.data_ptr()), narrow, sizes, strides, target, threads)
+    library.dp_squares(*_arguments(whole), target, threads)
     return result
+
+
+def _arguments(values: Tensor) -> tuple[Any, ...]:
+    """Of four dimensions: memory, whether it is bfloat16, sizes and strides."""
+    sizes, strides = ((ctypes.c_int64 * 4)(*numbers) for numbers in (values.shape, values.stride()))
+    return ctypes.c_void_p(values.data_ptr()), ctypes.c_bool(values.dtype == torch.bfloat16), sizes, strides
 
 
 @kernel("squares")

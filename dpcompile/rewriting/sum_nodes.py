@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ from dpcompile.rewriting.second_backward import repeat_backward
 __all__ = ["clipped_sums", "repeated"]
 
 
+_SMALL = 2**15  # numbers of a gradient: more of them are summed one after the other, as each frees what was kept
+
+
 def repeated(
     joint: JointGraph, plan: Plan, proof: Proof, members: Sequence[Norm], weights: fx.Node
 ) -> dict[fx.Node, fx.Node]:
@@ -45,7 +49,7 @@ def repeated(
 def clipped_sums(
     joint: JointGraph, norms: Sequence[Norm], weights: Sequence[fx.Node], second: Mapping[fx.Node, fx.Node]
 ) -> Iterator[tuple[Norm, fx.Node]]:
-    """Each norm's clipped sum, for its row of weights; those of kept vectors come out of one operation.
+    """Each norm's clipped sum, for its row of weights; those of what is kept and small come out of one operation.
 
     **Guarantee.** The sum is ``sum_i w_i g_i`` of the gradients that the norm was taken of, in float32 or wider; an
     example of weight 0 leaves no trace in it, whatever its values are.
@@ -62,15 +66,21 @@ def clipped_sums(
         value = None if norm.kept is None else norm.kept.meta["val"]
         if value is None or not has_operations(value.device) or value.dtype != row.meta["val"].dtype:
             yield norm, _clipped_sum(joint, norm, row, second)
-        elif value.ndim == 2:
+        elif value.ndim == 2 or _is_small(value):
             together.setdefault(value.dtype, []).append((norm, row))
         else:
             yield from _weighted_sums(joint, [(norm, row)])
     for members in together.values():
-        if len(members) > FEW:
+        if len(members) > FEW or any(_is_small(n.kept.meta["val"]) for n, _ in members if n.kept is not None):
             yield from _weighted_sums(joint, members)
         else:
             yield from ((norm, _clipped_sum(joint, norm, row, second)) for norm, row in members)
+
+
+def _is_small(each: Tensor) -> bool:
+    """Of matrices, as Inductor's own loops are as good for vectors."""
+    sizes = each.shape[1:]
+    return len(sizes) > 1 and all(isinstance(n, int) for n in sizes) and prod(sizes) <= _SMALL
 
 
 def _narrowed(joint: JointGraph, norms: Sequence[Norm], weights: Sequence[fx.Node]) -> list[fx.Node]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import dpcompile
 from dpcompile.clipping.weights import clip_weights, narrowed
-from dpcompile.kernels import by_index, exact, rounding
+from dpcompile.kernels import by_index, exact, rounding, squares
 from dpcompile.kernels.by_index import norms_by_index, sums_and_sizes
 from dpcompile.kernels.filter_op import filter_gradients, filter_norms
 from dpcompile.kernels.norms import direct_norm, ghost_norm
@@ -134,7 +134,7 @@ def test_the_bounds_are_what_makes_it_sound(monkeypatch: pytest.MonkeyPatch) -> 
     """Without them, norms of terms that cancel are wrong."""
     cols = torch.randn(8, 1, 2, 400) * 1e-5 + torch.randn(8, 1, 1, 400)
     rows = torch.tensor([1.0, -1.0])[None, None, :, None].repeat(8, 1, 1, 3) * torch.randn(8, 1, 1, 3)
-    for module in (exact, rounding):
+    for module in (exact, rounding, squares):
         monkeypatch.setattr(module, "CLOSE", float("inf"))
     with pytest.raises(AssertionError):
         assert_sound(product_norms(rows, cols), true_norm(rows, cols), size(rows, cols))

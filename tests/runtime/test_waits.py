@@ -19,7 +19,7 @@ CHECK, WARNING = (
     "_local_scalar_dense in content.py, different",
     "_local_scalar_dense in delivery.py, warn_of_lost_examples",
 )
-KEPT, SETTLED = "nonzero in exact.py, rounded_again", "nonzero in exact.py, settled"
+KEPT = SETTLED = "nonzero in squares.py, settled_norms"
 READS = {
     "item": {"_local_scalar_dense": 1},
     "float": {"_local_scalar_dense": 1},

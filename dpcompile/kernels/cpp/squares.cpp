@@ -1,8 +1,10 @@
 // Sums of squares.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 // A bfloat16 number: the upper half of a float.
 struct Half16 {
@@ -52,4 +54,52 @@ extern "C" void dp_squares(
     sums_of_squares(static_cast<const Half16*>(values), sizes, strides, result, threads);
   else
     sums_of_squares(static_cast<const float*>(values), sizes, strides, result, threads);
+}
+
+// The same of many float matrices, each of batch rows: result [count, batch]. A matrix has its row and column strides and
+// the length of a row in three places of shapes.
+extern "C" void dp_squares_of_vectors(
+    const float* const* matrices, const int64_t* shapes, int64_t count, int64_t batch, double* result, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (count > 1)
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t sizes[4] = {1, 1, batch, shapes[3 * k + 2]}, strides[4] = {0, 0, shapes[3 * k], shapes[3 * k + 1]};
+    sums_of_squares(matrices[k], sizes, strides, result + k * batch, 1);
+  }
+}
+
+// result[b] = sum over k of (sum over t of |rows[b, k, t]| |columns[b, k, t]|)^2. Each side has its sizes, [b, k, t, n], and
+// its strides.
+extern "C" void dp_squared_sizes(
+    const void* rows, bool narrow_rows, const int64_t* row_sizes, const int64_t* row_strides, const void* columns,
+    bool narrow_columns, const int64_t* column_sizes, const int64_t* column_strides, double* result, int threads) {
+  const int64_t batch = row_sizes[0], blocks = row_sizes[1], positions = row_sizes[2];
+  std::vector<double> left(batch * blocks * positions), right(left.size());
+  dp_squares(rows, narrow_rows, row_sizes, row_strides, left.data(), threads);
+  dp_squares(columns, narrow_columns, column_sizes, column_strides, right.data(), threads);
+  for (int64_t b = 0, at = 0; b < batch; ++b) {
+    result[b] = 0;
+    for (int64_t k = 0; k < blocks; ++k) {
+      double size = 0;
+      for (int64_t t = 0; t < positions; ++t, ++at) size += std::sqrt(left[at]) * std::sqrt(right[at]);
+      result[b] += size * size;
+    }
+  }
+}
+
+// Squared norms that may be off by slack, or, where that is null, of gradients that may be off by moved of their size: what
+// that comes to is added where the size is finite, else the norm is otherwise, and the floor. again[b]: it is more than
+// close of the squared norm. How many there are.
+extern "C" int64_t dp_settled_norms(
+    const double* squared, const double* slack, const double* sizes, const double* otherwise, int64_t batch,
+    double moved, double close, double floor, double* result, bool* again) {
+  int64_t count = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const bool known = std::isfinite(sizes[b]);
+    const double size = moved * std::sqrt(sizes[b]);
+    const double off = slack ? slack[b] : size * (2 * std::sqrt(squared[b]) + size);
+    again[b] = known && !(off <= close * squared[b] && std::isfinite(squared[b]));
+    count += again[b];
+    result[b] = (known ? squared[b] + off : otherwise[b]) + floor * sizes[b];
+  }
+  return count;
 }

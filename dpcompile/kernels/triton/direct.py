@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpcompile.kernels.exact import linear_slack, settled_at_once, sizes_of
-from dpcompile.kernels.rounding import TINY, gram_unit
+from dpcompile.kernels.exact import settled_at_once, sizes_of
+from dpcompile.kernels.rounding import TINY, gram_unit, linear_slack
 from dpcompile.kernels.triton.common import WARPS, adding, index_type, power, precision, rounding_of, widened
 from dpcompile.kernels.triton.products import made_again
 
