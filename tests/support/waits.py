@@ -91,8 +91,9 @@ class Waits(TorchDispatchMode):
             return self._copied(func, args, kwargs)
         if name == "aten::copy_" and args[0].device != args[1].device and not (args[2:] or kwargs.get("non_blocking")):
             self._note(name)
-        if there and name in OPDEFS:
-            return self._inside(name, args, kwargs)
+        inside = OPDEFS[name]._init_fn if name in OPDEFS else getattr(func, "in_python", None)
+        if there and inside is not None:
+            return self._inside(inside, args, kwargs)
         return func(*args, **kwargs)
 
     def _copied(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -106,10 +107,10 @@ class Waits(TorchDispatchMode):
                     return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         return func(*args, **kwargs)
 
-    def _inside(self, name: str, args: Any, kwargs: Any) -> Any:
+    def _inside(self, function: Any, args: Any, kwargs: Any) -> Any:
         """What an operation of ours runs where it has no kernel for the device."""
         with self:
-            return OPDEFS[name]._init_fn(*args, **kwargs)
+            return function(*args, **kwargs)
 
     def _note(self, operation: str) -> None:
         frames = [f for f in traceback.extract_stack() if self._package in Path(f.filename).parts]
