@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from dpcompile.kernels.rounding import CLOSE, WIDE, gamma, linear_slack, unit_of, with_floor
-from dpcompile.kernels.squares import settled_norms, squared_sizes, squares_of
+from dpcompile.kernels.squares import kept_norms, settled_norms, squared_sizes, squares_of
 
 __all__ = [
     "exact_norms",
+    "kept_norms_of",
     "kinds_of",
     "norms_of",
     "rounded_again",
@@ -113,10 +114,36 @@ def rounded_again(
         redo: an example's gradient, in float64.
     """
     result, again = settled_norms(squared, positions**0.5 * unit_of(each.dtype), sizes, squared)
-    for i in again if each.dtype == torch.float32 else ():
+    return _made_again(each, result, again if each.dtype == torch.float32 else [], lambda i: sizes[i], redo)
+
+
+def kept_norms_of(
+    each: Tensor, rows: Tensor, cols: Tensor, squared: Tensor | None, redo: Callable[[int], Tensor]
+) -> Tensor:
+    """:func:`rounded_again`, with its guarantee, of kept gradients ``[B, K, P, D]`` that are products of two sides.
+
+    Args:
+        each: the gradients, contiguous.
+        rows: ``[B, K, T, P]``.
+        cols: ``[B, K, T, D]``.
+        squared: their squared norms, if they are known.
+        redo: see there.
+    """
+    positions = rows.shape[2]
+    found = kept_norms(each, rows, cols, positions**0.5 * unit_of(each.dtype)) if squared is None else None
+    if found is None:
+        squared = norms_of(each) if squared is None else squared
+        return rounded_again(each, squared, sizes_of(rows, cols), positions, redo)
+    return _made_again(each, *found, lambda i: sizes_of(rows[i : i + 1], cols[i : i + 1])[0], redo)
+
+
+def _made_again(
+    each: Tensor, norms: Tensor, again: Sequence[int], size: Callable[[int], Tensor], redo: Callable[[int], Tensor]
+) -> Tensor:
+    for i in again:
         each[i] = redo(i)
-        result[i] = with_floor(norms_of(each[i : i + 1])[0], sizes[i])
-    return result
+        norms[i] = with_floor(norms_of(each[i : i + 1])[0], size(i))
+    return norms
 
 
 def rounded_again_at_once(

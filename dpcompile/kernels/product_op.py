@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpcompile.graph.slices import accumulation_dtype
-from dpcompile.kernels.exact import norms_of, rounded_again, rounded_again_at_once, sizes_of
+from dpcompile.kernels.exact import kept_norms_of, norms_of, rounded_again_at_once, sizes_of
 from dpcompile.kernels.narrow import NARROW, narrow_products
 from dpcompile.kernels.norms_torch import direct_norm
 from dpcompile.kernels.on_gpu import proven
@@ -64,12 +64,11 @@ def product_with_norms(rows: Tensor, cols: Tensor, reuse: bool) -> tuple[Tensor,
             torch.bmm(left.mT, right, out_dtype=dtype, out=products)
         else:
             product_(left.mT.to(dtype), right.to(dtype), products)
-        norms = norms_of(result)
 
     def redo(i: int) -> Tensor:
         return torch.matmul(rows[i].double().mT, cols[i].double())
 
-    return result, rounded_again(result, norms, sizes_of(rows, cols), positions, redo)
+    return result, kept_norms_of(result, rows, cols, norms, redo)
 
 
 def _on_gpu(rows: Tensor, cols: Tensor, result: Tensor) -> Tensor:

@@ -13,7 +13,10 @@ from dpcompile.kernels.build import kernel
 from dpcompile.kernels.on_gpu import proven, runs_triton
 from dpcompile.kernels.rounding import CLOSE, FLOOR, linear_slack, with_floor
 
-__all__ = ["settled_norms", "squared_sizes", "squares_of", "squares_of_vectors", "squares_run_on"]
+__all__ = ["kept_norms", "settled_norms", "squared_sizes", "squares_of", "squares_of_vectors", "squares_run_on"]
+
+
+_LARGE = 2**16  # numbers of an example's gradient that one thread adds up
 
 
 def squares_of(values: Tensor) -> Tensor:
@@ -85,6 +88,33 @@ def settled_norms(squared: Tensor, slack: Tensor | float, sizes: Tensor, otherwi
     target = (ctypes.c_void_p(x.data_ptr()) for x in (result, again))
     size = ctypes.c_int64(len(squared))
     count = library.dp_settled_norms(source, *(off or [None]), spread, other, size, *numbers, *target)
+    return result, again.nonzero().flatten().tolist() if count else []
+
+
+def kept_norms(gradients: Tensor, rows: Tensor, cols: Tensor, unit: float) -> tuple[Tensor, list[int]] | None:
+    """:func:`settled_norms` of gradients that are sums of outer products of these sides, in one call.
+
+    Args:
+        gradients: ``[B, ...]``, float32, contiguous.
+        rows: ``[B, K, T, P]``.
+        cols: ``[B, K, T, D]``.
+        unit: the part of their size that the gradients may be off by.
+
+    Returns:
+        As there; None where there is no kernel for these tensors, or an example is too large for one of its threads.
+    """
+    if gradients.dtype != torch.float32 or gradients.numel() > _LARGE * max(len(gradients), 1):
+        return None
+    library = _library_for(gradients, rows, cols)
+    if library is None:
+        return None
+    batch = len(gradients)
+    result, again = torch.empty(batch, dtype=torch.float64), torch.empty(batch, dtype=torch.bool)
+    width = ctypes.c_int64(gradients.numel() // max(batch, 1))
+    numbers = (ctypes.c_double(x) for x in (unit, CLOSE, FLOOR))
+    target = (ctypes.c_void_p(x.data_ptr()) for x in (result, again))
+    source, threads = ctypes.c_void_p(gradients.data_ptr()), ctypes.c_int(torch.get_num_threads())
+    count = library.dp_kept_norms(source, width, *_arguments(rows), *_arguments(cols), *numbers, *target, threads)
     return result, again.nonzero().flatten().tolist() if count else []
 
 

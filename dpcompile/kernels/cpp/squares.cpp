@@ -103,3 +103,20 @@ extern "C" int64_t dp_settled_norms(
   }
   return count;
 }
+
+// dp_settled_norms of kept float gradients, [batch, width] each one after the other, that are sums over the positions of
+// these sides.
+extern "C" int64_t dp_kept_norms(
+    const float* gradients, int64_t width, const void* rows, bool narrow_rows, const int64_t* row_sizes,
+    const int64_t* row_strides, const void* columns, bool narrow_columns, const int64_t* column_sizes,
+    const int64_t* column_strides, double moved, double close, double floor, double* result, bool* again,
+    int threads) {
+  const int64_t batch = row_sizes[0], sizes[4] = {batch, 1, 1, width}, strides[4] = {width, 0, 0, 1};
+  std::vector<double> squared(batch), spread(batch);
+  sums_of_squares(gradients, sizes, strides, squared.data(), threads);
+  dp_squared_sizes(
+      rows, narrow_rows, row_sizes, row_strides, columns, narrow_columns, column_sizes, column_strides, spread.data(),
+      threads);
+  return dp_settled_norms(
+      squared.data(), nullptr, spread.data(), squared.data(), batch, moved, close, floor, result, again);
+}
