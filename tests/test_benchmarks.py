@@ -281,7 +281,7 @@ def test_experiments_say_what_they_found() -> None:
         },
         "compile_curves": points,
         "precision": points,
-        "overhead": points["point"],
+        "overhead": points,
         "layers": points,
         **STORED["experiments"],
     }
@@ -309,5 +309,5 @@ def test_an_experiment_runs(tmp_path: pathlib.Path) -> None:
     run.main([*words, "--backend", "eager", "--inline", "--output", str(tmp_path), "--threads", "1", "--repeats", "2"])
     found = json.loads((tmp_path / "results.json").read_text())["experiments"]
     assert found["recompiles"]["graphs_last"] == found["recompiles"]["graphs_first"]
-    assert "error" not in found["overhead"]["ours"] and found["prediction"]["tiny"]["private_predicted"]
+    assert "error" not in found["overhead"]["tiny"]["ours"] and found["prediction"]["tiny"]["private_predicted"]
     assert found["ceilings"]["tiny"]["budget"]["parts"] >= 1
