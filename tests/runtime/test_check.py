@@ -53,7 +53,7 @@ def test_a_norm_that_is_too_small_is_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_sum_that_is_not_clipped_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sum_nodes, "_weighted_site", lambda site, known, w, dtype: sum_nodes.run_operation(
+    monkeypatch.setattr(sum_nodes, "_weighted_site", lambda site, known, w, dtype, _: sum_nodes.run_operation(
         site.operation, known, dtype))  # fmt: skip
     with pytest.raises(PrivacyError, match="the clipped gradient of parameter 'weight' differ"):
         run(nn.Linear(4, 3), 10 * torch.randn(B, 4), norm="ghost")
