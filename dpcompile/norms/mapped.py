@@ -85,6 +85,7 @@ def norms_of_mapped(gradient: ParameterGradient, found: Mapped, batch: int, valu
     known = dict(zip(found.values, remaining, strict=True))
     tail = row_map(gradient, known.__getitem__, merged.rows)
     assert tail is not None, "the tail is read twice, by its graph"
-    bases = [known[n].reshape(whole) for n in tail.bases] if last else [known[n] for n in tail.bases]
-    bases = [channels_last(w) for w in bases] if last else bases
+    bases = [known[n] for n in tail.bases]
+    if last:
+        bases = [channels_last(w.reshape(gradient.gradient.meta["val"].shape)) for w in bases]
     return mapped_norms(merged.rows, merged.cols, tail.scale, bases, tail.mixed)
