@@ -209,8 +209,7 @@ def _fallback(mode: Mode, shape: Shape) -> str:
 def is_patched(forms: Sequence[Factored], value: torch.Tensor, batch: Size, hints: Mapping[sympy.Symbol, int]) -> bool:
     """Whether the clipped sum of filters is made as a matrix product, of cotangents and patches, on CPUs.
 
-    So it is where patches are no more than the filters: there oneDNN's convolution takes most of its time for sums of
-    filters, of which each of its threads has one.
+    So it is where patches are no more than the filters: there they are little to copy.
 
     Args:
         forms: of the parameter's sites.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_step
+from standardised import ByBatchNorm, StandardisedConv
 from torch import Tensor, nn
 
 import dpcompile
@@ -37,26 +38,6 @@ class Frames(nn.Module):
         return self.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
 
 
-class Standardised(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
-        weight = (self.weight - mean) * torch.rsqrt(variance + 1e-5)
-        return nn.functional.conv2d(x, weight, self.bias, self.stride, self.padding)
-
-
-class Flattened(nn.Conv2d):
-    """Standardised as a matrix, with a trained gain."""
-
-    def __init__(self, *sizes: Any, **options: Any) -> None:
-        super().__init__(*sizes, **options)
-        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = self.weight.flatten(1)
-        weight = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + 1e-5)
-        return nn.functional.conv2d(x, weight.view_as(self.weight) * self.gain, self.bias, self.stride, self.padding)
-
-
 class Masked(nn.Conv2d):
     """Behind a tail that works element by element."""
 
@@ -80,8 +61,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "two in a row": (lambda: nn.Sequential(nn.Conv2d(5, 70, 3), nn.GELU(), nn.Conv2d(70, 80, 3)), (5, 5, 5), 2),
     "twice": (Twice, (96, 2, 2), 1),
     "frames": (Frames, (2, 3, 4, 4), 1),
-    "standardised": (lambda: Standardised(5, 64, 3, padding=1), (5, 3, 3), 1),
-    "flattened": (lambda: Flattened(5, 64, 3, padding=1), (5, 3, 3), 2),
+    "standardised": (lambda: StandardisedConv(5, 64, 3, padding=1), (5, 3, 3), 1),
+    "flattened": (lambda: ByBatchNorm(5, 64, 3, padding=1), (5, 3, 3), 2),
     "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(5, 64, 3, padding=1)), (5, 3, 3), 2),
     "masked": (lambda: Masked(5, 64, 3, padding=1), (5, 3, 3), 0),
     "one position": (lambda: nn.Conv2d(5, 64, 3), (5, 3, 3), 1),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import PseudoLoss, assert_right, clip, per_example_gradients, train_step
+from standardised import ByBatchNorm, StandardisedConv
 from torch import Tensor, nn
 
 import dpcompile
@@ -19,34 +20,12 @@ from dpcompile.kernels.rounding import CLOSE
 dp_compile: Any = dpcompile.dp_compile
 
 
-class StandardisedConv(nn.Conv2d):
-    """Qiao et al. 2019, arXiv:1903.10520."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
-        weight = (self.weight - mean) * torch.rsqrt(variance + 1e-5)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
-
-
 class Shifted(StandardisedConv):
     """Parameters whose mean is large beside what they differ by."""
 
     def __init__(self, *sizes: Any, **options: Any) -> None:
         super().__init__(*sizes, **options)
         self.weight.data += 30.0
-
-
-class ByBatchNorm(nn.Conv2d):
-    """Standardised by rows of a matrix, with a trained gain."""
-
-    def __init__(self, *sizes: Any, **options: Any) -> None:
-        super().__init__(*sizes, **options)
-        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = self.weight.flatten(1)
-        weight = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + 1e-5)
-        return F.conv2d(x, weight.view_as(self.weight) * self.gain, self.bias, self.stride, self.padding)
 
 
 class OfLength(nn.Linear):
@@ -258,7 +237,7 @@ def test_how_far_off_float32_products_may_be(name: str, block: int, monkeypatch:
     assert bool((off > 0).any()), "products were exact: nothing was tried"
 
 
-def test_the_slack_of_float32_products_is_needed() -> None:
+def test_roundings_that_all_go_one_way() -> None:
     """Half a unit in every term, all one way: sums of ones and of numbers that are rounded down every time."""
     width, ones = 4096, torch.ones
     cols, weight = ones(1, 1, 1, width), ones(1, width)

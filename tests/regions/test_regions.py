@@ -363,10 +363,7 @@ REFUSED = {
     rolled_on_the_way_back: (ExampleMixingError, "mixes examples"),
     mixing: (ExampleMixingError, "mixes examples"),
     summed: (DPCompileError, "sum"),
-    parameters_alone: (
-        UnsupportedGraphError,
-        "comes from parameters alone|holds? no example|is given no example|no input of the model",
-    ),
+    parameters_alone: (UnsupportedGraphError, "is given no example, and makes values of parameter 'free'"),
     under_autocast: (UnsupportedGraphError, "under torch.no_grad or autocast inside the model"),
     without_gradients: (UnsupportedGraphError, "under torch.no_grad or autocast inside the model"),
     read_out: (DPCompileError, "mixes examples|reads a Python number|values of tensors"),
